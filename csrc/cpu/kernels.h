@@ -1,0 +1,45 @@
+// Every CPU kernel, declared once per instruction set. Each op's .cpp is compiled four times, with
+// LF_ISA naming the namespace; dispatch.cpp collects the four into tables of function pointers.
+#pragma once
+#include "../params.h"
+
+namespace lf {
+
+struct Kernels {
+  const char* isa;
+  void (*rms_norm)(const RmsNormParams&, int threads);
+  void (*silu_and_mul)(const SiluAndMulParams&, int threads);
+  void (*quantize_fp8)(const QuantizeFp8Params&, int threads);
+  void (*rope)(const RopeParams&, int threads);
+  void (*attention)(const AttentionParams&, int threads);
+  void (*kvcache_attention)(const KvCacheAttentionParams&, int threads);
+  void (*linear)(const LinearParams&, int threads);
+  // [N, K] of itemsize bytes -> [ceil(N / 64), K / 2, 64, 2], rows past N zero.
+  void (*pack_weight)(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,
+                      int itemsize, int threads);
+};
+
+#define LF_DECLARE_KERNELS(isa)                                                                  \
+  namespace isa {                                                                                \
+  void rms_norm(const RmsNormParams& p, int threads);                                            \
+  void silu_and_mul(const SiluAndMulParams& p, int threads);                                     \
+  void quantize_fp8(const QuantizeFp8Params& p, int threads);                                    \
+  void rope(const RopeParams& p, int threads);                                                   \
+  void attention(const AttentionParams& p, int threads);                                         \
+  void kvcache_attention(const KvCacheAttentionParams& p, int threads);                          \
+  void linear(const LinearParams& p, int threads);                                               \
+  void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,       \
+                   int itemsize, int threads);                                                   \
+  }
+
+LF_DECLARE_KERNELS(generic)
+#if defined(LF_X86)
+LF_DECLARE_KERNELS(avx2)
+LF_DECLARE_KERNELS(avx512)
+LF_DECLARE_KERNELS(avx512_bf16)
+#endif
+
+// The tables this machine can run, slowest first; the last is the default.
+int available_kernels(const Kernels* out[4]);
+
+}  // namespace lf

@@ -1,0 +1,60 @@
+// Threads and scratch memory. Compiled once per instruction set (namespace lf::LF_ISA), so that no
+// inline function built with AVX-512 can be picked by the linker for a machine without it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+
+namespace lf::LF_ISA {
+
+// Calls body(i) for every i in [0, n), each exactly once. Work is handed out one item at a time: on
+// shared machines a thread that loses its core then delays one item, not its whole share.
+template <class Body>
+inline void parallel_for(int64_t n, int threads, Body&& body) {
+  if (threads > n) threads = static_cast<int>(n);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+// Cuts [0, n) into chunks of about `grain` items and calls body(begin, end) for each.
+template <class Body>
+inline void parallel_chunks(int64_t n, int64_t grain, int threads, Body&& body) {
+  if (n <= 0) return;
+  if (grain < 1) grain = 1;
+  parallel_for((n + grain - 1) / grain, threads, [&](int64_t c) {
+    const int64_t begin = c * grain;
+    body(begin, begin + grain < n ? begin + grain : n);
+  });
+}
+
+// 64-byte aligned memory that lives as long as the object; get() grows it. Meant to be
+// thread_local: after the first call an op allocates nothing.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  template <class T>
+  T* get(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(64, bytes);
+      size_ = data_ ? bytes : 0;
+      if (!data_) std::abort();  // out of memory inside a parallel region: nowhere to throw to
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace lf::LF_ISA

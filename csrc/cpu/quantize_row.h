@@ -1,0 +1,63 @@
+// The FP8 rule, once: every kernel that emits e4m3 quantises through these three functions.
+//
+//   scale = max(min(amax|x|, scale_ub), tiny) / 448,  q = e4m3(clamp(x / scale, -448, 448))
+//
+// A true division, not a product with the reciprocal: the two differ in the last bit of x / scale
+// and so, at ties, in q. A NaN in x makes amax, the scale and with it every q of its group NaN.
+#pragma once
+#include <limits>
+
+#include "simd.h"
+
+namespace lf::LF_ISA {
+
+inline constexpr float kFp8Max = 448.0f;
+
+template <class T>
+inline float amax(const T* x, int64_t n) {
+  Vec m[2] = {zeros(), zeros()};
+  Vec nan = zeros();  // x - x: 0 for finite values, NaN for NaN and Inf
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = load(x + i);
+    m[(i / kLanes) & 1] = max(abs(v), m[(i / kLanes) & 1]);
+    nan = nan + (v - v);
+  }
+  if (const int tail = static_cast<int>(n - i)) {
+    const Vec v = load_n(x + i, tail);
+    m[0] = max(abs(v), m[0]);
+    nan = nan + (v - v);
+  }
+  if (any_nan(nan))  // rare: look again, a NaN wins over an Inf
+    for (i = 0; i < n; ++i) {
+      const float v = to_float(x[i]);
+      if (v != v) return v;
+    }
+  return reduce_max(max(m[0], m[1]));
+}
+
+inline float fp8_scale(float amax, float scale_ub) {
+  if (amax != amax) return amax;
+  if (amax > scale_ub) amax = scale_ub;
+  const float tiny = std::numeric_limits<float>::min();
+  return (amax > tiny ? amax : tiny) / kFp8Max;
+}
+
+template <class T>
+inline void scale_to_fp8(e4m3* q, const T* x, int64_t n, float scale) {
+  const Vec s = broadcast(scale), hi = broadcast(kFp8Max), lo = broadcast(-kFp8Max);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(q + i, max(lo, min(hi, load(x + i) / s)));
+  if (const int tail = static_cast<int>(n - i))
+    store_n(q + i, max(lo, min(hi, load_n(x + i, tail) / s)), tail);
+}
+
+// Quantises one row and returns its scale.
+template <class T>
+inline float quantize_row(e4m3* q, const T* x, int64_t n, float scale_ub) {
+  const float scale = fp8_scale(amax(x, n), scale_ub);
+  scale_to_fp8(q, x, n, scale);
+  return scale;
+}
+
+}  // namespace lf::LF_ISA

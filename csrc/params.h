@@ -1,0 +1,124 @@
+// One struct per op: raw pointers, sizes and strides. The CPU and the CUDA kernels take the same
+// structs, so a launcher differs only in where the work runs. Strides count elements, never bytes,
+// and are 64-bit everywhere: a KV pool or a fused QKV view passes 2^31 elements early.
+#pragma once
+#include <cstdint>
+
+namespace lf {
+
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, e4m3 = 3 };
+
+// How the scales of an FP8 operand are laid out.
+enum class Scale : int32_t { tensor = 0, row = 1, block = 2 };
+
+// rms_norm, add_rms_norm and their FP8 forms.
+struct RmsNormParams {
+  const void* x;         // [rows, hidden] dtype
+  const void* residual;  // [rows, hidden] dtype, or null: no residual
+  const void* weight;    // [hidden] dtype
+  void* out;             // [rows, hidden] contiguous; dtype, or e4m3 when scale is set
+  void* residual_out;    // [rows, hidden] contiguous, x + residual; null without residual
+  float* scale;          // [rows], or null: no quantisation
+  int64_t rows, hidden;
+  int64_t x_stride, residual_stride;  // elements from one row to the next
+  float eps;
+  float scale_ub;  // bound on a row's amax; +inf: unbounded
+  DType dtype;
+};
+
+// silu_and_mul and its FP8 form.
+struct SiluAndMulParams {
+  const void* gate_up;  // [rows, 2 * width] dtype, gate first
+  void* out;            // [rows, width] contiguous; dtype, or e4m3 when scale is set
+  float* scale;         // [rows], or null: no quantisation
+  int64_t rows, width;
+  int64_t gate_up_stride;
+  float scale_ub;
+  DType dtype;
+};
+
+struct QuantizeFp8Params {
+  const void* x;  // [rows, cols] dtype
+  void* q;        // [rows, cols] contiguous e4m3
+  float* scale;   // tensor [1]; row [rows]; block [ceil(rows / block_rows), ceil(cols / 128)]
+  int64_t rows, cols;
+  int64_t x_stride;
+  int64_t block_rows;  // block: 1 (activations, 1x128) or 128 (weights, 128x128)
+  float scale_ub;
+  Scale granularity;
+  DType dtype;
+};
+
+// apply_rope, and apply_rope_and_append when k_cache is set.
+struct RopeParams {
+  const void* q;  // [T, H, D] dtype
+  const void* k;  // [T, Hkv, D] dtype
+  const void* v;  // [T, Hkv, D] dtype; append only
+  void* q_out;    // [T, H, D] contiguous
+  void* k_out;    // [T, Hkv, D] contiguous; null when appending
+  void* k_cache;  // [blocks, block_size, Hkv, D] of any strides, last dim contiguous; or null
+  void* v_cache;  // likewise
+  const void* positions;  // [T] int32 or int64, each in [0, max_positions)
+  const void* slots;      // [T] int32 or int64; slot = block * block_size + offset; -1 skips
+  const float* table;     // [max_positions, D]: cos | sin, D / 2 each
+  int64_t tokens, heads, kv_heads, head_dim;
+  int64_t max_positions, num_slots, block_size;
+  int64_t q_stride[2], k_stride[2], v_stride[2];    // token, head
+  int64_t k_cache_stride[3], v_cache_stride[3];     // block, offset, head
+  int64_t table_stride;
+  bool positions_are_64bit, slots_are_64bit;
+  bool interleaved;  // pairs (2i, 2i + 1), Meta's order; else (i, i + D / 2), Hugging Face's
+  DType dtype;
+};
+
+// attention: no cache; batched or packed.
+struct AttentionParams {
+  const void* q;  // [B, Sq, H, D], or [total_q, H, D] with cu_seqlens_q
+  const void* k;  // [B, Sk, Hkv, D], or [total_k, Hkv, D]
+  const void* v;  // as k
+  void* out;      // as q, contiguous
+  const int32_t* cu_seqlens_q;  // [B + 1], or null
+  const int32_t* cu_seqlens_k;  // [B + 1], or null
+  int64_t batch, seqlen_q, seqlen_k;  // seqlens: unused when packed
+  int64_t heads, kv_heads, head_dim;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, token, head
+  float softmax_scale;
+  bool causal;  // bottom-right: query i sees keys j <= i + Sk - Sq
+  DType dtype;
+};
+
+// attention_with_kvcache: contiguous or paged cache.
+struct KvCacheAttentionParams {
+  const void* q;        // [B, Sq, H, D]
+  const void* k_cache;  // [B, S, Hkv, D], or [blocks, block_size, Hkv, D] with block_table
+  const void* v_cache;  // as k_cache
+  void* out;            // [B, Sq, H, D] contiguous
+  const int32_t* cache_seqlens;  // [B] valid tokens, this call's queries included
+  const int32_t* block_table;    // [B, table_stride] block ids, or null: contiguous
+  int64_t batch, seqlen_q, heads, kv_heads, head_dim;
+  int64_t num_blocks, block_size;  // contiguous: B and S
+  int64_t table_stride;
+  int64_t q_stride[3], out_stride[3];            // batch, token, head
+  int64_t k_cache_stride[3], v_cache_stride[3];  // block, offset, head
+  int64_t num_splits;  // over the keys; 0: the kernel chooses
+  float softmax_scale;
+  bool causal;
+  DType dtype;
+};
+
+// fp8_gemm, fp8_linear and linear: out = (x @ weight^T) * x_scale * weight_scale + bias.
+struct LinearParams {
+  const void* x;             // [M, K] x_dtype
+  const void* weight;        // [N, K] weight_dtype; or packed [ceil(N / 64), K / 2, 64, 2]
+  const float* x_scale;      // tensor [1]; row [M]; block [M, ceil(K / 128)]; null: x is not FP8
+  const float* weight_scale; // tensor [1]; row [N]; block [ceil(N / 128), ceil(K / 128)]; or null
+  const void* bias;          // [N] out_dtype, or null
+  void* out;                 // [M, N] contiguous
+  int64_t m, n, k;
+  int64_t x_stride, weight_stride;  // elements from one row to the next; weight's unused if packed
+  DType x_dtype, weight_dtype, out_dtype;
+  Scale x_granularity, weight_granularity;
+  bool packed;
+};
+
+}  // namespace lf

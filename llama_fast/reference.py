@@ -1,0 +1,277 @@
+"""The eager PyTorch twin of every op: same name, same signature. It is the specification that the
+kernels are tested against and the baseline that they are measured against, so it is written the way
+transformers computes Llama, not the way that would be fastest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+FP8_TINY = torch.finfo(torch.float32).tiny  # smallest amax: keeps a zero row's scale above zero
+FP8_BLOCK = 128
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise in fp32, round to x's dtype, multiply by weight in x's dtype."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * h.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    residual = x + residual
+    return rms_norm(residual, weight, eps), residual
+
+
+def rms_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    scale_ub: float | None = None,
+) -> tuple[Tensor, ...]:
+    if residual is None:
+        return quantize_fp8(rms_norm(x, weight, eps), scale_ub=scale_ub)
+    normed, residual = add_rms_norm(x, residual, weight, eps)
+    return (*quantize_fp8(normed, scale_ub=scale_ub), residual)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def silu_and_mul_fp8(gate_up: Tensor, *, scale_ub: float | None = None) -> tuple[Tensor, Tensor]:
+    return quantize_fp8(silu_and_mul(gate_up), scale_ub=scale_ub)
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotates in fp32 and rounds once."""
+    cos, sin = table[positions.long()].unsqueeze(-2).chunk(2, dim=-1)  # [T, 1, D / 2] each
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    h = x.float()
+    if interleaved:
+        a, b = h[..., 0::2], h[..., 1::2]
+        out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = h.chunk(2, dim=-1)
+        out = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return out.to(x.dtype)
+
+
+def apply_rope_and_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    q, k = apply_rope(q, k, positions, table, interleaved=interleaved)
+    kept = slots >= 0
+    block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
+    k_cache[block, offset] = k[kept]
+    v_cache[block, offset] = v[kept]
+    return q
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """Scores and softmax in fp32, probabilities rounded to q's dtype (what transformers does)."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _attend(q, k, v, causal, softmax_scale)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
+        out[rows] = _attend(q[None, rows], k[None, keys], v[None, keys], causal, softmax_scale)[0]
+    return out
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    num_splits: int = 0,
+) -> Tensor:
+    """num_splits only matters to kernels."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for i, seqlen in enumerate(cache_seqlens.tolist()):
+        if block_table is None:
+            k, v = k_cache[i, :seqlen], v_cache[i, :seqlen]
+        else:
+            blocks = block_table[i, : -(-seqlen // k_cache.shape[1])].long()
+            k, v = (c[blocks].flatten(0, 1)[:seqlen] for c in (k_cache, v_cache))
+        out[i] = _attend(q[i : i + 1], k[None], v[None], causal, softmax_scale)[0]
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
+    """[B, Sq, H, D] x [B, Sk, Hkv, D]; a query that sees no key gives zeros."""
+    seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    k, v = (t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
+    scores = (q.transpose(1, 2) @ k.transpose(2, 3)).float() * scale  # [B, H, Sq, Sk]
+    if causal:
+        mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
+        scores = scores.masked_fill(~mask.tril(seqlen_k - seqlen_q), float("-inf"))
+    p = torch.softmax(scores, dim=-1)
+    if causal and seqlen_q > seqlen_k:
+        p[:, :, : seqlen_q - seqlen_k] = 0.0
+    return (p.to(q.dtype) @ v).transpose(1, 2).contiguous()
+
+
+def quantize_fp8(
+    x: Tensor, granularity: str = "row", *, scale_ub: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """scale = max(min(amax, scale_ub), tiny) / 448; q = e4m3(clamp(x / scale, -448, 448)).
+
+    granularity: "tensor" -> scale [1]; "row" -> [rows, 1]; "block" -> 1x128 blocks,
+    [rows, ceil(cols / 128)]; "block_2d" -> 128x128 blocks, for weights.
+    """
+    rows = x.float().reshape(-1, x.shape[-1])
+    n, cols = rows.shape
+    if granularity in ("block", "block_2d"):
+        height = FP8_BLOCK if granularity == "block_2d" else 1
+        grid = -(-n // height), -(-cols // FP8_BLOCK)
+        padded = F.pad(rows, (0, grid[1] * FP8_BLOCK - cols, 0, grid[0] * height - n))
+        blocks = padded.view(grid[0], height, grid[1], FP8_BLOCK)
+        scale = _fp8_scale(blocks.abs().amax(dim=(1, 3)) if n else rows.new_empty(grid), scale_ub)
+        spread = scale.repeat_interleave(height, 0)[:n].repeat_interleave(FP8_BLOCK, 1)[:, :cols]
+    elif granularity == "row":
+        scale = _fp8_scale(rows.abs().amax(-1, keepdim=True), scale_ub)
+        spread = scale
+    else:
+        amax = rows.abs().amax() if rows.numel() else rows.new_zeros(())
+        scale = _fp8_scale(amax.reshape(1), scale_ub)
+        spread = scale
+    q = (rows / spread).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    return q.view(x.shape), scale
+
+
+def _fp8_scale(amax: Tensor, scale_ub: float | None) -> Tensor:
+    if scale_ub is not None:
+        amax = amax.clamp(max=scale_ub)
+    return amax.clamp(min=FP8_TINY) / FP8_MAX
+
+
+def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x = q * scale for any granularity, read off the shapes. q [rows, cols]."""
+    return (q.float() * _spread_scale(scale, *q.shape)).to(dtype)
+
+
+def _spread_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
+    """Scales of any granularity, repeated to broadcast over [rows, cols]."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1)
+    scale = scale.reshape(scale.shape[0], -1)
+    if scale.shape[0] != rows:
+        scale = scale.repeat_interleave(FP8_BLOCK, 0)[:rows]
+    if scale.shape[1] != 1:
+        scale = scale.repeat_interleave(FP8_BLOCK, 1)[:, :cols]
+    return scale
+
+
+def fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """(a * scale_a) @ (b * scale_b)^T + bias, summed in fp32 and rounded once."""
+    out = dequantize_fp8(a, scale_a) @ dequantize_fp8(b, scale_b).t()
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(out_dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x, unpack_weight(weight, None), bias)
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    quantize_activation: bool | None = None,
+    scale_ub: float | None = None,
+) -> Tensor:
+    """x @ (weight * weight_scale)^T + bias. quantize_activation=None means False here."""
+    weight = unpack_weight(weight, weight_scale)
+    rows = x.reshape(-1, x.shape[-1])
+    if quantize_activation:
+        blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
+        q, scale = quantize_fp8(rows, "block" if blockwise else "row", scale_ub=scale_ub)
+        out = fp8_gemm(q, weight, scale, weight_scale, bias=bias, out_dtype=x.dtype)
+    else:
+        out = rows.float() @ dequantize_fp8(weight, weight_scale).t()
+        if bias is not None:
+            out = out + bias.float()
+        out = out.to(x.dtype)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+PACK_ROWS = 64  # output features per panel of a packed weight
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """[N, K] -> [ceil(N / 64), K / 2, 64, 2]: packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
+
+    Rows past N are zero. The order in which linear() streams a weight: one sequential read.
+    """
+    n, k = weight.shape
+    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
+    panels = -(-n // PACK_ROWS)
+    raw = F.pad(raw, (0, 0, 0, panels * PACK_ROWS - n))
+    raw = raw.view(panels, PACK_ROWS, k // 2, 2).transpose(1, 2).contiguous()
+    return raw.view(weight.dtype)
+
+
+def unpack_weight(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    """Undoes pack_weight; a plain weight is handed back as it is.
+
+    N is read off a row-wise scale [N, 1]; otherwise it is a multiple of 64.
+    """
+    if weight.dim() != 4:
+        return weight
+    panels, half_k = weight.shape[:2]
+    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
+    raw = raw.transpose(1, 2).reshape(panels * PACK_ROWS, half_k * 2)
+    by_row = weight_scale is not None and weight_scale.dim() == 2 and weight_scale.shape[1] == 1
+    n = weight_scale.shape[0] if by_row and weight_scale is not None else panels * PACK_ROWS
+    return raw[:n].view(weight.dtype)
