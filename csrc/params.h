@@ -109,15 +109,17 @@ struct KvCacheAttentionParams {
 // fp8_gemm, fp8_linear and linear: out = (x @ weight^T) * x_scale * weight_scale + bias.
 struct LinearParams {
   const void* x;             // [M, K] x_dtype
-  const void* weight;        // [N, K] weight_dtype; or packed [ceil(N / 64), K / 2, 64, 2]
+  const void* weight;        // [N, K] weight_dtype; or packed [N / 64, K / 2, 64, 2]
   const float* x_scale;      // tensor [1]; row [M]; block [M, ceil(K / 128)]; null: x is not FP8
-  const float* weight_scale; // tensor [1]; row [N]; block [ceil(N / 128), ceil(K / 128)]; or null
+  const float* weight_scale;  // tensor [1]; row [N]; or null: weight is not FP8;
+                              // block [ceil(N / weight_block_rows), ceil(K / 128)]
   const void* bias;          // [N] out_dtype, or null
   void* out;                 // [M, N] contiguous
   int64_t m, n, k;
   int64_t x_stride, weight_stride;  // elements from one row to the next; weight's unused if packed
   DType x_dtype, weight_dtype, out_dtype;
   Scale x_granularity, weight_granularity;
+  int64_t weight_block_rows;  // block: 1 or 128
   bool packed;
 };
 

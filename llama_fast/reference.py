@@ -219,7 +219,7 @@ def fp8_gemm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.linear(x, unpack_weight(weight, None), bias)
+    return F.linear(x, unpack_weight(weight), bias)
 
 
 def fp8_linear(
@@ -232,7 +232,7 @@ def fp8_linear(
     scale_ub: float | None = None,
 ) -> Tensor:
     """x @ (weight * weight_scale)^T + bias. quantize_activation=None means False here."""
-    weight = unpack_weight(weight, weight_scale)
+    weight = unpack_weight(weight)
     rows = x.reshape(-1, x.shape[-1])
     if quantize_activation:
         blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
@@ -250,28 +250,20 @@ PACK_ROWS = 64  # output features per panel of a packed weight
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[N, K] -> [ceil(N / 64), K / 2, 64, 2]: packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
+    """[N, K] -> [N / 64, K / 2, 64, 2]: packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
 
-    Rows past N are zero. The order in which linear() streams a weight: one sequential read.
+    The order in which linear() and fp8_linear() stream a weight: one sequential read.
     """
     n, k = weight.shape
     raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    panels = -(-n // PACK_ROWS)
-    raw = F.pad(raw, (0, 0, 0, panels * PACK_ROWS - n))
-    raw = raw.view(panels, PACK_ROWS, k // 2, 2).transpose(1, 2).contiguous()
+    raw = raw.reshape(n // PACK_ROWS, PACK_ROWS, k // 2, 2).transpose(1, 2).contiguous()
     return raw.view(weight.dtype)
 
 
-def unpack_weight(weight: Tensor, weight_scale: Tensor | None) -> Tensor:
-    """Undoes pack_weight; a plain weight is handed back as it is.
-
-    N is read off a row-wise scale [N, 1]; otherwise it is a multiple of 64.
-    """
-    if weight.dim() != 4:
+def unpack_weight(weight: Tensor) -> Tensor:
+    """Undoes pack_weight; a plain [N, K] weight is handed back as it is."""
+    if weight.dim() == 2:
         return weight
-    panels, half_k = weight.shape[:2]
     raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    raw = raw.transpose(1, 2).reshape(panels * PACK_ROWS, half_k * 2)
-    by_row = weight_scale is not None and weight_scale.dim() == 2 and weight_scale.shape[1] == 1
-    n = weight_scale.shape[0] if by_row and weight_scale is not None else panels * PACK_ROWS
-    return raw[:n].view(weight.dtype)
+    raw = raw.transpose(1, 2).reshape(weight.shape[0] * PACK_ROWS, weight.shape[1] * 2)
+    return raw.view(weight.dtype)

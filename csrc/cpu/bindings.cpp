@@ -216,7 +216,7 @@ void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqle
 void linear(Ptr x, Ptr weight, Ptr x_scale, Ptr weight_scale, Ptr bias, Ptr out, int64_t m,
             int64_t n, int64_t k, int64_t x_stride, int64_t weight_stride, int x_dtype,
             int weight_dtype, int out_dtype, int x_granularity, int weight_granularity,
-            bool packed, int threads) {
+            int64_t weight_block_rows, bool packed, int threads) {
   lf::LinearParams p{};
   p.x = as<void>(x);
   p.weight = as<void>(weight);
@@ -234,6 +234,7 @@ void linear(Ptr x, Ptr weight, Ptr x_scale, Ptr weight_scale, Ptr bias, Ptr out,
   p.out_dtype = static_cast<DType>(out_dtype);
   p.x_granularity = static_cast<Scale>(x_granularity);
   p.weight_granularity = static_cast<Scale>(weight_granularity);
+  p.weight_block_rows = weight_block_rows;
   p.packed = packed;
   py::gil_scoped_release release;
   kernels().linear(p, threads);

@@ -14,7 +14,7 @@ struct Kernels {
   void (*attention)(const AttentionParams&, int threads);
   void (*kvcache_attention)(const KvCacheAttentionParams&, int threads);
   void (*linear)(const LinearParams&, int threads);
-  // [N, K] of itemsize bytes -> [ceil(N / 64), K / 2, 64, 2], rows past N zero.
+  // [N, K] of itemsize bytes -> [N / 64, K / 2, 64, 2].
   void (*pack_weight)(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,
                       int itemsize, int threads);
 };
