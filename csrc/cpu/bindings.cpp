@@ -54,6 +54,19 @@ int64_t first_outside(const T* x, int64_t n, int64_t low, int64_t high) {
   return -1;
 }
 
+// (row, column, block id) of the first block id outside [0, num_blocks) among those that the lengths
+// reach, or None.
+py::object first_bad_block(Ptr block_table, int64_t stride, Ptr cache_seqlens, int64_t batch,
+                           int64_t block_size, int64_t num_blocks) {
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t used = (as<int32_t>(cache_seqlens)[row] + block_size - 1) / block_size;
+    const int32_t* blocks = as<int32_t>(block_table) + row * stride;
+    const int64_t bad = first_outside(blocks, used, 0, num_blocks - 1);
+    if (bad >= 0) return py::make_tuple(row, bad, blocks[bad]);
+  }
+  return py::none();
+}
+
 void rms_norm(Ptr x, Ptr residual, Ptr weight, Ptr out, Ptr residual_out, Ptr scale, int64_t rows,
               int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, float scale_ub,
               int dtype, int threads) {
@@ -260,6 +273,7 @@ PYBIND11_MODULE(_cpu, m) {
                           : first_outside(as<int32_t>(x), n, low, high);
         },
         "Index of the first integer outside [low, high], or -1.");
+  m.def("first_bad_block", &first_bad_block, "First block id that no block of the pool has.");
 
   m.def("rms_norm", &rms_norm, "rms_norm.cpp: (+ residual) (+ FP8 out)");
   m.def("silu_and_mul", &silu_and_mul, "activation.cpp: SwiGLU's middle (+ FP8 out)");

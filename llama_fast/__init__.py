@@ -1,0 +1,51 @@
+"""Custom kernels for Llama 3.1 behind one small functional API."""
+
+from pathlib import Path as _Path
+
+import torch as _torch  # noqa: F401  first: it brings the OpenMP runtime that _cpu then shares
+
+# In a checkout, kernels/ and bench/ lie beside this package; installed, inside it.
+_root = _Path(__file__).resolve().parent.parent
+if (_root / "setup.py").exists():
+    __path__.append(str(_root))
+
+from .backends import backends, use_backend  # noqa: E402
+from .ops import (  # noqa: E402
+    add_rms_norm,
+    apply_rope,
+    apply_rope_and_append,
+    attention,
+    attention_with_kvcache,
+    fp8_gemm,
+    fp8_linear,
+    linear,
+    pack_weight,
+    quantize_fp8,
+    rms_norm,
+    rms_norm_fp8,
+    rope_table,
+    silu_and_mul,
+    silu_and_mul_fp8,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "apply_rope_and_append",
+    "attention",
+    "attention_with_kvcache",
+    "backends",
+    "fp8_gemm",
+    "fp8_linear",
+    "linear",
+    "pack_weight",
+    "quantize_fp8",
+    "rms_norm",
+    "rms_norm_fp8",
+    "rope_table",
+    "silu_and_mul",
+    "silu_and_mul_fp8",
+    "use_backend",
+]

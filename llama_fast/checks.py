@@ -1,0 +1,110 @@
+"""Argument checks. Each raises TypeError (wrong type or dtype) or ValueError (wrong shape, stride,
+device or range) with the argument's name, what was got and what is wanted. torch.compile traces
+through them: nothing here looks at a tensor's data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+INT32 = (torch.int32,)
+FP32 = (torch.float32,)
+FP8 = (torch.float8_e4m3fn,)
+
+
+def is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a torch.Tensor")
+
+
+def has_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    is_tensor(name, t)
+    if t.dtype not in allowed:
+        want = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}: got dtype {str(t.dtype).removeprefix('torch.')}, want {want}")
+
+
+def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str) -> None:
+    """None in shape matches any size; spelled is how the error names the shape, e.g. '[T, H, D]'."""
+    got = t.shape
+    ok = len(got) == len(shape)
+    if ok:
+        for size, want in zip(got, shape, strict=True):
+            if want is not None and size != want:
+                ok = False
+    if not ok:
+        sizes = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: got shape {list(got)}, want {spelled} = [{sizes}]")
+
+
+def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> None:
+    """t lives where o lives and, unless dtype is False, has o's dtype."""
+    is_tensor(name, t)
+    if t.device != o.device:
+        raise ValueError(f"{name}: got device {t.device}, want {other}'s, {o.device}")
+    if dtype and t.dtype != o.dtype:
+        got, want = (str(d).removeprefix("torch.") for d in (t.dtype, o.dtype))
+        raise TypeError(f"{name}: got dtype {got}, want {other}'s, {want}")
+
+
+def rows_contiguous(name: str, t: Tensor) -> None:
+    """The last dimension is dense; the others may have any stride."""
+    if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: got stride {t.stride(-1)} in the last dimension, want 1 "
+            f"(call .contiguous() first)"
+        )
+
+
+def activation(name: str, t: Tensor) -> None:
+    """bf16, fp16 or fp32; at least one dimension; a dense, non-empty last dimension."""
+    has_dtype(name, t, ACTIVATIONS)
+    if t.dim() == 0 or t.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {list(t.shape)}, want [..., n] with n >= 1")
+    rows_contiguous(name, t)
+
+
+def vector(name: str, t: Tensor, n: int, other: str, o: Tensor) -> None:
+    """A dense [n] with o's dtype and device: a norm's weight, a bias."""
+    like(name, t, other, o)
+    has_shape(name, t, (n,), "[n]")
+    rows_contiguous(name, t)
+
+
+def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None:
+    """A finite real number >= low (> low when not inclusive)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a float")
+    bad = not math.isfinite(value) or value < low or (value == low and not inclusive)
+    if bad:
+        raise ValueError(
+            f"{name}: got {value}, want a finite number {'>=' if inclusive else '>'} {low}"
+        )
+
+
+def bound(name: str, value: Any) -> None:
+    """An optional positive bound."""
+    if value is not None:
+        number(name, value, 0.0, inclusive=False)
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, want a bool")
+
+
+def heads(q_heads: int, kv_heads: int) -> None:
+    if kv_heads < 1 or q_heads < 1 or q_heads % kv_heads:
+        raise ValueError(
+            f"q: got {q_heads} query heads for {kv_heads} key/value heads, want a multiple"
+        )
+
+
+def head_dim(d: int) -> None:
+    if d < 8 or d > 256 or d % 8:
+        raise ValueError(f"q: got head_dim {d}, want a multiple of 8 from 8 to 256")

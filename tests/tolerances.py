@@ -1,0 +1,47 @@
+"""Every tolerance of the suite, in one place, each with its reason.
+
+Errors are measured in ulps: units in the last place of the output dtype at the expected value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# rms_norm against the eager twin: both round twice (the normalised value, then the product); the
+# sums of squares are added in another order, which moves rstd by an fp32 ulp and so, near a tie,
+# each rounding by one ulp of the dtype: 1 from the first rounding, times at most 2 where the product
+# crosses a power of two.
+RMS_NORM_ULPS = 2
+
+# A kernel against fp64 may be at most this many times as wrong as eager PyTorch in the same dtype
+# (the measure FlashAttention's tests use), plus one ulp of the largest output for cases where eager
+# happens to be exact.
+TIMES_EAGER = 2.0
+
+
+def ulp(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of dtype at each value of expected (fp64)."""
+    info = torch.finfo(dtype)
+    magnitude = expected.abs().double().clamp(min=info.tiny)
+    return torch.exp2(torch.floor(torch.log2(magnitude))) * info.eps
+
+
+def ulps(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> float:
+    """The largest error of actual, in ulps of its dtype (or of dtype) at expected."""
+    if actual.numel() == 0:
+        return 0.0
+    error = (actual.double() - expected.double()).abs()
+    return (error / ulp(expected, dtype or actual.dtype)).max().item()
+
+
+def assert_close_to_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """max|actual - exact| <= 2 max|eager - exact| + an ulp of the largest output."""
+    assert actual.shape == exact.shape and actual.dtype == eager.dtype
+    if actual.numel() == 0:
+        return
+    assert not actual.isnan().any(), "NaN in the output"
+    ours = (actual.double() - exact.double()).abs().max().item()
+    theirs = (eager.double() - exact.double()).abs().max().item()
+    floor = ulp(exact.double().abs().max(), actual.dtype).item()
+    assert ours <= TIMES_EAGER * theirs + floor, f"error {ours:.3g}, eager's {theirs:.3g}"
