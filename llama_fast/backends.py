@@ -80,7 +80,7 @@ def _from_environment() -> dict[str, str]:
 
 
 _environment = _from_environment()
-_override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default={})
+_override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default=_environment)
 
 
 @contextlib.contextmanager
@@ -101,8 +101,7 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
 
 def choose(op: str, device: str) -> str:
     """The backend that serves op on a device type now."""
-    override = _override.get()
-    backend = override.get(op) or _environment.get(op)
+    backend = _override.get().get(op)
     if backend is None:
         if device == "cuda":
             _warn_eager_on_cuda()
@@ -132,9 +131,8 @@ def backends() -> BackendTable:
         table[op] = {}
         for device in DEVICES:
             if op in _override.get():
-                backend, why = _override.get()[op], "use_backend"
-            elif op in _environment:
-                backend, why = _environment[op], "LLAMA_FAST_BACKEND"
+                backend = _override.get()[op]
+                why = "LLAMA_FAST_BACKEND" if _override.get() is _environment else "use_backend"
             elif device == "cpu":
                 backend, why = "cpu", f"compiled kernels, {_cpu.isa()}"
             else:

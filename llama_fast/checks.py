@@ -30,7 +30,7 @@ def has_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 
 
 def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str) -> None:
-    """None in shape matches any size; spelled is how the error names the shape, e.g. '[T, H, D]'."""
+    """None matches any size; spelled is how the error names the shape, such as '[T, H, D]'."""
     got = t.shape
     ok = len(got) == len(shape)
     if ok:

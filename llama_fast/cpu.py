@@ -99,7 +99,9 @@ def rope(
     slots: Tensor | None = None,
 ) -> None:
     """apply_rope with k_out; apply_rope_and_append with v, both caches and slots."""
-    v_strides, cache_strides, num_slots, block_size = (0, 0), (0,) * 6, 0, 0
+    v_strides: tuple[int, ...] = (0, 0)
+    cache_strides: tuple[int, ...] = (0,) * 6
+    num_slots = block_size = 0
     if v is not None and k_cache is not None and v_cache is not None:
         v_strides = v.stride()[:2]
         cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])

@@ -53,9 +53,9 @@ def rope_table(
     """fp32 [max_positions, head_dim]: cosines, then sines, head_dim / 2 each.
 
     From a LlamaConfig (theta, head_dim and scaling are read off it), or from theta with head_dim
-    and, for Llama 3.1, a RopeScaling. Angles are formed in fp32, position times frequency, as Meta's
-    code and transformers do: the model was trained with them. Keep the table in fp32 whatever the
-    model's dtype; in bf16 positions past 256 would collapse.
+    and, for Llama 3.1, a RopeScaling. Angles are formed in fp32, position times frequency, as
+    Meta's code and transformers do: the model was trained with them. Keep the table in fp32
+    whatever the model's dtype; in bf16 positions past 256 would collapse.
     """
     if hasattr(config_or_theta, "rope_theta"):
         theta = float(config_or_theta.rope_theta)

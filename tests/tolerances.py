@@ -10,8 +10,8 @@ from torch import Tensor
 
 # rms_norm against the eager twin: both round twice (the normalised value, then the product); the
 # sums of squares are added in another order, which moves rstd by an fp32 ulp and so, near a tie,
-# each rounding by one ulp of the dtype: 1 from the first rounding, times at most 2 where the product
-# crosses a power of two.
+# each rounding by one ulp of the dtype: 1 from the first rounding, times at most 2 where the
+# product crosses a power of two.
 RMS_NORM_ULPS = 2
 
 # A kernel against fp64 may be at most this many times as wrong as eager PyTorch in the same dtype
