@@ -80,6 +80,8 @@ def _from_environment() -> dict[str, str]:
 
 
 _environment = _from_environment()
+if _isa := os.environ.get("LLAMA_FAST_CPU_ISA"):
+    _cpu.set_isa(_isa)
 _override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default=_environment)
 
 
