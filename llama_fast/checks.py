@@ -4,7 +4,7 @@ through them: nothing here looks at a tensor's data."""
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ INDICES = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 FP32 = (torch.float32,)
 FP8 = (torch.float8_e4m3fn,)
+_LARGEST = sys.float_info.max
 
 
 def is_tensor(name: str, value: Any) -> None:
@@ -80,7 +81,8 @@ def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None
     """A finite real number >= low (> low when not inclusive)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: got {type(value).__name__}, want a float")
-    bad = not math.isfinite(value) or value < low or (value == low and not inclusive)
+    # Comparisons only: torch.compile traces a SymFloat through them, not through math.isfinite.
+    bad = not low <= value <= _LARGEST or (value == low and not inclusive)
     if bad:
         raise ValueError(
             f"{name}: got {value}, want a finite number {'>=' if inclusive else '>'} {low}"

@@ -138,7 +138,7 @@ def _check_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interlea
 def apply_rope(
     q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotates q [T, H, D] and k [T, Hkv, D] by their positions [T] (int32 or int64).
+    """Rotates q and k by their positions: [T, H, D], [T, Hkv, D], [T] (int32 or int64) -> (q, k).
 
     table: rope_table(...), fp32 [max_positions, D]. interleaved pairs (2i, 2i + 1) as Meta's
     checkpoints do; the default pairs (i, i + D / 2) as Hugging Face's do. Rotates in fp32 and
