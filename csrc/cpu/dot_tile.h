@@ -1,0 +1,137 @@
+// The matrix kernel of attention: a tile of rows times a packed panel, on whatever multiplies
+// fastest, and the packing.
+//
+// Operands are units of 32 bits, an fp32 or a pair of bf16 for vdpbf16ps, carried as floats
+// whatever they hold. A panel is kPanel columns: one unit of each of them, then the next unit of
+// each, so the kernel streams it, a vector load per kLanes columns and a broadcast per row.
+#pragma once
+#include "simd.h"
+
+namespace lf::LF_ISA {
+
+// kTileRows x kPanelVecs accumulators, kPanelVecs vectors of b and one of a fill the register file.
+#if defined(LF_AVX512)
+inline constexpr int kTileRows = 6, kPanelVecs = 4;
+#elif defined(LF_AVX2)
+inline constexpr int kTileRows = 6, kPanelVecs = 2;
+#else
+inline constexpr int kTileRows = 2, kPanelVecs = 2;
+#endif
+inline constexpr int kPanel = kPanelVecs * kLanes;
+
+// dst[unit][key] = row(key)[unit] for one vector of keys and one of units; dst's rows are kPanel.
+inline void store_transposed(float* dst, Vec* rows, int units) {
+#if defined(LF_AVX512)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(rows[i].v);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 4; ++j) {
+      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    a[j] = _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88);
+    a[j + 8] = _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd);
+  }
+  for (int u = 0; u < 16; ++u)
+    if (u < units) _mm512_storeu_si512(dst + u * kPanel, a[u]);
+#else
+  float t[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store(t[i], rows[i]);
+  for (int u = 0; u < units; ++u)
+    for (int i = 0; i < kLanes; ++i) dst[u * kPanel + i] = t[i][u];
+#endif
+}
+
+// How operands of dtype T are multiplied.
+template <class T>
+struct Units {
+  static constexpr int kElements = 1;
+  static constexpr bool kShortExp = false;
+
+  static Vec load_units(const T* p, int64_t elements) {
+    return elements >= kLanes ? load(p) : load_n(p, static_cast<int>(elements));
+  }
+  static Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+  // Two rows of values; rows beyond the last key are null.
+  static bool pack_pair(float* dst, const T* v0, const T* v1, int64_t elements) {
+    const Vec a = load_units(v0, elements), b = v1 ? load_units(v1, elements) : zeros();
+    store(dst, a);
+    store(dst + kPanel, b);
+    return !any_nan((a - a) + (b - b));
+  }
+  // Probabilities to units, in place; returns their sum.
+  static Vec pack_probabilities(float* dst, Vec p0, Vec p1) {
+    store(dst, p0);
+    store(dst + kLanes, p1);
+    return p0 + p1;
+  }
+};
+
+#if defined(LF_AVX512_BF16)
+// vdpbf16ps takes denormals for zeros, in its operands and in its result.
+template <>
+struct Units<bf16> {
+  static constexpr int kElements = 2;
+  static constexpr bool kShortExp = true;  // the rounding to bf16 is 500 times its error
+
+  static Vec load_units(const bf16* p, int64_t elements) {
+    if (elements >= 32) return {_mm512_loadu_ps(p)};
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << elements) - 1);
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
+  }
+  static Vec dot(Vec a, Vec b, Vec c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+  }
+  static bool pack_pair(float* dst, const bf16* v0, const bf16* v1, int64_t elements) {
+    const auto mask = elements >= 16 ? __mmask16{0xffff} : first(static_cast<int>(elements));
+    const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v0));
+    const __m512i b =
+        v1 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v1)) : _mm512_setzero_si512();
+    const __m512i pair = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
+    _mm512_storeu_si512(dst, pair);
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    return !_mm512_cmpeq_epi16_mask(_mm512_and_si512(pair, exponent), exponent);
+  }
+  static Vec pack_probabilities(float* dst, Vec p0, Vec p1) {
+    const __m512bh pair = _mm512_cvtne2ps_pbh(p1.v, p0.v);
+    _mm512_storeu_ps(dst, (__m512)pair);
+    return dot({(__m512)pair}, broadcast(bits_float(0x3f803f80u)), zeros());
+  }
+};
+#endif
+
+// c [R, vecs] = a b * factor[0]; or, to accumulate, c = c * factor[row] + a b.
+template <class U, int R, bool kAccumulate, int NV = kPanelVecs>
+inline void dot_tile(int64_t vecs, const float* a, int64_t lda, const float* b, int64_t units,
+                     float* c, int64_t ldc, const float* factor) {
+  if constexpr (NV > 1)
+    if (vecs < NV)
+      return dot_tile<U, R, kAccumulate, NV - 1>(vecs, a, lda, b, units, c, ldc, factor);
+  Vec acc[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < NV; ++i)
+      acc[r][i] = kAccumulate ? load(c + r * ldc + i * kLanes) * broadcast(factor[r]) : zeros();
+  for (int64_t u = 0; u < units; ++u) {
+    Vec bv[NV];
+    for (int i = 0; i < NV; ++i) bv[i] = load(b + u * kPanel + i * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec av = broadcast(a[r * lda + u]);
+      for (int i = 0; i < NV; ++i) acc[r][i] = U::dot(av, bv[i], acc[r][i]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < NV; ++i)
+      store(c + r * ldc + i * kLanes, kAccumulate ? acc[r][i] : acc[r][i] * broadcast(factor[0]));
+}
+
+}  // namespace lf::LF_ISA
