@@ -20,6 +20,29 @@ inline void parallel_for(int64_t n, int threads, Body&& body) {
   for (int64_t i = 0; i < n; ++i) body(i);
 }
 
+// As parallel_for, but every thread claims one item early: body(i, next) knows which item the
+// thread will take after i (-1: none) and can prefetch for it.
+template <class Body>
+inline void parallel_for_ahead(int64_t n, int threads, Body&& body) {
+  if (threads > n) threads = static_cast<int>(n);
+  int64_t claimed = 0;
+  const auto work = [&] {
+    const auto claim = [&] {
+      int64_t i;
+#pragma omp atomic capture
+      i = claimed++;
+      return i < n ? i : -1;
+    };
+    for (int64_t i = claim(), next; i >= 0; i = next) {
+      next = claim();
+      body(i, next);
+    }
+  };
+  if (threads <= 1) return work();
+#pragma omp parallel num_threads(threads)
+  work();
+}
+
 // Cuts [0, n) into chunks of about `grain` items and calls body(begin, end) for each.
 template <class Body>
 inline void parallel_chunks(int64_t n, int64_t grain, int threads, Body&& body) {
