@@ -1,9 +1,59 @@
+// silu_and_mul, the middle of SwiGLU, and its FP8 form.
+//
+//   s = gate / (1 + e^-gate)     (fp32, then rounded to dtype)
+//   out = s * up                 (rounded to dtype)
+//   FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
+//
+// Cost: 6 bytes an element of out in bf16; an exponential and a division, about 25 flops.
 #include "kernels.h"
 #include "parallel.h"
+#include "quantize_row.h"
 #include "simd.h"
 
 namespace lf::LF_ISA {
+namespace {
 
-void silu_and_mul(const SiluAndMulParams&, int) {}
+// -Inf gives NaN (-Inf / Inf) and everything below -88.7 gives -0, as in torch: e^-x overflows.
+inline Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(zeros() - x)); }
+
+template <class T>
+void silu_and_mul_row(T* out, const T* gate, const T* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    store(out + i, round_to<T>(silu(load(gate + i))) * load(up + i));
+  if (const int tail = static_cast<int>(n - i))
+    store_n(out + i, round_to<T>(silu(load_n(gate + i, tail))) * load_n(up + i, tail), tail);
+}
+
+template <class T>
+void run(const SiluAndMulParams& p, int threads) {
+  // A work item: columns [c * kWidth, ...) of a row, or whole rows where they are short or FP8.
+  constexpr int64_t kWidth = 4096;
+  const int64_t width = p.scale || p.width < kWidth ? p.width : kWidth;
+  const int64_t across = (p.width + width - 1) / width;
+  parallel_chunks(p.rows * across, kWidth / width, threads, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / across, left = item % across * width;
+      const int64_t n = left + width < p.width ? width : p.width - left;
+      const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_stride + left;
+      const T* up = gate + p.width;
+      if (!p.scale) {
+        silu_and_mul_row(static_cast<T*>(p.out) + row * p.width + left, gate, up, n);
+        continue;
+      }
+      T* activated = scratch.get<T>(static_cast<size_t>(n));
+      silu_and_mul_row(activated, gate, up, n);
+      p.scale[row] =
+          quantize_row(static_cast<e4m3*>(p.out) + row * p.width, activated, n, p.scale_ub);
+    }
+  });
+}
+
+}  // namespace
+
+void silu_and_mul(const SiluAndMulParams& p, int threads) {
+  with_dtype(p.dtype, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(p, threads); });
+}
 
 }  // namespace lf::LF_ISA

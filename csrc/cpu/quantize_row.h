@@ -13,28 +13,25 @@ namespace lf::LF_ISA {
 
 inline constexpr float kFp8Max = 448.0f;
 
+// Magnitudes order as their bits do, NaN above Inf, so an integer maximum finds amax and keeps NaN;
+// the compiler turns this loop into one instruction for 32 16-bit values.
 template <class T>
 inline float amax(const T* x, int64_t n) {
-  Vec m[2] = {zeros(), zeros()};
-  Vec nan = zeros();  // x - x: 0 for finite values, NaN for NaN and Inf
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const Vec v = load(x + i);
-    m[(i / kLanes) & 1] = max(abs(v), m[(i / kLanes) & 1]);
-    nan = nan + (v - v);
+  using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
+  Bits largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(T));
+    bits &= std::numeric_limits<Bits>::max();
+    largest = bits > largest ? bits : largest;
   }
-  if (const int tail = static_cast<int>(n - i)) {
-    const Vec v = load_n(x + i, tail);
-    m[0] = max(abs(v), m[0]);
-    nan = nan + (v - v);
-  }
-  if (any_nan(nan))  // rare: look again, a NaN wins over an Inf
-    for (i = 0; i < n; ++i) {
-      const float v = to_float(x[i]);
-      if (v != v) return v;
-    }
-  return reduce_max(max(m[0], m[1]));
+  T value;
+  std::memcpy(&value, &largest, sizeof(T));
+  return to_float(value);
 }
+
+// The larger of two amaxes; NaN wins.
+inline float max_amax(float a, float b) { return a != a || a > b ? a : b; }
 
 inline float fp8_scale(float amax, float scale_ub) {
   if (amax != amax) return amax;

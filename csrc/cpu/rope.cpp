@@ -1,9 +1,108 @@
+// apply_rope and apply_rope_and_append.
+//
+//   (a, b) -> (a cos - b sin, b cos + a sin)      (fp32, rounded to dtype once)
+//
+// with the pairs (i, i + D / 2), or (2i, 2i + 1) when interleaved. The products and the sum round
+// one by one, without fma, so that the result equals eager PyTorch's bit for bit.
+//
+// q and k are rotated in one pass and k and v go straight to their place in the cache: 4 bytes an
+// element in bf16, and the token's cosines and sines stay in L1 for all of its heads.
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace lf::LF_ISA {
+namespace {
 
-void rope(const RopeParams&, int) {}
+template <class T>
+void rotate_halves(T* out, const T* x, const float* cos, const float* sin, int64_t half) {
+  int64_t i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+    store(out + i, a * c - b * s);
+    store(out + half + i, b * c + a * s);
+  }
+  if (const int tail = static_cast<int>(half - i)) {
+    const Vec a = load_n(x + i, tail), b = load_n(x + half + i, tail);
+    const Vec c = load_n(cos + i, tail), s = load_n(sin + i, tail);
+    store_n(out + i, a * c - b * s, tail);
+    store_n(out + half + i, b * c + a * s, tail);
+  }
+}
+
+// cos = c0 c0 c1 c1 ..., sin = -s0 s0 -s1 s1 ...: a c + b (-s) is a c - b s exactly.
+template <class T>
+void rotate_pairs(T* out, const T* x, const float* cos, const float* sin, int64_t d) {
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) {
+    const Vec v = load(x + i);
+    store(out + i, v * load(cos + i) + swap_pairs(v) * load(sin + i));
+  }
+  if (const int tail = static_cast<int>(d - i)) {
+    const Vec v = load_n(x + i, tail);
+    store_n(out + i, v * load_n(cos + i, tail) + swap_pairs(v) * load_n(sin + i, tail), tail);
+  }
+}
+
+int64_t index_at(const void* indices, bool is_64bit, int64_t i) {
+  return is_64bit ? static_cast<const int64_t*>(indices)[i]
+                  : static_cast<const int32_t*>(indices)[i];
+}
+
+template <class T>
+void run_token(const RopeParams& p, int64_t token, float* spread) {
+  const int64_t d = p.head_dim, half = d / 2;
+  const float* cos = p.table + index_at(p.positions, p.positions_are_64bit, token) * p.table_stride;
+  const float* sin = cos + half;
+  if (p.interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      spread[2 * i] = spread[2 * i + 1] = cos[i];
+      spread[d + 2 * i] = -sin[i];
+      spread[d + 2 * i + 1] = sin[i];
+    }
+    cos = spread;
+    sin = spread + d;
+  }
+  const auto rotate = [&](T* out, int64_t out_stride, const T* x, int64_t stride, int64_t heads) {
+    for (int64_t h = 0; h < heads; ++h) {
+      if (p.interleaved)
+        rotate_pairs(out + h * out_stride, x + h * stride, cos, sin, d);
+      else
+        rotate_halves(out + h * out_stride, x + h * stride, cos, sin, half);
+    }
+  };
+  rotate(static_cast<T*>(p.q_out) + token * p.heads * d, d,
+         static_cast<const T*>(p.q) + token * p.q_stride[0], p.q_stride[1], p.heads);
+  const T* k = static_cast<const T*>(p.k) + token * p.k_stride[0];
+  if (!p.k_cache) {
+    rotate(static_cast<T*>(p.k_out) + token * p.kv_heads * d, d, k, p.k_stride[1], p.kv_heads);
+    return;
+  }
+  const int64_t slot = index_at(p.slots, p.slots_are_64bit, token);
+  if (slot < 0) return;
+  const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+  rotate(static_cast<T*>(p.k_cache) + block * p.k_cache_stride[0] + offset * p.k_cache_stride[1],
+         p.k_cache_stride[2], k, p.k_stride[1], p.kv_heads);
+  const T* v = static_cast<const T*>(p.v) + token * p.v_stride[0];
+  T* v_out =
+      static_cast<T*>(p.v_cache) + block * p.v_cache_stride[0] + offset * p.v_cache_stride[1];
+  for (int64_t h = 0; h < p.kv_heads; ++h)
+    std::memcpy(v_out + h * p.v_cache_stride[2], v + h * p.v_stride[1],
+                static_cast<size_t>(d) * sizeof(T));
+}
+
+}  // namespace
+
+void rope(const RopeParams& p, int threads) {
+  const int64_t grain = 16384 / ((p.heads + p.kv_heads) * p.head_dim + 1);
+  parallel_chunks(p.tokens, grain, threads, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    float* spread = scratch.get<float>(2 * static_cast<size_t>(p.head_dim));
+    with_dtype(p.dtype, [&](auto* t) {
+      for (int64_t i = begin; i < end; ++i)
+        run_token<std::remove_pointer_t<decltype(t)>>(p, i, spread);
+    });
+  });
+}
 
 }  // namespace lf::LF_ISA

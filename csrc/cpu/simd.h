@@ -208,11 +208,10 @@ inline Vec round_to<f16>(Vec a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
-// 2^n for integral n in [-126, 127] held as floats.
-inline Vec exp2_int(Vec n) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(
-      _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
-}
+// x * 2^n for integral n in [-252, 254] held as floats; overflows to Inf, underflows gradually.
+inline Vec ldexp(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// Lanes 2i and 2i + 1 change places.
+inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 inline Vec round_int(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -336,10 +335,14 @@ inline Vec round_to<f16>(Vec a) {
 inline bool any_nan(Vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0;
 }
-inline Vec exp2_int(Vec n) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(
-      _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+inline Vec ldexp(Vec x, Vec n) {  // in two steps: 2^n alone may not fit
+  const __m256i i = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(i, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
+  return {_mm256_mul_ps(_mm256_mul_ps(x.v, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b))};
 }
+inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 inline Vec round_int(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -426,9 +429,19 @@ inline bool any_nan(Vec a) {
   LF_EACH nan |= a.v[i] != a.v[i];
   return nan;
 }
-inline Vec exp2_int(Vec n) {
-  LF_EACH n.v[i] = bits_float(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23);
-  return n;
+inline float exp2_int(int32_t n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
+inline Vec ldexp(Vec x, Vec n) {  // in two steps: 2^n alone may not fit
+  LF_EACH {
+    const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+    const int32_t half = whole / 2;
+    x.v[i] = x.v[i] * exp2_int(half) * exp2_int(whole - half);
+  }
+  return x;
+}
+inline Vec swap_pairs(Vec a) {
+  Vec r;
+  LF_EACH r.v[i] = a.v[i ^ 1];
+  return r;
 }
 inline Vec round_int(Vec a) {
   LF_EACH a.v[i] = std::nearbyint(a.v[i]);
@@ -440,11 +453,11 @@ inline Vec round_int(Vec a) {
 
 // ---- on top of the above, the same for every instruction set ----
 
-// e^x to 2 ulp: Cody-Waite reduction by ln 2, then a degree-6 polynomial (coefficients: Cephes
-// expf). x is clamped from below to -87.3 (the smallest normal result); NaN stays NaN; x must not
-// exceed 88.
+// e^x to 2 ulp for every x: Cody-Waite reduction by ln 2, then a degree-6 polynomial (coefficients:
+// Cephes expf). The bounds lie past where e^x is 0 and Inf; NaN, as min's and max's second operand,
+// comes through.
 inline Vec exp(Vec x) {
-  const Vec clamped = max(broadcast(-87.3365f), x);  // max(a, NaN) is NaN on x86: second operand
+  const Vec clamped = min(broadcast(89.0f), max(broadcast(-105.0f), x));
   const Vec n = round_int(clamped * broadcast(1.44269504088896341f));
   Vec r = fma(n, broadcast(-0.693359375f), clamped);
   r = fma(n, broadcast(2.12194440e-4f), r);
@@ -455,7 +468,7 @@ inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r + broadcast(1.0f));
-  return p * exp2_int(n);
+  return ldexp(p, n);
 }
 
 // Calls f with a null pointer of the C++ type that an activation's dtype names: f(T*).
