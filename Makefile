@@ -49,14 +49,13 @@ format: $(READY)
 # instrumented extension in place of the ordinary one.
 sanitize: $(READY)
 	@test -e "$(ASAN_LIBRARY)" || $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja \
-	    -DPython_EXECUTABLE="$(abspath $(BIN))/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
+	"$(BIN)/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
 	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
 	"$(BIN)/cmake" --build build/sanitize
 	ln -sf "$(CURDIR)"/llama_fast/*.py $(SANITIZED)/llama_fast/
-	cd $(SANITIZED) && LD_PRELOAD="$(ASAN_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 \
-	    UBSAN_OPTIONS=print_stacktrace=1 "$(abspath $(BIN))/python" "$(CURDIR)/tests/run_sanitized.py" \
-	    $(addprefix "$(CURDIR)"/,$(OP_TESTS)) $(PYTEST)
+	LD_PRELOAD="$(ASAN_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py $(OP_TESTS) $(PYTEST)
 
 clean:
 	rm -rf build dist *.egg-info llama_fast/*.so .pytest_cache .mypy_cache .ruff_cache "$(VENV)"
