@@ -1,0 +1,79 @@
+# make bench   set up .venv, then the forward pass with the kernels against eager PyTorch
+# make test    the same set-up, then the whole test suite      (PYTEST="-k rope" passes options)
+# make lint | format | sanitize | clean
+# PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
+
+VENV ?= .venv
+ifndef PYTHON
+PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
+    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; \
+    done)
+endif
+ifneq ($(filter default undefined,$(origin CXX)),)
+CXX := $(shell for c in c++ g++ clang++; do command -v $$c && break; done)
+else
+export CXX
+endif
+
+# The sanitizers' runtime has to be in the process before Python: preload it.
+ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
+SANITIZED := build/sanitize/site
+OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
+say = { echo "error: $(1)" >&2; exit 1; }
+
+.PHONY: bench test lint format sanitize clean preflight
+
+bench: $(READY)
+	"$(BIN)/python" -m bench
+
+test: $(READY)
+	"$(BIN)/python" -m pytest $(PYTEST)
+
+lint: $(READY)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/clang-format" --dry-run --Werror $(CXX_FILES)
+	"$(BIN)/mypy"
+
+format: $(READY)
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+	"$(BIN)/clang-format" -i $(CXX_FILES)
+
+# Beside the ordinary build, never over it: a package of links to our Python files, with the
+# instrumented extension in place of the ordinary one.
+sanitize: $(READY)
+	@test -e "$(ASAN_LIBRARY)" || $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
+	"$(BIN)/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
+	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
+	"$(BIN)/cmake" --build build/sanitize
+	ln -sf "$(CURDIR)"/llama_fast/*.py $(SANITIZED)/llama_fast/
+	LD_PRELOAD="$(ASAN_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py $(OP_TESTS) $(PYTEST)
+
+clean:
+	rm -rf build dist *.egg-info llama_fast/*.so .pytest_cache .mypy_cache .ruff_cache "$(VENV)"
+
+preflight:
+	@test -n "$(PYTHON)" || $(call say,no Python >= 3.10 found; install one or name it: make PYTHON=/path/to/python3)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    $(call say,PYTHON=$(PYTHON) is not a Python >= 3.10)
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
+	    $(call say,$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv)
+	@test -n "$(CXX)" && command -v $(firstword $(CXX)) >/dev/null || \
+	    $(call say,no C++ compiler$(if $(CXX), $(firstword $(CXX))); install one (apt install g++) or name it: make CXX=...)
+
+# One stamp: a second run finds nothing to do, an edited kernel is compiled again. The environment
+# variables reach pip's isolated build as well, which -c does not.
+$(READY): $(INSTALLED_FROM)
+	@$(MAKE) --no-print-directory -s preflight PYTHON="$(PYTHON)"
+	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	    "$(BIN)/python" -m pip install -q -e '.[bench,test,dev]'
+	touch "$@"

@@ -1,0 +1,110 @@
+"""Hands the native build to CMake; everything declarative lies in pyproject.toml.
+
+Read from the environment:
+  CXX                        the C++ compiler
+  MAX_JOBS                   compiler processes at once (default: ninja's choice)
+  LLAMA_FAST_CUDA            auto (default): CUDA kernels when nvcc is found; on: demand them; off
+  CMAKE_CUDA_ARCHITECTURES   passed on to CMake
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+# Before anything newer Pythons need: an old one should read this line, not a traceback.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit(f"error: llama_fast needs Python >= 3.10; this is {sys.version.split()[0]}")
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"error: {message}")
+
+
+def check_compiler() -> None:
+    cxx = os.environ.get("CXX")
+    names = shlex.split(cxx)[:1] if cxx else ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, names)):
+        fail(
+            f"no C++ compiler: looked for {', '.join(names)}. Install one ('apt install g++', "
+            "'dnf install gcc-c++') or name one in CXX; llama_fast is never installed without "
+            "its compiled kernels"
+        )
+    include = sysconfig.get_path("include")
+    if not os.path.exists(os.path.join(include, "Python.h")):
+        fail(
+            f"no Python headers: {include}/Python.h is missing. Install them "
+            "('apt install python3-dev', 'dnf install python3-devel')"
+        )
+
+
+def check_cuda() -> None:
+    mode = os.environ.get("LLAMA_FAST_CUDA", "auto")
+    if mode not in ("auto", "on", "off"):
+        fail(f"LLAMA_FAST_CUDA: got {mode!r}, want auto, on or off")
+    if mode == "on" and not any((ROOT / "csrc" / "cuda").glob("*.cu")):
+        fail("LLAMA_FAST_CUDA=on: there are no CUDA kernels in this version; use auto or off")
+    if mode == "on" and not shutil.which("nvcc"):
+        fail("LLAMA_FAST_CUDA=on: nvcc is not on PATH; install the CUDA toolkit, or use auto")
+
+
+def tool(name: str) -> str:
+    """A build requirement's command: on PATH, or beside this Python (a venv not activated)."""
+    found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
+    if not found:
+        fail(f"{name} not found: it is a build requirement; without build isolation, install it")
+    return found
+
+
+def run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError:
+        fail("the native build failed: see the lines above")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        check_compiler()
+        check_cuda()
+        cmake, ninja = tool("cmake"), tool("ninja")
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        # In the checkout, not in setuptools' throw-away folder, so that a second install compiles
+        # only what changed. The cache goes: an isolated build's cmake, ninja and pybind11 lie in
+        # a new temporary folder each time. Objects stay.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DLLAMA_FAST_OUTPUT={output}",
+        ]
+        architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
+        if architectures:
+            options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", "--no-warn-unused-cli"]
+        jobs = os.environ.get("MAX_JOBS")
+        run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options)
+        run(cmake, "--build", str(build), *(["--parallel", jobs] if jobs else []))
+
+
+# Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
+# with the PyPI package of that name, which transformers looks for.
+mapped = {
+    f"llama_fast.{name}": name for name in ("bench", "kernels") if any(ROOT.glob(f"{name}/*.py"))
+}
+
+setup(
+    packages=["llama_fast", *mapped],
+    package_dir={"llama_fast": "llama_fast", **mapped},
+    ext_modules=[Extension("llama_fast._cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,324 @@
+"""sdist -> wheel and editable installs, as a user makes them: build isolated, imports from outside.
+
+The kernels are compiled once for the file, without optimisation: what they compute is not the
+question here. Everything happens on a copy of the checkout; the checkout itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("llama_fast", "kernels", "bench", "csrc", "tests", "docs", "examples", ".ci")
+NOT_SOURCE = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "out")
+
+# Reads as JSON where everything was imported from; runs in the environment under test.
+SHOW = """
+import json
+import llama_fast, torch
+import llama_fast.bench.probe, llama_fast.kernels.probe
+x, weight = torch.randn(3, 65), torch.randn(65)
+difference = llama_fast.rms_norm(x, weight) - llama_fast.reference.rms_norm(x, weight)
+print(json.dumps({
+    "package": llama_fast.__file__, "extension": llama_fast._cpu.__file__,
+    "bench": llama_fast.bench.probe.__file__, "kernels": llama_fast.kernels.probe.__file__,
+    "difference": difference.abs().max().item(),
+}))
+"""
+
+
+def run(
+    *command: str | Path, cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    ambient = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=ambient | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def succeed(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
+    result = run(*command, cwd=cwd, **env)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkout's sources, and a module in each mapped folder to ask for."""
+    copy = tmp_path_factory.mktemp("packaging") / "checkout"
+    copy.mkdir()
+    for name in FOLDERS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=NOT_SOURCE)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy2(file, copy)
+    for name in ("bench", "kernels"):
+        (copy / name).mkdir(exist_ok=True)
+        (copy / name / "probe.py").touch()
+    return copy
+
+
+@pytest.fixture(scope="session")
+def sdist(checkout: Path) -> Path:
+    """The source distribution, unpacked: all that an installation from PyPI has to go by."""
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    succeed(sys.executable, "-c", build, cwd=checkout)
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(checkout.parent, filter="data")
+    return checkout.parent / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="session")
+def pip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    launcher = tmp_path_factory.mktemp("launcher") / "unoptimised"
+    launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
+    launcher.chmod(0o755)
+
+    def pip(*arguments: str | Path, **env: str) -> str:
+        command = (sys.executable, "-m", "pip", *arguments)
+        return succeed(*command, CMAKE_CXX_COMPILER_LAUNCHER=str(launcher), **env)
+
+    return pip
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path, pip: Callable[..., str]) -> Path:
+    pip("wheel", "--no-deps", "--wheel-dir", sdist.parent / "wheel", sdist)
+    (built,) = (sdist.parent / "wheel").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def extension(wheel: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        (native,) = [name for name in archive.namelist() if name.endswith(".so")]
+        return Path(archive.extract(native, wheel.parent / "unpacked"))
+
+
+def make_venv(folder: Path) -> Path:
+    """An environment that sees this one's packages, but not what is installed editable here."""
+    succeed(sys.executable, "-m", "venv", "--without-pip", folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, pip: Callable[..., str]) -> Path:
+    python = make_venv(wheel.parent.parent / "installed")
+    pip("--python", python, "install", "--no-deps", wheel)
+    return python
+
+
+@pytest.fixture(scope="session")
+def editable(wheel: Path, sdist: Path, pip: Callable[..., str]) -> Path:
+    """After the wheel, in the same tree: the kernels are already compiled."""
+    python = make_venv(sdist.parent / "editable")
+    pip("--python", python, "install", "--no-deps", "-e", sdist)
+    return python
+
+
+@pytest.fixture(scope="session")
+def kernels_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The PyPI package `kernels`, which transformers imports when it is there."""
+    target = tmp_path_factory.mktemp("kernels_package")
+    command = ("-m", "pip", "install", "--no-deps", "-c", ROOT / "constraints.txt")
+    result = run(sys.executable, *command, "--target", target, "kernels")
+    if result.returncode:
+        pytest.skip(f"cannot install the PyPI package kernels: {result.stderr[-200:]}")
+    return target
+
+
+def test_sdist_holds_every_source(checkout: Path, sdist: Path) -> None:
+    def sources(root: Path) -> set[str]:
+        files = (f for name in FOLDERS for f in (root / name).rglob("*") if f.is_file())
+        return {str(f.relative_to(root)) for f in files}
+
+    assert sources(sdist) == sources(checkout)
+    for name in ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "constraints.txt"):
+        assert (sdist / name).exists()
+
+
+def test_wheel_holds_the_package_and_one_extension(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    info = "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+    assert {n.split("/")[0] for n in names} == {"llama_fast", info}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert [n for n in names if ".so" in n] == [f"llama_fast/_cpu{suffix}"]
+    assert {"llama_fast/py.typed", "llama_fast/_cpu.pyi", f"{info}/licenses/LICENSE"} <= {*names}
+    assert {"llama_fast/bench/probe.py", "llama_fast/kernels/probe.py"} <= {*names}
+    assert "llama_fast/kernels/__init__.py" not in names
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+def test_extension_links_neither_torch_nor_python(extension: Path) -> None:
+    """One build serves every torch; libgomp under its plain soname is the one torch brings."""
+    if not shutil.which("readelf"):
+        pytest.skip("readelf (binutils) is not installed")
+    dynamic = succeed("readelf", "--dynamic", extension)
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    assert "libgomp.so.1" in needed
+    assert not [name for name in needed if re.match(r"lib(torch|c10|python|asan)", name)]
+    assert not re.search(r"RPATH|RUNPATH", dynamic)
+
+
+def test_one_openmp_runtime_in_the_process(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import llama_fast, torch; torch.ones(1 << 20).sum();"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line})"
+    )
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs /proc/self/maps")
+    assert len(eval(succeed(installed, "-c", code, cwd=tmp_path))) == 1
+
+
+def test_installed_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    shown = json.loads(succeed(installed, "-c", SHOW, cwd=tmp_path))
+    assert shown.pop("difference") < 1e-5
+    environment = installed.parent.parent
+    assert all(Path(path).is_relative_to(environment) for path in shown.values()), shown
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside the root", "inside the root"])
+def test_editable(editable: Path, sdist: Path, tmp_path: Path, inside: bool) -> None:
+    shown = json.loads(succeed(editable, "-c", SHOW, cwd=sdist if inside else tmp_path))
+    assert shown.pop("difference") < 1e-5
+    assert shown["bench"] == str(sdist / "bench" / "probe.py")
+    assert shown["kernels"] == str(sdist / "kernels" / "probe.py")
+    assert all(Path(path).is_relative_to(sdist) for path in shown.values()), shown
+
+
+@pytest.mark.parametrize("kind", ["installed", "editable"])
+def test_beside_the_kernels_package(
+    kind: str, kernels_package: Path, sdist: Path, request: pytest.FixtureRequest
+) -> None:
+    """From the root too, where the folder of the same name lies first on sys.path."""
+    python = request.getfixturevalue(kind)
+    which = "import importlib.util; print(importlib.util.find_spec('kernels').origin)"
+    path = {"PYTHONPATH": str(kernels_package)}
+    assert Path(succeed(python, "-c", which, cwd=sdist, **path).strip()).is_relative_to(
+        kernels_package
+    )
+    json.loads(succeed(python, "-c", SHOW, cwd=sdist, **path))
+
+
+def test_beside_transformers_with_the_kernels_package(
+    editable: Path, kernels_package: Path, sdist: Path
+) -> None:
+    code = "import llama_fast.kernels.probe; from transformers import LlamaForCausalLM"
+    succeed(editable, "-c", code, cwd=sdist, PYTHONPATH=str(kernels_package))
+
+
+def test_command(installed: Path, tmp_path: Path) -> None:
+    assert "generate" in succeed(installed.parent / "llama-fast", "--help", cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"CXX": "no-such-c++"}, "error: no C++ compiler: looked for no-such-c++. Install one"),
+        ({"LLAMA_FAST_CUDA": "on"}, "error: LLAMA_FAST_CUDA=on: there are no CUDA kernels"),
+        ({"LLAMA_FAST_CUDA": "yes"}, "error: LLAMA_FAST_CUDA: got 'yes', want auto, on or off"),
+    ],
+    ids=["compiler missing", "CUDA demanded", "CUDA misspelt"],
+)
+def test_install_fails_clearly(
+    checkout: Path, tmp_path: Path, env: dict[str, str], message: str
+) -> None:
+    command = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", tmp_path)
+    result = run(sys.executable, *command, checkout, **env)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert not [*tmp_path.iterdir()], "a pure-Python install was left behind"
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        ("sys.version_info = (3, 9, 18)", "error: llama_fast needs Python >= 3.10"),
+        ("sysconfig.get_path = lambda name: '/nowhere'", "error: no Python headers: /nowhere"),
+    ],
+    ids=["old Python", "no Python headers"],
+)
+def test_setup_names_what_python_lacks(checkout: Path, patch: str, message: str) -> None:
+    code = (
+        f"import runpy, setuptools, sys, sysconfig; {patch}; sys.argv = ['setup.py', 'build_ext']"
+    )
+    result = run(sys.executable, "-c", f"{code}; runpy.run_path('setup.py')", cwd=checkout)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(message)
+
+
+NO_PYTHON = 'case "$2" in *version_info*) exit 1;; esac'
+NO_VENV = 'case "$2" in *ensurepip*) exit 1;; esac'
+
+
+@pytest.mark.parametrize(
+    ("variable", "script", "message"),
+    [
+        ("PYTHON", NO_PYTHON, "is not a Python >= 3.10"),
+        ("PYTHON", NO_VENV, "apt install python3-venv"),
+        ("PYTHON", None, "is not a Python >= 3.10"),
+        ("CXX", None, "no C++ compiler"),
+    ],
+    ids=["Python 3.9", "no venv", "no such Python", "no compiler"],
+)
+def test_make_fails_in_one_line(
+    checkout: Path, tmp_path: Path, variable: str, script: str | None, message: str
+) -> None:
+    program = tmp_path / "program"
+    if script:
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    venv = tmp_path / "venv"
+    result = run("make", "test", f"{variable}={program}", f"VENV={venv}", cwd=checkout)
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("make")]
+    assert line.startswith("error: ") and message in line
+    assert not venv.exists()
+
+
+def test_make_installs_once(checkout: Path, tmp_path: Path) -> None:
+    stamp = tmp_path / "venv" / ".ready"
+    stamp.parent.mkdir()
+    stamp.touch()
+    plan = ("make", "--dry-run", "test", f"VENV={stamp.parent}")
+    assert "pip install" not in succeed(*plan, cwd=checkout)
+    os.utime(stamp, (0, 0))
+    assert "pip install" in succeed(*plan, cwd=checkout)
+
+
+def test_constraints_pin_every_requirement_within_its_range() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {r.name: r for r in map(Requirement, (x for x in lines if not x.startswith("#")))}
+    wanted = project["project"]["dependencies"] + project["build-system"]["requires"]
+    wanted += sum(project["project"]["optional-dependencies"].values(), [])
+    for requirement in map(Requirement, wanted):
+        if requirement.name == "llama_fast":
+            continue
+        (pin,) = pins[requirement.name].specifier
+        assert pin.operator == "==" and pin.version in requirement.specifier, requirement
+    assert str(pins["torch"].specifier) == "==2.13.0"
