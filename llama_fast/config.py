@@ -107,15 +107,15 @@ class LlamaConfig:
 
     @classmethod
     def llama_3_1_8b(cls) -> LlamaConfig:
-        return cls(**_LLAMA_3_1, **_shape(4096, 14336, 32, 32))
+        return cls(**_llama_3_1(4096, 14336, 32, 32))
 
     @classmethod
     def llama_3_1_70b(cls) -> LlamaConfig:
-        return cls(**_LLAMA_3_1, **_shape(8192, 28672, 80, 64))
+        return cls(**_llama_3_1(8192, 28672, 80, 64))
 
     @classmethod
     def llama_3_1_405b(cls) -> LlamaConfig:
-        return cls(**_LLAMA_3_1, **_shape(16384, 53248, 126, 128))
+        return cls(**_llama_3_1(16384, 53248, 126, 128))
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
@@ -168,14 +168,6 @@ class LlamaConfig:
         )
 
 
-_LLAMA_3_1: dict[str, Any] = {
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "rope_scaling": RopeScaling(),
-    "eos_token_id": (128001, 128008, 128009),
-}
-
 # Fields that change what is computed, and the one value that this model computes.
 _REQUIRED = {
     "model_type": "llama",
@@ -185,12 +177,17 @@ _REQUIRED = {
 }
 
 
-def _shape(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, int]:
+def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
     return {
+        "vocab_size": 128256,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_scaling": RopeScaling(),
+        "eos_token_id": (128001, 128008, 128009),
     }
 
 

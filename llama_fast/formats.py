@@ -55,9 +55,11 @@ def parse(quantization: Any) -> Format | None:
         excluded = _modules(quantization, "modules_to_not_convert")
         return Format("weight_scale", False, excluded, None if bound is None else float(bound))
     if method == "fp8":
-        if quantization.get("weight_block_size") != [FP8_BLOCK, FP8_BLOCK]:
-            got = quantization.get("weight_block_size")
-            raise ValueError(f"quantization_config.weight_block_size: got {got!r}, want [128, 128]")
+        block = quantization.get("weight_block_size")
+        if block != [FP8_BLOCK, FP8_BLOCK]:
+            raise ValueError(
+                f"quantization_config.weight_block_size: got {block!r}, want [128, 128]"
+            )
         return Format("weight_scale_inv", True, _modules(quantization, "modules_to_not_convert"))
     if method == "compressed-tensors":
         _check_compressed_tensors(quantization)
