@@ -10,6 +10,9 @@ if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
 from .backends import backends, use_backend  # noqa: E402
+from .cache import KVCache  # noqa: E402
+from .config import LlamaConfig, RopeScaling  # noqa: E402
+from .model import Llama  # noqa: E402
 from .ops import (  # noqa: E402
     add_rms_norm,
     apply_rope,
@@ -27,10 +30,16 @@ from .ops import (  # noqa: E402
     silu_and_mul,
     silu_and_mul_fp8,
 )
+from .text import TextStreamer  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KVCache",
+    "Llama",
+    "LlamaConfig",
+    "RopeScaling",
+    "TextStreamer",
     "add_rms_norm",
     "apply_rope",
     "apply_rope_and_append",

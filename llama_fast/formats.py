@@ -1,0 +1,105 @@
+"""The FP8 formats in which checkpoints come, told from config.json's quantization_config.
+
+quant_method         weight e4m3 [N, K] and
+fbgemm_fp8           weight_scale [N, 1]; activations bounded by activation_scale_ub
+compressed-tensors   weight_scale [N, 1] or [1] (format float-quantized); a static input_scale is
+                     not used: activations are never quantised more coarsely than they come
+fp8                  weight_scale_inv, one for each 128 x 128 block
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .reference import FP8_BLOCK
+
+# Tensors that a checkpoint may carry and that this model has no use for.
+IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|input_scale|input_scale_ub|activation_scale)")
+
+
+@dataclass(frozen=True)
+class Format:
+    scale_name: str  # what a module calls its weight's scale
+    block: bool  # scales by 128 x 128 block, else by row or tensor
+    excluded: tuple[str, ...]  # modules that were left alone
+    activation_bound: float | None = None
+
+    def excludes(self, module: str) -> bool:
+        """Names are compared by whole components: layers.1 is not layers.12."""
+        path = module.split(".")
+        for pattern in self.excluded:
+            if pattern.startswith("re:"):
+                if re.match(pattern[3:], module):
+                    return True
+                continue
+            parts = pattern.split(".")
+            starts = range(len(path) - len(parts) + 1)
+            if any(path[i : i + len(parts)] == parts for i in starts):
+                return True
+        return False
+
+
+def parse(quantization: Any) -> Format | None:
+    """None for a model that is not quantised; ValueError for a format that is not read."""
+    if quantization is None:
+        return None
+    if not isinstance(quantization, Mapping):
+        got = type(quantization).__name__
+        raise ValueError(f"quantization_config: got {got}, want an object")
+    method = quantization.get("quant_method")
+    if method == "fbgemm_fp8":
+        bound = quantization.get("activation_scale_ub")
+        excluded = _modules(quantization, "modules_to_not_convert")
+        return Format("weight_scale", False, excluded, None if bound is None else float(bound))
+    if method == "fp8":
+        block = quantization.get("weight_block_size")
+        if block != [FP8_BLOCK, FP8_BLOCK]:
+            raise ValueError(
+                f"quantization_config.weight_block_size: got {block!r}, want [128, 128]"
+            )
+        return Format("weight_scale_inv", True, _modules(quantization, "modules_to_not_convert"))
+    if method == "compressed-tensors":
+        _check_compressed_tensors(quantization)
+        return Format("weight_scale", False, _modules(quantization, "ignore"))
+    raise ValueError(
+        f"quantization_config.quant_method: got {method!r}, "
+        "want 'fbgemm_fp8', 'compressed-tensors' or 'fp8'"
+    )
+
+
+def _modules(quantization: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = quantization.get(key) or ()
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"quantization_config.{key}: got {names!r}, want a list of module names")
+    for name in names:
+        if name.startswith("re:"):
+            try:
+                re.compile(name[3:])
+            except re.error as error:
+                raise ValueError(f"quantization_config.{key}: {name!r}: {error}") from None
+    return tuple(names)
+
+
+def _check_compressed_tensors(quantization: Mapping[str, Any]) -> None:
+    if quantization.get("format") != "float-quantized":
+        got = quantization.get("format")
+        raise ValueError(f"quantization_config.format: got {got!r}, want 'float-quantized'")
+    groups = quantization.get("config_groups")
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"quantization_config.config_groups.{name}.weights: missing")
+        for key, wanted in (
+            ("num_bits", (8,)),
+            ("type", ("float",)),
+            ("strategy", ("channel", "tensor")),
+            ("symmetric", (True,)),
+        ):
+            if weights.get(key, wanted[0]) not in wanted:
+                raise ValueError(
+                    f"quantization_config.config_groups.{name}.weights.{key}: "
+                    f"got {weights[key]!r}, want one of {wanted}"
+                )

@@ -1,0 +1,191 @@
+"""The weights of a Llama: what the model reads, how they are quantised, and random ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import LlamaConfig
+from .reference import FP8_DTYPE, PACK_ROWS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZE = (None, "fp8", "fp8_ffn")
+ACTIVATION_BOUND = 1200.0  # on a row's amax, where activations are quantised: Meta's 405B recipe
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x [..., K] -> [..., N], with a weight of the model's dtype, or in FP8 where scale is set."""
+
+    weight: Tensor  # [N, K], or packed [N / 64, K / 2, 64, 2]
+    scale: Tensor | None = None  # fp32 [N, 1], or a 128 x 128 block's each
+    bias: Tensor | None = None  # [N]
+    scale_ub: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            return ops.linear(x, self.weight, self.bias)
+        return ops.fp8_linear(x, self.weight, self.scale, self.bias, scale_ub=self.scale_ub)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.weight, self.scale, self.bias) if t is not None)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attention_norm: Tensor  # [hidden]
+    qkv: Linear  # [(H + 2 * Hkv) * D, hidden]: q, k, v
+    output: Linear  # [hidden, H * D]
+    ffn_norm: Tensor  # [hidden]
+    gate_up: Linear  # [2 * intermediate, hidden]: gate, up
+    down: Linear  # [hidden, intermediate]
+
+
+@dataclass(frozen=True)
+class Weights:
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: Tensor  # [hidden]
+    head: Linear  # [vocab, hidden]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, a tied embedding counted once."""
+        linears = [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
+        norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
+        head = 0 if self.head.weight is self.embedding else self.head.nbytes
+        plain = self.embedding.nbytes + self.norm.nbytes + head
+        return plain + sum(w.nbytes for w in linears) + sum(w.nbytes for w in norms)
+
+
+class Source(Protocol):
+    """Where tensors come from: a checkpoint, or thin air."""
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A norm or the embedding, in the model's dtype."""
+
+    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
+        """Linears of the same input, by name, fused along their rows. fp8: quantise them."""
+
+
+def assemble(
+    config: LlamaConfig,
+    source: Source,
+    quantize: str | None,
+    progress: Callable[[], None] = lambda: None,
+) -> Weights:
+    """The one list of what a Llama holds, under Hugging Face's names, in the order of their use.
+
+    quantize: "fp8" all linear layers, the head included; "fp8_ffn" Meta's recipe, the feed-forward
+    linears of all but the first and the last layer. progress is called after each layer.
+    """
+    if quantize not in QUANTIZE:
+        raise ValueError(f"quantize: got {quantize!r}, want None, 'fp8' or 'fp8_ffn'")
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = (
+        heads * config.head_dim
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    every = quantize == "fp8"
+    embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
+    progress()
+    layers = []
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}"
+        inside = 0 < i < config.num_hidden_layers - 1
+        ffn_fp8 = every or (quantize == "fp8_ffn" and inside)
+        bound = ACTIVATION_BOUND if quantize == "fp8_ffn" else None
+        qkv = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+        layers.append(
+            LayerWeights(
+                attention_norm=source.tensor(f"{at}.input_layernorm.weight", (hidden,)),
+                qkv=source.linear(
+                    {f"{at}.self_attn.{name}": rows for name, rows in qkv.items()},
+                    hidden,
+                    fp8=every,
+                    bound=None,
+                ),
+                output=source.linear(
+                    {f"{at}.self_attn.o_proj": hidden}, q_rows, fp8=every, bound=None
+                ),
+                ffn_norm=source.tensor(f"{at}.post_attention_layernorm.weight", (hidden,)),
+                gate_up=source.linear(
+                    {f"{at}.mlp.gate_proj": inner, f"{at}.mlp.up_proj": inner},
+                    hidden,
+                    fp8=ffn_fp8,
+                    bound=bound,
+                ),
+                down=source.linear(
+                    {f"{at}.mlp.down_proj": hidden}, inner, fp8=ffn_fp8, bound=bound
+                ),
+            )
+        )
+        progress()
+    norm = source.tensor("model.norm.weight", (hidden,))
+    if config.tie_word_embeddings:
+        head = quantized(embedding) if every else Linear(embedding)
+    else:
+        head = source.linear({"lm_head": config.vocab_size}, hidden, fp8=every, bound=None)
+    progress()
+    return Weights(embedding, layers, norm, head)
+
+
+def packable(n: int, k: int, device: torch.device) -> bool:
+    """Whether the CPU kernels' panel order exists for an [n, k] weight."""
+    return device.type == "cpu" and n % PACK_ROWS == 0 and k % 2 == 0
+
+
+def packed(weight: Tensor) -> Tensor:
+    return ops.pack_weight(weight) if packable(*weight.shape, weight.device) else weight
+
+
+def quantized(weight: Tensor, bound: float | None = None) -> Linear:
+    """[N, K] -> row-wise e4m3."""
+    q, scale = ops.quantize_fp8(weight, "row")
+    return Linear(packed(q), scale, scale_ub=bound)
+
+
+class RandomSource:
+    """Random weights, made in their final format: no tensor is ever there twice.
+
+    Each keeps the variance of its input, so activations have the scale of a trained model's.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._dtype, self._device = dtype, device
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if len(shape) == 1:
+            return out.uniform_(0.75, 1.25, generator=self._generator)
+        return out.normal_(generator=self._generator)
+
+    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
+        n = sum(parts.values())
+        panels = (n // PACK_ROWS, k // 2, PACK_ROWS, 2)
+        shape = panels if packable(n, k, self._device) else (n, k)
+        if not fp8:
+            weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return Linear(weight.normal_(std=1 / math.sqrt(k), generator=self._generator))
+        weight, rms = self._random_e4m3(shape)
+        scale = torch.empty(n, 1, device=self._device)
+        scale.uniform_(0.75, 1.25, generator=self._generator).div_(rms * math.sqrt(k))
+        return Linear(weight, scale, scale_ub=bound)
+
+    def _random_e4m3(self, shape: tuple[int, ...]) -> tuple[Tensor, float]:
+        """Random bits, eight codes at a time (0.5 ns a code; rounding normals costs 10), and their
+        root mean square. Clearing an exponent bit excludes the two NaN codes."""
+        words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=self._device)
+        words.random_(-(2**63), None, generator=self._generator)
+        words.bitwise_and_(-0x4040404040404041)  # ~0x40 in each byte
+        codes = torch.arange(64, dtype=torch.uint8).view(FP8_DTYPE).float()
+        weight = words.view(FP8_DTYPE)[: math.prod(shape)].view(shape)
+        return weight, float(codes.pow(2).mean().sqrt())
