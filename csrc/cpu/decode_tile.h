@@ -6,32 +6,37 @@
 // key serves R rows. bf16 multiplies with vdpbf16ps where that exists (denormal inputs and
 // products count as zero there) and fp32 arithmetic serves everything else.
 #pragma once
-#include "simd.h"
+#include "attention_tile.h"
 
 namespace lf::LF_ISA {
 
 inline constexpr int kKeyBlock = 32;  // keys a tile takes between two rescalings of its sums
-inline constexpr float kNoScore = -3.0e38f;  // a maximum's start: finite, so that it can be subtracted
 
-// What q and p are held as, and how many elements of them a vector takes.
+// What q and p are held as.
 template <class T>
 struct Operand {
   using type = float;
-  static constexpr int width = kLanes;
+  static constexpr bool short_exp = false;
 };
 #if defined(LF_AVX512_BF16)
 template <>
 struct Operand<bf16> {
   using type = bf16;
-  static constexpr int width = 32;
+  static constexpr bool short_exp = true;  // p is rounded to 8 bits
 };
 #endif
 
 // A query tile's running softmax over one chunk of keys; `sums` has R rows of padded_dim().
 struct TileState {
-  float max[kLanes];  // base-2 scores; every lane of a row alike
-  float total[kLanes];
+  float max[kLanes];    // of base-2 scores; every lane of a row alike
+  float total[kLanes];  // of p; in parts until finish_tile
   float* sums() { return reinterpret_cast<float*>(this + 1); }
+
+  void start(int64_t n) {
+    store(max, broadcast(-FLT_MAX));  // finite: it gets subtracted
+    store(total, zeros());
+    for (int64_t i = 0; i < n; i += kLanes) store(sums() + i, zeros());
+  }
 };
 
 inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
@@ -64,8 +69,7 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
                                   _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
   const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
                                   _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
-  return {
-      _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd))};
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd))};
 }
 
 #elif defined(LF_AVX2)
@@ -79,7 +83,8 @@ inline Vec swap_lanes(Vec a) {
 inline Vec transpose_sum(const Vec (&a)[kLanes]) {
   const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
   const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
-  return {_mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
+  return {
+      _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
 }
 
 #else
@@ -106,20 +111,6 @@ inline Vec across(Vec a, Op op) {
   if constexpr (n > 4) a = op(a, swap_lanes<4>(a));
   if constexpr (n > 8) a = op(a, swap_lanes<8>(a));
   return a;
-}
-
-// 2^x for x <= 0 to 1 ulp (a relative minimax fit of degree 6); below 2^-126.5 exactly 0.
-inline Vec exp2_negative(Vec x) {
-  const Vec clamped = max(broadcast(-127.0f), x);  // NaN, the second operand, stays
-  const Vec n = round_int(clamped), r = clamped - n;
-  Vec p = broadcast(1.5345811837e-4f);
-  p = fma(p, r, broadcast(1.3399931218e-3f));
-  p = fma(p, r, broadcast(9.6184889577e-3f));
-  p = fma(p, r, broadcast(5.5503287770e-2f));
-  p = fma(p, r, broadcast(2.4022646891e-1f));
-  p = fma(p, r, broadcast(6.9314720574e-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return p * exp2_int(n);
 }
 
 // ---- scores: q . k for R rows and kLanes / R keys ----
@@ -311,47 +302,50 @@ inline int64_t value_passes(int64_t d) {
 
 // ---- a block of keys ----
 
-// Takes n keys into the tile's state. Row r sees the first visible[r] of them. k and v must point
-// at finite rows up to the next multiple of kLanes / R past n.
+// Takes n keys, all seen by all R rows, into the tile's state. k and v must point at rows that can
+// be read, and v's be finite, up to the next multiple of kLanes / R past n.
 template <int R, class T, class Ahead>
 inline void attend_block(TileState& state, const typename Operand<T>::type* q, int64_t q_stride,
-                         const T* const* k, const T* const* v, int n, const int64_t* visible,
-                         int64_t d, float log2_scale, Ahead&& ahead) {
+                         const T* const* k, const T* const* v, int n, int64_t d, float log2_scale,
+                         Ahead&& ahead) {
   constexpr int kKeys = kLanes / R;
   constexpr auto larger = [](Vec a, Vec b) { return max(a, b); };
   alignas(64) float s[kKeyBlock * R];
   alignas(64) typename Operand<T>::type p[kKeyBlock * R];
-  const int steps = (n + kKeys - 1) / kKeys, keys = steps * kKeys;
+  const int steps = (n + kKeys - 1) / kKeys;
 
-  Vec top = broadcast(kNoScore);
+  Vec top = broadcast(-FLT_MAX);
   for (int j = 0; j < steps; ++j) {
     ahead.keys();
-    const Vec x = scores<R>(q, q_stride, k + j * kKeys, d) * broadcast(log2_scale);
+    Vec x = scores<R>(q, q_stride, k + j * kKeys, d) * broadcast(log2_scale);
     store(s + j * kLanes, x);
+    if (n - j * kKeys < kKeys) {
+      for (int i = 0; i < kLanes; ++i)
+        if (j * kKeys + i % kKeys >= n) s[j * kLanes + i] = -INFINITY;
+      x = load(s + j * kLanes);
+    }
     top = max(top, x);
-  }
-  bool masked = false;
-  for (int r = 0; r < R; ++r)
-    for (int64_t j = visible[r] > 0 ? visible[r] : 0; j < keys; ++j, masked = true)
-      s[j / kKeys * kLanes + r * kKeys + j % kKeys] = -INFINITY;
-  if (masked) {
-    top = broadcast(kNoScore);
-    for (int j = 0; j < steps; ++j) top = max(top, load(s + j * kLanes));
   }
 
   const Vec old = load(state.max), m = max(old, across<kKeys>(top, larger));
-  const Vec scale = exp2_negative(old - m);
-  Vec total = load(state.total) * scale;
+  const Vec shrink = exp2_nonpositive<false>(old - m);
+  Vec total = load(state.total) * shrink;
   for (int j = 0; j < steps; ++j) {
-    const Vec e = exp2_negative(load(s + j * kLanes) - m);
+    const Vec e = exp2_nonpositive<Operand<T>::short_exp>(load(s + j * kLanes) - m);
     total = total + e;
     store_weights(p + j * kLanes, e);
   }
   store(state.max, m);
   store(state.total, total);
-  alignas(64) float alpha[kLanes];
-  store(alpha, scale);
-  weighted_sum<R>(state.sums(), alpha, p, v, keys, d, [&] { ahead.values(); });
+  alignas(64) float factor[kLanes];
+  store(factor, shrink);
+  weighted_sum<R>(state.sums(), factor, p, v, steps * kKeys, d, [&] { ahead.values(); });
+}
+
+template <int R, class T>
+inline void finish_tile(TileState& state, int64_t stride) {
+  store(state.total, across<kLanes / R>(load(state.total), [](Vec a, Vec b) { return a + b; }));
+  finish_sums(state.sums(), R * stride, static_cast<const T*>(nullptr));
 }
 
 }  // namespace lf::LF_ISA
