@@ -29,24 +29,6 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
 }
 
-// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 (a masked score), NaN at NaN. Minimax on
-// [-1/2, 1/2] with the constant term held at 1: relative error 2e-9, or 3e-6 for short.
-template <bool kShort>
-inline Vec exp2_nonpositive(Vec x) {
-  x = max(broadcast(-151.0f), x);
-  const Vec n = round_int(x), r = x - n;
-  Vec p = broadcast(kShort ? 0.009582852944731712f : 0.00015353361959569156f);
-  if constexpr (!kShort) {
-    p = fma(p, r, broadcast(0.0013398875016719103f));
-    p = fma(p, r, broadcast(0.00961843691766262f));
-  }
-  p = fma(p, r, broadcast(kShort ? 0.055906426161527634f : 0.055503323674201965f));
-  p = fma(p, r, broadcast(kShort ? 0.24024099111557007f : 0.24022647738456726f));
-  p = fma(p, r, broadcast(kShort ? 0.6931241750717163f : 0.6931471824645996f));
-  p = fma(p, r, broadcast(1.0f));
-  return ldexp(p, n);
-}
-
 struct AttentionTile {
   int64_t tokens, group;  // rows = tokens * group, the heads of a token side by side
   int64_t head_dim;

@@ -286,7 +286,7 @@ class Decode {
         }
         for (int64_t c = 0; c < chunks; ++c) {
           TileState& s = state(first + c, kv_head, row);
-          const Vec w = exp2_negative(broadcast(s.max[r * kKeys] - top));
+          const Vec w = exp2_nonpositive(broadcast(s.max[r * kKeys] - top));
           float part = 0.0f;
           for (int i = 0; i < kKeys; ++i) part += s.total[r * kKeys + i];
           alignas(64) float weight[kLanes];

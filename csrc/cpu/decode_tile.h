@@ -108,20 +108,6 @@ inline Vec across(Vec a, Op op) {
   return a;
 }
 
-// 2^x for x <= 0 to 1 ulp (a relative minimax fit of degree 6); below 2^-126.5 exactly 0.
-inline Vec exp2_negative(Vec x) {
-  const Vec clamped = max(broadcast(-127.0f), x);  // NaN, the second operand, stays
-  const Vec n = round_int(clamped), r = clamped - n;
-  Vec p = broadcast(1.5345811837e-4f);
-  p = fma(p, r, broadcast(1.3399931218e-3f));
-  p = fma(p, r, broadcast(9.6184889577e-3f));
-  p = fma(p, r, broadcast(5.5503287770e-2f));
-  p = fma(p, r, broadcast(2.4022646891e-1f));
-  p = fma(p, r, broadcast(6.9314720574e-1f));
-  p = fma(p, r, broadcast(1.0f));
-  return p * exp2_int(n);
-}
-
 // ---- scores: q . k for R rows and kLanes / R keys ----
 
 template <int R, class T>
@@ -340,10 +326,10 @@ inline void attend_block(TileState& state, const typename Operand<T>::type* q, i
   }
 
   const Vec old = load(state.max), m = max(old, across<kKeys>(top, larger));
-  const Vec scale = exp2_negative(old - m);
+  const Vec scale = exp2_nonpositive(old - m);
   Vec total = load(state.total) * scale;
   for (int j = 0; j < steps; ++j) {
-    const Vec e = exp2_negative(load(s + j * kLanes) - m);
+    const Vec e = exp2_nonpositive(load(s + j * kLanes) - m);
     total = total + e;
     store_weights(p + j * kLanes, e);
   }

@@ -471,6 +471,24 @@ inline Vec exp(Vec x) {
   return ldexp(p, n);
 }
 
+// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 (a masked score), NaN at NaN. Minimax on
+// [-1/2, 1/2] with the constant term held at 1: relative error 2e-9, or 3e-6 for short.
+template <bool kShort = false>
+inline Vec exp2_nonpositive(Vec x) {
+  x = max(broadcast(-151.0f), x);
+  const Vec n = round_int(x), r = x - n;
+  Vec p = broadcast(kShort ? 0.009582852944731712f : 0.00015353361959569156f);
+  if constexpr (!kShort) {
+    p = fma(p, r, broadcast(0.0013398875016719103f));
+    p = fma(p, r, broadcast(0.00961843691766262f));
+  }
+  p = fma(p, r, broadcast(kShort ? 0.055906426161527634f : 0.055503323674201965f));
+  p = fma(p, r, broadcast(kShort ? 0.24024099111557007f : 0.24022647738456726f));
+  p = fma(p, r, broadcast(kShort ? 0.6931241750717163f : 0.6931471824645996f));
+  p = fma(p, r, broadcast(1.0f));
+  return ldexp(p, n);
+}
+
 // Calls f with a null pointer of the C++ type that an activation's dtype names: f(T*).
 template <class F>
 inline void with_dtype(DType dtype, F&& f) {
