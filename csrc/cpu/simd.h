@@ -111,13 +111,25 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
-inline __m512i f32_to_bf16_bits(__m512 x) {
+inline __m256i f32_to_bf16_exact(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i r = _mm512_srli_epi32(
       _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  return _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
-                               _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(
+      r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+}
+#if defined(LF_AVX512_BF16)
+// The instruction replaces eight, but turns denormals into zero: where there are any, the long way.
+inline __m256i f32_to_bf16(__m512 x) {
+  if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20), 0)) return f32_to_bf16_exact(x);
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+}
+#else
+inline __m256i f32_to_bf16(__m512 x) { return f32_to_bf16_exact(x); }
+#endif
+inline __m512 bf16_to_f32(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 inline __m512 e4m3_to_f32(__m128i b) {
   // Through fp16: shifted by 7 the fields line up, 2^8 too small, and fp16 subnormals are exact.
@@ -150,8 +162,7 @@ inline __m128i f32_to_e4m3_bits(__m512 x) {
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const bf16* p) {
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+  return {bf16_to_f32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 inline Vec load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -161,8 +172,7 @@ inline Vec load(const e4m3* p) {
 }
 inline Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline Vec load_n(const bf16* p, int n) {
-  const __m256i h = _mm256_maskz_loadu_epi16(first(n), p);
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+  return {bf16_to_f32(_mm256_maskz_loadu_epi16(first(n), p))};
 }
 inline Vec load_n(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
@@ -172,8 +182,7 @@ inline Vec load_n(const e4m3* p, int n) {
 }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(f32_to_bf16_bits(a.v)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f32_to_bf16(a.v));
 }
 inline void store(f16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -184,7 +193,7 @@ inline void store(e4m3* p, Vec a) {
 }
 inline void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 inline void store_n(bf16* p, Vec a, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(f32_to_bf16_bits(a.v)));
+  _mm256_mask_storeu_epi16(p, first(n), f32_to_bf16(a.v));
 }
 inline void store_n(f16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(
@@ -201,11 +210,43 @@ inline Vec round_to<float>(Vec a) {
 }
 template <>
 inline Vec round_to<bf16>(Vec a) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(f32_to_bf16_bits(a.v), 16))};
+  return {bf16_to_f32(f32_to_bf16(a.v))};
 }
 template <>
 inline Vec round_to<f16>(Vec a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+
+// Two vectors at a time a bf16 costs one permutation to load and half a conversion to store.
+struct Pair {
+  Vec a, b;
+};
+inline Pair bf16_to_f32(__m512i h) {
+  const __m512i low = _mm512_slli_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16));
+  const __mmask32 odd = 0xaaaaaaaau;
+  return {{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, low, h))},
+          {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, high, h))}};
+}
+inline __m512i f32_to_bf16(Pair x) {
+#if defined(LF_AVX512_BF16)
+  const __mmask16 denormal =
+      _mm512_fpclass_ps_mask(x.a.v, 0x20) | _mm512_fpclass_ps_mask(x.b.v, 0x20);
+  if (__builtin_expect(!denormal, 1))
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
+#endif
+  return _mm512_inserti64x4(_mm512_castsi256_si512(f32_to_bf16_exact(x.a.v)),
+                            f32_to_bf16_exact(x.b.v), 1);
+}
+inline Pair load2(const bf16* p) { return bf16_to_f32(_mm512_loadu_si512(p)); }
+inline void store2(bf16* p, Pair x) { _mm512_storeu_si512(p, f32_to_bf16(x)); }
+template <class T>
+inline Pair round2_to(Pair x) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16_to_f32(f32_to_bf16(x));
+  else
+    return {round_to<T>(x.a), round_to<T>(x.b)};
 }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 // x * 2^n for integral n in [-252, 254] held as floats; overflows to Inf, underflows gradually.
@@ -452,6 +493,32 @@ inline Vec round_int(Vec a) {
 #endif
 
 // ---- on top of the above, the same for every instruction set ----
+
+#if !defined(LF_AVX512)
+struct Pair {
+  Vec a, b;
+};
+template <class T>
+inline Pair round2_to(Pair x) {
+  return {round_to<T>(x.a), round_to<T>(x.b)};
+}
+#endif
+template <class T>
+inline Pair load2(const T* p) {
+  return {load(p), load(p + kLanes)};
+}
+template <class T>
+inline void store2(T* p, Pair x) {
+  store(p, x.a);
+  store(p + kLanes, x.b);
+}
+// How many lanes the next vector of a row uses when n > 0 elements are left.
+inline int lanes_left(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
+inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+inline Pair operator*(Pair x, Vec y) { return {x.a * y, x.b * y}; }
+inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 
 // e^x to 2 ulp for every x: Cody-Waite reduction by ln 2, then a degree-6 polynomial (coefficients:
 // Cephes expf). The bounds lie past where e^x is 0 and Inf; NaN, as min's and max's second operand,
