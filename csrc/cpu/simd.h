@@ -109,6 +109,19 @@ inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline Vec broadcast_pair(const float* p) {
+  double bits;
+  std::memcpy(&bits, p, 8);
+  return {_mm512_castpd_ps(_mm512_set1_pd(bits))};
+}
+// Sums of neighbours: lanes 2i and 2i + 1 of a, then of b.
+inline Vec add_pairs(Vec a, Vec b) {
+  const __m512i even =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v),
+                        _mm512_permutex2var_ps(a.v, odd, b.v))};
+}
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline __m256i f32_to_bf16_exact(__m512 x) {
@@ -285,6 +298,15 @@ inline float reduce_max(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec broadcast_pair(const float* p) {
+  double bits;
+  std::memcpy(&bits, p, 8);
+  return {_mm256_castpd_ps(_mm256_set1_pd(bits))};
+}
+inline Vec add_pairs(Vec a, Vec b) {
+  const __m256 sums = _mm256_hadd_ps(a.v, b.v);  // a and b alternate every two lanes
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sums), 0b11011000))};
+}
 
 inline __m128i narrow_epi32_epi16(__m256i x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
@@ -435,6 +457,19 @@ inline float reduce_add(Vec a) {
   for (int step = kLanes / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
   return a.v[0];
+}
+inline Vec broadcast_pair(const float* p) {
+  Vec r;
+  LF_EACH r.v[i] = p[i % 2];
+  return r;
+}
+inline Vec add_pairs(Vec a, Vec b) {
+  Vec r;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+    r.v[i + kLanes / 2] = b.v[2 * i] + b.v[2 * i + 1];
+  }
+  return r;
 }
 inline float reduce_max(Vec a) {
   for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
