@@ -132,7 +132,7 @@ class PanelTask {
  private:
   static constexpr int kRowFloats = Math::kVectors * kLanes;
 
-  // Pair rows k0 / 2 .. of the panel, in packed order.
+  // RowPair rows k0 / 2 .. of the panel, in packed order.
   const T* source(int64_t k0, int64_t k1) const {
     const T* weight = static_cast<const T*>(p_.weight);
     if (p_.packed) return weight + panel_ * kPanel * p_.k + k0 * kPanel;

@@ -6,7 +6,7 @@ namespace lf::LF_ISA {
 
 // A pair of elements is what moves: 2, 4 or 8 bytes.
 template <class T>
-struct Pair {
+struct RowPair {
   T k[2];
 };
 
@@ -43,24 +43,24 @@ inline void store_lane(void* p, Bytes a) {
 #endif
 
 template <class T>
-inline constexpr int kPairsPerLoad = sizeof(Bytes) / sizeof(Pair<T>);
+inline constexpr int kPairsPerLoad = sizeof(Bytes) / sizeof(RowPair<T>);
 
 // kPairsPerLoad pairs of each of 64 rows. Within 128 bits it is a square transpose: interleaving
 // rows i and i + half rotates an element's (row, column) address by one bit, so log2(side) rounds
 // swap the two.
 template <class T>
-void transpose_columns(Pair<T>* out, const T* const* rows, int64_t k) {
-  constexpr int kSide = 16 / sizeof(Pair<T>);
+void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
+  constexpr int kSide = 16 / sizeof(RowPair<T>);
   for (int row = 0; row < kPanel; row += kSide) {
     Bytes r[kSide], next[kSide];
     for (int i = 0; i < kSide; ++i) r[i] = load_bytes(rows[row + i] + k);
     for (int round = 1; round < kSide; round *= 2) {
       for (int i = 0; i < kSide / 2; ++i)
-        interleave<sizeof(Pair<T>)>(r[i], r[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+        interleave<sizeof(RowPair<T>)>(r[i], r[i + kSide / 2], next[2 * i], next[2 * i + 1]);
       for (int i = 0; i < kSide; ++i) r[i] = next[i];
     }
     for (int i = 0; i < kSide; ++i) {
-      Pair<T>* to = out + i * kPanel + row;
+      RowPair<T>* to = out + i * kPanel + row;
       store_lane<0>(to, r[i]);
       store_lane<1>(to + kSide * kPanel, r[i]);
 #if defined(LF_AVX512)
@@ -77,10 +77,10 @@ template <class T>
 inline constexpr int kPairsPerLoad = 8;
 
 template <class T>
-void transpose_columns(Pair<T>* out, const T* const* rows, int64_t k) {
+void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
   for (int n = 0; n < kPanel; ++n)
     for (int p = 0; p < kPairsPerLoad<T>; ++p)
-      std::memcpy(out + p * kPanel + n, rows[n] + k + 2 * p, sizeof(Pair<T>));
+      std::memcpy(out + p * kPanel + n, rows[n] + k + 2 * p, sizeof(RowPair<T>));
 }
 
 #endif
@@ -90,7 +90,7 @@ void transpose_columns(Pair<T>* out, const T* const* rows, int64_t k) {
 template <class T>
 void pack_panel(T* out, const T* weight, int64_t stride, int64_t n, int64_t k) {
   constexpr int kStep = 2 * kPairsPerLoad<T>;
-  Pair<T>* to = reinterpret_cast<Pair<T>*>(out);
+  RowPair<T>* to = reinterpret_cast<RowPair<T>*>(out);
   const T* rows[kPanel];
   for (int64_t i = 0; i < kPanel; ++i) rows[i] = weight + (i < n ? i : n - 1) * stride;
   int64_t done = 0;
