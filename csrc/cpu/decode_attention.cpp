@@ -101,9 +101,8 @@ class Decode {
       partial_ = partial_scratch.get<float>(
           static_cast<size_t>(first_[end - begin] * p_.kv_heads * head_floats_));
       attend(begin, end);
-      parallel_for((end - begin) * p_.kv_heads, threads_, [&](int64_t i) {
-        combine(begin, begin + i / p_.kv_heads, i % p_.kv_heads);
-      });
+      parallel_for((end - begin) * p_.kv_heads, threads_,
+                   [&](int64_t i) { combine(begin, begin + i / p_.kv_heads, i % p_.kv_heads); });
     }
   }
 
@@ -328,9 +327,8 @@ class Decode {
 
 void kvcache_attention(const KvCacheAttentionParams& p, int threads) {
   if (p.batch == 0 || p.seqlen_q == 0 || p.heads == 0) return;
-  with_dtype(p.dtype, [&](auto* t) {
-    Decode<std::remove_pointer_t<decltype(t)>>(p, threads).run();
-  });
+  with_dtype(p.dtype,
+             [&](auto* t) { Decode<std::remove_pointer_t<decltype(t)>>(p, threads).run(); });
 }
 
 }  // namespace lf::LF_ISA

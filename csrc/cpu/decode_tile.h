@@ -11,7 +11,8 @@
 namespace lf::LF_ISA {
 
 inline constexpr int kKeyBlock = 32;  // keys a tile takes between two rescalings of its sums
-inline constexpr float kNoScore = -3.0e38f;  // a maximum's start: finite, so that it can be subtracted
+inline constexpr float kNoScore =
+    -3.0e38f;  // a maximum's start: finite, so that it can be subtracted
 
 // What q and p are held as, and how many elements of them a vector takes.
 template <class T>
@@ -64,8 +65,7 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
                                   _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
   const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
                                   _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
-  return {
-      _mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd))};
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xdd))};
 }
 
 #elif defined(LF_AVX2)
@@ -79,7 +79,8 @@ inline Vec swap_lanes(Vec a) {
 inline Vec transpose_sum(const Vec (&a)[kLanes]) {
   const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
   const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
-  return {_mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
+  return {
+      _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
 }
 
 #else

@@ -129,9 +129,9 @@ struct DotMath {
   static Vec features(const float* acc, int i) {
     if constexpr (std::is_same_v<T, bf16>) return load(acc + i);
     const int half = i & 16, base = i & 32;
-    const __m512i order = _mm512_add_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
-        _mm512_set1_epi32(half / 2));
+    const __m512i order =
+        _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+                         _mm512_set1_epi32(half / 2));
     return {_mm512_permutex2var_ps(load(acc + base).v, order, load(acc + base + 16).v)};
   }
 };
@@ -161,8 +161,7 @@ void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_str
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v)
-        store(acc + r * kRowFloats + (vector + v) * kLanes, sum[r][v]);
+      for (int v = 0; v < V; ++v) store(acc + r * kRowFloats + (vector + v) * kLanes, sum[r][v]);
   }
 }
 

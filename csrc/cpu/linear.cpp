@@ -1,5 +1,5 @@
-// linear, fp8_linear and fp8_gemm: out = (x @ weight^T) * x_scale * weight_scale + bias, in fp32 and
-// rounded once.
+// linear, fp8_linear and fp8_gemm: out = (x @ weight^T) * x_scale * weight_scale + bias, in fp32
+// and rounded once.
 //
 // Up to six rows a panel of 64 output features streams through the registers, decoded on the way:
 // one sequential read of the weight, which is all that such a product costs (N * K bytes for e4m3).
@@ -10,7 +10,8 @@
 // One output is one chain of sums over k, whatever M, the threads and the weight's layout: a row's
 // result is the same bits alone or in a batch, from a packed weight or a plain one. With scales per
 // block of 128 columns the chain restarts at each block and the scaled sums are added in order.
-// Activations that the arithmetic does not take as they are (gemm_tile.h) are converted once a call.
+// Activations that the arithmetic does not take as they are (gemm_tile.h) are converted once a
+// call.
 #include "gemm_tile.h"
 #include "kernels.h"
 #include "pack_panel.h"
@@ -88,9 +89,9 @@ template <class Math, class T>
 void accumulate_rows(int rows, float* acc, bool fresh, const typename Math::X* x, int64_t x_stride,
                      const T* w, int64_t pairs, const char* ahead) {
   using Kernel = decltype(&accumulate<Math, 1, T>);
-  static constexpr Kernel kKernels[kTileRows] = {
-      accumulate<Math, 1, T>, accumulate<Math, 2, T>, accumulate<Math, 3, T>,
-      accumulate<Math, 4, T>, accumulate<Math, 5, T>, accumulate<Math, 6, T>};
+  static constexpr Kernel kKernels[kTileRows] = {accumulate<Math, 1, T>, accumulate<Math, 2, T>,
+                                                 accumulate<Math, 3, T>, accumulate<Math, 4, T>,
+                                                 accumulate<Math, 5, T>, accumulate<Math, 6, T>};
   kKernels[rows - 1](acc, fresh, x, x_stride, w, pairs, ahead);
 }
 

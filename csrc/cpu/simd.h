@@ -116,21 +116,20 @@ inline Vec broadcast_pair(const float* p) {
 }
 // Sums of neighbours: lanes 2i and 2i + 1 of a, then of b.
 inline Vec add_pairs(Vec a, Vec b) {
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v),
-                        _mm512_permutex2var_ps(a.v, odd, b.v))};
+  return {
+      _mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v), _mm512_permutex2var_ps(a.v, odd, b.v))};
 }
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline __m256i f32_to_bf16_exact(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i r = _mm512_srli_epi32(
-      _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(
-      r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
+  const __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
 }
 #if defined(LF_AVX512_BF16)
 // The instruction replaces eight, but turns denormals into zero: where there are any, the long way.
@@ -160,8 +159,7 @@ inline __m128i f32_to_e4m3_bits(__m512 x) {
   const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(u, 24), _mm512_set1_epi32(0x80));
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, 20), _mm512_set1_epi32(1));
   __m512i r = _mm512_srli_epi32(
-      _mm512_add_epi32(_mm512_add_epi32(magnitude, odd),
-                       _mm512_set1_epi32(0x7ffff - (120 << 23))),
+      _mm512_add_epi32(_mm512_add_epi32(magnitude, odd), _mm512_set1_epi32(0x7ffff - (120 << 23))),
       20);
   const __m512i tiny = _mm512_sub_epi32(
       _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(0x1p14f))),
@@ -190,9 +188,7 @@ inline Vec load_n(const bf16* p, int n) {
 inline Vec load_n(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))};
 }
-inline Vec load_n(const e4m3* p, int n) {
-  return {e4m3_to_f32(_mm_maskz_loadu_epi8(first(n), p))};
-}
+inline Vec load_n(const e4m3* p, int n) { return {e4m3_to_f32(_mm_maskz_loadu_epi8(first(n), p))}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f32_to_bf16(a.v));
@@ -209,8 +205,8 @@ inline void store_n(bf16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), f32_to_bf16(a.v));
 }
 inline void store_n(f16* p, Vec a, int n) {
-  _mm256_mask_storeu_epi16(
-      p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_mask_storeu_epi16(p, first(n),
+                           _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 inline void store_n(e4m3* p, Vec a, int n) {
   _mm_mask_storeu_epi8(p, first(n), f32_to_e4m3_bits(a.v));
@@ -235,8 +231,8 @@ struct Pair {
   Vec a, b;
 };
 inline Pair bf16_to_f32(__m512i h) {
-  const __m512i low = _mm512_slli_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
+  const __m512i low =
+      _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16));
   const __mmask32 odd = 0xaaaaaaaau;
   return {{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, low, h))},
@@ -314,8 +310,8 @@ inline __m128i narrow_epi32_epi16(__m256i x) {
 inline __m256i f32_to_bf16_bits(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i r = _mm256_srli_epi32(
-      _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0),
                             _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }
@@ -324,8 +320,7 @@ inline __m256 e4m3_to_f32(__m128i low8) {
   const __m128i magnitude = _mm_and_si128(w, _mm_set1_epi16(0x7f));
   __m128i h = _mm_or_si128(_mm_slli_epi16(magnitude, 7),
                            _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x80)), 8));
-  h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7e00),
-                      _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)));
+  h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7e00), _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)));
   return _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.0f));
 }
 inline __m128i f32_to_e4m3_bits(__m256 x) {  // 8 bytes in the low half
@@ -334,8 +329,7 @@ inline __m128i f32_to_e4m3_bits(__m256 x) {  // 8 bytes in the low half
   const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(u, 24), _mm256_set1_epi32(0x80));
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(magnitude, 20), _mm256_set1_epi32(1));
   __m256i r = _mm256_srli_epi32(
-      _mm256_add_epi32(_mm256_add_epi32(magnitude, odd),
-                       _mm256_set1_epi32(0x7ffff - (120 << 23))),
+      _mm256_add_epi32(_mm256_add_epi32(magnitude, odd), _mm256_set1_epi32(0x7ffff - (120 << 23))),
       20);
   const __m256i tiny = _mm256_sub_epi32(
       _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(0x1p14f))),
