@@ -1,1 +1,1 @@
-"""The benchmark suite: `python -m bench`, `llama-fast bench` and `make bench` are the same thing."""
+"""The benchmark suite: `make bench`, `llama-fast bench` and `python -m bench` are one thing."""

@@ -262,9 +262,7 @@ def attention(s: Shapes, dtype: torch.dtype, compiled: bool) -> Iterator[Case]:
         yield _decode(s, dtype, context, pools, size)
 
 
-def _decode(
-    s: Shapes, dtype: torch.dtype, context: int, pools: list[Tensor], size: float
-) -> Case:
+def _decode(s: Shapes, dtype: torch.dtype, context: int, pools: list[Tensor], size: float) -> Case:
     q = torch.randn(1, 1, s.heads, s.head_dim).to(dtype)
     lengths = torch.tensor([context], dtype=torch.int32)
 
