@@ -63,8 +63,8 @@ struct RopeParams {
   const float* table;     // [max_positions, D]: cos | sin, D / 2 each
   int64_t tokens, heads, kv_heads, head_dim;
   int64_t max_positions, num_slots, block_size;
-  int64_t q_stride[2], k_stride[2], v_stride[2];    // token, head
-  int64_t k_cache_stride[3], v_cache_stride[3];     // block, offset, head
+  int64_t q_stride[2], k_stride[2], v_stride[2];  // token, head
+  int64_t k_cache_stride[3], v_cache_stride[3];   // block, offset, head
   int64_t table_stride;
   bool positions_are_64bit, slots_are_64bit;
   bool interleaved;  // pairs (2i, 2i + 1), Meta's order; else (i, i + D / 2), Hugging Face's
@@ -73,12 +73,12 @@ struct RopeParams {
 
 // attention: no cache; batched or packed.
 struct AttentionParams {
-  const void* q;  // [B, Sq, H, D], or [total_q, H, D] with cu_seqlens_q
-  const void* k;  // [B, Sk, Hkv, D], or [total_k, Hkv, D]
-  const void* v;  // as k
-  void* out;      // as q, contiguous
-  const int32_t* cu_seqlens_q;  // [B + 1], or null
-  const int32_t* cu_seqlens_k;  // [B + 1], or null
+  const void* q;                      // [B, Sq, H, D], or [total_q, H, D] with cu_seqlens_q
+  const void* k;                      // [B, Sk, Hkv, D], or [total_k, Hkv, D]
+  const void* v;                      // as k
+  void* out;                          // as q, contiguous
+  const int32_t* cu_seqlens_q;        // [B + 1], or null
+  const int32_t* cu_seqlens_k;        // [B + 1], or null
   int64_t batch, seqlen_q, seqlen_k;  // seqlens: unused when packed
   int64_t heads, kv_heads, head_dim;
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, token, head
@@ -89,10 +89,10 @@ struct AttentionParams {
 
 // attention_with_kvcache: contiguous or paged cache.
 struct KvCacheAttentionParams {
-  const void* q;        // [B, Sq, H, D]
-  const void* k_cache;  // [B, S, Hkv, D], or [blocks, block_size, Hkv, D] with block_table
-  const void* v_cache;  // as k_cache
-  void* out;            // [B, Sq, H, D] contiguous
+  const void* q;                 // [B, Sq, H, D]
+  const void* k_cache;           // [B, S, Hkv, D], or [blocks, block_size, Hkv, D] with block_table
+  const void* v_cache;           // as k_cache
+  void* out;                     // [B, Sq, H, D] contiguous
   const int32_t* cache_seqlens;  // [B] valid tokens, this call's queries included
   const int32_t* block_table;    // [B, table_stride] block ids, or null: contiguous
   int64_t batch, seqlen_q, heads, kv_heads, head_dim;
@@ -100,7 +100,7 @@ struct KvCacheAttentionParams {
   int64_t table_stride;
   int64_t q_stride[3], out_stride[3];            // batch, token, head
   int64_t k_cache_stride[3], v_cache_stride[3];  // block, offset, head
-  int64_t num_splits;  // over the keys; 0: the kernel chooses
+  int64_t num_splits;                            // over the keys; 0: the kernel chooses
   float softmax_scale;
   bool causal;
   DType dtype;
@@ -108,13 +108,13 @@ struct KvCacheAttentionParams {
 
 // fp8_gemm, fp8_linear and linear: out = (x @ weight^T) * x_scale * weight_scale + bias.
 struct LinearParams {
-  const void* x;             // [M, K] x_dtype
-  const void* weight;        // [N, K] weight_dtype; or packed [N / 64, K / 2, 64, 2]
-  const float* x_scale;      // tensor [1]; row [M]; block [M, ceil(K / 128)]; null: x is not FP8
+  const void* x;              // [M, K] x_dtype
+  const void* weight;         // [N, K] weight_dtype; or packed [N / 64, K / 2, 64, 2]
+  const float* x_scale;       // tensor [1]; row [M]; block [M, ceil(K / 128)]; null: x is not FP8
   const float* weight_scale;  // tensor [1]; row [N]; or null: weight is not FP8;
                               // block [ceil(N / weight_block_rows), ceil(K / 128)]
-  const void* bias;          // [N] out_dtype, or null
-  void* out;                 // [M, N] contiguous
+  const void* bias;           // [N] out_dtype, or null
+  void* out;                  // [M, N] contiguous
   int64_t m, n, k;
   int64_t x_stride, weight_stride;  // elements from one row to the next; weight's unused if packed
   DType x_dtype, weight_dtype, out_dtype;

@@ -178,8 +178,8 @@ class Llama:
         if tokens.dim() != 2:
             raise ValueError(f"tokens: got shape {list(tokens.shape)}, want [B, S]")
         if positions is not None and tuple(positions.shape) not in (tokens.shape, tokens.shape[1:]):
-            got, want = list(positions.shape), list(tokens.shape)
-            raise ValueError(f"positions: got shape {got}, want {want} or {want[1:]}")
+            want = f"{list(tokens.shape)} or {list(tokens.shape[1:])}"
+            raise ValueError(f"positions: got shape {list(positions.shape)}, want {want}")
         if cache is not None and len(cache) != tokens.shape[0]:
             raise ValueError(
                 f"tokens: got {tokens.shape[0]} rows, want the cache's {len(cache)} sequences"

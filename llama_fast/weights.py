@@ -143,7 +143,8 @@ def packable(n: int, k: int, device: torch.device) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    return ops.pack_weight(weight) if packable(*weight.shape, weight.device) else weight
+    n, k = weight.shape
+    return ops.pack_weight(weight) if packable(n, k, weight.device) else weight
 
 
 def quantized(weight: Tensor, bound: float | None = None) -> Linear:

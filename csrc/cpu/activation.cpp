@@ -13,16 +13,27 @@
 namespace lf::LF_ISA {
 namespace {
 
+constexpr int kStep = 2 * kLanes;
+
 // -Inf gives NaN (-Inf / Inf) and everything below -88.7 gives -0, as in torch: e^-x overflows.
-inline Vec silu(Vec x) { return x / (broadcast(1.0f) + exp(zeros() - x)); }
+template <class T>
+inline Vec silu(Vec x) {
+  const Vec d = broadcast(1.0f) + exp(zeros() - x);
+  if constexpr (sizeof(T) == 4) return x / d;
+  return x * reciprocal(d);
+}
 
 template <class T>
 void silu_and_mul_row(T* out, const T* gate, const T* up, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(out + i, round_to<T>(silu(load(gate + i))) * load(up + i));
-  if (const int tail = static_cast<int>(n - i))
-    store_n(out + i, round_to<T>(silu(load_n(gate + i, tail))) * load_n(up + i, tail), tail);
+  for (; i + kStep <= n; i += kStep) {
+    const Pair g = load2(gate + i);
+    store2(out + i, round2_to<T>({silu<T>(g.a), silu<T>(g.b)}) * load2(up + i));
+  }
+  for (; i < n; i += kLanes) {
+    const int m = lanes_left(n - i);
+    store_n(out + i, round_to<T>(silu<T>(load_n(gate + i, m))) * load_n(up + i, m), m);
+  }
 }
 
 template <class T>

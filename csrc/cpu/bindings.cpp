@@ -54,8 +54,8 @@ int64_t first_outside(const T* x, int64_t n, int64_t low, int64_t high) {
   return -1;
 }
 
-// (row, column, block id) of the first block id outside [0, num_blocks) among those that the lengths
-// reach, or None.
+// (row, column, block id) of the first block id outside [0, num_blocks) among those that the
+// lengths reach, or None.
 py::object first_bad_block(Ptr block_table, int64_t stride, Ptr cache_seqlens, int64_t batch,
                            int64_t block_size, int64_t num_blocks) {
   for (int64_t row = 0; row < batch; ++row) {
@@ -192,9 +192,9 @@ void attention(Ptr q, Ptr k, Ptr v, Ptr out, Ptr cu_seqlens_q, Ptr cu_seqlens_k,
   kernels().attention(p, threads);
 }
 
-void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqlens,
-                       Ptr block_table, int64_t batch, int64_t seqlen_q, int64_t heads,
-                       int64_t kv_heads, int64_t head_dim, int64_t num_blocks, int64_t block_size,
+void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqlens, Ptr block_table,
+                       int64_t batch, int64_t seqlen_q, int64_t heads, int64_t kv_heads,
+                       int64_t head_dim, int64_t num_blocks, int64_t block_size,
                        int64_t table_stride, std::array<int64_t, 12> strides, int64_t num_splits,
                        float softmax_scale, bool causal, int dtype, int threads) {
   lf::KvCacheAttentionParams p{};
@@ -259,6 +259,11 @@ void pack_weight(Ptr weight, Ptr packed, int64_t n, int64_t k, int64_t stride, i
   kernels().pack_weight(as<void>(weight), as<void>(packed), n, k, stride, itemsize, threads);
 }
 
+uint64_t read_bandwidth_probe(Ptr data, int64_t bytes, int threads) {
+  py::gil_scoped_release release;
+  return kernels().read_memory(as<void>(data), bytes, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -267,12 +272,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &isas, "Instruction sets this machine can run, slowest first.");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use another of isas(); ValueError for any other name.");
-  m.def("first_outside",
-        [](Ptr x, int64_t n, bool is_64bit, int64_t low, int64_t high) {
-          return is_64bit ? first_outside(as<int64_t>(x), n, low, high)
-                          : first_outside(as<int32_t>(x), n, low, high);
-        },
-        "Index of the first integer outside [low, high], or -1.");
+  m.def(
+      "first_outside",
+      [](Ptr x, int64_t n, bool is_64bit, int64_t low, int64_t high) {
+        return is_64bit ? first_outside(as<int64_t>(x), n, low, high)
+                        : first_outside(as<int32_t>(x), n, low, high);
+      },
+      "Index of the first integer outside [low, high], or -1.");
   m.def("first_bad_block", &first_bad_block, "First block id that no block of the pool has.");
 
   m.def("rms_norm", &rms_norm, "rms_norm.cpp: (+ residual) (+ FP8 out)");
@@ -283,4 +289,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("kvcache_attention", &kvcache_attention, "decode_attention.cpp: over a KV cache");
   m.def("linear", &linear, "linear.cpp: FP8 and 16-bit weights, plain or packed");
   m.def("pack_weight", &pack_weight, "linear.cpp: the layout that linear streams fastest");
+  m.def("read_bandwidth_probe", &read_bandwidth_probe,
+        "bandwidth.cpp: XOR of the 64-bit words, read as fast as memory gives them");
 }

@@ -4,11 +4,9 @@
 namespace lf {
 namespace {
 
-#define LF_TABLE(isa)                                                                     \
-  {                                                                                       \
-    #isa, isa::rms_norm, isa::silu_and_mul, isa::quantize_fp8, isa::rope, isa::attention, \
-        isa::kvcache_attention, isa::linear, isa::pack_weight                             \
-  }
+#define LF_TABLE(isa)                                                                       \
+  {#isa,           isa::rms_norm,          isa::silu_and_mul, isa::quantize_fp8, isa::rope, \
+   isa::attention, isa::kvcache_attention, isa::linear,       isa::pack_weight,  isa::read_memory}
 
 constexpr Kernels kGeneric = LF_TABLE(generic);
 #if defined(LF_X86)
@@ -30,8 +28,8 @@ int available_kernels(const Kernels* out[4]) {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   // VBMI comes with it: its 128-entry byte table turns e4m3 into bf16 in 2.5 instructions a vector.
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
-                           __builtin_cpu_supports("avx512vbmi");
+  const bool avx512_bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (avx2) out[n++] = &kAvx2;
   if (avx512) out[n++] = &kAvx512;
   if (avx512_bf16) out[n++] = &kAvx512Bf16;

@@ -17,19 +17,22 @@ struct Kernels {
   // [N, K] of itemsize bytes -> [N / 64, K / 2, 64, 2].
   void (*pack_weight)(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,
                       int itemsize, int threads);
+  // XOR of the 64-bit words of data; bytes a multiple of 8.
+  uint64_t (*read_memory)(const void* data, int64_t bytes, int threads);
 };
 
-#define LF_DECLARE_KERNELS(isa)                                                                  \
-  namespace isa {                                                                                \
-  void rms_norm(const RmsNormParams& p, int threads);                                            \
-  void silu_and_mul(const SiluAndMulParams& p, int threads);                                     \
-  void quantize_fp8(const QuantizeFp8Params& p, int threads);                                    \
-  void rope(const RopeParams& p, int threads);                                                   \
-  void attention(const AttentionParams& p, int threads);                                         \
-  void kvcache_attention(const KvCacheAttentionParams& p, int threads);                          \
-  void linear(const LinearParams& p, int threads);                                               \
-  void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,       \
-                   int itemsize, int threads);                                                   \
+#define LF_DECLARE_KERNELS(isa)                                                            \
+  namespace isa {                                                                          \
+  void rms_norm(const RmsNormParams& p, int threads);                                      \
+  void silu_and_mul(const SiluAndMulParams& p, int threads);                               \
+  void quantize_fp8(const QuantizeFp8Params& p, int threads);                              \
+  void rope(const RopeParams& p, int threads);                                             \
+  void attention(const AttentionParams& p, int threads);                                   \
+  void kvcache_attention(const KvCacheAttentionParams& p, int threads);                    \
+  void linear(const LinearParams& p, int threads);                                         \
+  void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride, \
+                   int itemsize, int threads);                                             \
+  uint64_t read_memory(const void* data, int64_t bytes, int threads);                      \
   }
 
 LF_DECLARE_KERNELS(generic)

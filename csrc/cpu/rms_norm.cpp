@@ -16,39 +16,45 @@
 namespace lf::LF_ISA {
 namespace {
 
-// Loads four vectors ahead of their use: one chain of fma would wait 4 cycles for each vector.
+constexpr int kStep = 2 * kLanes;
+
+// Two pairs of accumulators: one chain of fma would wait 4 cycles for each vector.
 template <class T>
 float sum_of_squares(const T* x, int64_t n) {
-  Vec acc[4] = {zeros(), zeros(), zeros(), zeros()};
+  Pair sum[2] = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int u = 0; u < 4; ++u) {
-      const Vec v = load(x + i + u * kLanes);
-      acc[u] = fma(v, v, acc[u]);
+  for (; i + 2 * kStep <= n; i += 2 * kStep)
+    for (int u = 0; u < 2; ++u) {
+      const Pair v = load2(x + i + u * kStep);
+      sum[u] = fma(v, v, sum[u]);
     }
   for (; i < n; i += kLanes) {
-    const Vec v = n - i >= kLanes ? load(x + i) : load_n(x + i, static_cast<int>(n - i));
-    acc[0] = fma(v, v, acc[0]);
+    const Vec v = load_n(x + i, lanes_left(n - i));
+    sum[0].a = fma(v, v, sum[0].a);
   }
-  return reduce_add((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  return reduce_add((sum[0].a + sum[0].b) + (sum[1].a + sum[1].b));
 }
 
 template <class T>
-void add_rows(T* out, const T* a, const T* b, int64_t n) {
+void add_rows(T* out, const T* x, const T* y, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, load(a + i) + load(b + i));
-  if (const int tail = static_cast<int>(n - i))
-    store_n(out + i, load_n(a + i, tail) + load_n(b + i, tail), tail);
+  for (; i + kStep <= n; i += kStep) store2(out + i, load2(x + i) + load2(y + i));
+  for (; i < n; i += kLanes) {
+    const int m = lanes_left(n - i);
+    store_n(out + i, load_n(x + i, m) + load_n(y + i, m), m);
+  }
 }
 
 template <class T>
 void normalise(T* out, const T* x, const T* weight, int64_t n, float rstd) {
   const Vec r = broadcast(rstd);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    store(out + i, round_to<T>(load(x + i) * r) * load(weight + i));
-  if (const int tail = static_cast<int>(n - i))
-    store_n(out + i, round_to<T>(load_n(x + i, tail) * r) * load_n(weight + i, tail), tail);
+  for (; i + kStep <= n; i += kStep)
+    store2(out + i, round2_to<T>(load2(x + i) * r) * load2(weight + i));
+  for (; i < n; i += kLanes) {
+    const int m = lanes_left(n - i);
+    store_n(out + i, round_to<T>(load_n(x + i, m) * r) * load_n(weight + i, m), m);
+  }
 }
 
 template <class T>

@@ -14,19 +14,22 @@
 namespace lf::LF_ISA {
 namespace {
 
+constexpr int kStep = 2 * kLanes;
+
 template <class T>
 void rotate_halves(T* out, const T* x, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-    store(out + i, a * c - b * s);
-    store(out + half + i, b * c + a * s);
+  for (; i + kStep <= half; i += kStep) {
+    const Pair a = load2(x + i), b = load2(x + half + i), c = load2(cos + i), s = load2(sin + i);
+    store2(out + i, a * c - b * s);
+    store2(out + half + i, b * c + a * s);
   }
-  if (const int tail = static_cast<int>(half - i)) {
-    const Vec a = load_n(x + i, tail), b = load_n(x + half + i, tail);
-    const Vec c = load_n(cos + i, tail), s = load_n(sin + i, tail);
-    store_n(out + i, a * c - b * s, tail);
-    store_n(out + half + i, b * c + a * s, tail);
+  for (; i < half; i += kLanes) {
+    const int m = lanes_left(half - i);
+    const Vec a = load_n(x + i, m), b = load_n(x + half + i, m);
+    const Vec c = load_n(cos + i, m), s = load_n(sin + i, m);
+    store_n(out + i, a * c - b * s, m);
+    store_n(out + half + i, b * c + a * s, m);
   }
 }
 
@@ -34,13 +37,14 @@ void rotate_halves(T* out, const T* x, const float* cos, const float* sin, int64
 template <class T>
 void rotate_pairs(T* out, const T* x, const float* cos, const float* sin, int64_t d) {
   int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) {
-    const Vec v = load(x + i);
-    store(out + i, v * load(cos + i) + swap_pairs(v) * load(sin + i));
+  for (; i + kStep <= d; i += kStep) {
+    const Pair v = load2(x + i), swapped = {swap_pairs(v.a), swap_pairs(v.b)};
+    store2(out + i, v * load2(cos + i) + swapped * load2(sin + i));
   }
-  if (const int tail = static_cast<int>(d - i)) {
-    const Vec v = load_n(x + i, tail);
-    store_n(out + i, v * load_n(cos + i, tail) + swap_pairs(v) * load_n(sin + i, tail), tail);
+  for (; i < d; i += kLanes) {
+    const int m = lanes_left(d - i);
+    const Vec v = load_n(x + i, m);
+    store_n(out + i, v * load_n(cos + i, m) + swap_pairs(v) * load_n(sin + i, m), m);
   }
 }
 

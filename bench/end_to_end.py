@@ -1,0 +1,199 @@
+"""The main job: Llama 3.1's forward pass with the kernels swapped in, against eager transformers.
+
+Both run the same random weights, of 8B's true shapes: four layers and a vocabulary of 32,000, so
+that bf16, FP8 and the fp32 truth fit beside each other. Nothing here is extrapolated to 32 layers;
+`--whole` runs the whole 8B preset instead, in FP8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama_fast as lf
+from llama_fast.cache import KVCache
+
+from .timing import measure
+
+PREFILL, DECODE = 512, 8  # tokens; decode steps per round
+
+
+def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
+    return dataclasses.replace(
+        lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab
+    )
+
+
+def _transformers_model(config: lf.LlamaConfig) -> Any:
+    """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hf = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=8192,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    hf._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(hf).eval()
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 1.0 if "embed" in name else p.shape[1] ** -0.5
+            p.data.normal_(std=std, generator=generator)
+    return model
+
+
+def _decoder(model: lf.Llama, prompt: Tensor, room: int) -> tuple[Callable[[int], None], KVCache]:
+    """A function that decodes DECODE tokens after prompt, over and over from the same context."""
+    cache = KVCache(model.config, prompt.shape[1] + room, 1, dtype=model.dtype)
+    model.hidden(prompt, cache=cache)
+    token = prompt[:, -1:]
+
+    def run(_: int) -> None:
+        for _ in range(DECODE):
+            model(token, cache=cache)
+
+    return run, cache
+
+
+def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """Prefill and decode, ours in FP8 and bf16 against transformers; and the logits' errors."""
+    config = shape()
+    say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
+    hf = _transformers_model(config)
+    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
+        hf.save_pretrained(folder, safe_serialization=True)
+        ours = {
+            "bf16": lf.Llama.from_pretrained(folder, progress=False),
+            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", progress=False),
+        }
+    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
+    with torch.inference_mode():
+        logits = _logit_errors(hf, ours, prompt[:, :64])
+        prefill = measure(
+            {
+                **{
+                    name: lambda _, m=m: m.logits(m.hidden(prompt)[:, -1])
+                    for name, m in ours.items()
+                },
+                "transformers": lambda _: hf(prompt, logits_to_keep=1, use_cache=False).logits,
+            },
+            budget,
+        )
+        say("  prefill measured")
+        decoders = {name: _decoder(m, prompt, 4096)[0] for name, m in ours.items()}
+        past = hf(prompt, use_cache=True).past_key_values
+        token = prompt[:, -1:]
+
+        def transformers_decode(_: int) -> None:
+            for _ in range(DECODE):
+                hf(token, past_key_values=past, use_cache=True)
+
+        decode = measure({**decoders, "transformers": transformers_decode}, 2 * budget)
+        say("  decode measured")
+    rows = [
+        *(_row(f"prefill {PREFILL}", n, prefill, PREFILL, {"transformers": 1.1}) for n in ours),
+        _row("decode", "bf16", decode, DECODE, {}),
+        _row("decode", "FP8", decode, DECODE, {"transformers": 5.0}),
+    ]
+    return {
+        "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
+        f"random weights; baseline: transformers, sdpa, bf16",
+        "rows": rows,
+        "logits": logits,
+    }
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _logit_errors(hf: Any, ours: dict[str, lf.Llama], prompt: Tensor) -> dict[str, float]:
+    """max |logit - exact| / max |exact|; exact: the same bf16 weights, computed in fp32."""
+    eager = hf(prompt).logits.float()
+    exact = hf.float()(prompt).logits
+    hf.bfloat16()
+    scale = exact.abs().max()
+    found = {"transformers bf16": ((eager - exact).abs().max() / scale).item()}
+    for name, model in ours.items():
+        found[f"ours {name}"] = ((model(prompt) - exact).abs().max() / scale).item()
+    return found
+
+
+def _row(
+    what: str, name: str, timings: dict[str, Any], tokens: int, targets: dict[str, float]
+) -> dict[str, Any]:
+    t, eager = timings[name], timings["transformers"]
+    times = {"transformers": eager.median / t.median}
+    return {
+        "op": what,
+        "shape": name,
+        "tokens_per_s": tokens / t.median,
+        "transformers_tokens_per_s": tokens / eager.median,
+        "ms_per_token": 1e3 * t.median / tokens,
+        "times": times,
+        "targets": targets,
+        "met": {k: times[k] >= v for k, v in targets.items()},
+        "seconds": {n: dataclasses.asdict(v) for n, v in timings.items()},
+    }
+
+
+def line(r: dict[str, Any]) -> str:
+    mark = "".join("*" if ok else f" (>={r['targets'][n]:g})" for n, ok in r["met"].items())
+    return (
+        f"{r['op']:<16}{r['shape']:<6}{r['tokens_per_s']:>9.1f} tokens/s"
+        f"{r['ms_per_token']:>10.2f} ms a token   transformers "
+        f"{r['transformers_tokens_per_s']:>7.1f} tokens/s   {r['times']['transformers']:.2f}x{mark}"
+    )
+
+
+def whole(say: Callable[[str], None], steps: int = 16) -> dict[str, Any]:
+    """The 8B preset, all 32 layers, FP8 random weights: prefill, decode, peak memory."""
+    config = lf.LlamaConfig.llama_3_1_8b()
+    start = time.perf_counter()
+    model = lf.Llama.from_config(config, quantize="fp8")
+    made = time.perf_counter() - start
+    say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
+    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
+    cache = KVCache(config, PREFILL + steps + 1, 1)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model.logits(model.hidden(prompt, cache=cache)[:, -1:])
+        prefill = time.perf_counter() - start
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            logits = model(logits[:, -1:].argmax(-1), cache=cache)
+            seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found = {
+        "init_s": made,
+        "prefill_tokens_per_s": PREFILL / prefill,
+        "decode_tokens_per_s": 1 / sorted(seconds)[steps // 2],
+        "peak_gib": peak,
+    }
+    say(
+        f"prefill {PREFILL}: {found['prefill_tokens_per_s']:.1f} tokens/s   decode: "
+        f"{found['decode_tokens_per_s']:.2f} tokens/s   peak memory {peak:.1f} GiB"
+    )
+    return found

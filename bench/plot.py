@@ -1,0 +1,37 @@
+"""Speed-up of every op over its slowest and fastest baseline, as bars on a log scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def speedups(results: dict[str, Any], path: Path) -> list[Path]:
+    """Writes path as PNG and SVG; returns both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["ops"] + results.get("end_to_end", {}).get("rows", [])
+    bars = [(f"{r['op']}\n{r['shape']}", n, x) for r in rows for n, x in r["times"].items()][::-1]
+    names = list(dict.fromkeys(name for _, name, _ in bars))
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(bars)), layout="constrained")
+    palette = plt.get_cmap("tab10")
+    for y, (_, name, value) in enumerate(bars):
+        axes.barh(y, value, color=palette(names.index(name) % 10), height=0.75)
+        axes.text(value * 1.04, y, f"{value:.1f}x", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=7)
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster than (log scale; 1 = as fast)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=palette(i % 10)) for i in range(len(names))]
+    axes.legend(handles, names, fontsize=8, loc="lower right")
+    env = results["environment"]
+    axes.set_title(f"llama_fast on {env['cpu']}, {env['threads']} threads, {env['isa']}")
+    axes.spines[["top", "right"]].set_visible(False)
+    written = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for target in written:
+        figure.savefig(target, dpi=130)
+    plt.close(figure)
+    return written

@@ -1,0 +1,139 @@
+"""What a run prints and stores: one aligned line a case, one JSON file with everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llama_fast as lf
+from llama_fast import _cpu
+
+from .cases import Case
+from .timing import Timing
+
+HEADER = (
+    f"{'op':<23}{'shape':<31}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>10}"
+    f"{'error / eager':>19}  against"
+)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions, threads, commit. No host name: the file is meant to be shared."""
+    return {
+        "cpu": _cpu_model(),
+        "isa": _cpu.isa(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "llama_fast": lf.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a + when files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def row(case: Case, timings: dict[str, Timing], errors: tuple[float, float]) -> dict[str, Any]:
+    """A case's figures. "times": how many times faster ours is than each baseline."""
+    ours, limit = timings["ours"], timings["limit"]
+    times = {name: timings[name].median / ours.median for name in case.baselines}
+    of_limit = (case.work / ours.median) / (case.limit_work / limit.median)
+    reached = {
+        name: (of_limit if name == "limit" else times[name])
+        for name in case.targets
+        if name == "limit" or name in times
+    }
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "unit": case.unit,
+        "work": case.work,
+        "rate": case.work / ours.median / (1e9 if case.unit == "GB/s" else 1e12),
+        "limit": case.limit_name,
+        "limit_rate": case.limit_work / limit.median / (1e9 if case.unit == "GB/s" else 1e12),
+        "of_limit": of_limit,
+        "times": times,
+        "targets": {name: case.targets[name] for name in reached},
+        "met": {name: value >= case.targets[name] for name, value in reached.items()},
+        "error": errors[0],
+        "eager_error": errors[1],
+        "seconds": {
+            name: {"median": t.median, "p10": t.p10, "p90": t.p90, "rounds": t.rounds}
+            for name, t in timings.items()
+        },
+    }
+
+
+def line(r: dict[str, Any]) -> str:
+    ours = r["seconds"]["ours"]
+    spread = f"{ours['median'] * 1e3:.3f} ({ours['p10'] * 1e3:.3f}-{ours['p90'] * 1e3:.3f})"
+    against = "  ".join(
+        f"{name} {value:.2f}x{_target(r, name)}" for name, value in r["times"].items()
+    )
+    return (
+        f"{r['op']:<23}{r['shape']:<31}{spread:<25}{r['rate']:>8.3g} {r['unit']:<7}"
+        f"{r['of_limit']:>8.0%}{_target(r, 'limit'):<3} {r['error']:>8.1e} / {r['eager_error']:.1e}"
+        f"  {against}"
+    )
+
+
+def _target(r: dict[str, Any], name: str) -> str:
+    if name not in r["targets"]:
+        return ""
+    wanted = r["targets"][name]
+    return f" (>={wanted:g})" if not r["met"][name] else "*"
+
+
+def summary(results: dict[str, Any]) -> str:
+    rows = results["ops"] + results.get("end_to_end", {}).get("rows", [])
+    met = [m for r in rows for m in r["met"].values()]
+    lines = [f"targets met: {sum(met)} of {len(met)} (* met; (>=n) the target that was missed)"]
+    lines += [f"  {r['op']} {r['shape']}: {_misses(r)}" for r in rows if not all(r["met"].values())]
+    return "\n".join(lines)
+
+
+def _misses(r: dict[str, Any]) -> str:
+    got = {**r["times"], "limit": r.get("of_limit")}
+    return ", ".join(
+        f"{name} {got[name]:.2f}, wanted {r['targets'][name]:g}"
+        for name, met in r["met"].items()
+        if not met
+    )
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Whole or not at all: an interrupt between two cases leaves the file of the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)

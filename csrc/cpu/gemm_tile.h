@@ -1,0 +1,168 @@
+// The inner loops of linear.cpp: what one register tile does with one panel of weights.
+//
+// A panel is 64 output features, stored as pair rows: [K / 2][64][2], the two being k and k + 1. An
+// accumulator lane belongs to one output feature and runs over k in order, so a result depends
+// neither on how many rows share the tile nor on where K was cut: the chain is carried in fp32.
+// Two kinds of arithmetic, one interface:
+//
+//   FmaMath   fp32 products. Lanes alternate even and odd k and are added in pairs at the end, so a
+//             weight of any dtype is used in the order in which it lies in memory.
+//   DotMath   vdpbf16ps: x and weight are bf16 (or e4m3, which bf16 holds exactly, subnormals
+//             included), the products are exact, the sums fp32. The instruction reads bf16
+//             subnormals (below 1.2e-38) as zero.
+#pragma once
+#include "simd.h"
+
+namespace lf::LF_ISA {
+
+inline constexpr int kPanel = 64;
+inline constexpr int kPairRow = 2 * kPanel;  // elements
+inline constexpr int kTileRows = 6;          // rows of x that share one load of the weights
+
+inline void prefetch(const void* p) {
+#if defined(LF_AVX512) || defined(LF_AVX2)
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#else
+  __builtin_prefetch(p);
+#endif
+}
+
+struct FmaMath {
+  using X = float;
+  using W = Vec;
+  static constexpr int kVectors = kPairRow / kLanes;
+
+  // As many accumulators as the registers hold: fewer rows leave room for more of the panel.
+  static constexpr int tile_vectors(int rows) {
+#if defined(LF_AVX512)
+    return rows <= 3 ? 8 : 4;
+#elif defined(LF_AVX2)
+    return rows == 1 ? 8 : rows <= 3 ? 4 : 2;
+#else
+    return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+#endif
+  }
+
+  template <int V, class T>
+  static void load_weights(Vec (&w)[V], const T* pair_row, int vector) {
+    for (int v = 0; v < V; ++v) w[v] = load(pair_row + (vector + v) * kLanes);
+  }
+  static Vec load_x(const float* pair) { return broadcast_pair(pair); }
+  static Vec madd(Vec w, Vec x, Vec acc) { return fma(w, x, acc); }
+
+  template <class T>
+  static void store_decoded(float* out, const T* pair_row) {
+    for (int i = 0; i < kPairRow; i += kLanes) store(out + i, load(pair_row + i));
+  }
+
+  // The panel's features i .. i + kLanes - 1 out of one row's accumulators.
+  template <class T>
+  static Vec features(const float* acc, int i) {
+    return add_pairs(load(acc + 2 * i), load(acc + 2 * i + kLanes));
+  }
+};
+
+#if defined(LF_AVX512_BF16)
+
+// e4m3 -> bf16 by two lookups in a 128-entry table, one for each byte of the result.
+struct E4m3Table {
+  alignas(64) uint8_t high[128], low[128];
+  constexpr E4m3Table() : high(), low() {
+    for (int code = 0; code < 128; ++code) {
+      int exponent = code >> 3, mantissa = code & 7;
+      if (exponent == 0 && mantissa != 0) {  // subnormal: normalise
+        exponent = 1;
+        for (; mantissa < 8; mantissa *= 2) --exponent;
+        mantissa &= 7;
+      }
+      int bits = (exponent + 120) << 7 | mantissa << 4;
+      if (code == 0) bits = 0;
+      if (code == 127) bits = 0x7fc0;
+      high[code] = static_cast<uint8_t>(bits >> 8);
+      low[code] = static_cast<uint8_t>(bits);
+    }
+  }
+};
+inline constexpr E4m3Table kE4m3Table;
+
+struct DotMath {
+  using X = bf16;
+  using W = __m512i;
+  static constexpr int kVectors = 4;
+  static constexpr int tile_vectors(int) { return 4; }
+
+  // 64 codes, 32 features: unpacking works within 128 bits, so a holds features 8j .. 8j + 3 and b
+  // the other halves; features() puts them in order, once for each sum instead of once for each k.
+  static void decode(__m512i codes, __m512i& a, __m512i& b) {
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3Table.low), codes,
+                                                 _mm512_load_si512(kE4m3Table.low + 64));
+    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3Table.high), codes,
+                                            _mm512_load_si512(kE4m3Table.high + 64));
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);  // a | (b & c)
+    a = _mm512_unpacklo_epi8(low, high);
+    b = _mm512_unpackhi_epi8(low, high);
+  }
+
+  static void load_weights(__m512i (&w)[4], const e4m3* pair_row, int) {
+    decode(_mm512_loadu_si512(pair_row), w[0], w[1]);
+    decode(_mm512_loadu_si512(pair_row + 64), w[2], w[3]);
+  }
+  static void load_weights(__m512i (&w)[4], const bf16* pair_row, int) {
+    for (int v = 0; v < 4; ++v) w[v] = _mm512_loadu_si512(pair_row + 32 * v);
+  }
+  static __m512i load_x(const bf16* pair) {
+    int bits;
+    std::memcpy(&bits, pair, 4);
+    return _mm512_set1_epi32(bits);
+  }
+  static Vec madd(__m512i w, __m512i x, Vec acc) {
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x))};
+  }
+
+  static void store_decoded(bf16* out, const e4m3* pair_row) {
+    __m512i w[4];
+    load_weights(w, pair_row, 0);
+    for (int v = 0; v < 4; ++v) _mm512_store_si512(out + 32 * v, w[v]);
+  }
+
+  template <class T>
+  static Vec features(const float* acc, int i) {
+    if constexpr (std::is_same_v<T, bf16>) return load(acc + i);
+    const int half = i & 16, base = i & 32;
+    const __m512i order =
+        _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+                         _mm512_set1_epi32(half / 2));
+    return {_mm512_permutex2var_ps(load(acc + base).v, order, load(acc + base + 16).v)};
+  }
+};
+
+#endif
+
+// acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`. Each pair row
+// read also prefetches as many bytes at `ahead`.
+template <class Math, int R, class T>
+void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_stride, const T* w,
+                int64_t pairs, const char* ahead) {
+  constexpr int V = Math::tile_vectors(R), kRowFloats = Math::kVectors * kLanes;
+  for (int vector = 0; vector < Math::kVectors; vector += V) {
+    Vec sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = fresh ? zeros() : load(acc + r * kRowFloats + (vector + v) * kLanes);
+    for (int64_t p = 0; p < pairs; ++p) {
+      if (vector == 0)
+        for (size_t line = 0; line < kPairRow * sizeof(T); line += 64)
+          prefetch(ahead + p * kPairRow * sizeof(T) + line);
+      typename Math::W weights[V];
+      Math::load_weights(weights, w + p * kPairRow, vector);
+      for (int r = 0; r < R; ++r) {
+        const typename Math::W pair = Math::load_x(x + r * x_stride + 2 * p);
+        for (int v = 0; v < V; ++v) sum[r][v] = Math::madd(weights[v], pair, sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) store(acc + r * kRowFloats + (vector + v) * kLanes, sum[r][v]);
+  }
+}
+
+}  // namespace lf::LF_ISA

@@ -1,0 +1,103 @@
+// Brings 64 rows of a plain [N, K] weight into the order of a packed panel: [K / 2][64][2].
+#pragma once
+#include "gemm_tile.h"
+
+namespace lf::LF_ISA {
+
+// A pair of elements is what moves: 2, 4 or 8 bytes.
+template <class T>
+struct RowPair {
+  T k[2];
+};
+
+#if defined(LF_AVX512) || defined(LF_AVX2)
+
+#if defined(LF_AVX512)
+using Bytes = __m512i;
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+template <size_t kSize>
+inline void interleave(Bytes a, Bytes b, Bytes& low, Bytes& high) {
+  if constexpr (kSize == 2) low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+  if constexpr (kSize == 4) low = _mm512_unpacklo_epi32(a, b), high = _mm512_unpackhi_epi32(a, b);
+  if constexpr (kSize == 8) low = _mm512_unpacklo_epi64(a, b), high = _mm512_unpackhi_epi64(a, b);
+}
+template <int kLane>
+inline void store_lane(void* p, Bytes a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_extracti32x4_epi32(a, kLane));
+}
+#else
+using Bytes = __m256i;
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+template <size_t kSize>
+inline void interleave(Bytes a, Bytes b, Bytes& low, Bytes& high) {
+  if constexpr (kSize == 2) low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+  if constexpr (kSize == 4) low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+  if constexpr (kSize == 8) low = _mm256_unpacklo_epi64(a, b), high = _mm256_unpackhi_epi64(a, b);
+}
+template <int kLane>
+inline void store_lane(void* p, Bytes a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_extracti128_si256(a, kLane));
+}
+#endif
+
+template <class T>
+inline constexpr int kPairsPerLoad = sizeof(Bytes) / sizeof(RowPair<T>);
+
+// kPairsPerLoad pairs of each of 64 rows. Within 128 bits it is a square transpose: interleaving
+// rows i and i + half rotates an element's (row, column) address by one bit, so log2(side) rounds
+// swap the two.
+template <class T>
+void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
+  constexpr int kSide = 16 / sizeof(RowPair<T>);
+  for (int row = 0; row < kPanel; row += kSide) {
+    Bytes r[kSide], next[kSide];
+    for (int i = 0; i < kSide; ++i) r[i] = load_bytes(rows[row + i] + k);
+    for (int round = 1; round < kSide; round *= 2) {
+      for (int i = 0; i < kSide / 2; ++i)
+        interleave<sizeof(RowPair<T>)>(r[i], r[i + kSide / 2], next[2 * i], next[2 * i + 1]);
+      for (int i = 0; i < kSide; ++i) r[i] = next[i];
+    }
+    for (int i = 0; i < kSide; ++i) {
+      RowPair<T>* to = out + i * kPanel + row;
+      store_lane<0>(to, r[i]);
+      store_lane<1>(to + kSide * kPanel, r[i]);
+#if defined(LF_AVX512)
+      store_lane<2>(to + 2 * kSide * kPanel, r[i]);
+      store_lane<3>(to + 3 * kSide * kPanel, r[i]);
+#endif
+    }
+  }
+}
+
+#else
+
+template <class T>
+inline constexpr int kPairsPerLoad = 8;
+
+template <class T>
+void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
+  for (int n = 0; n < kPanel; ++n)
+    for (int p = 0; p < kPairsPerLoad<T>; ++p)
+      std::memcpy(out + p * kPanel + n, rows[n] + k + 2 * p, sizeof(RowPair<T>));
+}
+
+#endif
+
+// out [ceil(k / 2)][64][2] from `n` <= 64 rows of k elements. Features past n repeat the last row
+// (their sums are never stored); an odd k is padded with a zero.
+template <class T>
+void pack_panel(T* out, const T* weight, int64_t stride, int64_t n, int64_t k) {
+  constexpr int kStep = 2 * kPairsPerLoad<T>;
+  RowPair<T>* to = reinterpret_cast<RowPair<T>*>(out);
+  const T* rows[kPanel];
+  for (int64_t i = 0; i < kPanel; ++i) rows[i] = weight + (i < n ? i : n - 1) * stride;
+  int64_t done = 0;
+  for (; done + kStep <= k; done += kStep) transpose_columns(to + done / 2 * kPanel, rows, done);
+  for (; done < k; done += 2)
+    for (int i = 0; i < kPanel; ++i)
+      to[done / 2 * kPanel + i] = {rows[i][done], done + 1 < k ? rows[i][done + 1] : T{}};
+}
+
+}  // namespace lf::LF_ISA

@@ -1,0 +1,236 @@
+"""Rewrites a 16- or 32-bit Llama checkpoint with FP8 weights, for anyone to read: the layout is
+compressed-tensors' "float-quantized", which transformers, vLLM and llama_fast all load.
+
+Rows are quantised alone, so a piece of a tensor is read, rounded and written to its place before
+the next one is touched: what is held does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import LlamaConfig, read_json
+from .ops import quantize_fp8
+from .shards import Shards
+
+RECIPES = ("fp8", "fp8_ffn")
+_PIECE_BYTES = 32 << 20  # of a weight, quantised at once
+_FLOATS = ("BF16", "F16", "F32")  # safetensors' names
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+_LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
+_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+_INDEX = "model.safetensors.index.json"
+
+
+class Summary(NamedTuple):
+    quantized: int  # tensors now in FP8
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+
+
+class _Tensor(NamedTuple):
+    name: str
+    dtype: str  # of the source, as safetensors spells it
+    shape: tuple[int, ...]
+    quantized: bool
+
+    def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What the output holds for it: name -> dtype, shape."""
+        if not self.quantized:
+            return {self.name: (self.dtype, self.shape)}
+        return {
+            self.name: ("F8_E4M3", self.shape),
+            f"{self.name}_scale": ("F32", (self.shape[0], 1)),
+        }
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: str = "fp8",
+    *,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Writes source's checkpoint to the new folder target with weights in e4m3, a scale per row.
+
+    recipe "fp8" takes every linear layer but lm_head; "fp8_ffn" Meta's choice for the 405B: the
+    feed-forward layers, without the first and the last. Readers quantise activations per token as
+    they run; this format has no place for the 405B recipe's bound of 1200 on them.
+
+    on_bytes(done, total) reports progress in bytes read. target appears whole or not at all: an
+    error or an interrupt leaves nothing behind. Raises ValueError or OSError naming the file.
+    """
+    source, target = Path(source), Path(target)
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe: got {recipe!r}, want one of {', '.join(RECIPES)}")
+    config = read_json(source / "config.json")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{source}: already quantised; start from the 16-bit weights")
+    shards = Shards(source)
+    plan = _plan(source, shards, recipe)
+    tensors = [t for held in plan.values() for t in held]
+    total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
+    after = sum(_nbytes(*entry) for t in tensors for entry in t.stored().values())
+
+    with _appears_whole(source, target) as folder:
+        done = 0
+        for file, held in plan.items():
+            for read in _write_shard(shards, folder / file, held):
+                done += read
+                if on_bytes is not None:
+                    on_bytes(done, total)
+        if (source / _INDEX).exists():
+            weight_map = {n: file for file, held in plan.items() for t in held for n in t.stored()}
+            index = {"metadata": {"total_size": after}, "weight_map": weight_map}
+            _write_json(folder / _INDEX, index)
+        config["quantization_config"] = _quantization_config(tensors)
+        _write_json(folder / "config.json", config)
+        _copy_companions(source, folder)
+    return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
+
+
+def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]:
+    """What each file holds and what becomes of it."""
+    layers = LlamaConfig.from_pretrained(source).num_hidden_layers
+    plan: dict[str, list[_Tensor]] = {}
+    for name, (file, dtype, shape) in sorted(shards.entries.items()):
+        if dtype not in _FLOATS:
+            raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
+        quantized = _is_quantized(name, recipe, layers)
+        if quantized and len(shape) != 2:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, want a matrix")
+        plan.setdefault(file.name, []).append(_Tensor(name, dtype, shape, quantized))
+    if not any(t.quantized for tensors in plan.values() for t in tensors):
+        raise ValueError(f"{source}: recipe {recipe} leaves all of its {layers} layers as they are")
+    return plan
+
+
+def _is_quantized(name: str, recipe: str, layers: int) -> bool:
+    module, _, parameter = name.rpartition(".")
+    match = _LINEAR.fullmatch(module)
+    if match is None or parameter != "weight":
+        return False
+    return recipe == "fp8" or (match[2] == "mlp" and 0 < int(match[1]) < layers - 1)
+
+
+def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterator[int]:
+    """Yields the bytes read as they come."""
+    stored = {name: entry for t in tensors for name, entry in t.stored().items()}
+    # Widest first, as safetensors itself writes: every tensor then lies on a multiple of its item.
+    order = sorted(stored, key=lambda name: (-_ITEMSIZE[stored[name][0]], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        dtype, shape = stored[name]
+        start, end = end, end + _nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    offset = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in order}
+    with open(target, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+        for t in tensors:
+            values = shards.read(t.name)
+            if t.quantized:
+                yield from _write_quantized(out, t.name, values, offset)
+            else:
+                _write_at(out, offset[t.name], values)
+                yield values.nbytes
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _write_quantized(
+    out: BinaryIO, name: str, weight: Tensor, offset: dict[str, int]
+) -> Iterator[int]:
+    at, scale_at = offset[name], offset[f"{name}_scale"]
+    rows = max(1, _PIECE_BYTES // max(1, weight.shape[1] * weight.itemsize))
+    for piece in weight.split(rows):
+        q, scale = quantize_fp8(piece)
+        if not scale.isfinite().all():
+            raise ValueError(f"{name}: holds NaN or infinity; such a weight has no FP8 form")
+        at, scale_at = _write_at(out, at, q), _write_at(out, scale_at, scale)
+        yield piece.nbytes
+
+
+def _write_at(out: BinaryIO, offset: int, tensor: Tensor) -> int:
+    """Returns where the tensor ends."""
+    out.seek(offset)
+    out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return offset + tensor.nbytes
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return _ITEMSIZE[dtype] * torch.Size(shape).numel()
+
+
+def _quantization_config(tensors: list[_Tensor]) -> dict[str, Any]:
+    """compressed-tensors' description: every Linear, but for the modules named in ignore."""
+    modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
+    ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
+    e4m3 = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**e4m3, "strategy": "channel", "dynamic": False},
+                "input_activations": {**e4m3, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+    }
+
+
+@contextmanager
+def _appears_whole(source: Path, target: Path) -> Iterator[Path]:
+    """A folder beside target, renamed to it at the end and removed on any other way out."""
+    target = target.absolute()
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target}: is the input itself; name another folder for the output")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target}: exists already; name a new or an empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.partial-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation_config.json, licence: all that is not weights."""
+    for path in sorted(source.iterdir()):
+        if (
+            path.is_file()
+            and path.suffix not in _WEIGHT_FILES
+            and not path.name.startswith(".")
+            and not path.name.endswith(".index.json")
+            and not (folder / path.name).exists()
+        ):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
