@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# rms_norm against the eager twin: both round twice (the normalised value, then the product); the
-# sums of squares are added in another order, which moves rstd by an fp32 ulp and so, near a tie,
-# each rounding by one ulp of the dtype: 1 from the first rounding, times at most 2 where the
-# product crosses a power of two.
-RMS_NORM_ULPS = 2
+# rms_norm against the eager twin. 16 bits: both round twice (the normalised value, then the
+# product); the sums of squares are added in another order, which moves rstd by fp32 ulps and so,
+# near a tie, each rounding by one ulp of the dtype; the first is doubled at most where the product
+# crosses a power of two. fp32: rstd itself is off by 1.5 ulp from the sum's order, the division and
+# the root on each side, and the two products round on each side; doubled likewise.
+RMS_NORM_ULPS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8}
 
 # A kernel against fp64 may be at most this many times as wrong as eager PyTorch in the same dtype
 # (the measure FlashAttention's tests use), plus one ulp of the largest output for cases where eager
@@ -45,3 +46,12 @@ def assert_close_to_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
     theirs = (eager.double() - exact.double()).abs().max().item()
     floor = ulp(exact.double().abs().max(), actual.dtype).item()
     assert ours <= TIMES_EAGER * theirs + floor, f"error {ours:.3g}, eager's {theirs:.3g}"
+
+
+# fp32 silu against torch's: exp to 2 ulp here and 1 there, one addition and one division each.
+SILU_FP32_ULPS = 8
+
+# A rotation against the eager twin, in units of the dtype's epsilon at the largest output: both
+# compute in fp32 and round once, but fp32's own last bit (with or without a fused multiply-add)
+# decides ties; in fp32 the two products and their sum round three times.
+ROPE_ULPS = 4
