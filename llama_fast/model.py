@@ -139,7 +139,7 @@ class Llama:
     def _qkv(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, hidden] -> q [B * S, H, D], k and v [B * S, Hkv, D]."""
         c = self.config
-        heads = layer.qkv(x).view(x.shape[0] * x.shape[1], -1, c.head_dim)
+        heads = layer.qkv(x).flatten(0, 1).unflatten(1, (-1, c.head_dim))
         return heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
 
     def _attend(self, layer: LayerWeights, x: Tensor, positions: Tensor) -> Tensor:
