@@ -119,7 +119,7 @@ def test_reads_fine_grained_fp8(wide: Path) -> None:
 
 
 def test_blocks_that_straddle_fused_parts_are_quantised_by_row(folder: Path) -> None:
-    """k has 32 rows: its block's scale would fall on v's too. Requantising costs FP8's own error."""
+    """k has 32 rows, so its block's scale would fall on v's too."""
     meant = quantise(
         folder, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
     )
