@@ -14,7 +14,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import _cpu, cpu, reference
-from tests.tolerances import assert_close_to_eager
+from tests.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -33,7 +33,10 @@ def qkv(
 def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     actual = lf.attention(q, k, v, **options)
     exact = reference.attention(q.double(), k.double(), v.double(), **options)
-    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact)
+    allowed = 0.0
+    if q.dtype == torch.float32 and v.numel():
+        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
+    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
     return actual
 
 
