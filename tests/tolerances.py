@@ -20,6 +20,12 @@ RMS_NORM_ULPS = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 8}
 # happens to be exact.
 TIMES_EAGER = 2.0
 
+# Attention in fp32: rounding a score by one ulp moves its probability by about the score times
+# 2^-24, and the output by that share of a value. With scores up to 8, eager's largest error is one
+# to three ulps of the largest value, and over few outputs it varies twofold by chance; a kernel is
+# allowed this many whatever eager's was.
+ATTENTION_VALUE_ULPS = 4
+
 
 def ulp(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """The spacing of dtype at each value of expected (fp64)."""
@@ -36,8 +42,10 @@ def ulps(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> 
     return (error / ulp(expected, dtype or actual.dtype)).max().item()
 
 
-def assert_close_to_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """max|actual - exact| <= 2 max|eager - exact| + an ulp of the largest output."""
+def assert_close_to_eager(
+    actual: Tensor, eager: Tensor, exact: Tensor, allowed: float = 0.0
+) -> None:
+    """max|actual - exact| <= 2 max|eager - exact| + an ulp of the largest output, or <= allowed."""
     assert actual.shape == exact.shape and actual.dtype == eager.dtype
     if actual.numel() == 0:
         return
@@ -45,6 +53,7 @@ def assert_close_to_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
     ours = (actual.double() - exact.double()).abs().max().item()
     theirs = (eager.double() - exact.double()).abs().max().item()
     floor = ulp(exact.double().abs().max(), actual.dtype).item()
+<<<<<<< HEAD
     assert ours <= TIMES_EAGER * theirs + floor, f"error {ours:.3g}, eager's {theirs:.3g}"
 
 
@@ -55,3 +64,7 @@ SILU_FP32_ULPS = 8
 # compute in fp32 and round once, but fp32's own last bit (with or without a fused multiply-add)
 # decides ties; in fp32 the two products and their sum round three times.
 ROPE_ULPS = 4
+=======
+    bound = max(TIMES_EAGER * theirs + floor, allowed)
+    assert ours <= bound, f"error {ours:.3g}, eager's {theirs:.3g}"
+>>>>>>> attn

@@ -37,7 +37,7 @@ void run(const AttentionParams& p, int threads) {
   };
   // Smaller tiles pack more often, but a thread without work packs nothing.
   int64_t tiles = count_tiles();
-  while (tiles * p.kv_heads < 4 * threads && tokens * group > 4 * kStripRows) {
+  while (tiles * p.kv_heads < 4 * threads && tokens > 1 && tokens * group > 4 * kStripRows) {
     tokens = (tokens + 1) / 2;
     tiles = count_tiles();
   }

@@ -56,12 +56,12 @@ inline void softmax_strip(float* scores, int64_t n, int64_t span, float* row_max
     const Vec shrink = exp2_nonpositive<false>(broadcast(row_max[r]) - m);
     row_max[r] = factor[r];
     store_n(factor + r, shrink, 1);
-    Vec sum = load(row_sum + r * kLanes) * shrink;
+    Vec sum = zeros();
     for (int64_t j = 0; j < span; j += 2 * kLanes)
       sum = sum + U::pack_probabilities(s + j / U::kElements,
                                         exp2_nonpositive<U::kShortExp>(load(s + j) - m),
                                         exp2_nonpositive<U::kShortExp>(load(s + j + kLanes) - m));
-    store(row_sum + r * kLanes, sum);
+    store(row_sum + r * kLanes, fma(load(row_sum + r * kLanes), shrink, sum));
   }
 }
 
@@ -127,8 +127,8 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
       }
   };
 
-  // A key's row lies a token's stride from the next, too far apart for the hardware to foresee. Keys
-  // [from, to) of the block at j0 are fetched into L2 while the block before is computed.
+  // A key's row lies a token's stride from the next, too far apart for the hardware to foresee.
+  // Keys [from, to) of the block at j0 are fetched into L2 while the block before is computed.
   const auto prefetch = [&](int64_t j0, int64_t from, int64_t to) {
     for (int64_t j = from; j < to; ++j)
       for (int64_t d = 0; d < t.head_dim; d += static_cast<int64_t>(64 / sizeof(T))) {

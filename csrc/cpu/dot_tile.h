@@ -110,7 +110,9 @@ struct Units<bf16> {
 };
 #endif
 
-// c [R, vecs] = a b * factor[0]; or, to accumulate, c = c * factor[row] + a b.
+// c [R, vecs] = a b * factor[0]; or, to accumulate, c = c * factor[row] + a b. The product is
+// summed apart from c: fp32 errors then grow with the square root of the block and of the blocks,
+// not of their product.
 template <class U, int R, bool kAccumulate, int NV = kPanelVecs>
 inline void dot_tile(int64_t vecs, const float* a, int64_t lda, const float* b, int64_t units,
                      float* c, int64_t ldc, const float* factor) {
@@ -119,8 +121,10 @@ inline void dot_tile(int64_t vecs, const float* a, int64_t lda, const float* b, 
       return dot_tile<U, R, kAccumulate, NV - 1>(vecs, a, lda, b, units, c, ldc, factor);
   Vec acc[R][NV];
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < NV; ++i)
-      acc[r][i] = kAccumulate ? load(c + r * ldc + i * kLanes) * broadcast(factor[r]) : zeros();
+    for (int i = 0; i < NV; ++i) {
+      acc[r][i] = zeros();
+      if (kAccumulate) __builtin_prefetch(c + r * ldc + i * kLanes, 1);
+    }
   for (int64_t u = 0; u < units; ++u) {
     Vec bv[NV];
     for (int i = 0; i < NV; ++i) bv[i] = load(b + u * kPanel + i * kLanes);
@@ -129,9 +133,13 @@ inline void dot_tile(int64_t vecs, const float* a, int64_t lda, const float* b, 
       for (int i = 0; i < NV; ++i) acc[r][i] = U::dot(av, bv[i], acc[r][i]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < NV; ++i)
-      store(c + r * ldc + i * kLanes, kAccumulate ? acc[r][i] : acc[r][i] * broadcast(factor[0]));
+  for (int r = 0; r < R; ++r) {
+    const Vec f = broadcast(factor[kAccumulate ? r : 0]);
+    for (int i = 0; i < NV; ++i) {
+      float* to = c + r * ldc + i * kLanes;
+      store(to, kAccumulate ? fma(load(to), f, acc[r][i]) : acc[r][i] * f);
+    }
+  }
 }
 
 }  // namespace lf::LF_ISA
