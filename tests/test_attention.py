@@ -14,7 +14,8 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import _cpu, cpu, reference
-from tests.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+
+from .tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

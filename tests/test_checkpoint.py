@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 from torch import Tensor
 
 from llama_fast import Llama, reference
 from llama_fast.formats import Format
 from llama_fast.shards import Shards
+
+from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 LOGITS = 2e-5  # of the largest, fp32, as in test_model.py: FP8 weights are exact in fp32

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import transformers
-from checkpoints import LLAMA3_ROPE
 
 from llama_fast import LlamaConfig, RopeScaling
+
+from .checkpoints import LLAMA3_ROPE
 
 HF = {
     "model_type": "llama",

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import hf_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +18,8 @@ from llama_fast import Llama, LlamaConfig, TextStreamer
 from llama_fast.generate import PREFILL_CHUNK
 from llama_fast.sampling import sample
 from llama_fast.weights import Linear, packed
+
+from .checkpoints import hf_model, save
 
 CONFIG = LlamaConfig(320, 128, 192, 2, 8, 2, 16, max_position_embeddings=4096, eos_token_id=(2,))
 NEG = -math.inf

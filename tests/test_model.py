@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import hf_logits, hf_model, relative_error, save
 
 from llama_fast import KVCache, Llama, LlamaConfig
+
+from .checkpoints import hf_logits, hf_model, relative_error, save
 
 SHAPES: dict[str, dict[str, Any]] = {
     "group4": {},
