@@ -81,13 +81,30 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     unknown = [op for op in args.op or () if op not in cases.OPS]
     if unknown:
-        p.error(f"--op: got {', '.join(unknown)}, want any of {', '.join(cases.OPS)}")
-    if args.threads is not None:
-        if args.threads < 1:
-            p.error(f"--threads: got {args.threads}, want at least 1")
-        torch.set_num_threads(args.threads)
+        return _refuse(f"--op: got {', '.join(unknown)}, want any of {', '.join(cases.OPS)}")
+    if args.threads is not None and args.threads < 1:
+        return _refuse(f"--threads: got {args.threads}, want at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads or before)
+    try:
+        return _measure(args)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse(message: str) -> int:
+    print(f"bench: {message}", file=sys.stderr)
+    return 2
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """0; 1 when a kernel's result was wrong; 130 when interrupted."""
     torch.manual_seed(0)
-    results: dict[str, Any] = {"environment": report.environment(), "ops": []}
+    results: dict[str, Any] = {
+        "environment": report.environment(),
+        "complete": False,
+        "ops": [],
+    }
     print("  ".join(f"{k} {v}" for k, v in results["environment"].items() if v is not None))
     try:
         if args.whole:
@@ -97,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
                 run_ops(args, results)
             if not args.quick and not args.op and args.model == "8b" and args.dtype == "bf16":
                 run_end_to_end(args, results)
+        results["complete"] = True
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept", file=sys.stderr)
     report.write(args.json, results)
@@ -104,9 +122,14 @@ def main(argv: list[str] | None = None) -> int:
         print(report.summary(results))
     written = [args.json]
     if results["ops"] and not args.no_plot:
-        written += plot.speedups(results, args.plot or args.json)
+        try:
+            written += plot.speedups(results, args.plot or args.json)
+        except ImportError as error:
+            print(f"no plot: {error}; pip install 'llama_fast[bench]'", file=sys.stderr)
     print("written: " + "  ".join(str(path) for path in written))
-    return 0
+    if not results["complete"]:
+        return 130
+    return 1 if any(r["wrong"] for r in results["ops"]) else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ from llama_fast import _cpu
 from .cases import Case
 from .timing import Timing
 
+# Beyond twice eager's error: an ulp of bf16, for where eager happens to be exact.
+WRONG = 2.0**-7
+
 HEADER = (
     f"{'op':<23}{'shape':<31}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>10}"
     f"{'error / eager':>19}  against"
@@ -87,6 +90,7 @@ def row(case: Case, timings: dict[str, Timing], errors: tuple[float, float]) -> 
         "met": {name: value >= case.targets[name] for name, value in reached.items()},
         "error": errors[0],
         "eager_error": errors[1],
+        "wrong": not errors[0] <= 2 * errors[1] + WRONG,  # NaN is wrong too
         "seconds": {
             name: {"median": t.median, "p10": t.p10, "p90": t.p90, "rounds": t.rounds}
             for name, t in timings.items()
@@ -103,7 +107,7 @@ def line(r: dict[str, Any]) -> str:
     return (
         f"{r['op']:<23}{r['shape']:<31}{spread:<25}{r['rate']:>8.3g} {r['unit']:<7}"
         f"{r['of_limit']:>8.0%}{_target(r, 'limit'):<3} {r['error']:>8.1e} / {r['eager_error']:.1e}"
-        f"  {against}"
+        f"  {against}" + ("  WRONG: more than twice eager's error" if r["wrong"] else "")
     )
 
 
@@ -119,6 +123,7 @@ def summary(results: dict[str, Any]) -> str:
     met = [m for r in rows for m in r["met"].values()]
     lines = [f"targets met: {sum(met)} of {len(met)} (* met; (>=n) the target that was missed)"]
     lines += [f"  {r['op']} {r['shape']}: {_misses(r)}" for r in rows if not all(r["met"].values())]
+    lines += [f"  {r['op']} {r['shape']}: WRONG" for r in results["ops"] if r["wrong"]]
     return "\n".join(lines)
 
 

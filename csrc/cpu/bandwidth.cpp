@@ -11,7 +11,7 @@ constexpr int64_t kChunk = 256 * 1024;  // small enough for a late thread to cos
 constexpr int64_t kAhead = 4096;  // the next 4 KB page, where hardware prefetchers stop; into L2
 
 // XOR of all 64-bit words: nothing can be skipped, no order of additions matters, and an
-// accumulator costs one instruction a load. n is a multiple of 64.
+// accumulator costs one instruction a load. n is a multiple of 8.
 uint64_t fold(const char* p, int64_t n) {
 #if defined(LF_AVX512)
   __m512i acc[4] = {};
