@@ -88,7 +88,7 @@ def _copy(t: Tensor) -> Run:
     return lambda _: out.copy_(t)
 
 
-def _matmul(dtype: torch.dtype) -> tuple[Run, float]:
+def matmul_limit(dtype: torch.dtype) -> tuple[Run, float]:
     a, b = torch.randn(512, 2048).to(dtype), torch.randn(4096, 2048).to(dtype)
     return (lambda _: a @ b.t()), 2.0 * 512 * 2048 * 4096
 
@@ -242,7 +242,7 @@ def attention(s: Shapes, dtype: torch.dtype, compiled: bool) -> Iterator[Case]:
     q = torch.randn(1, s.prefill, s.heads, s.head_dim).to(dtype)
     k, v = torch.randn(2, 1, s.prefill, s.kv_heads, s.head_dim).to(dtype)
     rows = slice(0, min(s.prefill, 256))  # the error is read off the first rows: fp64 is slow
-    limit, limit_work = _matmul(dtype)
+    limit, limit_work = matmul_limit(dtype)
     yield Case(
         "attention",
         f"causal {s.prefill}, {s.heads}/{s.kv_heads} x {s.head_dim}",
@@ -354,7 +354,7 @@ def _fp8_linear(
         except (RuntimeError, NotImplementedError):
             targets.pop("torch._scaled_mm")
     bound_by_memory = m == 1
-    limit, limit_work = (_read(packed), 1.0 * n * k) if bound_by_memory else _matmul(x.dtype)
+    limit, limit_work = (_read(packed), 1.0 * n * k) if bound_by_memory else matmul_limit(x.dtype)
     exact = torch.float64 if m < 512 else torch.float32
     return Case(
         "fp8_linear",

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
+from llama_fast import _cpu
 from llama_fast.cache import KVCache
 
+from .cases import matmul_limit
 from .timing import measure
 
 PREFILL, DECODE = 512, 8  # tokens; decode steps per round
@@ -90,6 +92,7 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
     prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
     with torch.inference_mode():
         logits = _logit_errors(hf, ours, prompt[:, :64])
+        matmul, flops = matmul_limit(torch.bfloat16)
         prefill = measure(
             {
                 **{
@@ -97,6 +100,7 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
                     for name, m in ours.items()
                 },
                 "transformers": lambda _: hf(prompt, logits_to_keep=1, use_cache=False).logits,
+                "limit": matmul,
             },
             budget,
         )
@@ -109,19 +113,49 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
             for _ in range(DECODE):
                 hf(token, past_key_values=past, use_cache=True)
 
-        decode = measure({**decoders, "transformers": transformers_decode}, 2 * budget)
+        reads = {f"limit {name}": _read_weights(m) for name, m in ours.items()}
+        decode = measure({**decoders, "transformers": transformers_decode, **reads}, 2 * budget)
         say("  decode measured")
+    fastest = prefill["limit"].median * _prefill_flops(config) / flops
     rows = [
-        *(_row(f"prefill {PREFILL}", n, prefill, PREFILL, {"transformers": 1.1}) for n in ours),
-        _row("decode", "bf16", decode, DECODE, {}),
-        _row("decode", "FP8", decode, DECODE, {"transformers": 5.0}),
+        _row(f"prefill {PREFILL}", name, prefill, PREFILL, "matmul", fastest, {"transformers": 1.1})
+        for name in ours
     ]
+    for name, targets in (("bf16", {}), ("FP8", {"transformers": 5.0})):
+        fastest = decode[f"limit {name}"].median * DECODE
+        rows.append(_row("decode", name, decode, DECODE, "read", fastest, targets))
     return {
         "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
         f"random weights; baseline: transformers, sdpa, bf16",
         "rows": rows,
         "logits": logits,
     }
+
+
+def _linears(model: lf.Llama) -> list[Tensor]:
+    """The weights that every token passes through; the embedding is only looked up."""
+    layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
+    return [w.weight for w in (*layers, model.weights.head)]
+
+
+def _read_weights(model: lf.Llama) -> Callable[[int], None]:
+    """What one token of a decode cannot do without."""
+
+    def run(_: int) -> None:
+        for w in _linears(model):
+            _cpu.read_bandwidth_probe(w.data_ptr(), w.nbytes, torch.get_num_threads())
+
+    return run
+
+
+def _prefill_flops(config: lf.LlamaConfig) -> float:
+    """The linear layers on every token, the head on the last, and causal attention."""
+    c, hidden = config, config.hidden_size
+    heads = c.num_attention_heads * c.head_dim
+    layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    attended = PREFILL**2 * heads  # two products, half of each masked
+    per_layer = 2.0 * layer * PREFILL + 2.0 * attended
+    return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
 
 
 def _generator() -> torch.Generator:
@@ -141,8 +175,15 @@ def _logit_errors(hf: Any, ours: dict[str, lf.Llama], prompt: Tensor) -> dict[st
 
 
 def _row(
-    what: str, name: str, timings: dict[str, Any], tokens: int, targets: dict[str, float]
+    what: str,
+    name: str,
+    timings: dict[str, Any],
+    tokens: int,
+    limit: str,
+    fastest: float,
+    targets: dict[str, float],
 ) -> dict[str, Any]:
+    """fastest: the seconds that the limit alone would take."""
     t, eager = timings[name], timings["transformers"]
     times = {"transformers": eager.median / t.median}
     return {
@@ -151,6 +192,8 @@ def _row(
         "tokens_per_s": tokens / t.median,
         "transformers_tokens_per_s": tokens / eager.median,
         "ms_per_token": 1e3 * t.median / tokens,
+        "limit": limit,
+        "of_limit": fastest / t.median,
         "times": times,
         "targets": targets,
         "met": {k: times[k] >= v for k, v in targets.items()},
@@ -162,7 +205,8 @@ def line(r: dict[str, Any]) -> str:
     mark = "".join("*" if ok else f" (>={r['targets'][n]:g})" for n, ok in r["met"].items())
     return (
         f"{r['op']:<16}{r['shape']:<6}{r['tokens_per_s']:>9.1f} tokens/s"
-        f"{r['ms_per_token']:>10.2f} ms a token   transformers "
+        f"{r['ms_per_token']:>10.2f} ms a token {r['of_limit']:>5.0%} of {r['limit']:<8}"
+        "transformers "
         f"{r['transformers_tokens_per_s']:>7.1f} tokens/s   {r['times']['transformers']:.2f}x{mark}"
     )
 

@@ -21,7 +21,7 @@ from .timing import Timing
 WRONG = 2.0**-7
 
 HEADER = (
-    f"{'op':<23}{'shape':<31}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>10}"
+    f"{'op':<23}{'shape':<34}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>10}"
     f"{'error / eager':>19}  against"
 )
 
@@ -105,7 +105,7 @@ def line(r: dict[str, Any]) -> str:
         f"{name} {value:.2f}x{_target(r, name)}" for name, value in r["times"].items()
     )
     return (
-        f"{r['op']:<23}{r['shape']:<31}{spread:<25}{r['rate']:>8.3g} {r['unit']:<7}"
+        f"{r['op']:<23}{r['shape']:<34}{spread:<25}{r['rate']:>8.3g} {r['unit']:<7}"
         f"{r['of_limit']:>8.0%}{_target(r, 'limit'):<3} {r['error']:>8.1e} / {r['eager_error']:.1e}"
         f"  {against}" + ("  WRONG: more than twice eager's error" if r["wrong"] else "")
     )

@@ -6,16 +6,17 @@ import json
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llama_fast.bench import cases, timing
-from llama_fast.bench.__main__ import main
 
 import llama_fast as lf
 from llama_fast import _cpu
+from llama_fast.bench import cases, end_to_end, timing
+from llama_fast.bench.__main__ import main
 
 TINY = ["--quick", "--model", "tiny"]
 Bench = Callable[..., tuple[int, dict[str, Any]]]
@@ -158,3 +159,28 @@ def test_read_probe_reads_every_word(words: int, threads: int, isa: str) -> None
         expected ^= word
     address = data.data_ptr() + 8
     assert _cpu.read_bandwidth_probe(address, 8 * words, threads) == expected % 2**64
+
+
+def test_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job on two narrow layers."""
+    config = replace(
+        lf.LlamaConfig.llama_3_1_8b(),
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_hidden_layers=2,
+        vocab_size=256,
+    )
+    monkeypatch.setattr(end_to_end, "shape", lambda: config)
+    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    found = end_to_end.run(0.0, lambda text: None)
+    rows = {(r["op"], r["shape"]): r for r in found["rows"]}
+    assert set(rows) == {(op, w) for op in ("prefill 512", "decode") for w in ("bf16", "FP8")}
+    for r in rows.values():
+        assert r["tokens_per_s"] == pytest.approx(1e3 / r["ms_per_token"]) and r["of_limit"] > 0
+        assert "transformers" in r["times"] and f"of {r['limit']}" in end_to_end.line(r)
+    logits = found["logits"]
+    assert logits["ours bf16"] <= 2 * logits["transformers bf16"] + 2**-8
+    assert logits["ours FP8"] < 0.2
