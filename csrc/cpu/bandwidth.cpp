@@ -7,8 +7,11 @@
 namespace lf::LF_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256 * 1024;  // small enough for a late thread to cost little
-constexpr int64_t kAhead = 4096;  // the next 4 KB page, where hardware prefetchers stop; into L2
+// Eight streams in each chunk read 1.15 times as fast as one did (two Zen 4 cores, medians of 15 by
+// turns); chunk and distance are the best of those tried with them.
+constexpr int64_t kChunk = 1024 * 1024;
+constexpr int64_t kStreams = 8;
+constexpr int64_t kAhead = 2048;  // bytes between a load and its prefetch, into L2
 
 // XOR of all 64-bit words: nothing can be skipped, no order of additions matters, and an
 // accumulator costs one instruction a load. n is a multiple of 8.
@@ -21,27 +24,29 @@ uint64_t fold(const char* p, int64_t n) {
   uint64_t acc[8] = {};
 #endif
   constexpr int64_t kStep = sizeof(acc);
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    for (int64_t line = 0; line < kStep; line += 64)
-      __builtin_prefetch(p + i + kAhead + line, 0, 1);
-    for (int64_t u = 0; u < kStep; u += sizeof(acc[0])) {
-      auto& a = acc[u / sizeof(acc[0])];
+  const int64_t stream = n / kStreams / kStep * kStep;
+  for (int64_t i = 0; i < stream; i += kStep)
+    for (int64_t s = 0; s < kStreams; ++s) {
+      const char* from = p + s * stream + i;
+      for (int64_t line = 0; line < kStep; line += 64)
+        __builtin_prefetch(from + kAhead + line, 0, 1);
+      for (int64_t u = 0; u < kStep; u += sizeof(acc[0])) {
+        auto& a = acc[u / sizeof(acc[0])];
 #if defined(LF_AVX512)
-      a = _mm512_xor_si512(a, _mm512_loadu_si512(p + i + u));
+        a = _mm512_xor_si512(a, _mm512_loadu_si512(from + u));
 #elif defined(LF_AVX2)
-      a = _mm256_xor_si256(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i + u)));
+        a = _mm256_xor_si256(a, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + u)));
 #else
-      uint64_t word;
-      std::memcpy(&word, p + i + u, 8);
-      a ^= word;
+        uint64_t word;
+        std::memcpy(&word, from + u, 8);
+        a ^= word;
 #endif
+      }
     }
-  }
   uint64_t words[kStep / 8], sum = 0;
   std::memcpy(words, acc, sizeof(acc));
   for (const uint64_t word : words) sum ^= word;
-  for (; i < n; i += 8) {
+  for (int64_t i = kStreams * stream; i < n; i += 8) {
     uint64_t word;
     std::memcpy(&word, p + i, 8);
     sum ^= word;
