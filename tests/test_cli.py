@@ -1,0 +1,261 @@
+"""The llama-fast command: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import hf_model, save
+from llama3 import byte_tokenizer
+
+from llama_fast import __version__, sampling
+from llama_fast.cli import main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    folder = save(hf_model(eos_token_id=tokenizer.eos_token_id), tmp_path_factory.mktemp("cli"))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """says(ids): the model computes what it does, and then these tokens are drawn."""
+
+    def install(ids: list[int]) -> None:
+        tokens: Iterator[int] = iter(ids)
+
+        def draw(*_: Any) -> int:
+            try:
+                return next(tokens)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+        monkeypatch.setattr(sampling, "sample", draw)
+
+    return install
+
+
+def failure(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
+    assert out == "" and len(lines) == 1 and lines[0].startswith("llama-fast: error: "), err
+    return lines[0]
+
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+def generate(checkpoint: Path, *options: str) -> int:
+    argv = ["generate", "--model", str(checkpoint), "--max-new-tokens", "8", "--threads", "1"]
+    return main([*argv, *options])
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["quantize"], ["env"]], ids=str)
+def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    assert "examples:\n  llama-fast " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"llama-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["generate", "--prompt", "x"], "required: --model"),
+        (["generate", "--model", "x", "--prompt", "x", "--dtype", "int4"], "invalid choice"),
+        (["generate", "--model", "x", "--prompt", "x", "--threads", "0"], "want at least 1"),
+        (["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--model", "x", "--prompt", "x", "--system", "y"], "goes with --chat"),
+        (["quantize", "in"], "required: OUT"),
+        (["env", "--everything"], "unrecognized arguments"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line_and_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2
+    assert message in failure(capsys)
+
+
+def test_failures_are_one_line_and_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--model", str(tmp_path / "none"), "--prompt", "x"]) == 1
+    assert "none: not a folder" in failure(capsys)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "x"]) == 1
+    assert "no tokenizer that transformers can load" in failure(capsys)
+    assert main(["quantize", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "config.json: no such file" in failure(capsys)
+    assert generate(checkpoint, "--prompt", "broken \udcff") == 1
+    assert "not valid UTF-8" in failure(capsys)
+
+
+def test_traceback_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["quantize", str(tmp_path), str(tmp_path / "out")]
+    with pytest.raises(FileNotFoundError):
+        main([*argv, "--debug"])
+    monkeypatch.setenv("LLAMA_FAST_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(argv)
+
+
+def test_without_transformers(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert generate(checkpoint, "--prompt", "x") == 1
+    assert "pip install 'llama_fast[hf]'" in failure(capsys)
+
+
+@pytest.mark.parametrize("options", [[], ["--chat", "--system", "Be brief."]], ids=["base", "chat"])
+def test_seed_repeats(
+    checkpoint: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for _ in range(2):
+        assert generate(checkpoint, "--prompt", "Hello", "--seed", "7", *options) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_prompt_from_stdin(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "Grüße 🦙"
+    for argument, stdin in ((prompt, b""), ("-", prompt.encode())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert generate(checkpoint, "--prompt", argument, "--temperature", "0") == 0
+        out, err = capsys.readouterr()
+        assert f"prompt {1 + len(prompt.encode())} tokens" in err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    assert generate(checkpoint, "--prompt", "-") == 1
+    assert "stdin: not valid UTF-8" in failure(capsys)
+
+
+def test_control_tokens_are_not_shown(
+    checkpoint: Path, says: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(byte_tokenizer().encode("Hi<|python_tag|>🦙<|eot_id|>", add_special_tokens=False))
+    assert generate(checkpoint, "--chat", "--prompt", "x") == 0
+    assert capsys.readouterr().out == "Hi🦙\n"
+
+
+def test_ctrl_c_keeps_what_was_generated(
+    checkpoint: Path, says: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(byte_tokenizer().encode("Hey 🦙", add_special_tokens=False)[:-1])
+    assert generate(checkpoint, "--prompt", "x") == 130
+    out, err = capsys.readouterr()
+    assert out == "Hey \ufffd\n"
+    assert "generated 7 tokens" in err and "Traceback" not in err
+
+
+def with_template(folder: Path, template: str | None) -> Path:
+    """No weights: every failure comes before they would be read."""
+    byte_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ messages.append('x') }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{{ raise_exception('no') }}",
+        "{% if %}",
+    ],
+)
+def test_f54_hostile_chat_template(
+    tmp_path: Path, template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(with_template(tmp_path, template), "--chat", "--prompt", "x") == 1
+    assert "chat template: " in failure(capsys)
+
+
+def test_chat_template_that_cuts_messages_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its control tokens could not be told from the user's."""
+    folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
+    assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
+    assert "takes messages apart" in failure(capsys)
+
+
+def test_no_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(with_template(tmp_path, None), "--chat", "--prompt", "x") == 1
+    assert "chat_template is not set" in failure(capsys)
+
+
+def test_quantize(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(checkpoint), str(out)]) == 0
+    assert "21 of 30 tensors in FP8" in capsys.readouterr().out
+    assert generate(out, "--chat", "--prompt", "Hello") == 0
+    capsys.readouterr()
+    assert main(["quantize", str(checkpoint), str(out)]) == 1
+    assert "exists already" in failure(capsys)
+
+
+def test_env_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    from llama_fast import _cpu, backends
+
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    for fact in (__version__, torch.__version__, _cpu.isa(), Path(_cpu.__file__).name):
+        assert fact in out
+    for line in str(backends()).splitlines():
+        assert line in out
+
+
+def test_bench_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    bench = types.ModuleType("llama_fast.bench.__main__")
+    bench.main = lambda argv: seen.append(argv)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llama_fast.bench", types.ModuleType("llama_fast.bench"))
+    monkeypatch.setitem(sys.modules, "llama_fast.bench.__main__", bench)
+    assert main(["bench", "--quick", "--help"]) == 0
+    assert seen == [["--quick", "--help"]]
+
+
+def test_without_the_benchmark_suite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_fast.bench.__main__", None)
+    assert main(["bench"]) == 1
+    assert "no benchmark suite" in failure(capsys)
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """python -m llama_fast: the exit code, and no traceback."""
+    command = [sys.executable, "-m", "llama_fast", "quantize", str(tmp_path), "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("llama-fast: error: ") and done.stderr.count("\n") == 1
