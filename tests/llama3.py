@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import hf_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from .checkpoints import hf_model
 
 CONTROL = [
     "<|begin_of_text|>",

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import hf_model, save
-from llama3 import byte_tokenizer
 
 from llama_fast import __version__, sampling
 from llama_fast.cli import main
+
+from .checkpoints import hf_model, save
+from .llama3 import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

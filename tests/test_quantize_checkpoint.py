@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -18,6 +17,8 @@ import llama_fast as lf
 from llama_fast import quantize_checkpoint as module
 from llama_fast.quantize_checkpoint import quantize_checkpoint
 from llama_fast.reference import dequantize_fp8, quantize_fp8
+
+from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 
 RECIPES = ["fp8", "fp8_ffn"]
 INDEX = "model.safetensors.index.json"
@@ -78,7 +79,9 @@ def test_the_folder_is_complete(source: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == summary.bytes_after
     for name, file in index["weight_map"].items():
         assert name in load_file(tmp_path / "out" / file)
-    before, after = (json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "out"))
+    before, after = (
+        json.loads((p / "config.json").read_text()) for p in (source, tmp_path / "out")
+    )
     assert after.pop("quantization_config")["format"] == "float-quantized"
     assert after == before
 

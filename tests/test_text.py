@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import tiktoken
-from llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
 from tiktoken.load import load_tiktoken_bpe
 
 from llama_fast import chat
 from llama_fast.cli import main
+
+from .llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
 
 BOS, START, END, EOT = 128000, 128006, 128007, 128009
 ANSWER = "สวัสดี ชาวโลก 🦙 नमस्ते दुनिया!"
@@ -44,7 +45,8 @@ PUBLISHED = {
 # Contractions in both cases, digits beside letters, runs of spaces and newlines, scripts with
 # combining marks, emoji joined by zero-width joiners.
 MIXED = """I'll, I'LL we'Ve 12345abc67  def\tfoo(bar):\r\n\r\n   return  x\n \n
-Nǐ hǎo, 你好世界。こんにちは สวัสดีชาวโลก नमस्ते दुनिया Ελληνικά ﷽ 👩‍👩‍👧‍👦 😶‍🌫️ ½ ١٢٣٤ e\u0301\u0301 \u00a0\u3000."""
+Nǐ hǎo, 你好世界。こんにちは สวัสดีชาวโลก नमस्ते दुनिया
+Ελληνικά ﷽ 👩‍👩‍👧‍👦 😶‍🌫️ ½ ١٢٣٤ e\u0301\u0301 \u00a0\u3000."""
 
 
 @pytest.fixture(scope="session")
