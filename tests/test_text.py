@@ -45,7 +45,8 @@ PUBLISHED = {
 # Contractions in both cases, digits beside letters, runs of spaces and newlines, scripts with
 # combining marks, emoji joined by zero-width joiners.
 MIXED = """I'll, I'LL we'Ve 12345abc67  def\tfoo(bar):\r\n\r\n   return  x\n \n
-Nǐ hǎo, 你好世界。こんにちは สวัสดีชาวโลก नमस्ते दुनिया Ελληνικά ﷽ 👩‍👩‍👧‍👦 😶‍🌫️ ½ ١٢٣٤ e\u0301\u0301 \u00a0\u3000."""
+Nǐ hǎo, 你好世界。こんにちは สวัสดีชาวโลก नमस्ते दुनिया
+Ελληνικά ﷽ 👩‍👩‍👧‍👦 😶‍🌫️ ½ ١٢٣٤ e\u0301\u0301 \u00a0\u3000."""
 
 
 @pytest.fixture(scope="session")

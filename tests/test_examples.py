@@ -1,0 +1,52 @@
+"""Every script of examples/ runs, on a tiny model."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .checkpoints import hf_model, save
+from .llama3 import byte_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    folder = save(hf_model(), tmp_path_factory.mktemp("examples"))
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+# script -> its arguments (DIR: the checkpoint), and how its output begins
+CASES = {
+    "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
+    "custom_loop.py": (["DIR", "Once upon", "The sea", "--new-tokens", "6"], "Once upon"),
+    "drop_in_kernels.py": (["--tokens", "24", "--hidden", "256"], "relative difference"),
+    "fp8_linear.py": (["--features", "256", "512"], "0.2 MiB -> 0.1 MiB\nrelative difference 0.0"),
+}
+
+
+def test_none_is_forgotten() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(CASES)
+
+
+@pytest.mark.parametrize("script", CASES)
+def test_runs(
+    script: str,
+    checkpoint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, begins = CASES[script]
+    argv = [checkpoint if a == "DIR" else a for a in arguments]
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    capsys.readouterr()
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.startswith(begins) and out.endswith("\n")
