@@ -1,181 +1,221 @@
-"""linear, fp8_linear and fp8_gemm: every layout, granularity and instruction set."""
+"""linear, fp8_linear and pack_weight: plain and packed weights give the same bits, at any batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference
+from llama_fast import cpu, reference
 
 from .tolerances import assert_close_to_eager
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
-ROWS = (1, 2, 3, 5, 6, 7, 15, 16, 17, 31, 64, 255)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ROWS = (0, 1, 2, 3, 5, 6, 7, 15, 16, 17, 31, 64, 255)
+ONE = torch.ones(1)
 
 
-def integers(*shape: int) -> Tensor:
-    """Small integers: exact in e4m3 and bf16, and so is every fp32 sum of their products."""
-    return torch.randint(-3, 4, shape).float()
+def integers(rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    return torch.randint(-4, 5, (rows, cols)).float().to(dtype)
 
 
-@pytest.mark.parametrize("m", ROWS)
-def test_integers_are_exact(m: int, isa: str) -> None:
-    x, w = integers(m, 190), integers(70, 190)
-    exact = x @ w.t()
-    one = torch.ones(1)
-    for dtype in DTYPES:
-        got = lf.linear(x.to(dtype), w.to(dtype))
-        assert torch.equal(got, exact.to(dtype))
-        assert torch.equal(lf.fp8_linear(x.to(dtype), w.to(FP8), one), exact.to(dtype))
-    gemm = lf.fp8_gemm(x.to(FP8), w.to(FP8), one, one, out_dtype=torch.float32)
-    assert torch.equal(gemm, exact)
+def exact(x: Tensor, weight: Tensor) -> Tensor:
+    return x.double() @ weight.double().t()
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.view(torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 4, 17, 100])
-def test_packed_is_plain_bit_for_bit(m: int, dtype: torch.dtype, isa: str) -> None:
-    x, w = torch.randn(m, 1034).to(dtype), torch.randn(192, 1034).to(dtype)
-    bias = torch.randn(192).to(dtype)
-    assert torch.equal(lf.linear(x, w, bias), lf.linear(x, lf.pack_weight(w), bias))
-    for granularity in ("tensor", "row", "block", "block_2d"):
-        q, scale = lf.quantize_fp8(w, granularity)
-        plain, packed = (lf.fp8_linear(x, t, scale, bias) for t in (q, lf.pack_weight(q)))
-        assert torch.equal(plain, packed)
+@pytest.mark.parametrize("rows", ROWS)
+def test_integers_are_exact(rows: int, dtype: torch.dtype, isa: str) -> None:
+    """16-bit and FP8 weights, plain and packed; more columns than one decoded block."""
+    x, bias = integers(rows, 1100, dtype), torch.randint(-9, 10, (192,)).to(dtype)
+    weight = integers(192, 1100, dtype)
+    want = (exact(x, weight) + bias.double()).to(dtype)
+    for w in (weight, lf.pack_weight(weight)):
+        assert torch.equal(lf.linear(x, w, bias), want)
+    for w in (weight.to(FP8), lf.pack_weight(weight.to(FP8))):
+        assert torch.equal(lf.fp8_linear(x, w, ONE, bias), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("granularity", ["tensor", "row", "block", "block_2d"])
-@pytest.mark.parametrize("shape", [(1, 130, 769), (3, 1, 1), (5, 127, 128), (33, 257, 515)])
-def test_fp8_linear(
-    shape: tuple[int, int, int], granularity: str, dtype: torch.dtype, isa: str
-) -> None:
-    m, n, k = shape
-    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
-    q, scale = lf.quantize_fp8(torch.randn(n, k), granularity)
-    dense = reference.dequantize_fp8(q, scale, torch.float64)
-    exact = x.double() @ dense.t() + bias.double()
-    eager = (x.float() @ dense.float().t() + bias.float()).to(dtype)
-    if dtype == torch.float32:
-        # fp32 sums in another order: bounded by k roundings of the sum of magnitudes.
-        bound = k * 2.0**-24 * (x.abs().double() @ dense.abs().t() + bias.abs().double())
-        assert ((lf.fp8_linear(x, q, scale, bias).double() - exact).abs() <= bound + 1e-30).all()
-    else:
-        assert_close_to_eager(lf.fp8_linear(x, q, scale, bias), eager, exact)
+@pytest.mark.parametrize("n, k", [(1, 1), (1, 769), (65, 2), (63, 33), (127, 770), (130, 769)])
+def test_f29_any_shape_of_a_plain_weight(n: int, k: int, dtype: torch.dtype, isa: str) -> None:
+    weight = integers(n, k, dtype)
+    for rows in (1, 2, 7, 17):
+        x = integers(rows, k, dtype)
+        assert torch.equal(lf.linear(x, weight), exact(x, weight).to(dtype))
+        assert torch.equal(lf.fp8_linear(x, weight.to(FP8), ONE), exact(x, weight).to(dtype))
 
 
-@pytest.mark.parametrize("granularities", [("tensor", "tensor"), ("row", "row"), ("row", "tensor"),
-                                           ("block", "block_2d"), ("block", "block")])  # fmt: skip
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_fp8_gemm(granularities: tuple[str, str], out_dtype: torch.dtype, isa: str) -> None:
-    a, scale_a = lf.quantize_fp8(torch.randn(19, 515), granularities[0])
-    b, scale_b = lf.quantize_fp8(torch.randn(131, 515), granularities[1])
-    bias = torch.randn(131).to(out_dtype)
-    dense = [
-        reference.dequantize_fp8(*p, dtype=torch.float64) for p in ((a, scale_a), (b, scale_b))
-    ]
-    exact = dense[0] @ dense[1].t() + bias.double()
-    got = lf.fp8_gemm(a, b, scale_a, scale_b, bias=bias, out_dtype=out_dtype)
-    bound = 515 * 2.0**-24 * (dense[0].abs() @ dense[1].abs().t() + 4)
-    bound = bound + exact.abs() * torch.finfo(out_dtype).eps
-    assert ((got.double() - exact).abs() <= bound).all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_error_is_eagers(rows: int, dtype: torch.dtype, isa: str) -> None:
+    x, weight = torch.randn(rows, 2048).to(dtype), (torch.randn(128, 2048) * 0.05).to(dtype)
+    bias = torch.randn(128).to(dtype)
+    want = exact(x, weight) + bias.double()
+    assert_close_to_eager(lf.linear(x, weight, bias), F.linear(x, weight, bias), want)
+    for granularity in ("tensor", "row", "block_2d"):
+        q, scale = reference.quantize_fp8(weight, granularity)
+        want = x.double() @ reference.dequantize_fp8(q, scale).double().t() + bias.double()
+        eager = reference.fp8_linear(x, q, scale, bias)
+        assert_close_to_eager(lf.fp8_linear(x, q, scale, bias), eager, want)
+        eager = reference.fp8_linear(x, q, scale, bias, quantize_activation=True)
+        ours = lf.fp8_linear(x, lf.pack_weight(q), scale, bias, quantize_activation=True)
+        x8 = reference.quantize_fp8(x, "block" if granularity == "block_2d" else "row")
+        want = exact(*(reference.dequantize_fp8(*t).double() for t in (x8, (q, scale))))
+        assert_close_to_eager(ours, eager, want + bias.double())
 
 
-def test_quantised_activations_are_the_gemm_of_quantised_rows(isa: str) -> None:
-    x = torch.randn(5, 256).bfloat16()
-    for granularity, by in (("row", "row"), ("block_2d", "block")):
-        w, scale = lf.quantize_fp8(torch.randn(128, 256), granularity)
-        a, scale_a = lf.quantize_fp8(x, by, scale_ub=2.0)
-        got = lf.fp8_linear(x, w, scale, quantize_activation=True, scale_ub=2.0)
-        assert torch.equal(got, lf.fp8_gemm(a, w, scale_a, scale))
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_code_of_the_weight(dtype: torch.dtype, rows: int, isa: str) -> None:
+    """One column: each output is one weight. Subnormals (2^-9 and up) survive, NaN stays NaN."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(256, 1)
+    out = lf.fp8_linear(torch.ones(rows, 1, dtype=dtype), codes, ONE)
+    want = codes.float().view(1, 256).expand(rows, 256).to(dtype)
+    torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
 
 
-def test_f37_every_e4m3_code(isa: str) -> None:
-    """Each of the 256 codes comes through the product with 1 unchanged, subnormals and NaN too."""
-    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
-    weight = torch.zeros(256, 64).to(FP8)
-    weight[:, 5] = codes
-    for dtype in DTYPES:
-        for m in (1, 40):
-            x = torch.zeros(m, 64, dtype=dtype)
-            x[:, 5] = 1
-            for w in (weight, lf.pack_weight(weight)):
-                got = lf.fp8_linear(x, w, torch.ones(1))
-                want = codes.to(dtype).expand(m, 256)
-                assert ((got == want) | (got.isnan() & want.isnan())).all()
-
-
+@pytest.mark.parametrize("fp8", [False, True], ids=["16-bit", "fp8"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_f41_a_row_does_not_depend_on_the_batch(
-    dtype: torch.dtype, isa: str, threads: None
+    dtype: torch.dtype, fp8: bool, isa: str, threads: None
 ) -> None:
-    x, w = torch.randn(512, 640).to(dtype), torch.randn(192, 640).to(dtype)
-    q, scale = lf.quantize_fp8(w)
-    block, block_scale = lf.quantize_fp8(w, "block_2d")
-    packed, packed_q = lf.pack_weight(w), lf.pack_weight(q)
-    ops = (
-        lambda x: lf.linear(x, w),
-        lambda x: lf.linear(x, packed),
-        lambda x: lf.fp8_linear(x, q, scale),
-        lambda x: lf.fp8_linear(x, packed_q, scale),
-        lambda x: lf.fp8_linear(x, block, block_scale),
-        lambda x: lf.fp8_linear(x, q, scale, quantize_activation=True),
-    )
-    for op in ops:
-        torch.set_num_threads(1)
-        alone = op(x[:1])
+    """Nor on the threads, nor on the weight's layout."""
+    x, weight = torch.randn(512, 1030).to(dtype), torch.randn(128, 1030).to(dtype)
+    op: Callable[[Tensor, Tensor], Tensor] = lf.linear
+    if fp8:
+        weight, scale = reference.quantize_fp8(weight)
+
+        def op(x: Tensor, w: Tensor) -> Tensor:
+            return lf.fp8_linear(x, w, scale)
+
+    torch.set_num_threads(1)
+    alone = op(x[1:2], weight)
+    for w in (weight, lf.pack_weight(weight)):
         for count in (1, 2):
             torch.set_num_threads(count)
             for rows in (2, 16, 255, 256, 512):
-                assert torch.equal(op(x[:rows])[:1], alone)
+                assert torch.equal(op(x[:rows], w)[1:2], alone)
 
 
-def test_f31_strides(isa: str) -> None:
-    x = torch.randn(9, 400).bfloat16()[::2, 7:207]
-    w = torch.randn(80, 300).bfloat16()[:, 50:250]
-    assert torch.equal(lf.linear(x, w), lf.linear(x.contiguous(), w.contiguous()))
-    cube = torch.randn(3, 4, 200).bfloat16().transpose(0, 1)
-    assert torch.equal(lf.linear(cube, w), lf.linear(cube.contiguous(), w))
+def test_f41_block_scales(isa: str) -> None:
+    x = torch.randn(64, 1030).bfloat16()
+    q, scale = reference.quantize_fp8(torch.randn(128, 1030), "block_2d")
+    alone = lf.fp8_linear(x[1:2], q, scale)
+    for w in (q, lf.pack_weight(q)):
+        for rows in (1, 2, 7, 63):
+            assert torch.equal(lf.fp8_linear(x[1 : rows + 1], w, scale)[:1], alone)
 
 
-@pytest.mark.parametrize("value", [1e3, 6e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_f31_strides_and_canaries(dtype: torch.dtype, isa: str) -> None:
+    """Rows inside wider tensors whose other columns are NaN; an output between canaries."""
+    for rows in (1, 3, 20):
+        wide = torch.full((rows + 70, 300), float("nan"), dtype=dtype)
+        x, weight = wide[:rows, 3:132], wide[rows:, 5:134]
+        x.copy_(integers(rows, 129, dtype))
+        weight.copy_(integers(70, 129, dtype))
+        canary = torch.full((rows + 2, 70), 7.0, dtype=dtype)
+        cpu.linear(canary[1:-1], x, weight, None)
+        assert (canary[0] == 7).all() and (canary[-1] == 7).all()
+        assert torch.equal(canary[1:-1], exact(x, weight).to(dtype))
+        cube = x.unsqueeze(0).expand(2, rows, 129)
+        assert torch.equal(lf.linear(cube, weight)[1], canary[1:-1])
+
+
+@pytest.mark.parametrize("value", [1e3, 1e4, 6e4])
 def test_f48_large_fp16(value: float, isa: str) -> None:
-    """Products of 6e4 squared pass fp16 by far on their way to a sum that fits it."""
-    x = torch.full((1, 128), value, dtype=torch.float16)
-    x[:, 64:] = -value
-    w = torch.full((64, 128), 256.0, dtype=torch.float16)
-    assert (lf.linear(x, w) == 0).all()
+    """Partial sums pass fp16's 65504 by far; only the result has to fit."""
+    x = torch.full((2, 512), value, dtype=torch.float16)
+    weight = torch.ones(64, 512)
+    weight[:, 256:] = -1.0
+    weight[:, 0] = 0.0
+    for ours in (lf.linear(x, weight.half()), lf.fp8_linear(x, weight.to(FP8), ONE)):
+        assert torch.equal(ours, torch.full((2, 64), -value, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(bad: float, isa: str) -> None:
+    x, weight = torch.randn(9, 200).bfloat16(), torch.randn(64, 200).bfloat16()
+    clean = lf.linear(x, weight)
+    x[4, 199] = bad
+    out = lf.linear(x, weight)
+    kept = [i for i in range(9) if i != 4]
+    assert not out[4].isfinite().any() and torch.equal(out[kept], clean[kept])
+
+
+def test_f11_zero_rows_then_a_normal_call(isa: str) -> None:
+    weight = integers(64, 32, torch.bfloat16)
+    for w in (weight, lf.pack_weight(weight)):
+        assert lf.linear(torch.empty(2, 0, 32).bfloat16(), w).shape == (2, 0, 64)
+        x = integers(3, 32, torch.bfloat16)
+        assert torch.equal(lf.linear(x, w), exact(x, weight).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", (FP8, *DTYPES), ids=str)
+@pytest.mark.parametrize("k", [2, 62, 64, 130, 770])
+def test_pack_weight_moves_bits(k: int, dtype: torch.dtype, isa: str) -> None:
+    weight = torch.randn(192, k + 6).to(dtype)[:, 3 : 3 + k]
+    packed = lf.pack_weight(weight)
+    assert torch.equal(bits(packed), bits(reference.pack_weight(weight)))
+    assert torch.equal(bits(reference.unpack_weight(packed)), bits(weight.contiguous()))
 
 
 @pytest.mark.big
-def test_f01_weight_past_2_to_31_elements() -> None:
-    """Rows on either side of element 2^31 of an e4m3 weight."""
-    n, k = 2**19 + 64, 4096
-    weight = torch.zeros(n, k, dtype=torch.uint8).view(FP8)
-    boundary = 2**31 // k
-    chosen = (0, boundary - 1, boundary, boundary + 1, n - 1)
-    x, rows = integers(2, k), integers(len(chosen), k)
-    for i, row in enumerate(chosen):
-        weight[row] = rows[i].to(FP8)
-    out = lf.fp8_linear(x, weight, torch.ones(1))
-    assert torch.equal(out[:, list(chosen)], x @ rows.t())
-    assert out.count_nonzero() == (x @ rows.t()).count_nonzero()
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_f01_weight_past_2_to_31_elements(packed: bool) -> None:
+    """Features either side of element 2^31, each with its own value."""
+    k = 8192
+    n = 2**31 // k + 128
+    weight = torch.zeros((n // 64, k // 2, 64, 2) if packed else (n, k), dtype=FP8)
+    x = torch.ones(1, k, dtype=torch.bfloat16)
+    for i, feature in enumerate((0, n - 129, n - 128, n - 1)):
+        row = weight[feature // 64, :, feature % 64, :] if packed else weight[feature]
+        row.fill_(2.0**i)
+    out = lf.fp8_linear(x, weight, ONE)[0]
+    assert out[[0, n - 129, n - 128, n - 1]].tolist() == [k * 2.0**i for i in range(4)]
+    assert out.count_nonzero() == 4
+
+
+def test_f02_row_stride_past_2_to_31(isa: str) -> None:
+    """Two rows 2^31 + 64 elements apart; pages that nobody touches cost nothing."""
+    stride = 2**31 + 64
+    memory = torch.empty(stride + 64, dtype=torch.bfloat16)
+    rows = memory.as_strided((2, 64), (stride, 1))
+    rows.copy_(integers(2, 64, torch.bfloat16))
+    other = integers(3, 64, torch.bfloat16)
+    assert torch.equal(lf.linear(rows, other), exact(rows, other).bfloat16())
+    assert torch.equal(lf.linear(other, rows), exact(other, rows).bfloat16())
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(0, 40),
-    n=st.integers(1, 150),
-    k=st.integers(1, 300),
+    n=st.integers(1, 200),
+    k=st.integers(1, 700),
+    gap=st.integers(0, 5),
     dtype=st.sampled_from(DTYPES),
-    extra=st.integers(0, 3),
+    fp8=st.booleans(),
+    packed=st.booleans(),
 )
-def test_property(m: int, n: int, k: int, dtype: torch.dtype, extra: int) -> None:
-    x, w = integers(m, k + extra)[:, :k].to(dtype), integers(n, k)
-    exact = x.float() @ w.t()
-    assert torch.equal(lf.linear(x, w.to(dtype)), exact.to(dtype))
-    assert torch.equal(lf.fp8_linear(x, w.to(FP8), torch.full((n, 1), 0.5)), (exact / 2).to(dtype))
+def test_any_shape_stride_and_dtype(
+    m: int, n: int, k: int, gap: int, dtype: torch.dtype, fp8: bool, packed: bool
+) -> None:
+    if packed:
+        n, k = -(-n // 64) * 64, k + k % 2
+    x, weight = integers(m, k + gap, dtype)[:, gap:], integers(n, k + gap, dtype)[:, :k]
+    want = exact(x, weight).to(dtype)
+    w = weight.to(FP8) if fp8 else weight
+    w = lf.pack_weight(w) if packed else w
+    assert torch.equal(lf.fp8_linear(x, w, ONE) if fp8 else lf.linear(x, w), want)

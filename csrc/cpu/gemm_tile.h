@@ -139,10 +139,10 @@ struct DotMath {
 #endif
 
 // acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`. Each pair row
-// read also prefetches as many bytes at `ahead`.
+// read prefetches the one `ahead` bytes further on.
 template <class Math, int R, class T>
 void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_stride, const T* w,
-                int64_t pairs, const char* ahead) {
+                int64_t pairs, int64_t ahead) {
   constexpr int V = Math::tile_vectors(R), kRowFloats = Math::kVectors * kLanes;
   for (int vector = 0; vector < Math::kVectors; vector += V) {
     Vec sum[R][V];
@@ -152,7 +152,7 @@ void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_str
     for (int64_t p = 0; p < pairs; ++p) {
       if (vector == 0)
         for (size_t line = 0; line < kPairRow * sizeof(T); line += 64)
-          prefetch(ahead + p * kPairRow * sizeof(T) + line);
+          prefetch(reinterpret_cast<const char*>(w + p * kPairRow) + line + ahead);
       typename Math::W weights[V];
       Math::load_weights(weights, w + p * kPairRow, vector);
       for (int r = 0; r < R; ++r) {

@@ -87,7 +87,7 @@ const X* convert_rows(const LinearParams& p, int64_t m0, int64_t rows, int threa
 
 template <class Math, class T>
 void accumulate_rows(int rows, float* acc, bool fresh, const typename Math::X* x, int64_t x_stride,
-                     const T* w, int64_t pairs, const char* ahead) {
+                     const T* w, int64_t pairs, int64_t ahead) {
   using Kernel = decltype(&accumulate<Math, 1, T>);
   static constexpr Kernel kKernels[kTileRows] = {accumulate<Math, 1, T>, accumulate<Math, 2, T>,
                                                  accumulate<Math, 3, T>, accumulate<Math, 4, T>,
@@ -121,11 +121,10 @@ class PanelTask {
     do {
       const int64_t k1 = k0 + step < p_.k ? k0 + step : p_.k;
       const T* w = source(k0, k1);
-      const char* ahead = reinterpret_cast<const char*>(w) + kAhead;
       if (decode_once)
-        run_block(decode(w, (k1 - k0 + 1) / 2), k0, k1, nullptr);
+        run_block(decode(w, (k1 - k0 + 1) / 2), k0, k1, 0);
       else
-        run_block(w, k0, k1, ahead);
+        run_block(w, k0, k1, p_.packed ? kAhead : 0);
       k0 = k1;
     } while (k0 < p_.k);
   }
@@ -133,7 +132,7 @@ class PanelTask {
  private:
   static constexpr int kRowFloats = Math::kVectors * kLanes;
 
-  // RowPair rows k0 / 2 .. of the panel, in packed order.
+  // Pair rows k0 / 2 .. of the panel, in packed order.
   const T* source(int64_t k0, int64_t k1) const {
     const T* weight = static_cast<const T*>(p_.weight);
     if (p_.packed) return weight + panel_ * kPanel * p_.k + k0 * kPanel;
@@ -151,7 +150,7 @@ class PanelTask {
 
   // Columns [k0, k1), their pair rows at w: W is T, or X when decoded.
   template <class W>
-  void run_block(const W* w, int64_t k0, int64_t k1, const char* ahead) {
+  void run_block(const W* w, int64_t k0, int64_t k1, int64_t ahead) {
     int64_t tiles = (rows_ + kTileRows - 1) / kTileRows;
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int rows = static_cast<int>((rows_ - row + tiles - 1) / tiles);
@@ -161,8 +160,7 @@ class PanelTask {
         const int64_t end = k + step < k1 ? k + step : k1;
         const W* at = w + (k - k0) * kPanel;
         accumulate_rows<Math>(rows, acc_ + row * kRowFloats, total_ || k == 0,
-                              x_ + row * x_stride_ + k, x_stride_, at, (end - k + 1) / 2,
-                              ahead ? ahead : reinterpret_cast<const char*>(at));
+                              x_ + row * x_stride_ + k, x_stride_, at, (end - k + 1) / 2, ahead);
         if (total_ || end == p_.k)
           with_dtype(p_.out_dtype, [&](auto* t) {
             for (int64_t r = row; r < row + rows; ++r)
