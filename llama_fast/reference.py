@@ -194,7 +194,6 @@ def _spread_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
     """Scales of any granularity, repeated to broadcast over [rows, cols]."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)
-    scale = scale.reshape(scale.shape[0], -1)
     if scale.shape[0] != rows:
         scale = scale.repeat_interleave(FP8_BLOCK, 0)[:rows]
     if scale.shape[1] != 1:

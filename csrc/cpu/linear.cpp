@@ -9,7 +9,8 @@
 //
 // One output is one chain of sums over k, whatever M, the threads and the weight's layout: a row's
 // result is the same bits alone or in a batch, from a packed weight or a plain one. With scales per
-// block of 128 columns the chain restarts at each block and the scaled sums are added in order.
+// block of 128 columns, or an fp32 result, the chain restarts at each block of 128 and the scaled
+// sums are added in order.
 // Activations that the arithmetic does not take as they are (gemm_tile.h) are converted once a
 // call.
 #include "gemm_tile.h"
@@ -108,7 +109,11 @@ class PanelTask {
     n0_ = panel * kPanel;
     n_ = p.n - n0_ < kPanel ? p.n - n0_ : kPanel;
     acc_ = w.acc.get<float>(static_cast<size_t>(rows * kRowFloats));
-    if (blockwise(p)) total_ = w.total.get<float>(static_cast<size_t>(rows * kPanel));
+    // fp32 results are promoted every 128 columns too: one chain over all of k would be three times
+    // as far from the truth as a blocked product. 16 bits of output cannot tell.
+    blockwise_ = blockwise(p);
+    if (blockwise_ || p.out_dtype == DType::f32)
+      total_ = w.total.get<float>(static_cast<size_t>(rows * kPanel));
     scale_ = weight_scales(p, n0_, n_);
   }
 
@@ -179,9 +184,10 @@ class PanelTask {
     const float* acc = acc_ + row * kRowFloats;
     float* total = total_ + row * kPanel;
     Out* out = static_cast<Out*>(p_.out) + (m0_ + row) * p_.n + n0_;
-    const Vec sx = broadcast(x_scale(p_, m0_ + row, block));
+    const int64_t group = blockwise_ ? block : 0;
+    const Vec sx = broadcast(x_scale(p_, m0_ + row, group));
     for (int i = 0; i < kPanel; i += kLanes) {
-      Vec v = Math::template features<T>(acc, i) * sx * load(scale_ + block * kPanel + i);
+      Vec v = Math::template features<T>(acc, i) * sx * load(scale_ + group * kPanel + i);
       if (block > 0) v = v + load(total + i);
       if (!last) {
         store(total + i, v);
@@ -203,9 +209,10 @@ class PanelTask {
   const LinearParams& p_;
   const X* x_;  // the first row of this task
   int64_t x_stride_, m0_, rows_, panel_, n0_, n_;
+  bool blockwise_;  // a scale to every 128 columns
   const float* scale_;
   float* acc_;              // [rows][kRowFloats] running sums, lane order
-  float* total_ = nullptr;  // [rows][64] scaled sums of the finished blocks; null: one scale to all
+  float* total_ = nullptr;  // [rows][64] scaled sums of the finished blocks; null: one chain
 };
 
 template <class Math, class S, class T>
