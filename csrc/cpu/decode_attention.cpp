@@ -358,7 +358,8 @@ void prefill(const KvCacheAttentionParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
   int64_t tokens = kPrefillTile / group > 0 ? kPrefillTile / group : 1;
   const auto tiles = [&] { return (p.seqlen_q + tokens - 1) / tokens; };
-  while (p.batch * tiles() * p.kv_heads < 4 * threads && tokens * group > 4 * kStripRows)
+  while (tokens > 1 && p.batch * tiles() * p.kv_heads < 4 * threads &&
+         tokens * group > 4 * kStripRows)
     tokens = (tokens + 1) / 2;
   const int64_t per_sequence = tiles() * p.kv_heads;
   parallel_for(p.batch * per_sequence, threads, [&](int64_t i) {
