@@ -44,6 +44,16 @@ def seed() -> None:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models: with two, on a busy machine, each small op waits out a scheduler's quantum
+    for its other thread, and takes 15 ms."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores the thread count that a test changes."""
     before = torch.get_num_threads()

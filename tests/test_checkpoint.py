@@ -21,6 +21,8 @@ from llama_fast.shards import Shards
 
 from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 LOGITS = 2e-5  # of the largest, fp32, as in test_model.py: FP8 weights are exact in fp32
 ALL_FP8_FFN = {"gate_proj", "up_proj", "down_proj"}

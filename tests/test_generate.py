@@ -21,6 +21,8 @@ from llama_fast.weights import Linear, packed
 
 from .checkpoints import hf_model, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = LlamaConfig(320, 128, 192, 2, 8, 2, 16, max_position_embeddings=4096, eos_token_id=(2,))
 NEG = -math.inf
 

@@ -14,6 +14,8 @@ from llama_fast import KVCache, Llama, LlamaConfig
 
 from .checkpoints import hf_logits, hf_model, relative_error, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES: dict[str, dict[str, Any]] = {
     "group4": {},
     "group5": {"hidden_size": 160, "num_attention_heads": 10, "num_key_value_heads": 2},
