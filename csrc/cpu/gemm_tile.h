@@ -138,11 +138,16 @@ struct DotMath {
 
 #endif
 
-// acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`. Each pair row
-// read prefetches the one `ahead` bytes further on.
+// What to prefetch meanwhile: `step` bytes (whole lines) from `at` on for each pair row computed.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`.
 template <class Math, int R, class T>
 void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_stride, const T* w,
-                int64_t pairs, int64_t ahead) {
+                int64_t pairs, Ahead ahead) {
   constexpr int V = Math::tile_vectors(R), kRowFloats = Math::kVectors * kLanes;
   for (int vector = 0; vector < Math::kVectors; vector += V) {
     Vec sum[R][V];
@@ -151,8 +156,8 @@ void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_str
         sum[r][v] = fresh ? zeros() : load(acc + r * kRowFloats + (vector + v) * kLanes);
     for (int64_t p = 0; p < pairs; ++p) {
       if (vector == 0)
-        for (size_t line = 0; line < kPairRow * sizeof(T); line += 64)
-          prefetch(reinterpret_cast<const char*>(w + p * kPairRow) + line + ahead);
+        for (int64_t line = 0; line < ahead.step; line += 64)
+          prefetch(ahead.at + p * ahead.step + line);
       typename Math::W weights[V];
       Math::load_weights(weights, w + p * kPairRow, vector);
       for (int r = 0; r < R; ++r) {
