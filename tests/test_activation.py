@@ -45,6 +45,19 @@ def test_matches_eager(width: int, dtype: torch.dtype, isa: str) -> None:
     assert torch.equal(scale, want_scale)
 
 
+def test_fp32_over_the_whole_range(isa: str) -> None:
+    """Where e^-x overflows, at infinities and at NaN as torch; elsewhere against fp64."""
+    gate = torch.tensor(
+        [-1e38, -100.0, -89.0, 0.0, 100.0, 1e38, *map(float, ("-inf", "inf", "nan"))]
+    )
+    gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
+    assert same(lf.silu_and_mul(gate_up), reference.silu_and_mul(gate_up)).all()
+    gate = torch.linspace(-85, 90, 100_003)
+    exact = gate.double() / (1 + torch.exp(-gate.double()))
+    ours = lf.silu_and_mul(torch.cat((gate, torch.ones_like(gate)))[None])[0]
+    assert ulps(ours, exact) <= SILU_FP32_ULPS
+
+
 def test_f30_f31_strides_and_canaries(isa: str) -> None:
     gate_up = torch.randn(3, 400).bfloat16()[:, 10 : 10 + 2 * 93]
     canary = torch.full((5, 93), 7.0, dtype=torch.bfloat16)

@@ -59,8 +59,3 @@ def assert_close_to_eager(
 
 # fp32 silu against torch's: exp to 2 ulp here and 1 there, one addition and one division each.
 SILU_FP32_ULPS = 8
-
-# A rotation against the eager twin, in units of the dtype's epsilon at the largest output: both
-# compute in fp32 and round once, but fp32's own last bit (with or without a fused multiply-add)
-# decides ties; in fp32 the two products and their sum round three times.
-ROPE_ULPS = 4

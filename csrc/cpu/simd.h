@@ -132,10 +132,14 @@ inline __m256i f32_to_bf16_exact(__m512 x) {
       _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
 }
 #if defined(LF_AVX512_BF16)
-// The instruction replaces eight, but turns denormals into zero: where there are any, the long way.
+// The instruction replaces eight but turns denormals into zero, so a zero among the results sends
+// the reader to the inputs, and a denormal there takes the long way.
+inline bool has_denormal(__m512 x) { return _mm512_fpclass_ps_mask(x, 0x20) != 0; }
 inline __m256i f32_to_bf16(__m512 x) {
-  if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20), 0)) return f32_to_bf16_exact(x);
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  const __m256i h = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  const bool zero = _mm256_testn_epi16_mask(h, _mm256_set1_epi16(0x7fff)) != 0;
+  if (__builtin_expect(zero, 0) && has_denormal(x)) return f32_to_bf16_exact(x);
+  return h;
 }
 #else
 inline __m256i f32_to_bf16(__m512 x) { return f32_to_bf16_exact(x); }
@@ -238,15 +242,17 @@ inline Pair bf16_to_f32(__m512i h) {
   return {{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, low, h))},
           {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, high, h))}};
 }
-inline __m512i f32_to_bf16(Pair x) {
-#if defined(LF_AVX512_BF16)
-  const __mmask16 denormal =
-      _mm512_fpclass_ps_mask(x.a.v, 0x20) | _mm512_fpclass_ps_mask(x.b.v, 0x20);
-  if (__builtin_expect(!denormal, 1))
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
-#endif
+inline __m512i f32_to_bf16_exact(Pair x) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(f32_to_bf16_exact(x.a.v)),
                             f32_to_bf16_exact(x.b.v), 1);
+}
+inline __m512i f32_to_bf16(Pair x) {
+#if defined(LF_AVX512_BF16)
+  const __m512i h = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
+  const bool zero = _mm512_testn_epi16_mask(h, _mm512_set1_epi16(0x7fff)) != 0;
+  if (__builtin_expect(!zero, 1) || !(has_denormal(x.a.v) || has_denormal(x.b.v))) return h;
+#endif
+  return f32_to_bf16_exact(x);
 }
 inline Pair load2(const bf16* p) { return bf16_to_f32(_mm512_loadu_si512(p)); }
 inline void store2(bf16* p, Pair x) { _mm512_storeu_si512(p, f32_to_bf16(x)); }
@@ -558,24 +564,6 @@ inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
 inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
 inline Pair operator*(Pair x, Vec y) { return {x.a * y, x.b * y}; }
 inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
-
-// e^x to 2 ulp for every x: Cody-Waite reduction by ln 2, then a degree-6 polynomial (coefficients:
-// Cephes expf). The bounds lie past where e^x is 0 and Inf; NaN, as min's and max's second operand,
-// comes through.
-inline Vec exp(Vec x) {
-  const Vec clamped = min(broadcast(89.0f), max(broadcast(-105.0f), x));
-  const Vec n = round_int(clamped * broadcast(1.44269504088896341f));
-  Vec r = fma(n, broadcast(-0.693359375f), clamped);
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Vec p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r + broadcast(1.0f));
-  return ldexp(p, n);
-}
 
 // 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 (a masked score), NaN at NaN. Minimax on
 // [-1/2, 1/2] with the constant term held at 1: relative error 2e-9, or 3e-6 for short.

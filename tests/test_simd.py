@@ -1,0 +1,73 @@
+"""The conversions of csrc/cpu/simd.h, reached through ops that do little else, against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import llama_fast as lf
+from llama_fast import reference
+
+HALVES = (torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
+
+
+def every_value(dtype: torch.dtype) -> Tensor:
+    return torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """NaN may carry any payload; zeros must agree in sign."""
+    integer = torch.int16 if actual.itemsize == 2 else torch.int32
+    same = actual.view(integer) == expected.view(integer)
+    same |= actual.isnan() & expected.isnan()
+    at = (~same).nonzero()[:4].tolist()
+    assert same.all(), f"{(~same).sum()} differ, the first at {at}"
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("width", [4096, 37], ids=["vectors", "tails"])
+def test_f37_every_value_survives_load_and_store(width: int, dtype: torch.dtype, isa: str) -> None:
+    """Denormals too: the bf16 instruction alone would make them zero. Adding -0 changes nothing."""
+    x = every_value(dtype)
+    x = torch.cat((x, x[: -len(x) % width])).view(-1, width)
+    _, total = lf.add_rms_norm(x, torch.full_like(x, -0.0), torch.ones_like(x[0]))
+    assert_same_bits(total, x)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("addend", [1.0, -3.0, 2.0**-14, 3 * 2.0**-24, 6e4, 3e38, 2.0**-130])
+def test_f37_every_value_plus_a_constant(addend: float, dtype: torch.dtype, isa: str) -> None:
+    """fp32 sums with few significant bits: ties, overflow and cancellation round as in torch."""
+    x = every_value(dtype).view(16, 4096)
+    residual = torch.tensor(addend).to(dtype).expand_as(x).contiguous()
+    _, total = lf.add_rms_norm(x, residual, torch.ones_like(x[0]))
+    assert_same_bits(total, x + residual)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_f37_every_value_times_fp32(interleaved: bool, dtype: torch.dtype, isa: str) -> None:
+    """Full fp32 significands of every size down to the smallest results, rounded to 16 bits."""
+    q = every_value(dtype).view(64, 8, 128)
+    table = torch.randn(64, 128) * torch.exp2(-torch.arange(64.0))[:, None]
+    positions = torch.arange(64)
+    ours = lf.apply_rope(q, q, positions, table, interleaved=interleaved)
+    eager = reference.apply_rope(q, q, positions, table, interleaved=interleaved)
+    for a, b in zip(ours, eager, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_f38_every_e4m3_tie_and_its_neighbours(isa: str) -> None:
+    """All 126 midpoints between neighbouring magnitudes, and the fp32 values next to each."""
+    magnitudes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    low, high = magnitudes[:-1], magnitudes[1:]
+    ties = (low + high) / 2
+    below, above = torch.nextafter(ties, low), torch.nextafter(ties, high)
+    codes = torch.arange(126, dtype=torch.uint8)
+    want = torch.cat((codes + codes % 2, codes, codes + 1))  # a tie goes to the even code
+    x = torch.cat((ties, below, above))
+    q, scale = lf.quantize_fp8(torch.cat((x, -x, torch.full((1,), 448.0)))[None])
+    assert scale.item() == 1.0
+    assert torch.equal(q.view(torch.uint8)[0, :-1], torch.cat((want, want + 128)))
