@@ -173,38 +173,6 @@ def attention(
     )
 
 
-_PREFILL_QUERIES = 16  # from here on the prefill kernel is faster: 2.7 times at 512, equal at 16
-
-
-def _prefill(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    causal: bool,
-    softmax_scale: float,
-) -> None:
-    """attention(), a sequence at a time. num_splits has no meaning here: the queries suffice to
-    keep every thread busy."""
-    for i, seqlen in enumerate(cache_seqlens.tolist()):
-        if block_table is None:
-            k, v = k_cache[i, :seqlen], v_cache[i, :seqlen]
-        else:
-            ids = block_table[i, : -(-seqlen // k_cache.shape[1])].tolist()
-            k, v = _paged(k_cache, ids)[:seqlen], _paged(v_cache, ids)[:seqlen]
-        one = slice(i, i + 1)
-        attention(out[one], q[one], k[None], v[None], causal, softmax_scale, None, None)
-
-
-def _paged(cache: Tensor, ids: list[int]) -> Tensor:
-    """Blocks in a row, [tokens, Hkv, D]: a view where they lie so in memory, else a copy."""
-    first = ids[0] if ids else 0
-    consecutive = ids == list(range(first, first + len(ids)))
-    return (cache[first : first + len(ids)] if consecutive else cache[ids]).flatten(0, 1)
-
-
 def attention_with_kvcache(
     out: Tensor,
     q: Tensor,
@@ -216,9 +184,6 @@ def attention_with_kvcache(
     softmax_scale: float,
     num_splits: int,
 ) -> None:
-    if q.shape[1] >= _PREFILL_QUERIES:
-        _prefill(out, q, k_cache, v_cache, cache_seqlens, block_table, causal, softmax_scale)
-        return
     strides = [s for t in (q, out, k_cache, v_cache) for s in t.stride()[:3]]
     _cpu.kvcache_attention(
         q.data_ptr(),
