@@ -38,7 +38,7 @@ def make(
 
 
 def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same cache in shuffled blocks; three more blocks, and what k and v leave free, are NaN."""
+    """The same cache in shuffled blocks; three more, and what k and v leave free, are NaN."""
     batch, capacity, *row = k.shape
     n = -(-capacity // block_size)
     ids = torch.randperm(batch * n + 3)[: batch * n]
