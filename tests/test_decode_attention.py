@@ -1,10 +1,12 @@
-"""attention_with_kvcache against the eager twin in fp64: contiguous and paged caches."""
+"""attention_with_kvcache against the eager twin in fp64, and all that must not reach a result."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,166 +15,155 @@ from llama_fast import cpu, reference
 
 from .tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NAN = float("nan")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+NAN, INF = float("nan"), float("inf")
 
 
-def lengths(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def queries(*n: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("sq", n, ids=lambda n: f"{n}_queries")
 
 
-def cache(batch: int, size: int, heads: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    k, v = torch.randn(2, batch, size, heads, d).to(dtype)
+def lengths(*n: int) -> Tensor:
+    return torch.tensor(n, dtype=torch.int32)
+
+
+def make(
+    batch: int, sq: int, capacity: int, heads: tuple[int, int], d: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, Sq, H, D], k and v [B, capacity, Hkv, D]; values with a mean, as activations have."""
+    h, hkv = heads
+    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, capacity, hkv, d)
+    return q.to(dtype), k.to(dtype), (torch.randn(batch, capacity, hkv, d) + 0.25).to(dtype)
+
+
+def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same cache in shuffled blocks; three more, and what k and v leave free, are NaN."""
+    batch, capacity, *row = k.shape
+    n = -(-capacity // block_size)
+    ids = torch.randperm(batch * n + 3)[: batch * n]
+    pools = []
+    for cache in (k, v):
+        padded = cache.new_full((batch, n * block_size, *row), NAN)
+        padded[:, :capacity] = cache
+        pools.append(cache.new_full((batch * n + 3, block_size, *row), NAN))
+        pools[-1][ids] = padded.view(batch * n, block_size, *row)
+    return pools[0], pools[1], ids.view(batch, n).int()
+
+
+def poison(k: Tensor, v: Tensor, seqlens: Tensor, value: float) -> tuple[Tensor, Tensor]:
+    k, v = k.clone(), v.clone()
+    for i, n in enumerate(seqlens.tolist()):
+        k[i, n:], v[i, n:] = value, -value
     return k, v
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: object) -> Tensor:
-    """Against fp64; what lies past the lengths is NaN for the kernel and left out of the truth."""
-    exact = reference.attention_with_kvcache(q.double(), k.double(), v.double(), seqlens, **options)
+def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> Tensor:
+    actual = lf.attention_with_kvcache(q, k, v, seqlens, **options)
     eager = reference.attention_with_kvcache(q, k, v, seqlens, **options)
-    ours = lf.attention_with_kvcache(q, k, v, seqlens, **options)
+    exact = reference.attention_with_kvcache(q.double(), k.double(), v.double(), seqlens, **options)
     allowed = 0.0
-    if q.dtype == torch.float32 and q.numel():
-        allowed = ATTENTION_VALUE_ULPS * ulp(torch.tensor(4.0), q.dtype).item()
-    assert_close_to_eager(ours, eager, exact, allowed)
-    return ours
+    if q.dtype == torch.float32:
+        allowed = ATTENTION_VALUE_ULPS * ulp(v.nan_to_num(0, 0, 0).abs().max(), q.dtype).item()
+    assert_close_to_eager(actual, eager, exact, allowed)
+    return actual
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24])
-def test_f15_f16_every_group(group: int, dtype: torch.dtype, isa: str) -> None:
-    k, v = cache(2, 70, 2, 32, dtype)
-    for queries in (1, 3):
-        check(torch.randn(2, queries, 2 * group, 32).to(dtype), k, v, lengths(70, 33))
+# ---- against fp64 ----
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 2, 5, 17, 97, 127, 129, 257, 1000])
-def test_f09_any_length(size: int, dtype: torch.dtype, isa: str) -> None:
-    k, v = cache(1, size, 2, 64, dtype)
-    for queries in (1, 5):
-        check(torch.randn(1, queries, 8, 64).to(dtype), k, v, lengths(size))
+@dtypes
+def test_f09_lengths_that_no_block_divides(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = make(9, 1, 1000, (4, 1), 32, dtype)
+    check(q, k, v, lengths(1, 2, 5, 17, 97, 127, 129, 257, 1000))
+    q = torch.randn(9, 5, 4, 32).to(dtype)
+    k, v, table = page(k, v, 16)
+    check(q, k, v, lengths(1, 2, 5, 17, 97, 127, 129, 257, 1000), block_table=table)
 
 
-@pytest.mark.parametrize("d", [8, 64, 96, 128, 200, 256])
-def test_head_dims(d: int, isa: str) -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        k, v = cache(1, 100, 2, d, dtype)
-        check(torch.randn(1, 1, 8, d).to(dtype), k, v, lengths(100))
-        check(torch.randn(1, 40, 8, d).to(dtype), k, v, lengths(90))
-
-
-@pytest.mark.parametrize("queries", [2, 17, 64, 130, 300])
+@dtypes
+@queries(2, 8, 17, 300)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_many_queries(queries: int, causal: bool, isa: str) -> None:
-    """Speculative decoding and chunked prefill."""
-    k, v = cache(2, 400, 2, 64, torch.bfloat16)
-    q = torch.randn(2, queries, 8, 64).bfloat16()
-    check(q, k, v, lengths(400, 301), causal=causal)
+def test_speculative_decoding_and_chunked_prefill(
+    isa: str, dtype: torch.dtype, sq: int, causal: bool
+) -> None:
+    q, k, v = make(3, sq, 300, (3, 1), 40, dtype)
+    check(q, k, v, lengths(300, 257, sq), causal=causal)
 
 
-@pytest.mark.parametrize("bad", [NAN, float("inf")])
-def test_f08_what_lies_past_the_length_is_never_used(bad: float, isa: str) -> None:
-    k, v = cache(3, 200, 2, 64, torch.bfloat16)
-    seqlens = lengths(37, 128, 0)
-    for queries in (1, 4, 40):
-        q = torch.randn(3, queries, 8, 64).bfloat16()
-        clean = lf.attention_with_kvcache(q, k, v, seqlens)
-        poisoned_k, poisoned_v = k.clone(), v.clone()
-        for i, n in enumerate(seqlens.tolist()):
-            poisoned_k[i, n:] = bad
-            poisoned_v[i, n:] = bad
-        assert torch.equal(lf.attention_with_kvcache(q, poisoned_k, poisoned_v, seqlens), clean)
+@dtypes
+@pytest.mark.parametrize("d", [8, 16, 40, 64, 96, 128, 200, 256])
+def test_head_dims(isa: str, dtype: torch.dtype, d: int) -> None:
+    check(*make(1, 1, 161, (4, 1), d, dtype), lengths(161))
+    check(*make(1, 40, 90, (2, 1), d, dtype), lengths(87))
 
 
-def test_f07_f10_queries_that_see_nothing_give_zeros(isa: str) -> None:
-    k, v = cache(2, 8, 2, 32, torch.bfloat16)
-    out = lf.attention_with_kvcache(torch.randn(2, 5, 4, 32).bfloat16(), k, v, lengths(0, 2))
-    assert (out[0] == 0).all() and (out[1, :3] == 0).all() and out[1, 3:].abs().sum() > 0
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24])
+def test_f15_f16_every_ratio_of_heads(isa: str, group: int) -> None:
+    for dtype in DTYPES:
+        check(*make(1, 1, 50, (2 * group, 2), 16, dtype), lengths(50))
+        check(*make(2, 3, 50, (2 * group, 2), 16, dtype), lengths(50, 3))
 
 
-@pytest.mark.parametrize("head_major", [False, True], ids=["token-major", "head-major"])
-@pytest.mark.parametrize("block_size", [1, 16, 128])
-def test_paged_is_contiguous_bit_for_bit(block_size: int, head_major: bool, isa: str) -> None:
-    k, v = cache(3, 256, 2, 64, torch.bfloat16)
-    seqlens, per = lengths(256, 131, 1), 256 // block_size
-    table = torch.randperm(3 * per + 2)[: 3 * per].view(3, per).int()
-    shape = (3 * per + 2, 2, block_size, 64) if head_major else (3 * per + 2, block_size, 2, 64)
-    pools = [torch.full(shape, NAN).bfloat16() for _ in range(2)]
-    paged = [p.transpose(1, 2) if head_major else p for p in pools]
-    for pool, full in zip(paged, (k, v), strict=True):
-        pool[table.flatten().long()] = full.reshape(3 * per, block_size, 2, 64)
-    for queries in (1, 7, 70):
-        q = torch.randn(3, queries, 8, 64).bfloat16()
-        want = lf.attention_with_kvcache(q, k, v, seqlens)
-        assert torch.equal(lf.attention_with_kvcache(q, *paged, seqlens, block_table=table), want)
+@dtypes
+def test_many_chunks(isa: str, dtype: torch.dtype) -> None:
+    check(*make(2, 1, 20000, (2, 1), 16, dtype), lengths(20000, 16385))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
-def test_f13_forced_splits_and_canary(splits: int, isa: str) -> None:
-    k, v = cache(2, 700, 2, 64, torch.bfloat16)
-    q = torch.randn(2, 4, 8, 64).bfloat16().transpose(0, 1)[1:3].contiguous().transpose(0, 1)
-    q = torch.randn(1, 2, 16, 64).bfloat16()[:, :, ::2].transpose(0, 1)
-    seqlens = lengths(700, 65)
-    check(q, k, v, seqlens, num_splits=splits)
-    canary = torch.full((4, 1, 8, 64), 7.0).bfloat16()
-    cpu.attention_with_kvcache(canary[1:3], q, k, v, seqlens, None, True, 0.125, splits)
-    assert (canary[[0, 3]] == 7).all()
-    want = lf.attention_with_kvcache(q, k, v, seqlens, softmax_scale=0.125, num_splits=splits)
-    assert torch.equal(canary[1:3], want)
+@dtypes
+def test_exact_sums(isa: str, dtype: torch.dtype) -> None:
+    """Equal scores, integer values, a power of two of keys: nothing rounds."""
+    q, k = torch.zeros(1, 1, 4, 64, dtype=dtype), torch.randn(1, 256, 2, 64).to(dtype)
+    v = torch.randint(-4, 5, (1, 256, 2, 64)).to(dtype)
+    mean = v.double().mean(1).repeat_interleave(2, 1).to(dtype)
+    assert torch.equal(lf.attention_with_kvcache(q, k, v, lengths(256))[:, 0], mean)
 
 
-def test_f04_one_interleaved_pool(isa: str) -> None:
-    pool = torch.randn(2, 90, 2, 2, 64).bfloat16()
-    k, v = pool[:, :, 0], pool[:, :, 1]
-    q = torch.randn(2, 1, 8, 64).bfloat16()
-    got = lf.attention_with_kvcache(q, k, v, lengths(90, 50))
-    want = lf.attention_with_kvcache(q, k.contiguous(), v.contiguous(), lengths(90, 50))
-    assert torch.equal(got, want)
+def test_one_key_far_above_the_others(isa: str) -> None:
+    q, k, v = make(1, 1, 600, (4, 2), 64, torch.float32)
+    k[0, 411] = 40 * q[0, 0, ::2]
+    out = check(q, k, v, lengths(600), softmax_scale=1.0)
+    assert torch.allclose(out[0, 0, ::2], v[0, 411], rtol=1e-5)
 
 
-def test_f03_block_past_2_to_31_elements(isa: str) -> None:
-    """The last block of a pool of more than 2^31 elements; pages that are not touched cost
-    nothing."""
-    blocks = 2**31 // (16 * 2 * 64) + 3
-    pool = torch.empty(2, blocks, 16, 2, 64, dtype=torch.bfloat16)
-    k, v = cache(1, 16, 2, 64, torch.bfloat16)
-    pool[0, -1], pool[1, -1] = k[0], v[0]
-    table = lengths(blocks - 1)[None]
-    q = torch.randn(1, 1, 8, 64).bfloat16()
-    got = lf.attention_with_kvcache(q, pool[0], pool[1], lengths(16), block_table=table)
-    assert torch.equal(got, lf.attention_with_kvcache(q, k, v, lengths(16)))
+# ---- what must not reach a result ----
 
 
-def test_f22_capacity_and_one_more() -> None:
-    k, v = cache(1, 32, 2, 64, torch.float32)
-    q = torch.randn(1, 1, 4, 64)
-    paged = [t.view(2, 16, 2, 64) for t in (k, v)]
-    table = lengths(0, 1)[None]
-    check(q, k, v, lengths(32))
-    check(q, *paged, lengths(32), block_table=table)
-    for options, caches in (({}, (k, v)), ({"block_table": table}, paged)):
-        with pytest.raises(ValueError, match="cache_seqlens: got 33"):
-            lf.attention_with_kvcache(q, *caches, lengths(33), **options)
+@dtypes
+@queries(1, 4, 40)
+def test_f08_what_lies_past_the_lengths_changes_nothing(
+    isa: str, dtype: torch.dtype, sq: int
+) -> None:
+    seqlens = lengths(41, 0, 257, 300, 64)
+    q, k, v = make(5, sq, 300, (4, 2), 72, dtype)
+    clean = lf.attention_with_kvcache(q, *poison(k, v, seqlens, 0.0), seqlens)
+    assert clean.isfinite().all()
+    for value in (NAN, INF):
+        dirty = poison(k, v, seqlens, value)
+        assert torch.equal(lf.attention_with_kvcache(q, *dirty, seqlens), clean)
+        paged_k, paged_v, table = page(*dirty, 16)
+        out = lf.attention_with_kvcache(q, paged_k, paged_v, seqlens, block_table=table)
+        assert torch.equal(out, clean)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 40])
-def test_f41_a_sequence_does_not_depend_on_the_batch(queries: int, isa: str, threads: None) -> None:
-    k, v = cache(33, 600, 2, 64, torch.bfloat16)
-    q = torch.randn(33, queries, 8, 64).bfloat16()
-    seqlens = torch.randint(queries, 600, (33,)).int()
-    torch.set_num_threads(1)
-    alone = lf.attention_with_kvcache(q[:1], k[:1], v[:1], seqlens[:1])
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        for n in (1, 2, 7, 33):
-            batch = lf.attention_with_kvcache(q[:n], k[:n], v[:n], seqlens[:n])
-            assert torch.equal(batch[:1], alone)
+@dtypes
+@queries(5, 40)
+def test_a_nan_key_or_value_reaches_the_queries_that_see_it(
+    isa: str, dtype: torch.dtype, sq: int
+) -> None:
+    q, k, v = make(1, sq, 100, (3, 1), 32, dtype)
+    clean = lf.attention_with_kvcache(q, k, v, lengths(100))
+    for name in ("k", "v"):
+        dirty = {"k": k.clone(), "v": v.clone()}
+        dirty[name][0, 98] = NAN
+        out = lf.attention_with_kvcache(q, dirty["k"], dirty["v"], lengths(100))
+        assert torch.equal(out[:, : sq - 2], clean[:, : sq - 2])
+        assert out[:, sq - 2 :].isnan().all()
 
 
-def test_nan_in_a_query_stays_in_its_head(isa: str) -> None:
-    k, v = cache(1, 40, 2, 64, torch.bfloat16)
-    q = torch.randn(1, 2, 8, 64).bfloat16()
+@queries(2, 40)
+def test_a_nan_in_a_query_stays_in_its_head(isa: str, sq: int) -> None:
+    q, k, v = make(1, sq, 40, (8, 2), 64, torch.bfloat16)
     clean = lf.attention_with_kvcache(q, k, v, lengths(40))
     q[0, 1, 3, 5] = NAN
     out = lf.attention_with_kvcache(q, k, v, lengths(40))
@@ -181,19 +172,150 @@ def test_nan_in_a_query_stays_in_its_head(isa: str) -> None:
     assert torch.equal(out, clean)
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    batch=st.integers(1, 4),
-    queries=st.integers(1, 9),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 9),
-    d=st.sampled_from([8, 24, 64, 128]),
-    size=st.integers(1, 300),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_property(
-    batch: int, queries: int, kv_heads: int, group: int, d: int, size: int, dtype: torch.dtype
+@dtypes
+@queries(1, 3, 60)
+def test_f10_zero_lengths(isa: str, dtype: torch.dtype, sq: int) -> None:
+    q, k, v = make(4, sq, 65, (4, 2), 32, dtype)
+    want = check(q, k, v, lengths(0, 65, 0, 64))
+    k[0], v[2] = NAN, NAN
+    out = lf.attention_with_kvcache(q, k, v, lengths(0, 65, 0, 64))
+    assert torch.equal(out, want) and not out[0].any() and not out[2].any()
+    assert not lf.attention_with_kvcache(q, k, v, lengths(0, 0, 0, 0)).any()
+
+
+@queries(7, 50)
+def test_f07_queries_that_see_no_key_give_zeros(isa: str, sq: int) -> None:
+    out = check(*make(2, sq, 9, (4, 2), 16, torch.float32), lengths(3, 1))
+    assert not out[0, : sq - 3].any() and not out[1, : sq - 1].any()
+
+
+def test_f11_nothing_to_do(isa: str) -> None:
+    for batch, sq in ((0, 1), (2, 0), (0, 0)):
+        q, k, v = make(batch, sq, 33, (4, 2), 32, torch.bfloat16)
+        assert lf.attention_with_kvcache(q, k, v, lengths(*[33] * batch)).shape == q.shape
+    check(*make(1, 1, 33, (4, 2), 32, torch.bfloat16), lengths(33))
+
+
+# ---- layouts ----
+
+
+@dtypes
+@pytest.mark.parametrize("splits", [1, 2, 7, 33, 64, 5000])
+def test_f13_forced_splits_of_strided_queries(isa: str, dtype: torch.dtype, splits: int) -> None:
+    _, k, v = make(2, 1, 300, (6, 2), 32, dtype)
+    q = torch.randn(2, 3, 6, 96).to(dtype)[:, 1:2, :, 32:64]
+    seqlens = lengths(300, 61)
+    check(q, k, v, seqlens, num_splits=splits)
+    memory = torch.full((4, 1, 6, 32), 7.0, dtype=dtype)
+    cpu.attention_with_kvcache(memory[1:3], q, k, v, seqlens, None, True, 0.2, splits)
+    assert (memory[[0, 3]] == 7).all()
+    options: dict[str, Any] = {"softmax_scale": 0.2, "num_splits": splits}
+    want = lf.attention_with_kvcache(q.contiguous(), k, v, seqlens, **options)
+    assert torch.equal(memory[1:3], want)
+
+
+@dtypes
+@queries(1, 4, 60)
+def test_every_layout_gives_the_same_bits(isa: str, dtype: torch.dtype, sq: int) -> None:
+    def head_major(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (c.transpose(1, 2).contiguous().transpose(1, 2) for c in (k, v))
+        return k, v
+
+    q, k, v = make(2, sq, 150, (8, 2), 32, dtype)
+    seqlens = lengths(143, 90)
+    want = lf.attention_with_kvcache(q, k, v, seqlens)
+    assert torch.equal(lf.attention_with_kvcache(q, *head_major(k, v), seqlens), want)
+    for block_size in (1, 5, 16, 128):
+        paged_k, paged_v, table = page(k, v, block_size)
+        for caches in ((paged_k, paged_v), head_major(paged_k, paged_v)):
+            out = lf.attention_with_kvcache(q, *caches, seqlens, block_table=table)
+            assert torch.equal(out, want)
+
+
+@dtypes
+def test_f04_keys_and_values_interleaved_in_one_pool(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = make(2, 1, 128, (4, 2), 64, dtype)
+    seqlens = lengths(128, 77)
+    want = lf.attention_with_kvcache(q, k, v, seqlens)
+    pool = k.new_full((2, 128, 5, 2, 192), NAN)
+    caches = pool[:, :, 1, :, 64:128], pool[:, :, 3, :, :64]
+    for cache, rows in zip(caches, (k, v), strict=True):
+        cache.copy_(rows)
+    assert torch.equal(lf.attention_with_kvcache(q, *caches, seqlens), want)
+    blocks = torch.stack([t.view(16, 16, 2, 64) for t in (k, v)], 1)  # [block, k or v, offset, ...]
+    table = torch.arange(16, dtype=torch.int32).view(2, 8)
+    out = lf.attention_with_kvcache(q, blocks[:, 0], blocks[:, 1], seqlens, block_table=table)
+    assert torch.equal(out, want)
+
+
+@queries(1, 64)
+def test_f03_highest_block_of_a_pool_past_2_to_the_31(isa: str, sq: int) -> None:
+    """Memory that is never touched costs nothing: only the blocks in use are."""
+    q, k, v = make(1, sq, 512, (8, 4), 128, torch.bfloat16)
+    pools = [torch.empty(20000, 256, 4, 128, dtype=torch.bfloat16) for _ in range(2)]
+    assert pools[0].numel() > 2**31
+    for pool, cache in zip(pools, (k, v), strict=True):
+        pool[-1], pool[-2] = cache[0, :256], cache[0, 256:]
+    table = lengths(19999, 19998)[None]
+    out = lf.attention_with_kvcache(q, pools[0], pools[1], lengths(500), block_table=table)
+    assert torch.equal(out, lf.attention_with_kvcache(q, k, v, lengths(500)))
+
+
+def test_f22_at_and_past_the_capacity() -> None:
+    q, k, v = make(2, 1, 48, (4, 2), 32, torch.bfloat16)
+    paged_k, paged_v, table = page(k, v, 16)
+    paged: dict[str, Any] = {"block_table": table}
+    for keys, values, options in ((k, v, {}), (paged_k, paged_v, paged)):
+        check(q, keys, values, lengths(48, 1), **options)
+        for bad in (49, -1):
+            with pytest.raises(ValueError, match=f"cache_seqlens: got {bad}"):
+                lf.attention_with_kvcache(q, keys, values, lengths(1, bad), **options)
+    table[1, 2] = paged_k.shape[0]
+    lf.attention_with_kvcache(q, paged_k, paged_v, lengths(48, 32), **paged)  # that far: unused
+    with pytest.raises(ValueError, match=r"block_table: got block 9 at \[1, 2\]"):
+        lf.attention_with_kvcache(q, paged_k, paged_v, lengths(48, 33), **paged)
+
+
+# ---- what a result may depend on ----
+
+
+@dtypes
+@queries(1, 3, 50)
+def test_f41_alone_or_in_a_batch_on_any_threads(
+    isa: str, dtype: torch.dtype, sq: int, threads: None
 ) -> None:
-    k, v = cache(batch, size, kv_heads, d, dtype)
-    seqlens = torch.randint(0, size + 1, (batch,)).int()
-    check(torch.randn(batch, queries, kv_heads * group, d).to(dtype), k, v, seqlens)
+    q, k, v = make(33, sq, 600, (4, 2), 16, dtype)
+    seqlens = torch.randint(0, 601, (33,), dtype=torch.int32)
+    seqlens[7] = 600
+    torch.set_num_threads(1)
+    alone = lf.attention_with_kvcache(q[7:8], k[7:8], v[7:8], seqlens[7:8])[0]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for first, last in ((7, 8), (6, 8), (2, 9), (0, 33)):
+            some = slice(first, last)
+            out = lf.attention_with_kvcache(q[some], k[some], v[some], seqlens[some])
+            assert torch.equal(out[7 - first], alone), (count, some)
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_property(isa: str, data: st.DataObject) -> None:
+    draw = data.draw
+    dtype, d = draw(st.sampled_from(DTYPES)), 8 * draw(st.integers(1, 17))
+    batch, sq, hkv = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    capacity, group = draw(st.integers(1, 400)), draw(st.integers(1, 9))
+    q, k, v = make(batch, sq, capacity, (group * hkv, hkv), d, dtype)
+    seqlens = lengths(*(draw(st.integers(0, capacity)) for _ in range(batch)))
+    options: dict[str, Any] = {
+        "causal": draw(st.booleans()),
+        "num_splits": draw(st.integers(0, 9)),
+        "softmax_scale": draw(st.sampled_from([None, 0.05, 1.0])),
+    }
+    want = check(q, k, v, seqlens, **options)
+    k, v, table = page(*poison(k, v, seqlens, NAN), draw(st.integers(1, 70)))
+    out = lf.attention_with_kvcache(q, k, v, seqlens, block_table=table, **options)
+    assert torch.equal(out, want)
