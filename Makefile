@@ -55,7 +55,7 @@ sanitize: $(READY)
 	"$(BIN)/cmake" --build build/sanitize
 	ln -sf "$(CURDIR)"/llama_fast/*.py $(SANITIZED)/llama_fast/
 	LD_PRELOAD="$(ASAN_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py $(OP_TESTS) $(PYTEST)
+	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py -m "not big" $(OP_TESTS) $(PYTEST)
 
 clean:
 	rm -rf build dist *.egg-info llama_fast/*.so .pytest_cache .mypy_cache .ruff_cache "$(VENV)"
