@@ -138,16 +138,11 @@ struct DotMath {
 
 #endif
 
-// What to prefetch meanwhile: `step` bytes (whole lines) from `at` on for each pair row computed.
-struct Ahead {
-  const char* at;
-  int64_t step;
-};
-
-// acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`.
+// acc [R][2 * 64 or 64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`. Each pair row
+// read prefetches the one `ahead` bytes further on.
 template <class Math, int R, class T>
 void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_stride, const T* w,
-                int64_t pairs, Ahead ahead) {
+                int64_t pairs, int64_t ahead) {
   constexpr int V = Math::tile_vectors(R), kRowFloats = Math::kVectors * kLanes;
   for (int vector = 0; vector < Math::kVectors; vector += V) {
     Vec sum[R][V];
@@ -156,8 +151,8 @@ void accumulate(float* acc, bool fresh, const typename Math::X* x, int64_t x_str
         sum[r][v] = fresh ? zeros() : load(acc + r * kRowFloats + (vector + v) * kLanes);
     for (int64_t p = 0; p < pairs; ++p) {
       if (vector == 0)
-        for (int64_t line = 0; line < ahead.step; line += 64)
-          prefetch(ahead.at + p * ahead.step + line);
+        for (size_t line = 0; line < kPairRow * sizeof(T); line += 64)
+          prefetch(reinterpret_cast<const char*>(w + p * kPairRow) + line + ahead);
       typename Math::W weights[V];
       Math::load_weights(weights, w + p * kPairRow, vector);
       for (int r = 0; r < R; ++r) {

@@ -88,7 +88,7 @@ const X* convert_rows(const LinearParams& p, int64_t m0, int64_t rows, int threa
 
 template <class Math, class T>
 void accumulate_rows(int rows, float* acc, bool fresh, const typename Math::X* x, int64_t x_stride,
-                     const T* w, int64_t pairs, Ahead ahead) {
+                     const T* w, int64_t pairs, int64_t ahead) {
   using Kernel = decltype(&accumulate<Math, 1, T>);
   static constexpr Kernel kKernels[kTileRows] = {accumulate<Math, 1, T>, accumulate<Math, 2, T>,
                                                  accumulate<Math, 3, T>, accumulate<Math, 4, T>,
@@ -126,21 +126,16 @@ class PanelTask {
     do {
       const int64_t k1 = k0 + step < p_.k ? k0 + step : p_.k;
       const T* w = source(k0, k1);
-      // A packed weight is fetched ahead: a fixed distance when it streams through the registers,
-      // else the next block whole, while the first tile of rows computes with this one.
-      const int64_t pairs = (k1 - k0 + 1) / 2;
-      const char* raw = reinterpret_cast<const char*>(w);
       if (decode_once)
-        run_block(decode(w, pairs), k0, k1, raw + pairs * kPairBytes);
+        run_block(decode(w, (k1 - k0 + 1) / 2), k0, k1, 0);
       else
-        run_block(w, k0, k1, raw + (stream ? kAhead : pairs * kPairBytes));
+        run_block(w, k0, k1, p_.packed ? kAhead : 0);
       k0 = k1;
     } while (k0 < p_.k);
   }
 
  private:
   static constexpr int kRowFloats = Math::kVectors * kLanes;
-  static constexpr int64_t kPairBytes = kPairRow * sizeof(T);
 
   // Pair rows k0 / 2 .. of the panel, in packed order.
   const T* source(int64_t k0, int64_t k1) const {
@@ -160,7 +155,7 @@ class PanelTask {
 
   // Columns [k0, k1), their pair rows at w: W is T, or X when decoded.
   template <class W>
-  void run_block(const W* w, int64_t k0, int64_t k1, const char* next) {
+  void run_block(const W* w, int64_t k0, int64_t k1, int64_t ahead) {
     int64_t tiles = (rows_ + kTileRows - 1) / kTileRows;
     for (int64_t row = 0; tiles > 0; --tiles) {
       const int rows = static_cast<int>((rows_ - row + tiles - 1) / tiles);
@@ -169,8 +164,6 @@ class PanelTask {
       do {
         const int64_t end = k + step < k1 ? k + step : k1;
         const W* at = w + (k - k0) * kPanel;
-        const bool fetch = p_.packed && row == 0;
-        const Ahead ahead = {next + (k - k0) / 2 * kPairBytes, fetch ? kPairBytes : 0};
         accumulate_rows<Math>(rows, acc_ + row * kRowFloats, total_ || k == 0,
                               x_ + row * x_stride_ + k, x_stride_, at, (end - k + 1) / 2, ahead);
         if (total_ || end == p_.k)
