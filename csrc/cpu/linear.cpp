@@ -3,9 +3,10 @@
 //
 // Up to six rows a panel of 64 output features streams through the registers, decoded on the way:
 // one sequential read of the weight, which is all that such a product costs (N * K bytes for e4m3).
-// With more rows a block of the panel is decoded once into L2 and used by every tile of rows; then
-// the arithmetic is the cost, 2 M N K flops. A plain weight is brought into the packed order block
-// by block first.
+// With more rows a block of the panel stays in L2 while every tile of rows uses it; then the
+// arithmetic is the cost, 2 M N K flops. Decoding e4m3 to bf16 again for each tile is nearly free,
+// it runs on ports that the products leave idle; past kDecodeRows decoding once is faster. A plain
+// weight is brought into the packed order block by block first.
 //
 // One output is one chain of sums over k, whatever M, the threads and the weight's layout: a row's
 // result is the same bits alone or in a batch, from a packed weight or a plain one. With scales per
@@ -23,7 +24,7 @@ namespace lf::LF_ISA {
 namespace {
 
 constexpr int64_t kMaxRows = 512;     // rows of x to one pass over the weight
-constexpr int64_t kColumns = 512;     // columns of a panel decoded at a time
+constexpr int64_t kBlockBytes = 128 << 10;  // of a panel at a time, as the tiles read it
 constexpr int64_t kScaleBlock = 128;  // columns that share a block scale
 constexpr int64_t kAhead = 4096;      // bytes between a load and its prefetch
 
@@ -118,10 +119,11 @@ class PanelTask {
   }
 
   void run() {
-    const bool decode_once = rows_ > kTileRows && !std::is_same_v<T, X>;
+    const bool decode_once = rows_ > Math::kDecodeRows && !std::is_same_v<T, X>;
     const bool stream = p_.packed && rows_ <= kTileRows &&
                         Math::tile_vectors(static_cast<int>(rows_)) == Math::kVectors;
-    const int64_t step = stream ? p_.k : kColumns;
+    const int64_t column_bytes = kPanel * (decode_once ? sizeof(X) : sizeof(T));
+    const int64_t step = stream ? p_.k : kBlockBytes / column_bytes;
     int64_t k0 = 0;
     do {
       const int64_t k1 = k0 + step < p_.k ? k0 + step : p_.k;

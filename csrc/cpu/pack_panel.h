@@ -85,6 +85,9 @@ void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
 
 #endif
 
+// 64 rows at once are more streams than the hardware prefetcher follows: 10 GB/s without, 12 with.
+inline constexpr int64_t kAheadInRow = 256;  // bytes
+
 // out [ceil(k / 2)][64][2] from `n` <= 64 rows of k elements. Features past n repeat the last row
 // (their sums are never stored); an odd k is padded with a zero.
 template <class T>
@@ -94,7 +97,10 @@ void pack_panel(T* out, const T* weight, int64_t stride, int64_t n, int64_t k) {
   const T* rows[kPanel];
   for (int64_t i = 0; i < kPanel; ++i) rows[i] = weight + (i < n ? i : n - 1) * stride;
   int64_t done = 0;
-  for (; done + kStep <= k; done += kStep) transpose_columns(to + done / 2 * kPanel, rows, done);
+  for (; done + kStep <= k; done += kStep) {
+    for (const T* row : rows) prefetch(reinterpret_cast<const char*>(row + done) + kAheadInRow);
+    transpose_columns(to + done / 2 * kPanel, rows, done);
+  }
   for (; done < k; done += 2)
     for (int i = 0; i < kPanel; ++i)
       to[done / 2 * kPanel + i] = {rows[i][done], done + 1 < k ? rows[i][done + 1] : T{}};
