@@ -23,10 +23,10 @@
 namespace lf::LF_ISA {
 namespace {
 
-constexpr int64_t kMaxRows = 512;     // rows of x to one pass over the weight
+constexpr int64_t kMaxRows = 512;           // rows of x to one pass over the weight
 constexpr int64_t kBlockBytes = 128 << 10;  // of a panel at a time, as the tiles read it
-constexpr int64_t kScaleBlock = 128;  // columns that share a block scale
-constexpr int64_t kAhead = 4096;      // bytes between a load and its prefetch
+constexpr int64_t kScaleBlock = 128;        // columns that share a block scale
+constexpr int64_t kAhead = 4096;            // bytes between a load and its prefetch
 
 struct Workspace {
   Scratch x, packed, decoded, acc, total, scale;
@@ -41,6 +41,10 @@ bool blockwise(const LinearParams& p) {
   return (p.x_scale && p.x_granularity == Scale::block) ||
          (p.weight_scale && p.weight_granularity == Scale::block);
 }
+
+// fp32 results are summed in blocks of 128 columns too: one chain over all of k would be three
+// times as far from the truth as a blocked product. 16 bits of output cannot tell.
+bool promotes(const LinearParams& p) { return blockwise(p) || p.out_dtype == DType::f32; }
 
 int64_t scale_blocks(const LinearParams& p) { return (p.k + kScaleBlock - 1) / kScaleBlock; }
 
@@ -103,18 +107,16 @@ class PanelTask {
  public:
   using X = typename Math::X;
 
+  // acc: where the sums are; null: in this thread's workspace.
   PanelTask(const LinearParams& p, const X* x, int64_t x_stride, int64_t m0, int64_t rows,
-            int64_t panel)
+            int64_t panel, float* acc = nullptr)
       : p_(p), x_(x), x_stride_(x_stride), m0_(m0), rows_(rows), panel_(panel) {
     Workspace& w = workspace();
     n0_ = panel * kPanel;
     n_ = p.n - n0_ < kPanel ? p.n - n0_ : kPanel;
-    acc_ = w.acc.get<float>(static_cast<size_t>(rows * kRowFloats));
-    // fp32 results are promoted every 128 columns too: one chain over all of k would be three times
-    // as far from the truth as a blocked product. 16 bits of output cannot tell.
+    acc_ = acc ? acc : w.acc.get<float>(static_cast<size_t>(rows * kRowFloats));
     blockwise_ = blockwise(p);
-    if (blockwise_ || p.out_dtype == DType::f32)
-      total_ = w.total.get<float>(static_cast<size_t>(rows * kPanel));
+    if (promotes(p)) total_ = w.total.get<float>(static_cast<size_t>(rows * kPanel));
     scale_ = weight_scales(p, n0_, n_);
   }
 
@@ -134,6 +136,31 @@ class PanelTask {
         run_block(w, k0, k1, p_.packed ? kAhead : 0);
       k0 = k1;
     } while (k0 < p_.k);
+  }
+
+  // How many panels of a packed weight to read side by side.
+  static int streams(const LinearParams& p) {
+    if (Math::kVectors > 4 || !p.packed || promotes(p)) return 1;
+    return p.m == 1 ? 4 : p.m == 2 ? 2 : 1;
+  }
+
+  // `count` panels from `panel` on, for one row or two.
+  static void run_streams(const LinearParams& p, const X* x, int64_t x_stride, int64_t panel,
+                          int64_t count) {
+    if (count < streams(p)) {
+      for (int64_t i = 0; i < count; ++i) PanelTask(p, x, x_stride, 0, p.m, panel + i).run();
+      return;
+    }
+    float* acc = workspace().acc.get<float>(static_cast<size_t>(count * p.m * kRowFloats));
+    const T* w = static_cast<const T*>(p.weight) + panel * kPanel * p.k;
+    if constexpr (Math::kVectors <= 4) {
+      if (p.m == 1)
+        accumulate_panels<Math, 4, 1>(acc, x, x_stride, w, p.k / 2);
+      else
+        accumulate_panels<Math, 2, 2>(acc, x, x_stride, w, p.k / 2);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      PanelTask(p, x, x_stride, 0, p.m, panel + i, acc + i * p.m * kRowFloats).finish_rows(0, p.m);
   }
 
  private:
@@ -168,15 +195,18 @@ class PanelTask {
         const W* at = w + (k - k0) * kPanel;
         accumulate_rows<Math>(rows, acc_ + row * kRowFloats, total_ || k == 0,
                               x_ + row * x_stride_ + k, x_stride_, at, (end - k + 1) / 2, ahead);
-        if (total_ || end == p_.k)
-          with_dtype(p_.out_dtype, [&](auto* t) {
-            for (int64_t r = row; r < row + rows; ++r)
-              finish<std::remove_pointer_t<decltype(t)>>(r, k / kScaleBlock, end == p_.k);
-          });
+        if (total_ || end == p_.k) finish_rows(row, row + rows, k / kScaleBlock, end == p_.k);
         k = end;
       } while (k < k1);
       row += rows;
     }
+  }
+
+  void finish_rows(int64_t begin, int64_t end, int64_t block = 0, bool last = true) {
+    with_dtype(p_.out_dtype, [&](auto* t) {
+      for (int64_t row = begin; row < end; ++row)
+        finish<std::remove_pointer_t<decltype(t)>>(row, block, last);
+    });
   }
 
   // Scales one row's sums, adds those of the blocks before and, after the last, stores the result.
@@ -232,6 +262,14 @@ void run(const LinearParams& p, int threads) {
       x = convert_rows<X, S>(p, m0, rows, threads);
       x_stride = p.k + p.k % 2;
     }
+    using Task = PanelTask<Math, T>;
+    if (const int streams = Task::streams(p); streams > 1) {
+      parallel_for((panels + streams - 1) / streams, threads, [&](int64_t i) {
+        const int64_t first = i * streams, left = panels - first;
+        Task::run_streams(p, x, x_stride, first, left < streams ? left : streams);
+      });
+      return;
+    }
     // Few panels: the rows are shared out too, at the price of decoding a panel more than once.
     int64_t splits = panels >= 4 * threads ? 1 : 4 * threads / panels;
     const int64_t most = (rows + 8 * kTileRows - 1) / (8 * kTileRows);
@@ -241,8 +279,7 @@ void run(const LinearParams& p, int threads) {
       const int64_t begin = item % splits * share;
       const int64_t count = rows - begin < share ? rows - begin : share;
       if (count > 0)
-        PanelTask<Math, T>(p, x + begin * x_stride, x_stride, m0 + begin, count, item / splits)
-            .run();
+        Task(p, x + begin * x_stride, x_stride, m0 + begin, count, item / splits).run();
     });
   }
 }
