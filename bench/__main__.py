@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, default=Path("bench/out/bench.json"), metavar="FILE")
     p.add_argument("--plot", type=Path, metavar="FILE", help="default: beside the JSON file")
     p.add_argument("--no-plot", action="store_true")
+    p.add_argument("--readme", type=Path, metavar="FILE", help="put the table of --json into FILE")
     return p
 
 
@@ -78,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if args.list:
         print("\n".join(cases.OPS))
+        return 0
+    if args.readme:
+        report.insert(args.readme, report.markdown(json.loads(args.json.read_text())))
         return 0
     unknown = [op for op in args.op or () if op not in cases.OPS]
     if unknown:

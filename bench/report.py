@@ -136,6 +136,44 @@ def _misses(r: dict[str, Any]) -> str:
     )
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The README's table: every op and the forward pass, from a run's JSON."""
+    env = results["environment"]
+    lines = [
+        f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}; "
+        f"commit {env['commit']}.",
+        "",
+        "| op | shape | ours | rate | of the limit | times faster than |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results["ops"]:
+        against = ", ".join(f"{name} {value:.1f}x" for name, value in r["times"].items())
+        lines.append(
+            f"| {r['op']} | {r['shape']} | {r['seconds']['ours']['median'] * 1e3:.2f} ms "
+            f"| {r['rate']:.3g} {r['unit']} | {r['of_limit']:.0%} of {r['limit']} | {against} |"
+        )
+    end_to_end = results.get("end_to_end")
+    if end_to_end:
+        lines += ["", f"{end_to_end['what']}:", "", "| | weights | tokens/s | transformers | |"]
+        lines.append("|---|---|---|---|---|")
+        for r in end_to_end["rows"]:
+            lines.append(
+                f"| {r['op']} | {r['shape']} | {r['tokens_per_s']:.1f} "
+                f"| {r['transformers_tokens_per_s']:.1f} | {r['times']['transformers']:.2f}x |"
+            )
+    return "\n".join(lines)
+
+
+def insert(readme: Path, table: str) -> None:
+    """Puts the table between the readme's markers."""
+    text = readme.read_text()
+    head, begin, rest = text.partition("<!-- bench:begin -->\n")
+    _, end, tail = rest.partition("<!-- bench:end -->")
+    if not begin or not end:
+        raise ValueError(f"{readme}: no <!-- bench:begin --> and <!-- bench:end -->")
+    readme.write_text(head + begin + table + "\n" + end + tail)
+
+
 def write(path: Path, results: dict[str, Any]) -> None:
     """Whole or not at all: an interrupt between two cases leaves the file of the last one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -184,3 +184,13 @@ def test_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = found["logits"]
     assert logits["ours bf16"] <= 2 * logits["transformers bf16"] + 2**-8
     assert logits["ours FP8"] < 0.2
+
+
+def test_readme_table_is_cut_from_the_committed_run(tmp_path: Path) -> None:
+    """python -m bench --json bench/results/.../bench.json --readme README.md, and nothing typed."""
+    root = Path(__file__).resolve().parent.parent
+    (run,) = (root / "bench" / "results").glob("*/bench.json")
+    copy = tmp_path / "README.md"
+    copy.write_text((root / "README.md").read_text())
+    assert main(["--json", str(run), "--readme", str(copy)]) == 0
+    assert copy.read_text() == (root / "README.md").read_text()
