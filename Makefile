@@ -15,8 +15,10 @@ else
 export CXX
 endif
 
-# The sanitizers' runtime has to be in the process before Python: preload it.
+# The sanitizers' runtime has to be in the process before Python: preload it. libstdc++ with it, or
+# the first C++ exception aborts: the runtime looks for __cxa_throw as it starts.
 ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
+STDCXX_LIBRARY = $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED := build/sanitize/site
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 
@@ -54,7 +56,7 @@ sanitize: $(READY)
 	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
 	"$(BIN)/cmake" --build build/sanitize
 	ln -sf "$(CURDIR)"/llama_fast/*.py $(SANITIZED)/llama_fast/
-	LD_PRELOAD="$(ASAN_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(ASAN_LIBRARY) $(STDCXX_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py -m "not big" $(OP_TESTS) $(PYTEST)
 
 clean:
