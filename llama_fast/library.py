@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cpu, cpu, reference
-from .backends import choose
+from . import _cpu, reference
+from .backends import kernels
 from .reference import FP8_BLOCK, FP8_DTYPE, PACK_ROWS
 
 _lib = torch.library.Library("llama_fast", "DEF")
@@ -27,10 +27,6 @@ def _register(schema: str, impl: Any, fake: Any) -> None:
     _lib.impl(name, impl, "CPU")
     _lib.impl(name, impl, "CUDA")
     torch.library.register_fake(f"llama_fast::{name}", fake, lib=_lib)
-
-
-def _eager(op: str, t: Tensor) -> bool:
-    return choose(op, t.device.type) == "reference"
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -60,57 +56,60 @@ def _in_range(name: str, t: Tensor, low: int, high: int) -> None:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _eager("rms_norm", x):
+    on = kernels("rms_norm", x.device)
+    if on is None:
         return reference.rms_norm(x, weight, eps)
     out = _new(x)
     if x.numel():
-        cpu.rms_norm(_rows(out), _rows(x), weight, eps)
+        on.rms_norm(_rows(out), _rows(x), weight, eps)
     return out
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if _eager("add_rms_norm", x):
+    on = kernels("add_rms_norm", x.device)
+    if on is None:
         return reference.add_rms_norm(x, residual, weight, eps)
     out, residual_out = _new(x), _new(x)
     if x.numel():
-        cpu.rms_norm(_rows(out), _rows(x), weight, eps, _rows(residual), _rows(residual_out))
+        on.rms_norm(_rows(out), _rows(x), weight, eps, _rows(residual), _rows(residual_out))
     return out, residual_out
 
 
 def _rms_norm_fp8(
     x: Tensor, weight: Tensor, eps: float, scale_ub: float | None
 ) -> tuple[Tensor, Tensor]:
-    if _eager("rms_norm_fp8", x):
+    on = kernels("rms_norm_fp8", x.device)
+    if on is None:
         q, scale = reference.rms_norm_fp8(x, weight, eps, scale_ub=scale_ub)
         return q, scale
     q, scale = _new(x, FP8_DTYPE), _new_scale(x)
     if x.numel():
-        cpu.rms_norm(_rows(q), _rows(x), weight, eps, scale=scale, scale_ub=scale_ub)
+        on.rms_norm(_rows(q), _rows(x), weight, eps, scale=scale, scale_ub=scale_ub)
     return q, scale
 
 
 def _add_rms_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale_ub: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _eager("rms_norm_fp8", x):
+    on = kernels("rms_norm_fp8", x.device)
+    if on is None:
         q, scale, total = reference.rms_norm_fp8(
             x, weight, eps, residual=residual, scale_ub=scale_ub
         )
         return q, scale, total
     q, scale, total = _new(x, FP8_DTYPE), _new_scale(x), _new(x)
     if x.numel():
-        cpu.rms_norm(
-            _rows(q), _rows(x), weight, eps, _rows(residual), _rows(total), scale, scale_ub
-        )
+        on.rms_norm(_rows(q), _rows(x), weight, eps, _rows(residual), _rows(total), scale, scale_ub)
     return q, scale, total
 
 
 def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    if _eager("silu_and_mul", gate_up):
+    on = kernels("silu_and_mul", gate_up.device)
+    if on is None:
         return reference.silu_and_mul(gate_up)
     out = _fake_silu_and_mul(gate_up)
     if out.numel():
-        cpu.silu_and_mul(_rows(out), _rows(gate_up))
+        on.silu_and_mul(_rows(out), _rows(gate_up))
     return out
 
 
@@ -119,11 +118,12 @@ def _fake_silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 def _silu_and_mul_fp8(gate_up: Tensor, scale_ub: float | None) -> tuple[Tensor, Tensor]:
-    if _eager("silu_and_mul_fp8", gate_up):
+    on = kernels("silu_and_mul_fp8", gate_up.device)
+    if on is None:
         return reference.silu_and_mul_fp8(gate_up, scale_ub=scale_ub)
     q, scale = _fake_silu_and_mul_fp8(gate_up, scale_ub)
     if q.numel():
-        cpu.silu_and_mul(_rows(q), _rows(gate_up), scale, scale_ub)
+        on.silu_and_mul(_rows(q), _rows(gate_up), scale, scale_ub)
     return q, scale
 
 
@@ -168,11 +168,12 @@ def _apply_rope(
 ) -> tuple[Tensor, Tensor]:
     positions = positions.contiguous()
     _in_range("positions", positions, 0, table.shape[0] - 1)
-    if _eager("apply_rope", q):
+    on = kernels("apply_rope", q.device)
+    if on is None:
         return reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     q_out, k_out = _new(q), _new(k)
     if positions.numel():
-        cpu.rope(q_out, k_out, q, k, positions, table, interleaved)
+        on.rope(q_out, k_out, q, k, positions, table, interleaved)
     return q_out, k_out
 
 
@@ -190,13 +191,14 @@ def _apply_rope_and_append(
     positions, slots = positions.contiguous(), slots.contiguous()
     _in_range("positions", positions, 0, table.shape[0] - 1)
     _in_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
-    if _eager("apply_rope_and_append", q):
+    on = kernels("apply_rope_and_append", q.device)
+    if on is None:
         return reference.apply_rope_and_append(
             q, k, v, positions, table, k_cache, v_cache, slots, interleaved=interleaved
         )
     q_out = _new(q)
     if positions.numel():
-        cpu.rope(q_out, None, q, k, positions, table, interleaved, v, k_cache, v_cache, slots)
+        on.rope(q_out, None, q, k, positions, table, interleaved, v, k_cache, v_cache, slots)
     return q_out
 
 
@@ -240,7 +242,8 @@ def _attention(
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    if _eager("attention", q):
+    on = kernels("attention", q.device)
+    if on is None:
         return reference.attention(
             q,
             k,
@@ -252,7 +255,7 @@ def _attention(
         )
     out = _new(q)
     if out.numel():
-        cpu.attention(out, q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+        on.attention(out, q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
     return out
 
 
@@ -294,7 +297,8 @@ def _attention_with_kvcache(
     if block_table is not None and block_table.shape[1] > 1 and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     _check_cache(cache_seqlens, block_table, k_cache)
-    if _eager("attention_with_kvcache", q):
+    on = kernels("attention_with_kvcache", q.device)
+    if on is None:
         return reference.attention_with_kvcache(
             q,
             k_cache,
@@ -306,7 +310,7 @@ def _attention_with_kvcache(
         )
     out = _new(q)
     if out.numel():
-        cpu.attention_with_kvcache(
+        on.attention_with_kvcache(
             out, q, k_cache, v_cache, cache_seqlens, block_table, causal, softmax_scale, num_splits
         )
     return out
@@ -329,11 +333,12 @@ _register(
 
 
 def _quantize_fp8(x: Tensor, granularity: str, scale_ub: float | None) -> tuple[Tensor, Tensor]:
-    if _eager("quantize_fp8", x):
+    on = kernels("quantize_fp8", x.device)
+    if on is None:
         return reference.quantize_fp8(x, granularity, scale_ub=scale_ub)
     q, scale = _fake_quantize_fp8(x, granularity, scale_ub)
     if x.numel() or granularity == "tensor":
-        cpu.quantize_fp8(_rows(q), scale, _rows(x), granularity, scale_ub)
+        on.quantize_fp8(_rows(q), scale, _rows(x), granularity, scale_ub)
     return q, scale
 
 
@@ -360,11 +365,12 @@ def _fp8_gemm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    if _eager("fp8_gemm", a):
+    on = kernels("fp8_gemm", a.device)
+    if on is None:
         return reference.fp8_gemm(a, b, scale_a, scale_b, bias=bias, out_dtype=out_dtype)
     out = _fake_fp8_gemm(a, b, scale_a, scale_b, bias, out_dtype)
     if out.numel():
-        cpu.linear(out, a, b, bias, scale_a.contiguous(), scale_b.contiguous())
+        on.linear(out, a, b, bias, scale_a.contiguous(), scale_b.contiguous())
     return out
 
 
@@ -391,7 +397,8 @@ def _fp8_linear(
     quantize_activation: bool | None,
     scale_ub: float | None,
 ) -> Tensor:
-    if _eager("fp8_linear", x):
+    on = kernels("fp8_linear", x.device)
+    if on is None:
         return reference.fp8_linear(
             x,
             weight,
@@ -409,25 +416,27 @@ def _fp8_linear(
         blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
         granularity = "block" if blockwise else "row"
         rows, x_scale = _quantize_fp8(rows, granularity, scale_ub)
-    cpu.linear(_rows(out), rows, weight, bias, x_scale, weight_scale.contiguous())
+    on.linear(_rows(out), rows, weight, bias, x_scale, weight_scale.contiguous())
     return out
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if _eager("linear", x):
+    on = kernels("linear", x.device)
+    if on is None:
         return reference.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], out_features(weight)))
     if out.numel():
-        cpu.linear(_rows(out), _rows(x), weight, bias)
+        on.linear(_rows(out), _rows(x), weight, bias)
     return out
 
 
 def _pack_weight(weight: Tensor) -> Tensor:
-    if _eager("pack_weight", weight):
+    on = kernels("pack_weight", weight.device)
+    if on is None:
         return reference.pack_weight(weight)
     packed = _fake_pack_weight(weight)
     if packed.numel():
-        cpu.pack_weight(packed, weight)
+        on.pack_weight(packed, weight)
     return packed
 
 

@@ -13,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Read when Triton is first imported: its kernels then run on CPU tensors (tests/gpu).
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from llama_fast import _cpu
 
 

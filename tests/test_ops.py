@@ -408,7 +408,8 @@ def test_default_backend_is_the_compiled_one() -> None:
     assert set(table) == set(OPS)
     for op in OPS:
         assert table[op]["cpu"].backend == "cpu" and "compiled" in table[op]["cpu"].why
-        assert table[op]["cuda"].backend == "reference" and "no GPU" in table[op]["cuda"].why
+        gpu = table[op]["cuda"]
+        assert gpu.backend == ("reference" if op in ("linear", "pack_weight") else "triton")
     assert str(table).count("\n") == 2 * len(OPS)
 
 
@@ -437,7 +438,7 @@ def test_use_backend_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["eager"]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("backend", ["cuda"])
 def test_absent_backend_is_a_clear_error(backend: str) -> None:
     with (
         pytest.raises(NotImplementedError, match=f"{backend} backend is not in this version"),

@@ -1,0 +1,2 @@
+def silu_and_mul(*args, **kwargs):
+    raise NotImplementedError

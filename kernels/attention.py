@@ -1,0 +1,2 @@
+def attention(*args, **kwargs):
+    raise NotImplementedError

@@ -1,0 +1,2 @@
+def quantize_fp8(*args, **kwargs):
+    raise NotImplementedError

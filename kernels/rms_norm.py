@@ -1,0 +1,2 @@
+def rms_norm(*args, **kwargs):
+    raise NotImplementedError

@@ -1,0 +1,43 @@
+"""The triton backend: the same functions as cpu.py, from the kernels of kernels/.
+
+Arguments are checked and outputs allocated by then (ops.py, library.py). Every function fills its
+outputs in place and never waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .kernels import common
+from .kernels.activation import silu_and_mul
+from .kernels.attention import attention
+from .kernels.decode_attention import attention_with_kvcache
+from .kernels.fp8_gemm import linear
+from .kernels.quantize import quantize_fp8
+from .kernels.rms_norm import rms_norm
+from .kernels.rope import rope
+
+__all__ = [
+    "attention",
+    "attention_with_kvcache",
+    "linear",
+    "quantize_fp8",
+    "rms_norm",
+    "rope",
+    "silu_and_mul",
+    "tuned_folder",
+]
+
+
+def tuned_folder() -> Path:
+    """Where this user's own choices are stored: LLAMA_FAST_TUNED, or the cache folder."""
+    named = os.environ.get("LLAMA_FAST_TUNED")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "llama_fast" / "tuned"
+
+
+# Those that come with the package first, then the user's own, which win.
+common.load_choices(Path(__file__).parent / "tuned", tuned_folder())
