@@ -3,18 +3,18 @@
     out[i] = sum_j softmax_j(q[i] . k[j] * softmax_scale) v[j],   j < cache_seqlens (and, causal,
                                                                   j <= i + cache_seqlens - Sq)
 
-Why a kernel of its own: one query over L keys reads 2 L Hkv D elements and computes 4 L H D, that is
-2 G operations a byte in 16 bits (G = H / Hkv, 4 in Llama 3.1 8B): hundreds of times too few to be
-bound by anything but memory. So everything serves the stream of keys and values:
+Why a kernel of its own: one query over L keys reads 2 L Hkv D elements and computes 4 L H D
+operations, which is G a byte in 16 bits (G = H / Hkv, 4 in Llama 3.1 8B), where the chip has some
+two hundred: only memory counts. So everything serves the stream of keys and values:
 
 - Each key is read once for all G query heads that share it. They are rows of one matrix tile,
   which costs nothing: the matrix instruction wants 16 rows anyway. Row r of a key/value head's
   Sq * G rows is query r // G, head r % G.
 - One query of one sequence has Hkv (8) programs' worth of work, and the chip 132 SMs. So the keys
-  are split among programs (flash-decoding), each of which leaves its running (acc, max, sum) in
+  are split among programs (flash-decoding), each of which leaves its running (acc, top, total) in
   fp32, and a second kernel adds those up in the order of the keys.
-- Loads are 16 bytes a thread, asynchronous, num_stages - 1 tiles ahead; the id of the next tile's
-  block is read a tile ahead of that, so that no load waits for the block table.
+- Loads are 16 bytes a thread and asynchronous, one to two tiles ahead; the id of a tile's block is
+  read a tile earlier still, so that no load waits for the block table.
 
 How many splits: a function of the sequence's own length and of constants (_num_splits), never of
 the batch or of the cache's capacity, so that a sequence's result has the same bits in any batch.
@@ -23,22 +23,23 @@ split is shorter than SHORTEST_SPLIT keys. The grid covers the capacity, since t
 the device; programs past their sequence's splits exit at once, and come last. A sequence of one
 split is written directly.
 
-Cost, predicted: 2 L Hkv D elements of the cache a sequence, and of workspace, written and read once,
-4 (D + 2) bytes a query head and split: 0.8 % of the cache's bytes for G = 4 and splits of 512 keys.
-The workspace is B Sq H (D + 2) 4 bytes times the most splits: 17 MB for 32 sequences of 8B's shape
-on an H200. Two programs an SM with two tiles of 64 keys each in flight are 128 KB an SM, about four
-times what 4.3 TB/s takes at 800 ns of latency.
+Cost, predicted: the 2 L Hkv D elements a sequence, and a workspace, written and read once, of
+4 (D + 2) bytes a query head and split: 0.8 % of the cache's bytes each way for G = 4 and splits of
+512 keys. It holds B Sq H (D + 2) floats times the most splits: 17 MB for 32 sequences of 8B's shape
+on an H200 (32 splits). Two or three programs an SM with one to two tiles of 64 keys each in flight
+are 100 KB an SM; 4.3 TB/s at a microsecond of latency take 33.
 
 Many queries (chunked prefill) are the same kernel with 64 or 128 rows a tile: wgmma on sm_90, tiles
 that no row may see are skipped, those that all rows see are not masked.
 
-An FP8 cache holds e4m3 of k / k_scale and v / v_scale. It is decoded exactly into q's dtype; k_scale
-multiplies the scores and v_scale the result, both in fp32.
+An FP8 cache holds e4m3 of k / k_scale and v / v_scale. It is decoded exactly; k_scale multiplies
+the scores and v_scale the result, both in fp32. Half the bytes leave half the time for arithmetic:
+see _as_fp16.
 
-Lengths and block ids are on the device and cannot be checked by the host. The kernel stays in bounds
-whatever they are: a length counts as the nearest of 0 and the capacity, keys in a block that does
-not exist are not seen. A NaN past the length never reaches a result; a NaN value within the length
-reaches every query of its tile, as in the eager twin, even one that may not see it.
+Lengths and block ids are on the device and cannot be checked by the host. The kernel stays in
+bounds whatever they are: a length counts as the nearest of 0 and the capacity, and keys in a block
+that does not exist are not seen. NaN past the length never reaches a result; a NaN value within the
+length reaches every query of its tile, as in the eager twin, even one that may not see it.
 
 Source: Dao et al., Flash-Decoding (2023); Dao, FlashAttention-2, arXiv:2307.08691; Kwon et al.,
 PagedAttention, arXiv:2309.06180.
@@ -293,7 +294,9 @@ def _attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     masked = first
     if BLOCK_M >= 64:  # bound by arithmetic: tiles that every row sees whole go unmasked
-        whole = (length - seqlen_q + (m_tile * BLOCK_M) // GROUP + 1 if CAUSAL else length) // BLOCK_N
+        whole = (
+            length - seqlen_q + (m_tile * BLOCK_M) // GROUP + 1 if CAUSAL else length
+        ) // BLOCK_N
         masked = tl.maximum(first, tl.minimum(last, whole))
         acc, top, total = _over_keys(
             acc, top, total, queries, k_pool, v_pool, b, table, first, masked, keys, limit, scale,
@@ -318,7 +321,9 @@ def _attend(
     else:
         acc /= tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees no key gives zeros
         rows_out = b * stride_ob + query * stride_os + h * stride_oh
-        tl.store(out + (rows_out[:, None] + d), fp8.round_to(acc, out.dtype.element_ty), mask=stored)
+        tl.store(
+            out + (rows_out[:, None] + d), fp8.round_to(acc, out.dtype.element_ty), mask=stored
+        )
 
 
 @triton.jit
@@ -393,37 +398,44 @@ def _shared_bytes(config: Config, d: int, bytes_q: int, bytes_cache: int) -> int
     return tiles + block_m * block_d * bytes_q + 1024
 
 
-def _configs(chip: Chip, d: int, dtype: str, cache: str, rows: int) -> list[Config]:
-    """rows: Sq * G rounded up to 16, 32, 64 or 128."""
+def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list[Config]:
+    """dtype: q's; rows: Sq * G rounded up to 16, 32, 64 or 128."""
     bytes_q = 4 if dtype == "float32" else 2
-    bytes_cache = 1 if cache == "float8_e4m3fn" else bytes_q
+    bytes_cache = 1 if fp8_cache else bytes_q
     block_d = _block_d(d)
 
     def config(warps: int, stages: int, block_n: int, block_m: int = rows) -> Config:
         return Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n)
 
+    few = min(rows, 32)
+    wgmma = chip.has_tma  # or what followed it: 64 rows at a time, operands in shared memory
     if dtype == "float32":
         # Products on the vector units, whose operands lie in registers: small tiles.
-        offered = [config(4, 2, 16, 16), config(4, 1, 16, 16)]
-    elif rows <= 32 and d % 16:
-        # Rows that start anywhere load in pieces, past shared memory: registers set the limit.
-        offered = [config(4, 3, 32), config(4, 2, 32)]
-    elif rows <= 32:
+        offered = [config(4, 1 if fp8_cache else 2, 16, 16)]
+    elif d % 16:
+        # Rows that start anywhere load in pieces, through registers, which then set the limit.
+        offered = [config(4, 3, 32, few), config(4, 2, 16, few)]
+    elif rows <= 32 and few * block_d < 32 * 256:
         # Bound by memory: bytes in flight count. Two programs an SM or more, 64 KB each, for
-        # D = 128; then half the barriers and reductions a key; then more in flight; then less of
-        # everything, for D = 256 and chips of little shared memory.
+        # D = 128; then half the barriers and reductions a key (FP8 would not fit the registers);
+        # then more in flight; then less of everything, for chips of little shared memory.
         offered = [config(4, 3, 64), config(4, 3, 128), config(4, 4, 64), config(4, 2, 32)]
-        if block_d <= 64:
+        if fp8_cache:
+            del offered[1]
+        elif block_d <= 64:
             offered[:2] = offered[1::-1]
+    elif block_d == 256 and (rows <= 32 or fp8_cache or not wgmma):
+        # The sums alone are 64 registers a thread, and a decoded tile of 64 keys as many.
+        offered = [config(4, 3, 32, few), config(4, 2, 32, few)]
     elif block_d == 256:
         # Eight warps share 64 rows' sums, which would fill the registers of four.
         offered = [config(8, 2, 32, 64), config(8, 2, 16, 64)]
     else:
         # Bound by arithmetic: a warp for 16 rows; tiles of keys as large as registers allow.
-        offered = [config(rows // 16, 3, 64), config(rows // 16, 2, 64), config(rows // 16, 2, 32)]
-    return [
-        c for c in offered if _shared_bytes(c, d, bytes_q, bytes_cache) <= chip.shared_memory
-    ]
+        offered = [config(rows // 16, 3, 64), config(rows // 16, 3, 32), config(rows // 16, 2, 32)]
+        if not wgmma:
+            del offered[0]
+    return [c for c in offered if _shared_bytes(c, d, bytes_q, bytes_cache) <= chip.shared_memory]
 
 
 _tuner = common.Tuner("attention_with_kvcache", _configs)
@@ -478,10 +490,11 @@ def attention_with_kvcache(
     capacity = block_size * (block_table.shape[1] if block_table is not None else 1)
     capacity = min(capacity, 2**31 - 2**16)  # positions are int32
     chip = common.chip_of(q)
-    if k_cache.dtype == torch.float8_e4m3fn:
+    fp8_cache = k_cache.dtype == torch.float8_e4m3fn
+    if fp8_cache:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     rows_m = min(max(16, common.next_power_of_2(rows)), 128)
-    key = (d, *(str(t.dtype).removeprefix("torch.") for t in (q, k_cache)), rows_m)
+    key = (d, str(q.dtype).removeprefix("torch."), fp8_cache, rows_m)
 
     def run(config: Config, out: Tensor) -> None:
         block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]

@@ -149,7 +149,8 @@ def attention_with_kvcache(
         if k_scale is not None and v_scale is not None:  # per key/value head, or [1]
             wide = torch.promote_types(q.dtype, torch.float32)
             k, v = (
-                (t.to(wide) * scale[:, None]).to(q.dtype) for t, scale in ((k, k_scale), (v, v_scale))
+                (t.to(wide) * scale[:, None]).to(q.dtype)
+                for t, scale in ((k, k_scale), (v, v_scale))
             )
         out[i] = _attend(q[i : i + 1], k[None], v[None], causal, softmax_scale)[0]
     return out
