@@ -26,7 +26,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from llama_fast.kernels.common import Chip, Launch
 
-# What is looked for: name -> pattern in the PTX or AMD's assembly.
+# What is looked for: name -> pattern in the PTX or AMD's assembly. cp.async.cg moves 16 bytes.
 PTX = {
     "wgmma": r"wgmma\.mma_async\S*\.(bf16|f16)\b",
     "wgmma e4m3": r"wgmma\.mma_async\S*e4m3\.e4m3",
@@ -35,7 +35,7 @@ PTX = {
     "tcgen05": r"tcgen05\.mma\S*kind::f16",
     "tcgen05 e4m3": r"tcgen05\.mma\S*kind::f8f6f4",
     "TMA": r"cp\.async\.bulk\.tensor",
-    "cp.async": r"cp\.async\.c[ag]\.shared",
+    "cp.async": r"cp\.async\.cg\.shared",
     "16-byte loads": r"ld\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64)|ld\.global\S*\.v8\.[bfu]32",
     "16-byte stores": r"st\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64)|st\.global\S*\.v8\.[bfu]32",
     "cvt e4m3": r"cvt\.rn\.satfinite\.e4m3x2|cvt\.rn\.f16x2\.e4m3x2",
@@ -56,7 +56,7 @@ SASS = {
     "wgmma e4m3": r"\bQGMMA\.\S*E4M3",
     "mma": r"\bHMMA\.\S*F32",
     "TMA": r"\bUTMALDG",
-    "cp.async": r"\bLDGSTS\.",
+    "cp.async": r"\bLDGSTS\.\S*128",
     "16-byte loads": r"\bLDG\.\S*128|\bLDGSTS\.\S*128",
     "16-byte stores": r"\bSTG\.\S*128",
     "local memory": r"\b(LDL|STL)\b",

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bench.static_rules import Case
+from llama_fast.bench.static_rules import Case
 from llama_fast.kernels import common
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
