@@ -83,7 +83,7 @@ class Facts:
 
 
 def target_of(chip: Chip) -> GPUTarget:
-    return GPUTarget(chip.backend, chip.arch, 64 if chip.backend == "hip" else 32)
+    return GPUTarget(chip.backend, chip.arch, chip.warp_size)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def specialise(launch: Launch, chip: Chip) -> Specialised:
     kernel, target = launch.kernel, target_of(chip)
     backend = make_backend(target)
     keywords = {
+        "enable_fp_fusion": True,  # as common.launch does
         **launch.constants,
         **dict(launch.config.constants),
         "num_warps": launch.config.num_warps,

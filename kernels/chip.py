@@ -30,6 +30,10 @@ class Chip:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
     @property
+    def warp_size(self) -> int:
+        return 64 if self.backend == "hip" else 32
+
+    @property
     def has_e4m3(self) -> bool:
         """Whether conversions and matrix instructions take e4m3 as torch stores it (e4m3fn)."""
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89

@@ -39,6 +39,7 @@ __all__ = [
     "launch",
     "load_choices",
     "next_power_of_2",
+    "programs",
     "record",
     "save_choices",
     "tuning",
@@ -50,6 +51,12 @@ FP8_TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # fp32's smallest
 
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2
+
+
+def programs(work: int, slots: int) -> int:
+    """How many programs of a persistent grid share work items, at most slots: as few as finish in
+    the same number of rounds, so that the last round is full."""
+    return cdiv(work, cdiv(work, slots)) if work else 0
 
 
 def launch(
@@ -66,10 +73,11 @@ def launch(
     with on_device(_first_tensor(arguments)):
         kernel[grid](
             *arguments,
-            **constants,
             **dict(config.constants),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            # Triton 3.9 warns that its default will change; a kernel may say otherwise.
+            **{"enable_fp_fusion": True, **constants},
         )
 
 
