@@ -116,7 +116,8 @@ def _add(jobs: dict[str, Job], case: Case, arch: str, index: int, launch: common
         job.row.cases.append(case.name)
     job.needs |= set(case.needs.get(kernel, ()))
     if index == 0 and arch == "sm_90":
-        job.blocks = max(job.blocks, case.blocks.get(kernel, 1))
+        planned = dict(launch.config.constants).get("PER_SM", 1)  # programs a persistent grid has
+        job.blocks = max(job.blocks, planned, case.blocks.get(kernel, 1))
 
 
 def _brief(error: BaseException) -> str:
