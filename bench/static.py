@@ -25,7 +25,7 @@ import triton
 
 from llama_fast.kernels import common
 
-from . import compiled, report
+from . import compiled, report, static_table
 from .occupancy import Occupancy
 from .static_rules import Case, fits, problems
 
@@ -33,7 +33,8 @@ EPILOG = """examples:
   python -m bench.static                              everything (minutes)
   python -m bench.static --arch sm_90 --kernel attention
   python -m bench.static --first                      each Tuner's best guess only
-  python -m bench.static --write docs/kernels.md      put the table there
+  python -m bench.static --write docs/kernels.md      put the table between its markers, and
+                                                      static_table.json beside the cost model
 
 Exit code 1: a kernel spills, exceeds a chip, or lost an instruction that it is built on."""
 
@@ -186,24 +187,38 @@ HEADER = (
 
 
 def markdown(rows: Iterable[Row]) -> str:
+    """sm_90 with every configuration, the other chips with the first. Cases that share a kernel
+    and a configuration share a line: the most registers, and the instructions that all have."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.arch == "sm_90" or row.config_index == 0:
+            groups.setdefault((row.arch, row.kernel, row.config), []).append(row)
     lines = [
-        "| kernel | chip | configuration | for | registers | spills | shared memory / limit "
+        "| chip | kernel | configuration | for | registers | spills | shared memory / limit "
         "| blocks x warps an SM | instructions |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in rows:
-        if r.facts is None or r.occupancy is None:
-            lines.append(
-                f"| {r.kernel} | {r.arch} | {r.config} | | | | | | {'; '.join(r.problems)} |"
-            )
+    for (arch, kernel, config), group in sorted(groups.items(), key=lambda g: _ORDER[g[0][0]]):
+        facts = [row.facts for row in group if row.facts]
+        fits = [row.occupancy for row in group if row.occupancy]
+        if len(facts) < len(group):
+            lines.append(f"| {arch} | {kernel} | {config} | does not compile | | | | | |")
             continue
-        f, o = r.facts, r.occupancy
+        cases = ", ".join(dict.fromkeys(case for row in group for case in row.cases))
+        shared = [f.instructions for f in facts]
+        found = [name for name in shared[0] if all(name in other for other in shared)]
+        tightest = min(fits, key=lambda o: o.blocks)
         lines.append(
-            f"| {r.kernel} | {r.arch} | {r.config} | {', '.join(r.cases)} | {f.registers} "
-            f"| {f.spills or 'none'} | {f.shared} / {r.shared_limit} "
-            f"| {o.blocks} x {o.warps // max(o.blocks, 1)} | {', '.join(f.instructions)} |"
+            f"| {arch} | `{kernel}` | {config} | {cases} | {max(f.registers for f in facts)} "
+            f"| {sum(f.spills for f in facts) or 'none'} "
+            f"| {max(f.shared for f in facts)} / {group[0].shared_limit} "
+            f"| {tightest.blocks} x {tightest.warps // max(tightest.blocks, 1)} "
+            f"| {', '.join(found)} |"
         )
     return "\n".join(lines)
+
+
+_ORDER = {arch: i for i, arch in enumerate(("sm_90", "sm_80", "sm_89", "sm_100", "gfx942"))}
 
 
 def to_json(rows: list[Row], seconds: float) -> dict[str, Any]:
@@ -228,7 +243,12 @@ def parser() -> argparse.ArgumentParser:
     add("--first", action="store_true", help="each Tuner's first configuration only")
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     add("--json", type=Path, metavar="FILE")
-    add("--write", type=Path, metavar="FILE", help="put the table between FILE's markers")
+    add(
+        "--write",
+        type=Path,
+        metavar="FILE",
+        help="put the table between FILE's markers, and one for the cost model beside this file",
+    )
     add("--cases", default="static_cases", metavar="MODULE", help="another list of cases")
     return p
 
@@ -257,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_json(rows, seconds), indent=1) + "\n")
     if args.write:
-        report.insert(args.write, markdown(rows), "static")
+        title = f"Triton {triton.__version__}, compiled and not run:\n\n"
+        report.insert(args.write, title + markdown(rows), "static")
+        static_table.save(to_json(rows, seconds))
     return 1 if wrong else 0
 
 

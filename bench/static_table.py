@@ -1,4 +1,4 @@
-"""The static table that `python -m bench.static --table` leaves beside this file."""
+"""The static table that `python -m bench.static --write` leaves beside this file."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ class Resident:
 def rows() -> list[dict[str, Any]]:
     """Empty where no table was made."""
     return json.loads(PATH.read_text())["rows"] if PATH.exists() else []
+
+
+def save(content: dict[str, Any]) -> None:
+    """Of all that was compiled, what resident() is asked for."""
+    kept = [r for r in content["rows"] if r["arch"] == "sm_90" and r["config_index"] == 0]
+    names = ("op", "kernel", "cases", "config", "config_index", "arch", "facts", "occupancy")
+    small = [{name: row[name] for name in names} for row in kept]
+    PATH.write_text(json.dumps({"triton": content["triton"], "rows": small}, indent=1) + "\n")
+    rows.cache_clear()
 
 
 def resident(kernel: str, case: str) -> Resident:

@@ -272,18 +272,9 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RuntimeError("tune: needs a GPU, and torch finds none here")
-    from . import triton_backend
     from .tune import tune
 
-    folder = Path(args.output) if args.output else triton_backend.tuned_folder()
-    device = torch.device(args.device)
-    print(tune(device, folder, lambda text: print(text, file=sys.stderr)))
+    print(tune(args.device, args.output, lambda text: print(text, file=sys.stderr)))
     return 0
 
 

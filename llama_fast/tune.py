@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, triton_backend
 from .backends import use_backend
 from .cache import BLOCK_SIZE
 from .config import LlamaConfig
@@ -27,17 +27,22 @@ PRESETS = {"8B": LlamaConfig.llama_3_1_8b, "70B": LlamaConfig.llama_3_1_70b}
 Call = Callable[[], object]
 
 
-def tune(device: torch.device, folder: Path, say: Callable[[str], object] = print) -> Path:
-    """Measures what this GPU has no measurement of in this process; returns the file. What is
-    known so far is in the file after every model, so that an interrupt costs one model's."""
-    path = None
+def tune(
+    device: str = "cuda", folder: str | None = None, say: Callable[[str], object] = print
+) -> Path:
+    """Measures what this process has not measured on the GPU yet; returns the file. What is known
+    so far is in it after every model, so that an interrupt costs one model's."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune: needs a GPU, and torch finds none here")
+    target = torch.device(device)
+    chip = common.chip_of(torch.empty(0, device=target))
+    path = into = Path(folder) if folder else triton_backend.tuned_folder()
     for name, preset in PRESETS.items():
         with use_backend("triton"), torch.inference_mode(), common.tuning():
-            for what, call in calls(preset(), device):
+            for what, call in calls(preset(), target):
                 say(f"{name}: {what}")
                 call()
-        path = common.save_choices(common.chip_of(torch.empty(0, device=device)).name, folder)
-    assert path is not None
+        path = common.save_choices(chip.name, into)
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import torch
 import triton
 
 import llama_fast as lf
+from llama_fast import tune
 from llama_fast.kernels import common, tuning
 from llama_fast.kernels.common import Config, Tuner
 
@@ -24,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHIP = common.Chip("A Fast GPU", "cuda", 90, 4, 232448)
 OFFERED = [Config.of(BLOCK=n) for n in (16, 32, 64)]
 X = torch.empty(0)
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -306,6 +310,39 @@ def test_f32_tuning_a_kernel_that_works_in_place(
     for other in (cold, warm, after):
         for a, b in zip(before, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+TINY = dataclasses.replace(
+    lf.LlamaConfig.llama_3_1_8b(),
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_scaling=None,
+)
+
+
+def test_tune_reaches_every_tuner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """llama-fast tune at tiny shapes: nothing that can be chosen is left to guesses."""
+    seen = set()
+
+    def milliseconds(run: Callable[[Config], object], config: Config) -> float:
+        seen.add(config)
+        return 1.0
+
+    monkeypatch.setattr(tuning, "_can_measure", lambda t: True)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    with lf.use_backend("triton"), torch.inference_mode(), common.tuning():
+        for _, call in tune.calls(TINY, torch.device("cpu"), (1, 70), ((2, 150),), 130):
+            call()
+    modules = [importlib.import_module(f"llama_fast.kernels.{p.stem}") for p in KERNELS]
+    tuners = {t.name for m in modules for t in vars(m).values() if isinstance(t, Tuner)}
+    (chip,) = tuning._measured
+    fixed = {name for name in tuners if name not in tuning._measured[chip]}
+    assert tuners and not fixed, fixed
+    path = common.save_choices(chip, tmp_path)
+    assert set(json.loads(path.read_text())["choices"]) == tuners
 
 
 def race(kind: str, folder: Path) -> list[str]:
