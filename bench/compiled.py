@@ -2,8 +2,8 @@
 
 The specialisation is the one that a real launch would have: Triton's own binder decides which
 arguments are constants and which divide by 16. Registers, spills and the stack come from ptxas's
-own report (AMD: from the assembly's metadata), instructions from the PTX and, for sm_90, from the
-disassembled machine code as well: ptxas decides there whether matrix products overlap.
+own report (AMD: from the assembly's metadata), which also says when it could not let wgmma overlap;
+instructions from the PTX and, on demand, from the disassembled machine code as well.
 """
 
 from __future__ import annotations
@@ -117,18 +117,19 @@ def specialise(launch: Launch, chip: Chip) -> Specialised:
     )
 
 
-def compile_facts(specialised: Specialised) -> Facts:
-    """Compiles, or takes from Triton's cache, where the facts lie beside the code."""
+def compile_facts(specialised: Specialised, sass: bool = False) -> Facts:
+    """Compiles, or takes from Triton's cache, where the facts lie beside the code. sass: what
+    sm_90's machine code does not confirm does not count."""
     compiled, log = _compile(specialised)
     folder = Path(triton.knobs.cache.dir) / "llama_fast_static"
-    stored = folder / f"{compiled.hash}.json"
+    stored = folder / f"{compiled.hash}{'.sass' if sass else ''}.json"
     if not log and "ptx" in compiled.asm:  # compiled before: ptxas said nothing
         if stored.exists():
             return Facts.from_json(json.loads(stored.read_text()))
         with triton.knobs.compilation.scope():
             triton.knobs.compilation.always_compile = True
             compiled, log = _compile(specialised)
-    found = _nvidia(compiled, log) if "ptx" in compiled.asm else _amd(compiled)
+    found = _nvidia(compiled, log, sass) if "ptx" in compiled.asm else _amd(compiled)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as partial:
         json.dump(asdict(found), partial)
@@ -144,10 +145,10 @@ def _compile(specialised: Specialised) -> tuple[Any, str]:
         return specialised.compile(), said.getvalue()
 
 
-def _nvidia(compiled: Any, log: str) -> Facts:
+def _nvidia(compiled: Any, log: str, sass: bool) -> Facts:
     ptx = compiled.asm["ptx"]
     found = _search(PTX, ptx)
-    if ".target sm_90" in ptx:
+    if sass:
         found = _confirmed(found, _search(SASS, _disassembled(compiled.asm["cubin"])))
     threads = re.search(r"\.(?:req|max)ntid (\d+)", ptx)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)

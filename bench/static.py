@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,15 @@ class Job:
     blocks: int
 
 
-def collect(cases: Iterable[Case], archs: Iterable[str], first: bool = False) -> list[Job]:
-    """Records every case on every chip with every configuration; equal launches become one job."""
+def collect(cases: Iterable[Case], archs: Iterable[str], first: Container[str] = ()) -> list[Job]:
+    """Records every case on every chip with every configuration (in `first`: the first one); equal
+    launches become one job."""
     jobs: dict[str, Job] = {}
     for arch in archs:
         chip = common.CHIPS[arch]
         for case in (case for case in cases if arch in case.chips):
             index = offered = 0
-            while index == 0 or (index < offered and not first):
+            while index == 0 or (index < offered and arch not in first):
                 try:
                     with common.record(chip, index) as recording:
                         case.call()
@@ -136,7 +137,9 @@ def compile_job(job: Job) -> Row:
     if job.specialised is None:
         return row
     try:
-        row.facts = compiled.compile_facts(job.specialised)
+        # Disassembling takes as long as compiling: for what is launched unless someone tunes.
+        sass = row.arch == "sm_90" and row.config_index == 0
+        row.facts = compiled.compile_facts(job.specialised, sass)
     except Exception as error:
         row.problems.append(f"does not compile: {_brief(error)}")
         return row
@@ -240,7 +243,13 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--arch", nargs="+", choices=common.CHIPS, default=list(common.CHIPS), metavar="CHIP")
     add("--kernel", nargs="+", metavar="NAME", help="only these files of kernels/")
-    add("--first", action="store_true", help="each Tuner's first configuration only")
+    add(
+        "--first",
+        nargs="*",
+        choices=common.CHIPS,
+        metavar="CHIP",
+        help="each Tuner's first configuration only, on these chips or all",
+    )
     add("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     add("--json", type=Path, metavar="FILE")
     add(
@@ -266,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         print(f"static: no kernel named {', '.join(args.kernel or ())}", file=sys.stderr)
         return 2
-    jobs = collect(cases, args.arch, args.first)
+    first = () if args.first is None else args.first or args.arch
+    jobs = collect(cases, args.arch, first)
     print(f"Triton {triton.__version__}: {len(jobs)} kernels to compile")
     print(HEADER, flush=True)
     rows = run(jobs, args.jobs, lambda row: print(line(row), flush=True))

@@ -97,7 +97,7 @@ def rotate(
         k_out = empty(tokens, kv_heads, d, dtype=dtype)
         rope(q_out, k_out, q, k, positions, table, interleaved)
         return
-    caches = empty(2, 1024, 64, kv_heads, d, dtype=E4M3 if fp8 else dtype)
+    caches = empty(2, 1024, 64, kv_heads, d, dtype=torch.uint8 if fp8 else dtype)
     scales = {"k_scale": empty(1, dtype=FP32), "v_scale": empty(1, dtype=FP32)} if fp8 else {}
     slots = empty(tokens, dtype=I64)
     rope(q_out, None, q, k, positions, table, interleaved, v, *caches, slots, **scales)
@@ -169,39 +169,63 @@ def product(
     )
 
 
+# ---- the cases: op, name, call, and what each kernel must contain ----
+
 WIDE = ("16-byte loads", "16-byte stores")
+NORM = {"_rms_norm_kernel": WIDE}
+NORM_FP8 = {"_rms_norm_kernel": ("16-byte loads", "hardware e4m3")}
+SILU_FP8 = {
+    "_row_fp8_kernel": ("16-byte loads", "hardware e4m3", "ex2"),
+    "_wide_fp8_kernel": ("16-byte loads", "hardware e4m3", "ex2"),
+}
+QUANTIZE = {
+    "_group_kernel": ("16-byte loads", "hardware e4m3"),
+    "_wide_row_kernel": ("16-byte loads", "hardware e4m3"),
+    "_square_kernel": ("16-byte loads", "hardware e4m3"),
+    "_amax_kernel": ("16-byte loads",),
+    "_tensor_kernel": ("16-byte loads", "hardware e4m3"),
+}
+ROPE = {"_rope_kernel": WIDE}
+ROPE_FP8 = {"_rope_kernel": ("16-byte loads", "hardware e4m3")}
+ATTENTION = {"_attention": ("matrix", "async copy", "ex2", "16-byte loads")}
+ATTENTION_FP32 = {"_attention": ("ex2", "16-byte loads")}
+DECODE = {
+    "_attend": ("small matrix", "async copy", "ex2", "16-byte loads"),
+    "_combine": ("16-byte loads", "ex2"),
+}
+DECODE_FP8 = {"_attend": (*DECODE["_attend"], "hardware e4m3")}
+CHUNK = {"_attend": ("matrix", "async copy", "ex2", "16-byte loads")}
 CASES: list[Case] = [
-    Case("rms_norm", "8B", lambda: norm(4096)),
-    Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True)),
-    Case("rms_norm", "8B FP8", lambda: norm(4096, fp8=True)),
-    Case("rms_norm", "8B + residual FP8", lambda: norm(4096, residual=True, fp8=True)),
-    Case("rms_norm", "70B + residual", lambda: norm(8192, residual=True)),
-    Case("rms_norm", "405B + residual FP8", lambda: norm(16384, residual=True, fp8=True)),
-    Case("rms_norm", "8B fp32", lambda: norm(4096, dtype=FP32)),
-    Case("activation", "8B", lambda: silu(14336)),
-    Case("activation", "8B FP8", lambda: silu(14336, fp8=True)),
-    Case("activation", "70B FP8", lambda: silu(28672, fp8=True)),
-    Case("activation", "405B FP8", lambda: silu(53248, fp8=True)),
-    Case("quantize", "tensor", lambda: quantize("tensor", 8192, 4096)),
-    Case("quantize", "row 8B", lambda: quantize("row", 8192, 4096)),
-    Case("quantize", "row 405B", lambda: quantize("row", 8192, 53248)),
-    Case("quantize", "block", lambda: quantize("block", 8192, 4096)),
-    Case("quantize", "block_2d", lambda: quantize("block_2d", 4096, 14336)),
-    Case("rope", "q and k", rotate),
-    Case("rope", "interleaved", lambda: rotate(interleaved=True)),
-    Case("rope", "append", lambda: rotate(append=True)),
-    Case("rope", "append FP8", lambda: rotate(append=True, fp8=True)),
-    Case("attention", "causal", prefill),
-    Case("attention", "full", lambda: prefill(causal=False)),
-    Case("attention", "packed", lambda: prefill(packed=True)),
-    Case("attention", "d64", lambda: prefill(d=64)),
-    Case("attention", "fp32", lambda: prefill(dtype=FP32)),
-    Case("decode_attention", "paged", decode),
-    Case("decode_attention", "contiguous", lambda: decode(paged=False)),
-    Case("decode_attention", "FP8", lambda: decode(fp8=True)),
-    Case("decode_attention", "70B", lambda: decode(heads=64)),
-    Case("decode_attention", "512 queries", lambda: decode(queries=512)),
-    Case("decode_attention", "fp32", lambda: decode(dtype=FP32)),
+    Case("rms_norm", "8B", lambda: norm(4096), NORM),
+    Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True), NORM),
+    Case("rms_norm", "8B FP8", lambda: norm(4096, fp8=True), NORM_FP8),
+    Case("rms_norm", "8B + residual FP8", lambda: norm(4096, residual=True, fp8=True), NORM_FP8),
+    Case("rms_norm", "70B + residual", lambda: norm(8192, residual=True), NORM),
+    Case("rms_norm", "405B + residual FP8", lambda: norm(16384, residual=True, fp8=True), NORM_FP8),
+    Case("rms_norm", "8B fp32", lambda: norm(4096, dtype=FP32), NORM),
+    Case("activation", "8B", lambda: silu(14336), {"_tile_kernel": (*WIDE, "ex2")}),
+    Case("activation", "8B FP8", lambda: silu(14336, fp8=True), SILU_FP8),
+    Case("activation", "70B FP8", lambda: silu(28672, fp8=True), SILU_FP8),
+    Case("activation", "405B FP8", lambda: silu(53248, fp8=True), SILU_FP8),
+    Case("quantize", "tensor", lambda: quantize("tensor", 8192, 4096), QUANTIZE),
+    Case("quantize", "row 8B", lambda: quantize("row", 8192, 4096), QUANTIZE),
+    Case("quantize", "row 405B", lambda: quantize("row", 8192, 53248), QUANTIZE),
+    Case("quantize", "block", lambda: quantize("block", 8192, 4096), QUANTIZE),
+    Case("quantize", "block_2d", lambda: quantize("block_2d", 4096, 14336), QUANTIZE),
+    Case("rope", "q and k", rotate, ROPE),
+    Case("rope", "interleaved", lambda: rotate(interleaved=True), ROPE),
+    Case("rope", "append", lambda: rotate(append=True), ROPE),
+    Case("rope", "append FP8", lambda: rotate(append=True, fp8=True), ROPE_FP8),
+    Case("attention", "causal", prefill, ATTENTION),
+    Case("attention", "full", lambda: prefill(causal=False), ATTENTION),
+    Case("attention", "packed", lambda: prefill(packed=True), ATTENTION),
+    Case("attention", "d64", lambda: prefill(d=64), ATTENTION),
+    Case("attention", "fp32", lambda: prefill(dtype=FP32), ATTENTION_FP32),
+    Case("decode_attention", "paged", decode, DECODE),
+    Case("decode_attention", "contiguous", lambda: decode(paged=False), DECODE),
+    Case("decode_attention", "FP8", lambda: decode(fp8=True), DECODE_FP8),
+    Case("decode_attention", "70B", lambda: decode(heads=64), DECODE),
+    Case("decode_attention", "512 queries", lambda: decode(queries=512), CHUNK),
     Case("fp8_gemm", "8192^3", lambda: product(8192, 8192, 8192)),
     Case("fp8_gemm", "blocks", lambda: product(4096, 7168, 16384, scales="block")),
     Case("fp8_gemm", "FP8 weight, 1 row", lambda: product(1, 28672, 4096, x=BF16)),
