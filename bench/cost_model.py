@@ -10,11 +10,12 @@ differ one of the two has something to learn.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
 from .roofline import GPUS, H200, Gpu, Prediction, Work, time
-from .static_table import Resident, resident
+from .static_table import resident
 
 # Of attention's arithmetic behind its products: chosen so that the model gives 477 TFLOP/s at 16k,
 # the best published for a Triton kernel on an H100. FlashAttention 3, whose consumers take turns on
@@ -146,8 +147,8 @@ def _product(op: str, m: int, n: int, k: int) -> Work:
     few = m <= 64
     x_bytes = 1 if op == "fp8_gemm" else 2
     weight_bytes = 2 if op == "linear" else 1
-    r = Resident() if few else resident("_gemm", "8192^3")
-    tile_m = r.constants.get("BLOCK_M", 128) if not few else max(16, m)
+    r = resident("_stream", "FP8, 16 rows") if few else resident("_gemm", "8192^3")
+    tile_m = max(16, m) if few else r.constants.get("BLOCK_M", 128)
     tile_n = r.constants.get("BLOCK_N", 256)
     tiles = -(-m // tile_m) * -(-n // tile_n)
     moved = n * k * weight_bytes + m * k * x_bytes + 2 * m * n
@@ -160,6 +161,7 @@ def _product(op: str, m: int, n: int, k: int) -> Work:
         overlap=PROMOTION_OVERLAP,
         programs=0 if few else tiles,
         per_sm=r.blocks,
+        in_flight=r.in_flight(0) if few else math.inf,
     )
 
 
@@ -191,32 +193,30 @@ def predict(op: str, gpu: Gpu = H200, **shape: int | bool) -> Prediction:
 
 
 def predict_decode(fp8: bool, context: int = 1024, gpu: Gpu = H200) -> float:
-    """Seconds a token of Llama 3.1 8B, one sequence, its kernels one after another in a graph."""
-    h, inner, heads, kv_heads, d, layers, vocab = 4096, 14336, 32, 8, 128, 32, 128256
-    product = "fp8_linear" if fp8 else "linear"
-    width = (heads + 2 * kv_heads) * d
-    layer = [
-        predict("add_rms_norm", gpu, rows=1, hidden=h),
-        predict(product, gpu, m=1, n=width, k=h),
-        predict("apply_rope_and_append", gpu, tokens=1, heads=heads, kv_heads=kv_heads, d=d),
-        predict(
-            "attention_with_kvcache",
-            gpu,
-            batch=1,
-            seqlen_q=1,
-            seqlen_k=context,
-            heads=heads,
-            kv_heads=kv_heads,
-            d=d,
-        ),
-        predict(product, gpu, m=1, n=h, k=heads * d),
-        predict("add_rms_norm", gpu, rows=1, hidden=h),
-        predict(product, gpu, m=1, n=2 * inner, k=h),
-        predict("silu_and_mul", gpu, rows=1, inner=inner),
-        predict(product, gpu, m=1, n=h, k=inner),
+    """Seconds a token of Llama 3.1 8B, one sequence, its kernels one after another in a graph.
+    FP8 quantises activations too: in the norms and in SwiGLU, and by itself after attention."""
+    hidden, inner, layers, vocabulary = 4096, 14336, 32, 128256
+    heads, kv_heads, d = 32, 8, 128
+    norm, product, silu = (
+        ("rms_norm_fp8", "fp8_gemm", "silu_and_mul_fp8")
+        if fp8
+        else ("add_rms_norm", "linear", "silu_and_mul")
+    )
+    shape = {"heads": heads, "kv_heads": kv_heads, "d": d}
+    layer: list[tuple[str, dict[str, int | bool]]] = [
+        (norm, {"rows": 1, "hidden": hidden, "residual": True}),
+        (product, {"m": 1, "n": (heads + 2 * kv_heads) * d, "k": hidden}),
+        ("apply_rope_and_append", {"tokens": 1, **shape}),
+        ("attention_with_kvcache", {"batch": 1, "seqlen_q": 1, "seqlen_k": context, **shape}),
+        *([("quantize_fp8", {"rows": 1, "hidden": heads * d})] if fp8 else []),
+        (product, {"m": 1, "n": hidden, "k": heads * d}),
+        (norm, {"rows": 1, "hidden": hidden, "residual": True}),
+        (product, {"m": 1, "n": 2 * inner, "k": hidden}),
+        (silu, {"rows": 1, "inner": inner}),
+        (product, {"m": 1, "n": hidden, "k": inner}),
     ]
-    head = predict("linear", gpu, m=1, n=vocab, k=h)  # stays in 16 bits
-    return layers * sum(p.seconds for p in layer) + head.seconds
+    head = predict("linear", gpu, m=1, n=vocabulary, k=hidden)  # stays in 16 bits
+    return layers * sum(predict(op, gpu, **s).seconds for op, s in layer) + head.seconds
 
 
 # ---- the command ----
