@@ -102,7 +102,7 @@ def _walk(
             seen = tl.arange(0, BLOCK_N)[None, :] <= (last - n)[:, None]
             score = tl.where(seen, score, _MINUS_INFINITY)
         new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
-        # A row that has seen nothing yet has no maximum to subtract: -inf - -inf is NaN.
+        # While all of a row's scores are -inf there is no maximum to subtract: -inf - -inf is NaN.
         shift = tl.where(new_max == _MINUS_INFINITY, 0.0, new_max)
         # Written as an FMA: both loops must round alike, whatever the compiler would fuse.
         p = tl.exp2(tl.fma(score, scale, -shift[:, None]))

@@ -72,7 +72,7 @@ def cu_seqlens(device: torch.device, lengths: list[int]) -> Tensor:
 
 # ---- against fp64 ----
 
-LENGTHS = [(n, n) for n in (1, 2, 5, 17, 97, 127, 129, 257)] + [(1, 239), (799, 3), (3, 799)]
+LENGTHS = [(n, n) for n in (1, 2, 5, 17, 97, 127, 129, 257)] + [(1, 239), (399, 3), (3, 399)]
 
 
 @dtypes
@@ -80,7 +80,7 @@ LENGTHS = [(n, n) for n in (1, 2, 5, 17, 97, 127, 129, 257)] + [(1, 239), (799, 
 def test_f09_lengths_that_no_block_divides(
     device: torch.device, dtype: torch.dtype, lengths: tuple[int, int]
 ) -> None:
-    q, k, v = qkv(device, lengths, (2, 1), 32, dtype)
+    q, k, v = qkv(device, lengths, (1, 1), 32, dtype)
     for causal in (True, False):
         check(q, k, v, causal=causal)
 
@@ -88,7 +88,7 @@ def test_f09_lengths_that_no_block_divides(
 @dtypes
 @pytest.mark.parametrize("d", [8, 16, 40, 64, 72, 96, 128, 200, 256])
 def test_head_dims(device: torch.device, dtype: torch.dtype, d: int) -> None:
-    check(*qkv(device, (33, 161), (2, 1), d, dtype, batch=2))
+    check(*qkv(device, (33, 131), (2, 1), d, dtype))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24])
@@ -141,7 +141,7 @@ def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("lengths", [(5, 3), (300, 200), (40, 0), (129, 1)])
+@pytest.mark.parametrize("lengths", [(5, 3), (150, 90), (40, 0), (129, 1)])
 def test_f07_rows_that_see_nothing_give_zeros(
     device: torch.device, dtype: torch.dtype, lengths: tuple[int, int]
 ) -> None:
@@ -161,6 +161,13 @@ def test_scores_that_are_all_minus_infinity_stay_nan(device: torch.device) -> No
     out = launch(q, k, v)  # the last query sees the finite key too, the others none
     assert out[:, :2].isnan().all()
     assert torch.equal(out[:, 2], v[:, 4])
+
+
+def test_a_tile_of_minus_infinity_comes_to_nothing(device: torch.device) -> None:
+    q, k, v = qkv(device, (3, 200), (1, 1), 16, torch.bfloat16)
+    q[:], k[:, :150] = 1.0, -INF
+    out = launch(q, k, v, causal=False)
+    assert torch.equal(out, launch(q, k[:, 150:], v[:, 150:], causal=False))
 
 
 @dtypes
@@ -331,9 +338,10 @@ def test_what_the_tma_unit_is_given(device: torch.device) -> None:
 
 
 def test_f02_f05_offsets_beyond_int32(device: torch.device) -> None:
-    tokens, stride = 12, 2**28 + 64  # the last row starts at 2.9e9 elements; few pages are touched
+    # The second sequence, and in it the ninth row, start past 2^31; few pages are touched.
+    tokens, stride = 19, 2**28 + 64
     q, k, v = (t[0] for t in qkv(device, (tokens, tokens), (2, 1), 16, torch.bfloat16))
-    cu = cu_seqlens(device, [5, 7])
+    cu = cu_seqlens(device, [9, 10])
     expected = launch(q, k, v, True, cu, cu)
     pool = torch.empty(tokens * stride, dtype=torch.bfloat16, device=device)
     far_q = pool.as_strided((tokens, 2, 16), (stride, 16, 1)).copy_(q)
@@ -383,14 +391,13 @@ CONFIGS = [
 def test_f33_each_configuration_alone(
     device: torch.device, dtype: torch.dtype, d: int, config: common.Config
 ) -> None:
-    lengths_q, lengths_k = [70, 0, 110], [150, 20, 40]
-    q, k, v = (t[0] for t in qkv(device, (180, 210), (2, 1), d, dtype))
+    lengths_q, lengths_k = [20, 0, 50], [140, 10, 30]
+    q, k, v = (t[0] for t in qkv(device, (70, 180), (1, 1), d, dtype))
     cu_q, cu_k = cu_seqlens(device, lengths_q), cu_seqlens(device, lengths_k)
     with common.force("attention", config):
-        packed = launch(q, k, v, True, cu_q, cu_k)
+        packed = launch(q, k, v, True, cu_q, cu_k)  # into NaN: every row is written
+        assert torch.equal(check(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), packed)
         assert torch.equal(launch(q, k, v, True, cu_q, cu_k, tma=False), packed)
-        assert torch.equal(lf.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), packed)
-        check(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         check(q[None], k[None], v[None], causal=False)
 
 
@@ -420,26 +427,26 @@ def test_every_section_covers_its_tiles(
 
 @dtypes
 def test_f41_a_row_does_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
-    q, k, v = qkv(device, (300, 300), (2, 2), 64, dtype, batch=2)
+    q, k, v = qkv(device, (170, 170), (2, 2), 32, dtype, batch=2)
     whole = launch(q, k, v)
     assert torch.equal(launch(q, k, v, tma=False), whole)  # nor on how it is loaded
     assert torch.equal(launch(q[1:2], k[1:2], v[1:2]), whole[1:2])
-    for n in (1, 31, 255):  # the last rows alone: a chunk of a prefill
+    for n in (1, 31, 129):  # the last rows alone: a chunk of a prefill
         assert torch.equal(launch(q[:, -n:], k, v), whole[:, -n:])
-    for n in (1, 100, 257):  # the first rows alone: a shorter prompt
+    for n in (1, 100, 129):  # the first rows alone: a shorter prompt
         assert torch.equal(launch(q[:, :n], k[:, :n], v[:, :n]), whole[:, :n])
     for head in (0, 1):  # a head's share under tensor parallelism
         one = slice(head, head + 1)
         assert torch.equal(launch(q[:, :, one], k[:, :, one], v[:, :, one]), whole[:, :, one])
-    cu = cu_seqlens(device, [300, 300])
+    cu = cu_seqlens(device, [170, 170])
     packed = launch(*(t.flatten(0, 1) for t in (q, k, v)), True, cu, cu)
-    assert torch.equal(packed.unflatten(0, (2, 300)), whole)
+    assert torch.equal(packed.unflatten(0, (2, 170)), whole)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     dtype=st.sampled_from(DTYPES),
-    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 150)), min_size=1, max_size=3),
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=1, max_size=3),
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
     d=st.integers(1, 32).map(lambda n: 8 * n),
