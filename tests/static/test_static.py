@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import triton
 
-from llama_fast.bench import static, static_cases, static_rules
+from llama_fast.bench import static, static_cases, static_rules, static_table
 from llama_fast.bench.compiled import AMDGCN, PTX, SASS, Facts, _search
 from llama_fast.bench.occupancy import occupancy
 from llama_fast.kernels import common
@@ -123,6 +123,22 @@ def test_as_many_blocks_fit_as_planned(table: list[dict[str, Any]]) -> None:
 def test_no_other_problem(table: list[dict[str, Any]]) -> None:
     known = "spills|local memory|shared memory|tf32|^no |serialised|blocks a multiprocessor"
     assert not [r["problems"] for r in table if any(not re.search(known, p) for p in r["problems"])]
+
+
+def test_the_cost_models_table_is_current(table: list[dict[str, Any]]) -> None:
+    """Which kernels run untuned, for which cases; registers differ from version to version."""
+
+    def first(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+        return {
+            (row["kernel"], case, row["config"])
+            for row in rows
+            if row["arch"] == "sm_90" and row["config_index"] == 0
+            for case in row["cases"]
+        }
+
+    assert first(static_table.rows()) == first(table), (
+        "python -m bench.static --write docs/kernels.md"
+    )
 
 
 def test_the_oldest_version_is_the_one_promised() -> None:
