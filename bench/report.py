@@ -164,13 +164,13 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def insert(readme: Path, table: str) -> None:
-    """Puts the table between the readme's markers."""
+def insert(readme: Path, table: str, name: str = "bench") -> None:
+    """Puts the table between the file's markers of that name."""
     text = readme.read_text()
-    head, begin, rest = text.partition("<!-- bench:begin -->\n")
-    _, end, tail = rest.partition("<!-- bench:end -->")
+    head, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+    _, end, tail = rest.partition(f"<!-- {name}:end -->")
     if not begin or not end:
-        raise ValueError(f"{readme}: no <!-- bench:begin --> and <!-- bench:end -->")
+        raise ValueError(f"{readme}: no <!-- {name}:begin --> and <!-- {name}:end -->")
     readme.write_text(head + begin + table + "\n" + end + tail)
 
 
