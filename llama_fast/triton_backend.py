@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from .kernels import common
 from .kernels.activation import silu_and_mul
 from .kernels.attention import attention
@@ -23,11 +25,17 @@ __all__ = [
     "attention_with_kvcache",
     "linear",
     "quantize_fp8",
+    "quantizes_activations",
     "rms_norm",
     "rope",
     "silu_and_mul",
     "tuned_folder",
 ]
+
+
+def quantizes_activations(weight: Tensor) -> bool:
+    """Whether fp8_linear quantises its input unasked: where matrix instructions take e4m3."""
+    return common.chip_of(weight).has_e4m3
 
 
 def tuned_folder() -> Path:
