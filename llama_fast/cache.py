@@ -72,7 +72,8 @@ class KVCache:
         shape = (2, config.num_hidden_layers, blocks, block_size, heads, dim)
         self.k, self.v = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
-        self.finds_runs = not self.k.is_cpu  # a CPU's cache attention gathers blocks at no cost
+        # A CPU's cache attention gathers blocks at no cost; FP8 entries want their scales.
+        self.finds_runs = not self.k.is_cpu and self.k.itemsize > 1
         self._free = list(range(blocks))[::-1]
         # On the host, like all the bookkeeping: reading it never waits for a GPU.
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32)

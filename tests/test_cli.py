@@ -144,6 +144,7 @@ def test_seed_repeats(
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
+
 @pytest.mark.parametrize("options", [[], ["--no-graphs"]], ids=["default", "no-graphs"])
 def test_no_graphs_reaches_generate(
     checkpoint: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
