@@ -49,14 +49,15 @@ class Settings(NamedTuple):
 class CudaGraph:
     """The kernels of a function of fixed tensors, to be launched as one."""
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        self._stream, self._pool = torch.cuda.Stream(device), pool
+    def __init__(self, shared: Any) -> None:
+        self._stream, self._pool = shared
         self._graph = torch.cuda.CUDAGraph()
 
     @staticmethod
-    def new_pool() -> Any:
-        """Memory that graphs share, of which one runs at a time."""
-        return torch.cuda.graph_pool_handle()
+    def new_shared(device: torch.device) -> Any:
+        """What graphs share of which one runs at a time: the stream that they are captured on,
+        with the workspace that cuBLAS keeps for it, and memory."""
+        return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
         """Calls it on the stream that capture() will use: this is where kernels are compiled and
@@ -171,7 +172,7 @@ class Decoder:
         self._table = torch.zeros(size.rows, size.width, dtype=torch.int32, device=device)
         self._warm: dict[Any, CudaGraph] = {}
         self._captured: dict[Any, tuple[CudaGraph, Tensor]] = {}
-        self._pool: Any = None
+        self._shared: Any = None
         self._free: torch.cuda.Event | None = None  # when the last generation's work is done
 
     @torch.inference_mode()
@@ -251,8 +252,8 @@ class Decoder:
         key = size, asked_for()
         if key not in self._captured:
             if key not in self._warm:
-                self._pool = self._pool or graphs.new_pool()
-                graph = self._warm[key] = graphs(self._tokens.device, self._pool)
+                self._shared = self._shared or graphs.new_shared(self._tokens.device)
+                graph = self._warm[key] = graphs(self._shared)
                 return graph.warm_up(step)
             graph = self._warm.pop(key)
             self._captured[key] = graph, graph.capture(step)

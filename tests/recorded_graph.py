@@ -22,15 +22,15 @@ class RecordedGraph:
 
     made: list[RecordedGraph] = []  # for tests to look at; they clear it
 
-    def __init__(self, device: torch.device, pool: Any) -> None:
-        assert pool == "pool"
+    def __init__(self, shared: Any) -> None:
+        assert shared == "shared"
         self.ops: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.replays = self.warm_ups = 0
         self.made.append(self)
 
     @staticmethod
-    def new_pool() -> str:
-        return "pool"
+    def new_shared(device: torch.device) -> str:
+        return "shared"
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
         self.warm_ups += 1

@@ -293,7 +293,7 @@ def test_f20_a_tensor_made_anew_is_caught(
 
 
 def test_a_step_that_waits_is_caught(model: Llama) -> None:
-    graph = RecordedGraph(model.device, "pool")
+    graph = RecordedGraph("shared")
     x = torch.ones(3)
     graph.warm_up(lambda: x)
     with pytest.raises(RuntimeError, match="the host would wait"):
@@ -303,7 +303,7 @@ def test_a_step_that_waits_is_caught(model: Llama) -> None:
 def test_capture_changes_nothing_and_replays_count(model: Llama) -> None:
     one = decoder(model, [5, 60])
     fixed = [one._tokens, one._state, one._table, one.cache.k, one.cache.v]
-    graph = RecordedGraph(model.device, "pool")
+    graph = RecordedGraph("shared")
     one.cache.k.nan_to_num_(), one.cache.v.nan_to_num_()
     graph.warm_up(lambda: one._forward(model, 2))
     before = [t.clone() for t in fixed]
@@ -362,6 +362,24 @@ def test_f44_rows_that_mean_nothing_are_minus_one() -> None:
         ids = sampling.sample_rows(logits, u, *settings)
         assert ids[1:5].tolist() == [-1] * 4
         assert 0 <= int(ids[0]) < 50 and 0 <= int(ids[5]) < 50
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_rows_are_sampled_the_same_in_any_batch(options: dict[str, Any]) -> None:
+    logits, u = 4 * torch.randn(150, 321), torch.rand(150, dtype=torch.float64)
+    settings = Settings(options["temperature"], options.get("top_p", 1.0), options.get("top_k", 0))
+    together = sampling.sample_rows(logits, u, *settings)
+    for rows in (slice(0, 1), slice(63, 66), slice(140, 150)):
+        assert torch.equal(sampling.sample_rows(logits[rows], u[rows], *settings), together[rows])
+
+
+def test_weights_have_one_sum_in_any_order() -> None:
+    """So it does not matter in what pieces a device adds them up."""
+    weights = sampling._weights(6 * torch.randn(128256), torch.tensor(25.0), 0.7)
+    orders = [weights.flip(0), weights.view(501, 256).t().flatten(), weights.sort().values]
+    assert {int(w.cumsum(0)[-1]) for w in [weights, *orders]} == {int(weights.sum())}
+    flat = sampling._weights(torch.zeros(2**19 - 1), torch.tensor(0.0), 1.0)
+    assert int(flat.sum()) == (2**19 - 1) * 2**44
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 1.0])
@@ -525,7 +543,7 @@ def test_graphs_need_a_gpu(model: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_f47_a_bad_id_on_a_gpu_is_nan_for_its_sequence_only() -> None:
-    """What model() does where it cannot look at the ids: here through tensors on meta's shapes."""
+    """What model() does where it cannot look at the ids."""
     config = LlamaConfig(320, 128, 192, 2, 8, 2, 16)
     model = Llama.from_config(config)
 
