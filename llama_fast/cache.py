@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,27 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | None:
+    """fp32 [layers, 1 or Hkv] for a pool [layers, blocks, block_size, Hkv, D] of e4m3."""
+    layers, heads = pool.shape[0], pool.shape[3]
+    if (scale is None) != (pool.dtype != torch.float8_e4m3fn):
+        got = "None" if scale is None else "a scale"
+        want = "None" if scale is not None else f"a number or fp32 [{layers}, 1 or {heads}]"
+        raise ValueError(f"{name}: got {got}, want {want} with dtype {pool.dtype}")
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or tuple(scale.shape) not in ((layers, 1), (layers, heads)):
+            raise ValueError(
+                f"{name}: got {scale.dtype} {list(scale.shape)}, want float32 [{layers}, 1] or "
+                f"[{layers}, {heads}]"
+            )
+        return scale.to(pool.device)
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"{name}: got {scale}, want a finite number above 0")
+    return torch.full((layers, 1), scale, dtype=torch.float32, device=pool.device)
+
+
 class KVCache:
     """Keys and values of `batch_size` sequences that share room for `max_tokens` tokens.
 
@@ -55,9 +76,13 @@ class KVCache:
         device: torch.device | str | None = None,
         block_size: int = BLOCK_SIZE,
         num_blocks: int | None = None,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ) -> None:
         """max_tokens: of every sequence, or a list with one number for each. num_blocks: in the
-        pool; None: as many as all the sequences need at once."""
+        pool; None: as many as all the sequences need at once. dtype float8_e4m3fn holds k / k_scale
+        and v / v_scale: both are then required, as numbers or as fp32 tensors [layers, 1] or
+        [layers, Hkv]."""
         lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
         for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
             if value < 1:
@@ -74,6 +99,8 @@ class KVCache:
         self.block_size = block_size
         # A CPU's cache attention gathers blocks at no cost; FP8 entries want their scales.
         self.finds_runs = not self.k.is_cpu and self.k.itemsize > 1
+        self.k_scale = _scales("k_scale", k_scale, self.k)
+        self.v_scale = _scales("v_scale", v_scale, self.v)
         self._free = list(range(blocks))[::-1]
         # On the host, like all the bookkeeping: reading it never waits for a GPU.
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32)
@@ -95,6 +122,11 @@ class KVCache:
     def block_table(self) -> Tensor:
         """[B, n] int32, on the host; a row counts as far as its sequence has blocks."""
         return self._table[[sequence.row for sequence in self._sequences]]
+
+    def scales(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments k_scale and v_scale of the ops that use the layer's pools."""
+        pairs = (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        return {name: None if scale is None else scale[layer] for name, scale in pairs}
 
     def select(self, indices: Sequence[int]) -> KVCache:
         """The same cache seen through some of its sequences, in the order given."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checkpoint, decode, generate, ops
 from .cache import Append, KVCache
 from .config import LlamaConfig
+from .reference import FP8_DTYPE
 from .weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
 
 
@@ -116,9 +117,8 @@ class Llama:
         norm. Checks nothing and waits for nothing: decode.py captures it in CUDA graphs."""
         residual: Tensor | None = None
         for i, layer in enumerate(self.weights.layers):
-            kv = None if cache is None else (cache.k[i], cache.v[i])
             normed, residual = self._norm(x, residual, layer.attention_norm, layer.qkv)
-            x = layer.output(self._attend(layer.qkv(normed), positions, kv, append))
+            x = layer.output(self._attend(layer.qkv(normed), positions, i, cache, append))
             normed, residual = self._norm(x, residual, layer.ffn_norm, layer.gate_up)
             x = layer.down(self._swiglu(layer.gate_up(normed), layer.down))
         return self._plain_norm(x, residual, self.weights.norm)[0]
@@ -183,24 +183,26 @@ class Llama:
         self,
         qkv: Tensor,
         positions: Tensor,
-        kv: tuple[Tensor, Tensor] | None,
+        layer: int,
+        cache: KVCache | None,
         append: Append | None,
     ) -> Tensor:
         """[B, S, (H + 2 * Hkv) * D] -> [B, S, H * D]."""
         c, shape = self.config, qkv.shape[:2]
         heads = qkv.flatten(0, 1).unflatten(1, (-1, c.head_dim))
         q, k, v = heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
-        if kv is None or append is None:
+        if cache is None or append is None:
             q, k = ops.apply_rope(q, k, positions, self.rope)
             out = ops.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
             return out.flatten(2)
-        q = ops.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots)
+        kv, scales = (cache.k[layer], cache.v[layer]), cache.scales(layer)
+        q = ops.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
         q = q.unflatten(0, shape)
         if append.run is not None and shape[1] > 1:
-            k, v = (cache.flatten(0, 1)[append.run].unsqueeze(0) for cache in kv)
+            k, v = (pool.flatten(0, 1)[append.run].unsqueeze(0) for pool in kv)
             return ops.attention(q, k, v).flatten(2)
         out = ops.attention_with_kvcache(
-            q, *kv, append.cache_seqlens, block_table=append.block_table
+            q, *kv, append.cache_seqlens, block_table=append.block_table, **scales
         )
         return out.flatten(2)
 
@@ -222,7 +224,9 @@ class Llama:
             raise ValueError(
                 f"tokens: got {tokens.shape[0]} rows, want the cache's {len(cache)} sequences"
             )
-        if cache is not None and (cache.k.dtype, cache.k.device) != (self.dtype, self.device):
+        if cache is not None and (
+            cache.k.dtype not in (self.dtype, FP8_DTYPE) or cache.k.device != self.device
+        ):
             got = f"{cache.k.dtype} on {cache.k.device}"
             raise ValueError(f"cache: got {got}, want {self.dtype} on {self.device}")
         if tokens.is_cpu and tokens.numel():
