@@ -54,6 +54,10 @@ class Chip:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 90
 
     @property
+    def warp_size(self) -> int:
+        return 64 if self.backend == "hip" else 32
+
+    @property
     def has_e4m3(self) -> bool:
         """Whether conversions and matrix instructions take e4m3 as torch stores it (e4m3fn)."""
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
@@ -90,6 +94,12 @@ def chip_of(t: Tensor) -> Chip:
         index = t.device.index
         return _device_chip(torch.cuda.current_device() if index is None else index)
     return _INTERPRETER
+
+
+def programs(work: int, slots: int) -> int:
+    """How many programs of a persistent grid share work items, at most slots: as few as finish in
+    the same number of rounds, so that the last round is full."""
+    return cdiv(work, cdiv(work, slots)) if work else 0
 
 
 # ---- configurations ----
