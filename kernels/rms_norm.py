@@ -137,7 +137,7 @@ def _wide_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     cols = tl.arange(0, BLOCK)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        at = row.to(tl.int64)
+        at = tl.cast(row, tl.int64)
         s_row = x + at * x_stride
         squares = tl.zeros([BLOCK], tl.float32)
         for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
