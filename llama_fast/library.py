@@ -431,6 +431,12 @@ def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (PACK_ROWS if weight.dim() == 4 else 1)
 
 
+def prefers_fp8_activations(weight: Tensor) -> bool:
+    """What quantize_activation=None means for fp8_linear on weight's device."""
+    on = kernels("fp8_linear", weight.device)
+    return on is not None and on.prefers_fp8_activations(weight)
+
+
 def _fp8_linear(
     x: Tensor,
     weight: Tensor,
@@ -453,7 +459,8 @@ def _fp8_linear(
     if not out.numel():
         return out
     rows, x_scale = _rows(x), None
-    # On a CPU the weights' bandwidth is the cost: quantising activations would save nothing.
+    if quantize_activation is None:
+        quantize_activation = on.prefers_fp8_activations(x)
     if quantize_activation:
         blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
         granularity = "block" if blockwise else "row"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from .kernels import common
 from .kernels.activation import silu_and_mul
 from .kernels.attention import attention
@@ -22,12 +24,18 @@ __all__ = [
     "attention",
     "attention_with_kvcache",
     "linear",
+    "prefers_fp8_activations",
     "quantize_fp8",
     "rms_norm",
     "rope",
     "silu_and_mul",
     "tuned_folder",
 ]
+
+
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """Where matrix instructions take e4m3."""
+    return common.chip_of(x).has_e4m3
 
 
 def tuned_folder() -> Path:
