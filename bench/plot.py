@@ -8,12 +8,20 @@ from typing import Any
 
 def speedups(results: dict[str, Any], path: Path) -> list[Path]:
     """Writes path as PNG and SVG; returns both."""
+    rows = results["ops"] + results.get("end_to_end", {}).get("rows", [])
+    env = results["environment"]
+    title = f"llama_fast on {env['cpu']}, {env['threads']} threads, {env['isa']}"
+    if "driver" in env or "sm" in env:  # measured on the GPU
+        title = f"llama_fast on {env['gpu']}, torch {env['torch']}"
+    return bars(rows, title, path)
+
+
+def bars(rows: list[dict[str, Any]], title: str, path: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = results["ops"] + results.get("end_to_end", {}).get("rows", [])
     bars = [(f"{r['op']}\n{r['shape']}", n, x) for r in rows for n, x in r["times"].items()][::-1]
     names = list(dict.fromkeys(name for _, name, _ in bars))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(bars)), layout="constrained")
@@ -27,9 +35,15 @@ def speedups(results: dict[str, Any], path: Path) -> list[Path]:
     axes.set_xlabel("times faster than (log scale; 1 = as fast)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=palette(i % 10)) for i in range(len(names))]
     axes.legend(handles, names, fontsize=8, loc="lower right")
-    env = results["environment"]
-    axes.set_title(f"llama_fast on {env['cpu']}, {env['threads']} threads, {env['isa']}")
+    axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """As PNG and SVG; both paths."""
+    import matplotlib.pyplot as plt
+
     written = [path.with_suffix(".png"), path.with_suffix(".svg")]
     for target in written:
         figure.savefig(target, dpi=130)

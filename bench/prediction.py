@@ -1,0 +1,20 @@
+"""The one place where the report asks the cost model what a case should take."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def predicted(op: str, shape: dict[str, Any]) -> dict[str, Any] | None:
+    """{"seconds", "limit", ...}, {"error"} where the model does not know the op or the shape, or
+    None where there is no model."""
+    try:
+        model = importlib.import_module(f"{__package__}.cost_model")
+    except ModuleNotFoundError:
+        return None
+    try:
+        found = model.predict(op, **shape)
+    except (TypeError, ValueError, KeyError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {name: getattr(found, name) for name in ("seconds", "limit", "bytes", "flops")}
