@@ -88,7 +88,7 @@ def read(tensors: list[Tensor]) -> Run:
     """Reads a rotating tensor's memory as fast as it can be had."""
     if tensors[0].device.type != "cpu":
         words = [t.flatten().view(torch.int32) for t in tensors]
-        return lambda i: read_probe.partial_sums(words[i % len(words)])
+        return lambda i: read_probe.checksums(words[i % len(words)])
     threads = torch.get_num_threads()
 
     def run(i: int) -> None:

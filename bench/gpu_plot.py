@@ -21,7 +21,7 @@ def draw(found: dict[str, Any], out: Path) -> list[Path]:
         written += roofline(ops, limits, title, out / "roofline.svg")
     if ops or model:
         tagged = {r["tag"]: r for r in ops[::-1] if r["tag"]}  # the first of each
-        written += bars(([*tagged.values()] or ops) + model, title, out / "speedups.svg")
+        written += bars(([*tagged.values()][::-1] or ops) + model, title, out / "speedups.svg")
     return written
 
 
@@ -57,10 +57,10 @@ def roofline(
             rotation=35,
         )
     names = list(dict.fromkeys(op for op, _, _ in points))
-    palette = plt.get_cmap("tab10")
+    palette = plt.get_cmap("tab20")
     for i, name in enumerate(names):
         mine = [(x, y) for op, x, y in points if op == name]
-        axes.scatter(*zip(*mine, strict=True), s=28, color=palette(i % 10), label=name, zorder=3)
+        axes.scatter(*zip(*mine, strict=True), s=28, color=palette(i % 20), label=name, zorder=3)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations a byte that has to move")

@@ -73,7 +73,7 @@ def _round(
     torch.cuda._sleep(int(LEAD * SPIN_HZ))
     for name in list(samplers) if i % 2 else list(samplers)[::-1]:
         sampler = samplers[name]
-        if i >= SLOW_ROUNDS and sampler.seconds > budget / 4:
+        if i >= SLOW_ROUNDS and sampler.seconds > max(budget / 4, 4 * SAMPLE):
             continue
         if sampler.lead:
             torch.cuda._sleep(int(sampler.lead * SPIN_HZ))

@@ -25,15 +25,16 @@ def bars(rows: list[dict[str, Any]], title: str, path: Path) -> list[Path]:
     bars = [(f"{r['op']}\n{r['shape']}", n, x) for r in rows for n, x in r["times"].items()][::-1]
     names = list(dict.fromkeys(name for _, name, _ in bars))
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.34 * len(bars)), layout="constrained")
-    palette = plt.get_cmap("tab10")
+    colours = 10 if len(names) <= 10 else 20
+    palette = plt.get_cmap(f"tab{colours}")
     for y, (_, name, value) in enumerate(bars):
-        axes.barh(y, value, color=palette(names.index(name) % 10), height=0.75)
+        axes.barh(y, value, color=palette(names.index(name) % colours), height=0.75)
         axes.text(value * 1.04, y, f"{value:.1f}x", va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), [label for label, _, _ in bars], fontsize=7)
     axes.set_xscale("log")
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xlabel("times faster than (log scale; 1 = as fast)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=palette(i % 10)) for i in range(len(names))]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=palette(i % colours)) for i in range(len(names))]
     axes.legend(handles, names, fontsize=8, loc="lower right")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
