@@ -1,6 +1,6 @@
 """The parts of a GPU report that use the GPU, each in a process of its own:
 
-python -m bench.gpu_parts PART --out DIR --seconds N [--resume]   (gpu_report.py starts it)
+python -m bench.gpu_parts PART --out DIR --until T [--resume]   (gpu_report.py starts it)
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import gc
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.gpu_parts", description=__doc__)
     p.add_argument("part", choices=PARTS)
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--seconds", type=float, required=True, help="for all tasks together")
+    p.add_argument("--until", type=float, required=True, metavar="T", help="seconds since 1970")
     p.add_argument("--resume", action="store_true", help="go on after a process that broke")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tiny", action="store_true")
@@ -47,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """0; WRONG: something was; 130: interrupted; BROKEN: start again."""
-    deadline = time.time()  # the import of torch is the caller's time, not this part's
     args = parser().parse_args(argv)
-    deadline += args.seconds
     torch.manual_seed(0)
     gc.freeze()  # a capture collects garbage first: what was imported is none
     device = torch.device(args.device)
@@ -62,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             tasks = PARTS[args.part](place, args, store)
             chosen = {name: task for name, task in tasks.items() if args.case in name}
-            running.run(store, chosen, deadline, lambda row: print(line(row), flush=True))
+            running.run(store, chosen, args.until, lambda row: print(line(row), flush=True))
         except KeyboardInterrupt:
             return 130
     if device.type == "cuda":

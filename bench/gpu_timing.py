@@ -133,11 +133,12 @@ def _seconds(f: Callable[[], object]) -> tuple[float, float]:
 def _capture(run: Run, count: int) -> torch.cuda.CUDAGraph | None:
     """None when the run cannot be captured. torch.compile's helpers live in other threads, which
     may do as they like meanwhile."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             _calls(run, count)
     except RuntimeError:
+        torch.cuda.set_stream(stream)  # a failed capture stays on its own
         torch.cuda.synchronize()  # raises when more than the capture is broken
         return None
     return graph

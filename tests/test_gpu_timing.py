@@ -79,6 +79,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         "graph": fake.graph,
         "_sleep": sleep,
         "synchronize": lambda: None,
+        "current_stream": lambda: "ours",
+        "set_stream": fake.log.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return fake
@@ -117,6 +119,7 @@ def test_what_cannot_be_captured_is_launched(cuda: FakeCuda, told: bool) -> None
     found = gpu_timing.measure(runs, 0.0, copies=2, uncapturable=("a",) if told else ())
     assert found["a"].mode == "events" and found["b"].mode == "graph"
     assert found["a"].median == pytest.approx(1e-3) == found["b"].median
+    assert (cuda.log.count("ours") == 1) != told  # back from the stream of the failed capture
     assert cuda.slept > gpu_timing.LEAD * gpu_timing.MIN_ROUNDS
 
 
