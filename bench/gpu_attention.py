@@ -207,7 +207,7 @@ def _decode_errors(
     def twin(dtype: torch.dtype) -> Tensor:
         out = []
         for i in few:
-            blocks = [i] if table is None else table[i].long()
+            blocks = slice(i, i + 1) if table is None else table[i].long()
             one = (
                 (t[blocks].flatten(0, 1)[None, : int(lengths[i])].to(dtype) * scale)
                 for t, scale in zip((k, v), scales, strict=True)
@@ -219,11 +219,8 @@ def _decode_errors(
 
 
 def _decode_fp8(p: Place, batch: int, keys: int) -> GpuCase:
-    """The cache in e4m3: half the bytes. Not in the public API yet, so the launcher is called."""
-    from llama_fast import triton_backend
-
-    launch = triton_backend.attention_with_kvcache
-    if "k_scale" not in inspect.signature(launch).parameters:
+    """The cache in e4m3: half the bytes."""
+    if "k_scale" not in inspect.signature(lf.attention_with_kvcache).parameters:
         raise Unsupported("attention_with_kvcache takes no FP8 cache")
     s = p.sizes
     k, v = (t.to(torch.float8_e4m3fn) for t in _cached(p, batch, keys, False)[:2])
@@ -232,20 +229,20 @@ def _decode_fp8(p: Place, batch: int, keys: int) -> GpuCase:
     scales = (0.75, 1.25)
     k_scale, v_scale = (torch.tensor([x], device=p.device) for x in scales)
 
-    def ours(_: int) -> Tensor:
-        out = torch.empty_like(q)
-        launch(
-            out, q, k, v, lengths, None, True, s.head_dim**-0.5, 0, k_scale=k_scale, v_scale=v_scale
-        )
-        return out
+    def run(f: Callable[..., Tensor]) -> Tensor:
+        return f(q, k, v, lengths, k_scale=k_scale, v_scale=v_scale)
 
+    to = Baselines(lambda _: run(lf.attention_with_kvcache))
+    to.offer("eager", lambda _: run(reference.attention_with_kvcache))
     return GpuCase(
         "attention_with_kvcache",
         f"B{batch} x {keys} FP8",
         2.0 * batch * keys * s.kv_heads * s.head_dim + 4.0 * q.numel(),
         4.0 * batch * keys * s.heads * s.head_dim,
         "read",
-        {"ours": ours},
-        _decode_errors(lambda: ours(0), q, k, v, lengths, None, scales),
+        to.runs,
+        _decode_errors(lambda: run(lf.attention_with_kvcache), q, k, v, lengths, None, scales),
+        to.skipped,
+        uncapturable=("eager",),
         predict=_attention_shape(p, batch=batch, seqlen_q=1, seqlen_k=keys, cache_bytes=1),
     )

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_fast import _cpu, reference, triton_backend
+from llama_fast import _cpu, reference
 from llama_fast.bench import (
     baselines,
     build_and_test,
@@ -616,22 +616,18 @@ def place(monkeypatch: pytest.MonkeyPatch) -> gpu_case.Place:
     return gpu_case.Place(torch.device("cpu"), gpu_case.TINY, baselines.Compiler(60.0))
 
 
-def fp8_launcher(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    lengths: torch.Tensor,
-    table: None,
-    causal: bool,
-    scale: float,
-    splits: int,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-) -> None:
-    assert k_scale is not None and v_scale is not None
-    k, v = k_cache.to(q.dtype) * k_scale.to(q.dtype), v_cache.to(q.dtype) * v_scale.to(q.dtype)
-    out.copy_(reference.attention_with_kvcache(q, k, v, lengths, causal=causal))
+def with_fp8_caches(f: Any) -> Any:
+    """An attention_with_kvcache that takes them, whether f does or not."""
+
+    def attend(
+        q: torch.Tensor, *caches: Any, k_scale: Any = None, v_scale: Any = None, **more: Any
+    ):
+        k, v, lengths = caches
+        if k_scale is not None:
+            k, v = k.to(q.dtype) * k_scale.to(q.dtype), v.to(q.dtype) * v_scale.to(q.dtype)
+        return f(q, k, v, lengths, **more)
+
+    return attend
 
 
 def part(name: str, out: Path, *more: str) -> tuple[int, dict[str, Any]]:
@@ -647,7 +643,9 @@ def test_every_case_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu_parts, "Compiler", lambda seconds: place.compiler)
-    monkeypatch.setattr(triton_backend, "attention_with_kvcache", fp8_launcher)
+    for module in (gpu_attention.lf, reference):
+        patched = with_fp8_caches(module.attention_with_kvcache)
+        monkeypatch.setattr(module, "attention_with_kvcache", patched)
     status, found = part("limits", tmp_path)
     assert status == 0 and [r["shape"] for r in found["rows"]] == ["copy", "read", "bf16", "fp8"]
     status, found = part("ops", tmp_path)
@@ -730,6 +728,13 @@ def test_interrupted_process_exits_130(
 
     monkeypatch.setattr(gpu_parts, "_measured", interrupted)
     assert part("ops", tmp_path, "--case", "rms_norm")[0] == 130
+
+
+def test_ends() -> None:
+    rows = torch.arange(1000.0)[:, None].repeat(1, 3)
+    assert gpu_case.ends(rows)[:, 0].tolist() == [*range(64), *range(936, 1000)]
+    q, _ = reference.quantize_fp8(rows)
+    assert gpu_case.ends(q).dtype == q.dtype and gpu_case.ends(q).shape == (128, 3)
 
 
 def test_worst_pair() -> None:
