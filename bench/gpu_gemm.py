@@ -113,5 +113,5 @@ def _linear(p: Place, m: int, n: int, k: int, quantise: bool | None = None) -> G
         ),
         to.skipped,
         copies=copies,
-        predict={"m": m, "n": n, "k": k},
+        predict={"m": m, "n": n, "k": k, **({"quantised": True} if quantise else {})},
     )

@@ -142,7 +142,7 @@ def _measured(
     case = spec.build()
     errors = case.error()  # first: a wrong kernel's time is of no interest, but still told
     timings = _times(place, case, case.runs, BUDGETS["ops"])
-    return [op_row(spec, case, timings, errors, rates, environment["backends"].get(case.op, ""))]
+    return [op_row(spec, case, timings, errors, rates, environment)]
 
 
 def _times(place: Place, case: GpuCase, runs: Any, budget: float) -> dict[str, Timing]:
@@ -155,20 +155,20 @@ def op_row(
     timings: dict[str, Timing],
     errors: tuple[float, float],
     rates: dict[str, float],
-    backend: str,
+    environment: dict[str, Any],
 ) -> dict[str, Any]:
     """report.row's counterpart, with what a roofline and a target need."""
     ours = timings["ours"].median
     scale = 1e9 if case.unit == "GB/s" else 1e12
     limit = rates.get(case.limit)
-    guess = predicted(case.op, case.predict)
+    guess = predicted(case.op, case.predict, environment["gpu"])
     if guess and "seconds" in guess:
         guess["of_time"] = guess["seconds"] / ours
     return {
         "op": case.op,
         "shape": case.shape,
         "tag": spec.tag,
-        "backend": backend,
+        "backend": environment["backends"].get(case.op, ""),
         "unit": case.unit,
         "work": case.work,
         "bytes": case.bytes,

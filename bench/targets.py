@@ -78,12 +78,14 @@ def compare(rows: Iterable[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
             continue
         values = [v for row in mine if (v := value(row, target.metric)) is not None]
         got = min(values, default=None)
+        guesses = [(row.get("predicted") or {}).get("of_time") for row in mine]
         found.append(
             {
                 "what": target.what,
                 "wanted": target.wanted,
                 "unit": target.unit,
                 "got": got,
+                "of_predicted": min((g for g in guesses if g is not None), default=None),
                 "verdict": _verdict(target, got, gpu, any(row.get("wrong") for row in mine)),
             }
         )
@@ -104,12 +106,13 @@ def table(entries: list[dict[str, Any]]) -> str:
     def figure(x: float | None) -> str:
         return "-" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}"
 
-    lines = [f"{'target':<50}{'wanted':>10}{'got':>10} {'':<9} verdict"]
+    lines = [f"{'target':<50}{'wanted':>10}{'got':>10} {'':<9}{'of model':>9}  verdict"]
     for e in entries:
         unit = e["unit"] or ("x" if "times" in e["what"] else "")
+        of_model = "" if e["of_predicted"] is None else f"{e['of_predicted']:.0%}"
         lines.append(
-            f"{e['what']:<50}{'>= ' + figure(e['wanted']):>10}{figure(e['got']):>10} {unit:<9} "
-            f"{e['verdict']}"
+            f"{e['what']:<50}{'>= ' + figure(e['wanted']):>10}{figure(e['got']):>10} {unit:<9}"
+            f"{of_model:>9}  {e['verdict']}"
         )
     met = sum(e["verdict"] == "met" for e in entries)
     missed = sum(e["verdict"].startswith("missed") for e in entries)

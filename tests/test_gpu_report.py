@@ -432,6 +432,9 @@ def verdicts(rows: list[dict[str, Any]], gpu: str = "NVIDIA H200") -> dict[str, 
 
 
 def test_verdicts() -> None:
+    guess = {"of_time": 0.8}
+    (entry, *_) = targets.compare([op("norm", predicted=guess)], "NVIDIA H200")
+    assert entry["of_predicted"] == 0.8 and " 80%  missed by 2%" in targets.table([entry])
     found = verdicts([op("norm"), op("prefill 16384", rate=240.0), op("rope", wrong=True)])
     assert found["RMSNorm, 32k x 4096: of copy bandwidth"] == "missed by 2%"
     assert found["RMSNorm, 32k x 4096: times eager"] == "met"
@@ -790,22 +793,28 @@ def test_compiling_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
     class Model:
+        GPUS = {"H200": "figures"}
+
         @staticmethod
-        def predict(op: str, **shape: int) -> argparse.Namespace:
+        def predict(op: str, gpu: str, **shape: int) -> argparse.Namespace:
+            assert gpu == "figures" and shape == {"rows": 1}
             if op != "rms_norm":
                 raise KeyError(op)
             return argparse.Namespace(seconds=1e-3, limit="copy", bytes=1.0, flops=2.0)
 
     monkeypatch.setattr(prediction.importlib, "import_module", lambda name: Model)
-    found = prediction.predicted("rms_norm", {"rows": 1})
+    found = prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H200")
     assert found == {"seconds": 1e-3, "limit": "copy", "bytes": 1.0, "flops": 2.0}
-    assert prediction.predicted("other", {}) == {"error": "KeyError: 'other'"}
+    found = prediction.predicted("other", {"rows": 1}, "NVIDIA H200")
+    assert found == {"error": "KeyError: 'other'"}
+    assert prediction.predicted("rms_norm", {}, "NVIDIA H200") is None
+    assert prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H100") is None
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(prediction.importlib, "import_module", missing)
-    assert prediction.predicted("rms_norm", {}) is None
+    assert prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H200") is None
 
 
 @pytest.mark.parametrize("words", [1, 4095, 65536, 70001])
