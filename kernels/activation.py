@@ -163,10 +163,14 @@ def _fp8_configs(chip: Chip, width: int, itemsize: int) -> list[Config]:
     the rows in progress (28 MB for 405B's 53248 in 16 bits) stay in L2 for the second pass."""
     block, lanes, found = common.next_power_of_2(width), chip.warp_size, []
     if width > _WIDEST:
+        deep = [
+            stages
+            for stages in (4, 3, 2)
+            if (stages - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory
+        ]
         return [
             Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
-            for stages in (4, 3, 2, 1)
-            if (stages - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory
+            for stages in deep or [1]
         ]
     rows = max(1, 512 // block)
     for elements, stages in ((16, 3), (16, 2), (32, 3), (32, 2), (16, 1), (32, 1)):

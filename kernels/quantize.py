@@ -201,13 +201,16 @@ def _piece_configs(chip: Chip, itemsize: int) -> list[Config]:
     ]
 
 
+def _square_configs(chip: Chip, vectors: bool) -> list[Config]:
+    """Weights, once. 512 threads have 32 elements each; one by one, at odd widths, those take more
+    registers, so there 256 threads come first, which may have 255 each."""
+    threads = (512, 1024, 256) if vectors else (256,)
+    return [Config.of(t // chip.warp_size, 1) for t in threads]
+
+
 _groups = Tuner("quantize_groups", _group_configs)
 _pieces = Tuner("quantize_pieces", _piece_configs)
-# Weights, once: 512 threads have 32 elements each, 1024 have 16 and wait for each other longer.
-_squares = Tuner(
-    "quantize_squares",
-    lambda chip: [Config.of(threads // chip.warp_size, 1) for threads in (512, 1024, 256)],
-)
+_squares = Tuner("quantize_squares", _square_configs)
 
 
 def quantize_fp8(
@@ -224,7 +227,7 @@ def quantize_fp8(
     elif granularity == "block_2d":
         grid = (common.cdiv(rows, 128) * common.cdiv(cols, 128),)
         args = (q, scale, x, rows, x.stride(0), bound)
-        config = _squares.choose(x, ())
+        config = _squares.choose(x, (cols % 8 == 0,))
         common.launch(_square_kernel, grid, *args, COLS=cols, **constants, config=config)
     elif granularity == "row" and cols > _WIDEST:
         args = (q, scale, x, cols, x.stride(0), bound)

@@ -194,10 +194,14 @@ def _configs(chip: Chip, hidden: int, itemsize: int, streams: int) -> list[Confi
     """
     block, lanes = common.next_power_of_2(hidden), chip.warp_size
     if block * itemsize > _WIDE:
+        deep = [
+            stages
+            for stages in (4, 3, 2)
+            if (stages - 1) * streams * 8192 * itemsize + 1024 <= chip.shared_memory
+        ]
         return [
             Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
-            for stages in (4, 3, 2, 1)
-            if (stages - 1) * streams * 8192 * itemsize + 1024 <= chip.shared_memory
+            for stages in deep or [1]
         ]
     rows, found = max(1, 512 // block), []
     for elements, stages in ((16, 3), (32, 3), (8, 3), (16, 2), (16, 1)):

@@ -156,17 +156,19 @@ def _rope_kernel(
     # until registers free up; it does not move them past a barrier, so all are on the way here.
     tl.debug_barrier()
 
-    known = (position >= 0) & (position < max_positions)
+    # How many angles the table has for this position: none for one outside of it.
+    angles = tl.where((position >= 0) & (position < max_positions), D // 2, 0)
     i = tl.arange(0, HALF)
     angle = table + position * table_row + i
-    cos = tl.load(angle, mask=known & (i < D // 2), other=float("nan"))[None, :]
-    sin = tl.load(angle + D // 2, mask=known & (i < D // 2), other=float("nan"))[None, :]
+    cos = tl.load(angle, mask=i < angles, other=float("nan"))[None, :]
+    sin = tl.load(angle + D // 2, mask=i < angles, other=float("nan"))[None, :]
 
     qa, qb = _rotate(qa, qb, cos, sin, DTYPE)
     _store_heads(q_out + token * (H * D), q_at, D, q_keep, qa, qb, D, HALF, INTERLEAVED)
     ka, kb = _rotate(ka, kb, cos, sin, DTYPE)
     if APPEND:
-        held = (slot >= 0) & (slot < num_slots)
+        written = tl.where((slot >= 0) & (slot < num_slots), HKV, 0)  # heads
+        held = (k_at < written)[:, None]
         block, offset = slot // block_size, slot % block_size
         ka = _to_cache(ka, k_scale, k_at, k_mine, K_SCALE_STRIDE, FP8, NATIVE)
         kb = _to_cache(kb, k_scale, k_at, k_mine, K_SCALE_STRIDE, FP8, NATIVE)
