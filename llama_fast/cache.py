@@ -31,6 +31,27 @@ class _Sequence:
         self.row, self.length, self.blocks = row, 0, 0
 
 
+def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | None:
+    """fp32 [layers, 1 or Hkv] for a pool [layers, blocks, block_size, Hkv, D] of e4m3."""
+    layers, heads = pool.shape[0], pool.shape[3]
+    if (scale is None) != (pool.dtype != torch.float8_e4m3fn):
+        got = "None" if scale is None else "a scale"
+        want = "None" if scale is not None else f"a number or fp32 [{layers}, 1 or {heads}]"
+        raise ValueError(f"{name}: got {got}, want {want} with dtype {pool.dtype}")
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        if scale.dtype != torch.float32 or tuple(scale.shape) not in ((layers, 1), (layers, heads)):
+            raise ValueError(
+                f"{name}: got {scale.dtype} {list(scale.shape)}, want float32 [{layers}, 1] or "
+                f"[{layers}, {heads}]"
+            )
+        return scale.to(pool.device)
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"{name}: got {scale}, want a finite number above 0")
+    return torch.full((layers, 1), scale, dtype=torch.float32, device=pool.device)
+
+
 class KVCache:
     """Keys and values of `batch_size` sequences that share room for `max_tokens` tokens.
 
@@ -48,8 +69,12 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
         block_size: int = BLOCK_SIZE,
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ) -> None:
-        """max_tokens: of every sequence, or a list with one number for each."""
+        """max_tokens: of every sequence, or a list with one number for each. dtype float8_e4m3fn
+        holds k / k_scale and v / v_scale: both are then required, as numbers or as fp32 tensors
+        [layers, 1] or [layers, Hkv]."""
         lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
         for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
             if value < 1:
@@ -61,6 +86,8 @@ class KVCache:
         shape = (2, config.num_hidden_layers, sum(need), block_size, heads, dim)
         self.k, self.v = torch.empty(shape, dtype=dtype, device=device)
         self.block_size = block_size
+        self.k_scale = _scales("k_scale", k_scale, self.k)
+        self.v_scale = _scales("v_scale", v_scale, self.v)
         self._free = list(range(sum(need)))[::-1]
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32, device=device)
         self._sequences = [_Sequence(row) for row in range(len(lengths))]
@@ -76,6 +103,11 @@ class KVCache:
     @property
     def free_blocks(self) -> int:
         return len(self._free)
+
+    def scales(self, layer: int) -> dict[str, Tensor | None]:
+        """The keyword arguments k_scale and v_scale of the ops that use the layer's pools."""
+        pairs = (("k_scale", self.k_scale), ("v_scale", self.v_scale))
+        return {name: None if scale is None else scale[layer] for name, scale in pairs}
 
     def select(self, indices: Sequence[int]) -> KVCache:
         """The same cache seen through some of its sequences, in the order given."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import checkpoint, generate, ops
 from .cache import Append, KVCache
 from .config import LlamaConfig
+from .reference import FP8_DTYPE
 from .weights import DTYPES, LayerWeights, RandomSource, Weights, assemble
 
 
@@ -94,7 +95,8 @@ class Llama:
             if cache is None or append is None:
                 x = self._attend(layer, x, positions)
             else:
-                x = self._attend_cached(layer, x, positions, cache.k[i], cache.v[i], append)
+                kv = cache.k[i], cache.v[i]
+                x = self._attend_cached(layer, x, positions, *kv, append, cache.scales(i))
             x, residual = self._norm(x, residual, layer.ffn_norm)
             x = layer.down(ops.silu_and_mul(layer.gate_up(x)))
         x, _ = self._norm(x, residual, self.weights.norm)
@@ -156,13 +158,14 @@ class Llama:
         k_cache: Tensor,
         v_cache: Tensor,
         append: Append,
+        scales: dict[str, Tensor | None],
     ) -> Tensor:
         q, k, v = self._qkv(layer, x)
         q = ops.apply_rope_and_append(
-            q, k, v, positions, self.rope, k_cache, v_cache, append.slots
+            q, k, v, positions, self.rope, k_cache, v_cache, append.slots, **scales
         ).unflatten(0, x.shape[:2])
         out = ops.attention_with_kvcache(
-            q, k_cache, v_cache, append.cache_seqlens, block_table=append.block_table
+            q, k_cache, v_cache, append.cache_seqlens, block_table=append.block_table, **scales
         )
         return layer.output(out.flatten(2))
 
@@ -184,7 +187,9 @@ class Llama:
             raise ValueError(
                 f"tokens: got {tokens.shape[0]} rows, want the cache's {len(cache)} sequences"
             )
-        if cache is not None and (cache.k.dtype, cache.k.device) != (self.dtype, self.device):
+        if cache is not None and (
+            cache.k.dtype not in (self.dtype, FP8_DTYPE) or cache.k.device != self.device
+        ):
             got = f"{cache.k.dtype} on {cache.k.device}"
             raise ValueError(f"cache: got {got}, want {self.dtype} on {self.device}")
         if tokens.is_cpu and tokens.numel():
