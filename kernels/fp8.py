@@ -42,7 +42,7 @@ def to_fp32(x):
 def round_to(x, DTYPE: tl.constexpr):
     """fp32 -> bf16, fp16 or fp32, to nearest even: also in the interpreter. Stores to 16-bit
     memory go through here, or they would round by themselves."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where(x == x, rounded, (bits >> 16) | 0x40)  # a carry would turn NaN into 0
