@@ -223,6 +223,11 @@ def attention_with_kvcache(
     )
 
 
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """No: the weights' bandwidth is the cost here, which quantised activations do not lower."""
+    return False
+
+
 def linear(
     out: Tensor,
     x: Tensor,

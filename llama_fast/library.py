@@ -449,11 +449,16 @@ def _fp8_linear(
             quantize_activation=quantize_activation,
             scale_ub=scale_ub,
         )
+    if weight.dim() == 4 and not hasattr(on, "pack_weight"):
+        raise ValueError(
+            f"weight: got a packed weight {list(weight.shape)}, a layout for CPUs; want [N, K]"
+        )
     out = x.new_empty((*x.shape[:-1], out_features(weight)))
     if not out.numel():
         return out
     rows, x_scale = _rows(x), None
-    # On a CPU the weights' bandwidth is the cost: quantising activations would save nothing.
+    if quantize_activation is None:
+        quantize_activation = on.prefers_fp8_activations(x)
     if quantize_activation:
         blockwise = weight_scale.dim() == 2 and weight_scale.shape[1] > 1
         granularity = "block" if blockwise else "row"
