@@ -455,6 +455,10 @@ def _fp8_linear(
             quantize_activation=quantize_activation,
             scale_ub=scale_ub,
         )
+    if weight.dim() == 4 and not hasattr(on, "pack_weight"):
+        raise ValueError(
+            f"weight: got a packed weight {list(weight.shape)}, a layout for CPUs; want [N, K]"
+        )
     out = x.new_empty((*x.shape[:-1], out_features(weight)))
     if not out.numel():
         return out

@@ -395,6 +395,9 @@ def fp8_gemm(
 ) -> Tensor:
     """(a * scale_a) @ (b * scale_b)^T + bias, summed in fp32, rounded once.
 
+    On sm_89 and sm_90 every 128 of K are summed in the tensor cores, with about 14 bits, and these
+    sums in fp32.
+
     a [M, K] and b [N, K] e4m3 -> [M, N] of out_dtype (bf16, fp16 or fp32). Scales fp32, as
     quantize_fp8 makes them: [1], [rows, 1], 1x128 blocks, and for b 128x128 blocks. bias [N] of
     out_dtype.
@@ -436,7 +439,10 @@ def fp8_linear(
     x [..., K], weight e4m3 [N, K] or pack_weight's, weight_scale fp32 [1], [N, 1] or in blocks,
     bias [N] of x's dtype -> [..., N]. quantize_activation: whether x is quantised as well (by row,
     or 1x128 blocks when the weight is in blocks; scale_ub bounds its amax); None leaves the choice
-    to the backend: on a CPU no, since only the weight's bytes cost there.
+    to the backend: on a CPU no, since only the weight's bytes cost there; on a GPU that multiplies
+    e4m3 (sm_89 and later) yes, at any number of rows, so that a row does not depend on the batch;
+    on other GPUs no. On a GPU a row's last bits may differ between calls of up to 64 rows and of
+    more, and nowhere else.
     """
     checks.activation("x", x)
     checks.has_dtype("weight", weight, checks.FP8)

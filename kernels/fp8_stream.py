@@ -1,0 +1,285 @@
+"""x @ weight^T with FP8 weights for few rows: the weight streams past, once.
+
+    out[m, n] = sum over k of x[m, k] sx[m, k] w[n, k] sw[n, k] + bias[n]
+
+x [M, K] e4m3, bf16, fp16 or fp32; weight [N, K] e4m3; out [M, N]. Also what serves 16-bit
+activations and chips that cannot multiply e4m3, at any M.
+
+Cost for M <= 64: N K bytes of weight, 2 M N K FLOP. A 14336 x 4096 weight is 59 MB, 14 us at
+4.2 TB/s; the FLOP are 4 us of H200's tensor cores at M = 64. So it is the weight's bytes that
+count, and the kernel keeps enough of them in flight: 4 us of latency times bandwidth is 5 MB, 40 KB
+an SM, and two programs an SM hold 64 KB each.
+
+- The weight is the left operand, 64 rows or more of the tensor core's M, and x^T the right one: one
+  row of x costs an 8- or 16-wide product, where 64 rows of padding would cost as much as M = 64.
+- Where there are fewer tiles of features than SMs, K is split over programs. They leave fp32 sums,
+  which a second kernel adds from first to last. An atomic add would save that launch and add in
+  whatever order the programs end.
+- The number of splits, the blocks of K and their order depend on N, K and the chip, never on M:
+  a row gives the same bits alone and among 64. Beyond 64 rows nothing is split: other last bits.
+- 16-bit activations: e4m3 becomes x's dtype in registers, on its way from shared memory to the
+  tensor core, exactly. Four instructions for two values, 20 values an SM and clock at full
+  bandwidth: 40 of the 128 that an SM issues.
+- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (fp8_gemm.py says why).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import Chip, Config, Tuner, cdiv
+from .fp8 import native, round_to
+from .fp8_tile import (
+    E4M3,
+    SCALE_BLOCK,
+    aligned,
+    load_bias,
+    load_scale,
+    load_tile,
+    mma_dtype,
+    needs_promotion,
+    operand,
+    raw,
+    source,
+    spread,
+    use_tma,
+)
+
+MOST_ROWS = 64  # of those that count as few
+
+
+@triton.jit
+def _stream(
+    out,  # [M, N], or fp32 [SPLITS, M, N]
+    x,  # [M, K]; it and weight: pointers or tensor maps
+    weight,  # [N, K] e4m3
+    bias,  # [N] or None
+    x_scale,  # None, [1], [M, 1], [M, K / 128]
+    weight_scale,  # [1], [N, 1], [N, K / 128], [N / 128, K / 128]
+    M,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    x_step,
+    w_step,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides 128
+    SPLITS: tl.constexpr,
+    X_BLOCKS: tl.constexpr,
+    W_BLOCKS: tl.constexpr,
+    W_HEIGHT: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    MMA: tl.constexpr,
+    NATIVE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) % m_tiles * BLOCK_M  # neighbours share the weight
+    n = tl.program_id(0) // m_tiles % n_tiles * BLOCK_N
+    split = tl.program_id(0) // (m_tiles * n_tiles)
+    blocks = tl.cdiv(K, BLOCK_K)
+    each = tl.cdiv(blocks, SPLITS)
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for block in tl.range(split * each, tl.minimum(blocks, (split + 1) * each)):
+        k = block * BLOCK_K
+        w = load_tile(weight, n, k, N, K, weight_stride, BLOCK_N, BLOCK_K, TMA)
+        a = load_tile(x, m, k, M, K, x_stride, BLOCK_M, BLOCK_K, TMA)
+        w = operand(w, MMA, NATIVE)
+        a = operand(a, MMA, NATIVE)
+        if PROMOTE:
+            partial = tl.dot(w, a.T, input_precision="ieee")
+            if W_BLOCKS:
+                sw = load_scale(weight_scale, n, k // SCALE_BLOCK, N, w_step, BLOCK_N, W_HEIGHT)
+                if W_HEIGHT == 1:
+                    partial *= sw[:, None]
+                else:
+                    partial *= sw
+            if X_BLOCKS:
+                partial *= load_scale(x_scale, m, k // SCALE_BLOCK, M, x_step, BLOCK_M, 1)[None, :]
+            total += partial
+        else:
+            total = tl.dot(w, a.T, total, input_precision="ieee")
+    if SPLITS == 1:
+        if x_scale is not None and not X_BLOCKS:
+            total *= load_scale(x_scale, m, 0, M, x_step, BLOCK_M, 1)[None, :]
+        if not W_BLOCKS:
+            total *= load_scale(weight_scale, n, 0, N, w_step, BLOCK_N, 1)[:, None]
+        if bias is not None:
+            total += load_bias(bias, n, N, BLOCK_N)[:, None]
+    r = m + tl.arange(0, BLOCK_M)
+    c = n + tl.arange(0, BLOCK_N)
+    pointers = out + (split.to(tl.int64) * M + r)[None, :] * N + c[:, None]
+    rounded = round_to(total, out.dtype.element_ty)
+    tl.store(pointers, rounded, mask=(r < M)[None, :] & (c < N)[:, None])
+
+
+@triton.jit
+def _add_splits(
+    out,  # [M, N]
+    partial,  # fp32 [SPLITS, M, N]
+    bias,
+    x_scale,
+    weight_scale,
+    M,
+    N,
+    x_step,
+    w_step,
+    BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    X_BLOCKS: tl.constexpr,
+    W_BLOCKS: tl.constexpr,
+):
+    """The splits of a row's BLOCK features, from first to last; then what the other kernel does
+    when it has the whole sum."""
+    chunks = tl.cdiv(N, BLOCK)
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    n = tl.program_id(0) % chunks * BLOCK
+    c = n + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + (split * M + row) * N + c, mask=c < N, other=0.0)
+    if x_scale is not None and not X_BLOCKS:
+        total *= tl.load(x_scale + row * x_step)
+    if not W_BLOCKS:
+        total *= load_scale(weight_scale, n, 0, N, w_step, BLOCK, 1)
+    if bias is not None:
+        total += load_bias(bias, n, N, BLOCK)
+    tl.store(out + row * N + c, round_to(total, out.dtype.element_ty), mask=c < N)
+
+
+# ---- configurations ----
+
+
+def _splits(chip: Chip, n: int, k: int, block_n: int) -> int:
+    """As many as give each SM a program, of at least 4 blocks of 128: a shorter run would not fill
+    its pipeline. No split where two thirds of the SMs have work: they reach full bandwidth."""
+    tiles = cdiv(n, block_n)
+    if 3 * tiles >= 2 * chip.sms:
+        return 1
+    return max(1, min(chip.sms // tiles, cdiv(k, 128) // 4, 16))
+
+
+def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) -> list[Config]:
+    """few: M <= MOST_ROWS. x_bytes 4: fp32, whose products have no tensor core. fits: 16-byte loads
+    fit the rows; what is loaded byte by byte, or multiplied outside the tensor core, lies in
+    registers: 32 of K at a time."""
+    rows, depth = most_rows(few, x_bytes, fits), 128
+    if x_bytes == 4 or not fits:
+        tiles, depth = [(64, 4, 4)], 32
+    elif few and chip.has_tma:
+        tiles = [
+            (128, 4, 6),  # 16 KB of weight a stage
+            (64, 4, 8),  # more tiles, so fewer splits
+            (128, 8, 6),  # half the registers a thread
+        ]
+    elif few:  # mma.sync and mfma take both operands from registers
+        tiles = [(64, 4, 8), (128, 8, 6)]
+    else:
+        tiles, depth = [(128, 8, 4)], 128 if chip.has_tma else 64
+    offered = []
+    for block_n, warps, most_stages in tiles:
+        splits = _splits(chip, n, k, block_n) if few else 1
+        # With more programs than SMs two share one, so that one loads while the other ends.
+        budget = chip.shared_memory - 1024
+        if not few or cdiv(n, block_n) * splits > chip.sms:
+            budget //= 2
+        stages = budget // ((block_n + rows * x_bytes) * depth)
+        if not chip.has_tma:
+            stages += 1  # the one that is being multiplied
+        if chip.backend == "hip":
+            stages = 2  # staged through registers
+        stages = max(2, min(most_stages, stages))
+        offered.append(Config.of(warps, stages, BLOCK_N=block_n, BLOCK_K=depth, SPLITS=splits))
+    # Fewest splits first: their sums are written, read and waited for.
+    return sorted(offered, key=lambda config: config["SPLITS"])
+
+
+def most_rows(few: bool, x_bytes: int, fits: bool) -> int:
+    """The largest BLOCK_M of a class of M."""
+    if x_bytes == 4:
+        return 32
+    return MOST_ROWS if few or not fits else 128
+
+
+_tuner = Tuner("fp8_stream", _configs)
+
+# ---- launcher ----
+
+
+def stream(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    weight_scale: Tensor,
+) -> None:
+    """fp8_gemm.linear(), which describes the arguments, by way of this file's kernels."""
+    chip = common.chip_of(out)
+    (m, k), n = x.shape, weight.shape[0]
+    few = m <= MOST_ROWS
+    sx, sw = spread(x_scale, m), spread(weight_scale, n)
+    mma = mma_dtype(x, chip)
+    x_raw, weight_raw = raw(x, mma), raw(weight, mma)
+    tma = use_tma(chip, x, weight)
+    # Wide enough for the rows; its width changes no bit of a row.
+    fits = aligned(x, weight)
+    rows = next(b for b in (16, 32, 64, 128) if b >= min(m, most_rows(few, x.itemsize, fits)))
+    options = {"matrix_instr_nonkdim": 16} if chip.backend == "hip" else {}  # at any BLOCK_M
+
+    def run(config: Config) -> None:
+        splits, cols, depth = config["SPLITS"], config["BLOCK_N"], config["BLOCK_K"]
+        target = out if splits == 1 else out.new_empty((splits, m, n), dtype=torch.float32)
+        common.launch(
+            _stream,
+            (cdiv(m, rows) * cdiv(n, cols) * splits,),
+            target,
+            source(x_raw, rows, depth, tma),
+            source(weight_raw, cols, depth, tma),
+            bias,
+            x_scale,
+            weight_scale,
+            m,
+            n,
+            k,
+            x.stride(0),
+            weight.stride(0),
+            sx.step,
+            sw.step,
+            config=config,
+            BLOCK_M=rows,
+            X_BLOCKS=sx.blocks,
+            W_BLOCKS=sw.blocks,
+            W_HEIGHT=sw.height,
+            PROMOTE=sx.blocks or sw.blocks or (x.dtype == E4M3 and needs_promotion(chip)),
+            MMA=mma,
+            NATIVE=native(chip) and not (chip.arch == 89 and mma == tl.bfloat16),
+            TMA=tma,
+            **options,
+        )
+        if splits > 1:
+            common.launch(
+                _add_splits,
+                (m * cdiv(n, 512),),
+                out,
+                target,
+                bias,
+                x_scale,
+                weight_scale,
+                m,
+                n,
+                sx.step,
+                sw.step,
+                config=Config.of(4, 1, BLOCK=512, SPLITS=splits),
+                X_BLOCKS=sx.blocks,
+                W_BLOCKS=sw.blocks,
+            )
+
+    run(_tuner.choose(out, (few, n, k, x.itemsize, fits), run))
