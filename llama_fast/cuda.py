@@ -1,4 +1,4 @@
-"""The cuda backend: the compiled kernels of csrc/cuda, on the current stream of the tensors' device.
+"""The cuda backend: the compiled kernels of csrc/cuda, on the tensors' device's current stream.
 
 With LLAMA_FAST_CUDA_EMULATOR=1 the same kernels run on CPU tensors in tests/cuda_emulator: slowly,
 and only where that module was built (make test does).

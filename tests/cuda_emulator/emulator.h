@@ -272,6 +272,28 @@ inline void run() {
                  std::to_string(t->block->index.x) + " waits at " + (t->waiting ? t->waiting : "?");
 }
 
+// A fault inside a kernel ends its fiber with an error instead of the process.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction mine{};
+    mine.sa_sigaction = [](int, siginfo_t* info, void*) {
+      char text[80];
+      std::snprintf(text, sizeof text, "memory fault at %p", info->si_addr);
+      fail(text);
+    };
+    mine.sa_flags = SA_SIGINFO | SA_NODEFER;
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &mine, &before_[i]);
+  }
+  ~FaultHandler() {
+    for (int i = 0; i < 2; ++i) sigaction(kSignals[i], &before_[i], nullptr);
+  }
+
+ private:
+  static constexpr int kSignals[2] = {SIGSEGV, SIGBUS};
+  struct sigaction before_[2];
+};
+
 // kernel<<<grid, size, shared_bytes>>>, with clusters of `cluster` blocks along x. Throws
 // std::runtime_error for what a kernel did wrong.
 inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
@@ -287,6 +309,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)));
   std::vector<std::unique_ptr<Guarded>> shared;
   for (unsigned i = 0; i < cluster; ++i) shared.push_back(std::make_unique<Guarded>(shared_bytes));
+  const FaultHandler faults;
   State& s = state();
   s.random.seed(seed());
   s.body = body;
