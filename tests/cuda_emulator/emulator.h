@@ -77,7 +77,10 @@ struct Thread {
   const char* waiting = nullptr;               // at what, for messages
   std::function<bool()> ready;                 // empty: runnable
   std::vector<std::vector<AsyncCopy>> groups;  // committed cp.async groups, oldest first
-  std::vector<AsyncCopy> open;                 // issued, not yet committed
+  std::vector<std::vector<std::function<void()>>> stores;  // hopper.h: TMA stores, committed
+  std::vector<std::function<void()>> stores_open;
+  std::shared_ptr<void> wgmma;  // hopper.h
+  std::vector<AsyncCopy> open;  // issued, not yet committed
 };
 
 struct Block {
@@ -164,8 +167,7 @@ inline uint64_t warp_mask(uint32_t mask) {  // a last warp may be short of lanes
   return left >= 32 ? mask : mask & ((1ull << left) - 1);
 }
 
-inline void barrier(int id, int count, bool wait, const char* what) {
-  Barrier& b = block().barriers[id];
+inline void barrier(Barrier& b, int count, bool wait, const char* what) {
   const uint64_t before = b.generation;
   if (++b.arrived == count) {
     b.arrived = 0;
@@ -372,7 +374,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
 
 inline void __syncthreads() {
   using namespace lf::emu;
-  barrier(0, static_cast<int>(block().threads.size()), true, "__syncthreads");
+  barrier(block().barriers[0], static_cast<int>(block().threads.size()), true, "__syncthreads");
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu) {

@@ -147,9 +147,11 @@ inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
   });
 }
 
-inline void named_barrier_sync(int id, int count) { emu::barrier(id, count, true, "bar.sync"); }
+inline void named_barrier_sync(int id, int count) {
+  emu::barrier(emu::block().barriers[id], count, true, "bar.sync");
+}
 inline void named_barrier_arrive(int id, int count) {
-  emu::barrier(id, count, false, "bar.arrive");
+  emu::barrier(emu::block().barriers[id], count, false, "bar.arrive");
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "../../csrc/cuda/common/ptx.cuh"
+#include "../../csrc/cuda/common/tensor_map.h"
 
 using namespace lf;
 
@@ -222,6 +222,140 @@ void never_waited() {
   });
 }
 
+// ---- sm_90 ----
+
+// A tensor [rows, columns] of T as TMA sees it, with boxes of 128 bytes a row.
+template <class T>
+CUtensorMap map_of(const std::vector<T>& data, int rows, int columns, int box_rows, DType dtype) {
+  return cuda::tensor_map({data.data(),
+                           dtype,
+                           2,
+                           {uint64_t(columns), uint64_t(rows)},
+                           {1, uint64_t(columns)},
+                           {128 / sizeof(T), uint32_t(box_rows)},
+                           true},
+                          "");
+}
+
+void tma(bool wait) {
+  std::vector<uint16_t> from(100 * 64), to(100 * 64, 7);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
+  const CUtensorMap source_map = map_of(from, 100, 64, 64, DType::bf16);
+  const CUtensorMap target_map = map_of(to, 100, 64, 64, DType::bf16);
+  run(32, 8192 + 8, [&] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* bar = reinterpret_cast<uint64_t*>(memory + 8192);
+    if (lane() == 0) ptx::mbarrier_init(bar, 1);
+    __syncthreads();
+    for (int phase = 0; phase < 2; ++phase) {
+      if (lane() == 0) {
+        ptx::mbarrier_arrive_expect(bar, 8192);
+        ptx::tma_load_2d(memory, &source_map, bar, 0, phase * 64);
+      }
+      if (wait) ptx::mbarrier_wait(bar, phase);
+      // Row r's 16-byte chunk c lies at chunk c ^ (r % 8); rows past the tensor are zero.
+      for (int r = lane(); r < 64; r += 32)
+        for (int c = 0; c < 8; ++c) {
+          const auto* chunk =
+              reinterpret_cast<const uint16_t*>(memory + r * 128 + (c ^ (r % 8)) * 16);
+          const int row = phase * 64 + r;
+          EXPECT(chunk[3] == (row < 100 ? row * 64 + c * 8 + 3 : 0));
+        }
+      __syncthreads();
+      if (lane() == 0) {
+        ptx::tma_store_2d(&target_map, memory, 0, phase * 64);
+        ptx::tma_store_commit();
+        ptx::tma_store_wait<0>();
+      }
+      __syncthreads();
+    }
+  });
+  if (wait) EXPECT(from == to);
+}
+
+// [64, depth * steps] x [n, depth * steps]^T; a from shared memory or registers, b k-major or
+// mn-major. Tiles lie in shared memory as TMA would put them.
+template <class T, int registers>
+void wgmma(bool a_in_registers, bool mn_major, bool wait = true) {
+  constexpr int n = 2 * registers, size = sizeof(T), depth = 32 / size, all_k = 128 / size;
+  const auto store = [](unsigned char* p, int value) {
+    if constexpr (size == 1)
+      *p = e4m3(value);
+    else {
+      const uint16_t b = bits(static_cast<float>(value), T{});
+      std::memcpy(p, &b, 2);
+    }
+  };
+  run(128, 8192 + n * 128, [&] {
+    LF_DYNAMIC_SHARED(memory);
+    unsigned char *a = memory, *b = memory + 8192;
+    const int t = static_cast<int>(threadIdx.x);
+    for (int i = t; i < 64 * all_k; i += 128) {
+      const int row = i / all_k, k = i % all_k, at = row * 128 + k * size;
+      store(a + (at ^ (row % 8) << 4), a_value(row, k));
+    }
+    for (int i = t; i < n * all_k; i += 128) {
+      const int column = i / all_k, k = i % all_k;
+      const int row = mn_major ? k : column;
+      const int at = mn_major ? column / 64 * all_k * 128 + k * 128 + column % 64 * size
+                              : column * 128 + k * size;
+      store(b + (at ^ (row % 8) << 4), b_value(column, k));
+    }
+    ptx::fence_proxy_async();
+    __syncthreads();
+    float d[registers];
+    for (float& x : d) x = 100;
+    ptx::wgmma_fence();
+    for (int k0 = 0; k0 < all_k; k0 += depth) {
+      const uint64_t b_at = mn_major ? ptx::wgmma_descriptor(b + k0 * 128, 1024, all_k * 128)
+                                     : ptx::wgmma_descriptor(b + k0 * size);
+      if (a_in_registers) {
+        uint32_t r[4] = {};
+        const int per = 4 / size;
+        for (int i = 0; i < 4 * per; ++i) {
+          const int row = t / 32 * 16 + lane() / 4 + i / per % 2 * 8;
+          const int k = k0 + lane() % 4 * per + i % per + i / per / 2 * depth / 2;
+          unsigned char value[4] = {};
+          store(value, a_value(row, k));
+          uint32_t v;
+          std::memcpy(&v, value, 4);
+          r[i / per] |= v << 8 * size * (i % per);
+        }
+        if constexpr (size == 2) {
+          if (mn_major) ptx::wgmma<T, true>(d, r, b_at, k0 > 0);
+        }
+        if (!mn_major) ptx::wgmma<T, false>(d, r, b_at, k0 > 0);
+      } else {
+        if (!mn_major) ptx::wgmma<T, false>(d, ptx::wgmma_descriptor(a + k0 * size), b_at, k0 > 0);
+      }
+    }
+    ptx::wgmma_commit();
+    if (wait) ptx::wgmma_wait<0>();
+    for (int i = 0; i < registers; ++i) {
+      const int row = t / 32 * 16 + lane() / 4 + i % 4 / 2 * 8;
+      const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      EXPECT(d[i] == expected(row, column, all_k));
+    }
+    ptx::wgmma_wait<0>();
+  });
+}
+
+// Each block of a cluster leaves a number where the others read it.
+void cluster(bool barrier) {
+  run(
+      32, 16,
+      [=] {
+        LF_DYNAMIC_SHARED(memory);
+        auto* mine = reinterpret_cast<float*>(memory);
+        if (lane() == 0) *mine = static_cast<float>(blockIdx.x);
+        if (barrier) ptx::cluster_sync();
+        for (unsigned rank = 0; rank < 4; ++rank)
+          EXPECT(ptx::cluster_load(mine, rank) == static_cast<float>(blockIdx.x / 4 * 4 + rank));
+        ptx::cluster_sync();
+      },
+      8, 4);
+}
+
 struct Case {
   const char* name;
   std::function<void()> body;
@@ -235,6 +369,15 @@ const Case cases[] = {
     {"cp_async", [] { cp_async(true); }},
     {"block_sum", [] { block_sum(true); }},
     {"named_barriers", named_barriers},
+    {"tma", [] { tma(true); }},
+    {"cluster", [] { cluster(true); }},
+    {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
+    {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
+    {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
+    {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
+    {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, false); }},
+    {"bug_tma_missing_wait", [] { tma(false); }},
+    {"bug_cluster_missing_barrier", [] { cluster(false); }},
     {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
     {"bug_missing_wait", [] { cp_async(false); }},
     {"bug_missing_barrier", [] { block_sum(false); }},

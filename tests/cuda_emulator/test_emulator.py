@@ -19,9 +19,18 @@ CASES = [
     "cp_async",
     "block_sum",
     "named_barriers",
+    "tma",
+    "cluster",
+    "wgmma_bf16",
+    "wgmma_e4m3",
+    "wgmma_registers",
+    "wgmma_mn_major",
 ]
 # A planted bug, and what the emulator says of it; "line": the result is wrong instead.
 BUGS = {
+    "wgmma_missing_wait": "line",
+    "tma_missing_wait": "line",
+    "cluster_missing_barrier": "line",
     "wrong_fragment": "line",
     "missing_wait": "",
     "missing_barrier": "line",

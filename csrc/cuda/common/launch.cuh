@@ -30,7 +30,9 @@ inline void check(cudaError_t error, const char* op, const std::string& shape) {
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* op) {
-#if !defined(LF_CUDA_EMULATOR)
+#if defined(LF_CUDA_EMULATOR)
+    (void)device, (void)op;
+#else
     check(cudaGetDevice(&before_), op, "");
     if (before_ != device) {
       check(cudaSetDevice(device), op, "");
