@@ -4,8 +4,8 @@
 //   out = n * weight                  rounded to dtype; quantised by row when scale is set
 //
 // Fused because each step alone is a pass over memory. A row is read once and stays in registers:
-// a block holds up to 32,768 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row of
-// more than 8,192. Wider still, the second pass reads the row again, out of L2.
+// a block holds up to 32,768 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
+// of more than 8,192. Wider still, the second pass reads the row again, out of L2.
 //
 // Cost in bf16: 4 bytes an element, 8 with residual, 1 less with FP8 out; bound by memory. Threads,
 // and with them the order of the sum, depend on the row's width alone.
@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kMostThreads)
     if (residual) {
       const Vector<T> r = load_vector<aligned>(residual, at, end);
 #pragma unroll
-      for (int i = 0; i < size; ++i)
-        v.at[i] = from_float<T>(to_float(v.at[i]) + to_float(r.at[i]));
+      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(to_float(v.at[i]) + to_float(r.at[i]));
     }
     return v;
   };
