@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _cpu
 from .config import LlamaConfig
 
 BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s, with blocks of 64 20.1
@@ -36,7 +37,7 @@ class KVCache:
 
     k[layer] and v[layer] are [num_blocks, block_size, Hkv, D], token-major: decode walks all heads
     of a token together (23.5 GB/s; 19.6 head-major). On a CPU memory is only committed as blocks
-    are first written.
+    are first written, in huge pages where the system grants them (decode over 8k keys: 1.3x).
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class KVCache:
         need = [-(-length // block_size) for length in lengths]
         heads, dim = config.num_key_value_heads, config.head_dim
         shape = (2, config.num_hidden_layers, sum(need), block_size, heads, dim)
-        self.k, self.v = torch.empty(shape, dtype=dtype, device=device)
+        pool = torch.empty(shape, dtype=dtype, device=device)
+        if pool.is_cpu:
+            _cpu.advise_huge_pages(pool.data_ptr(), pool.nbytes)
+        self.k, self.v = pool
         self.block_size = block_size
         self._free = list(range(sum(need)))[::-1]
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32, device=device)
