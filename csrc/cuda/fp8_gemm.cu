@@ -11,8 +11,9 @@
 //
 // A block takes 32 features; its eight warps cut k into eight runs, so that 128 bytes a lane are in
 // flight, and add their sums in order of the warp through shared memory. The cuts depend on K
-// alone: an output is the same for any number of rows up to 64, which one block takes together, and
-// for any other row beside it. More rows are tiles of 64, each of which reads the weight again.
+// alone: an output is the same for any number of rows up to 64, which one block takes together (32
+// with block scales), and for any other row beside it. More rows are tiles of 64, each of which
+// reads the weight again.
 //
 // Block scales (128 columns of k) are applied to the fp32 sums of each 128.
 //
@@ -246,28 +247,17 @@ void plain(const LinearParams& p, const Where& where) {
          plain_kernel<X, Out>, p);
 }
 
-template <class X, class Out, int row_tiles>
-void run(const LinearParams& p, const Where& where) {
-  const bool blockwise = p.x_granularity == Scale::block || p.weight_granularity == Scale::block;
-  const bool aligned = p.k % 16 == 0 && p.x_stride % 16 == 0 && p.weight_stride % 16 == 0 &&
-                       is_aligned(p.x) && is_aligned(p.weight);
+template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
+void few_rows(const LinearParams& p, const Where& where) {
   const int64_t feature_tiles = (p.n + kFeatures - 1) / kFeatures;
   const int64_t rows = 16 * row_tiles, row_blocks = (p.m + rows - 1) / rows;
-  const LaunchShape shape{"fp8_gemm",
-                          {p.m, p.n, p.k},
-                          dim3(static_cast<unsigned>(feature_tiles * row_blocks)),
-                          dim3(kWarps * 32),
-                          kWarps * kTiles * 32 * sizeof(float4)};
-  const auto go = [&](auto is_aligned_, auto is_blockwise) {
-    launch(where, shape,
-           few_rows_kernel<X, Out, row_tiles, decltype(is_aligned_)::value,
-                           decltype(is_blockwise)::value>,
-           p, feature_tiles);
-  };
-  using Yes = std::true_type;
-  using No = std::false_type;
-  if (aligned) return blockwise ? go(Yes{}, Yes{}) : go(Yes{}, No{});
-  return blockwise ? go(No{}, Yes{}) : go(No{}, No{});
+  launch(where,
+         {"fp8_gemm",
+          {p.m, p.n, p.k},
+          dim3(static_cast<unsigned>(feature_tiles * row_blocks)),
+          dim3(kWarps * 32),
+          kWarps * kTiles * 32 * sizeof(float4)},
+         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, feature_tiles);
 }
 
 template <class X, class Out>
@@ -275,9 +265,19 @@ void run(const LinearParams& p, const Where& where) {
   if constexpr (std::is_same_v<X, float>) {
     return plain<X, Out>(p, where);
   } else {
-    if (p.m <= 16) return run<X, Out, 1>(p, where);
-    if (p.m <= 32) return run<X, Out, 2>(p, where);
-    return run<X, Out, 4>(p, where);
+    const bool blockwise = p.x_granularity == Scale::block || p.weight_granularity == Scale::block;
+    const bool aligned = p.k % 16 == 0 && p.x_stride % 16 == 0 && p.weight_stride % 16 == 0 &&
+                         is_aligned(p.x) && is_aligned(p.weight);
+    if (!aligned)
+      return blockwise ? few_rows<X, Out, 1, false, true>(p, where)
+                       : few_rows<X, Out, 1, false, false>(p, where);
+    // Block scales need a second set of sums: beside 64 rows' they would spill.
+    if (blockwise)
+      return p.m <= 16 ? few_rows<X, Out, 1, true, true>(p, where)
+                       : few_rows<X, Out, 2, true, true>(p, where);
+    if (p.m <= 16) return few_rows<X, Out, 1, true, false>(p, where);
+    if (p.m <= 32) return few_rows<X, Out, 2, true, false>(p, where);
+    few_rows<X, Out, 4, true, false>(p, where);
   }
 }
 
