@@ -314,15 +314,18 @@ inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, 
   emu::tma_load(to, map, bar, {x, y, z, w, 0});
 }
 // Reads its shared memory at the latest moment that the program allows: in tma_store_wait.
-inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
   const emu::TensorMap m = emu::tensor_map(map);
   emu::check_shared("TMA store", from, static_cast<size_t>(emu::box_bytes(m)), 128);
-  const std::array<int, 5> at{x, y, 0, 0, 0};
+  const std::array<int, 5> at{x, y, z, w, 0};
   emu::self().stores_open.push_back([=] {
     emu::for_box(m, from, at.data(), [&](unsigned char* s, const unsigned char* g) {
       if (g) std::memcpy(const_cast<unsigned char*>(g), s, m.element_bytes);
     });
   });
+}
+inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+  tma_store_4d(map, from, x, y, 0, 0);
 }
 inline void tma_store_commit() {
   emu::self().stores.push_back(std::move(emu::self().stores_open));

@@ -75,6 +75,14 @@ __device__ inline void tma_store_2d(const CUtensorMap* map, const void* from, in
       "r"(shared_address(from)), "r"(x), "r"(y)
       : "memory");
 }
+__device__ inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z,
+                                    int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
