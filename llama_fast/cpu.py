@@ -18,6 +18,11 @@ attention_with_kvcache = _native.attention_with_kvcache
 linear = _native.linear
 
 
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """No: the weights' bandwidth is the cost here, which quantised activations do not lower."""
+    return False
+
+
 def pack_weight(packed: Tensor, weight: Tensor) -> None:
     n, k = weight.shape
     _cpu.pack_weight(

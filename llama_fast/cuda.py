@@ -33,6 +33,12 @@ def _where(t: Tensor) -> tuple[int, int]:
     return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
 
 
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """Where matrix instructions take e4m3. For every number of rows: a row's result must not depend
+    on the batch."""
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
+
+
 if missing() is None:
     _native = Native(importlib.import_module(_MODULE), _where)
     rms_norm = _native.rms_norm
