@@ -387,6 +387,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("dtype", "d", "config"), CONFIGS)
 def test_f33_each_configuration_alone(
     device: torch.device, dtype: torch.dtype, d: int, config: common.Config

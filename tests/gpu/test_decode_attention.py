@@ -433,6 +433,7 @@ CONFIGURATIONS = [
 ]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("key", CONFIGURATIONS, ids=str)
 def test_f33_each_configuration_alone(
     make: Any, lengths: Any, key: tuple[int, str, bool, int]
