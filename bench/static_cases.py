@@ -195,6 +195,16 @@ DECODE = {
 }
 DECODE_FP8 = {"_attend": (*DECODE["_attend"], "hardware e4m3")}
 CHUNK = {"_attend": ("matrix", "async copy", "ex2", "16-byte loads")}
+# On sm_80 and AMD, which cannot multiply e4m3, _stream serves every case, and decodes.
+GEMM = {
+    "_gemm": ("e4m3 matrix", "async copy", "16-byte stores"),
+    "_stream": ("16-bit matrix", "16-byte loads"),
+}
+STREAM = {
+    "_stream": ("small e4m3 matrix", "async copy", "16-byte loads"),
+    "_add_splits": ("16-byte loads",),
+}
+DECODED = {"_stream": ("small matrix", "async copy", "16-byte loads")}
 CASES: list[Case] = [
     Case("rms_norm", "8B", lambda: norm(4096), NORM),
     Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True), NORM),
@@ -226,12 +236,15 @@ CASES: list[Case] = [
     Case("decode_attention", "FP8", lambda: decode(fp8=True), DECODE_FP8),
     Case("decode_attention", "70B", lambda: decode(heads=64), DECODE),
     Case("decode_attention", "512 queries", lambda: decode(queries=512), CHUNK),
-    Case("fp8_gemm", "8192^3", lambda: product(8192, 8192, 8192)),
-    Case("fp8_gemm", "blocks", lambda: product(4096, 7168, 16384, scales="block")),
-    Case("fp8_gemm", "FP8 weight, 1 row", lambda: product(1, 28672, 4096, x=BF16)),
-    Case("fp8_gemm", "FP8 weight, 16 rows", lambda: product(16, 28672, 4096, x=BF16)),
-    Case("fp8_gemm", "FP8 weight, 64 rows", lambda: product(64, 28672, 4096, x=BF16)),
-    Case("fp8_gemm", "FP8 weight, 8192 rows", lambda: product(8192, 28672, 4096, x=BF16)),
-    Case("fp8_gemm", "bf16", lambda: product(8192, 8192, 8192, BF16, BF16)),
-    Case("fp8_gemm", "bf16, 1 row", lambda: product(1, 28672, 4096, BF16, BF16)),
+    Case("fp8_gemm", "8192^3", lambda: product(8192, 8192, 8192), GEMM),
+    Case("fp8_gemm", "blocks", lambda: product(4096, 7168, 16384, scales="block"), GEMM),
+    Case("fp8_gemm", "512 rows, QKV", lambda: product(512, 6144, 4096), GEMM),
+    Case("fp8_gemm", "fp32 out", lambda: product(8192, 8192, 8192, out=FP32), GEMM),
+    Case("fp8_gemm", "FP8, 1 row", lambda: product(1, 28672, 4096), STREAM),
+    Case("fp8_gemm", "FP8, 16 rows", lambda: product(16, 28672, 4096), STREAM),
+    Case("fp8_gemm", "FP8, 64 rows", lambda: product(64, 28672, 4096), STREAM),
+    Case("fp8_gemm", "FP8, 1 row, few features", lambda: product(1, 4096, 14336), STREAM),
+    Case("fp8_gemm", "blocks, 16 rows", lambda: product(16, 28672, 4096, scales="block"), STREAM),
+    Case("fp8_gemm", "16-bit x, 16 rows", lambda: product(16, 28672, 4096, x=BF16), DECODED),
+    Case("fp8_gemm", "16-bit x, 8192 rows", lambda: product(8192, 28672, 4096, x=BF16), DECODED),
 ]

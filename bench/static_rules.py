@@ -27,6 +27,7 @@ WORDS: dict[str, dict[str, str]] = {
         "sm_100": "mma|tcgen05",
         "gfx942": "mfma",
     },
+    "16-bit matrix": {"sm_80": "mma", "gfx942": "mfma"},  # where e4m3 has none
     "e4m3 matrix": {"sm_89": "mma e4m3", "sm_90": "wgmma e4m3", "sm_100": "tcgen05 e4m3"},
     "small e4m3 matrix": {
         "sm_89": "mma e4m3",
@@ -41,7 +42,7 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "TMA": {"sm_90": "TMA", "sm_100": "TMA"},
     "16-byte loads": dict.fromkeys(common.CHIPS, "16-byte loads|TMA|cp.async"),
-    "16-byte stores": dict.fromkeys(common.CHIPS, "16-byte stores"),
+    "16-byte stores": dict.fromkeys(common.CHIPS, "16-byte stores|TMA stores"),
     "hardware e4m3": dict.fromkeys(("sm_89", "sm_90", "sm_100"), "cvt e4m3"),
     "ex2": dict.fromkeys(common.CHIPS, "ex2"),
 }
