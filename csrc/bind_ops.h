@@ -84,7 +84,8 @@ void rope(Ptr q, Ptr k, Ptr v, Ptr q_out, Ptr k_out, Ptr k_cache, Ptr v_cache, P
           Ptr slots, Ptr table, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
           int64_t max_positions, int64_t num_slots, int64_t block_size,
           std::array<int64_t, 6> qkv_strides, std::array<int64_t, 6> cache_strides,
-          int64_t table_stride, bool positions_are_64bit, bool slots_are_64bit, bool interleaved,
+          int64_t table_stride, Ptr k_scale, Ptr v_scale, bool k_scale_per_head,
+          bool v_scale_per_head, bool positions_are_64bit, bool slots_are_64bit, bool interleaved,
           int dtype, typename Backend::Where where) {
   lf::RopeParams p{};
   p.q = as<void>(q);
@@ -114,6 +115,10 @@ void rope(Ptr q, Ptr k, Ptr v, Ptr q_out, Ptr k_out, Ptr k_cache, Ptr v_cache, P
     p.v_cache_stride[i] = cache_strides[3 + i];
   }
   p.table_stride = table_stride;
+  p.k_scale = as<float>(k_scale);
+  p.v_scale = as<float>(v_scale);
+  p.k_scale_per_head = k_scale_per_head;
+  p.v_scale_per_head = v_scale_per_head;
   p.positions_are_64bit = positions_are_64bit;
   p.slots_are_64bit = slots_are_64bit;
   p.interleaved = interleaved;

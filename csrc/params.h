@@ -66,6 +66,9 @@ struct RopeParams {
   int64_t q_stride[2], k_stride[2], v_stride[2];  // token, head
   int64_t k_cache_stride[3], v_cache_stride[3];   // block, offset, head
   int64_t table_stride;
+  // FP8 caches get k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of dtype.
+  const float *k_scale, *v_scale;
+  bool k_scale_per_head, v_scale_per_head;
   bool positions_are_64bit, slots_are_64bit;
   bool interleaved;  // pairs (2i, 2i + 1), Meta's order; else (i, i + D / 2), Hugging Face's
   DType dtype;

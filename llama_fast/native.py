@@ -22,14 +22,6 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _no_fp8_cache(op: str, k_cache: Tensor) -> None:
-    if k_cache.is_cpu and k_cache.dtype == torch.float8_e4m3fn:
-        raise NotImplementedError(
-            f"{op}: the cpu backend has no FP8 KV cache, got a float8_e4m3fn k_cache; eager "
-            f'PyTorch has one: use_backend("reference", op="{op}")'
-        )
-
-
 class Native:
     """The ops of an extension module. where(out) says what a call runs on: a number of threads, or
     a device and a stream."""
@@ -38,6 +30,13 @@ class Native:
         self._module, self._where = module, where
         # CUDA's kernels leave partial results in memory, which only PyTorch can allocate.
         self._splits = getattr(module, "kvcache_attention_splits", None)
+
+    def _check_cache(self, op: str, k_cache: Tensor) -> None:
+        if self._splits is None and k_cache.dtype == torch.float8_e4m3fn:
+            raise NotImplementedError(
+                f"{op}: the cpu backend has no FP8 KV cache, got a float8_e4m3fn k_cache; eager "
+                f'PyTorch has one: use_backend("reference", op="{op}")'
+            )
 
     def rms_norm(
         self,
@@ -125,7 +124,7 @@ class Native:
         cache_strides: tuple[int, ...] = (0,) * 6
         num_slots = block_size = 0
         if v is not None and k_cache is not None and v_cache is not None:
-            _no_fp8_cache("apply_rope_and_append", k_cache)
+            self._check_cache("apply_rope_and_append", k_cache)
             v_strides = v.stride()[:2]
             cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
             block_size = k_cache.shape[1]
@@ -151,6 +150,10 @@ class Native:
             (*q.stride()[:2], *k.stride()[:2], *v_strides),
             cache_strides,
             table.stride(0),
+            _address(k_scale),
+            _address(v_scale),
+            k_scale is not None and k_scale.numel() > 1,
+            v_scale is not None and v_scale.numel() > 1,
             positions.dtype == torch.int64,
             slots is not None and slots.dtype == torch.int64,
             interleaved,
@@ -209,7 +212,7 @@ class Native:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        _no_fp8_cache("attention_with_kvcache", k_cache)
+        self._check_cache("attention_with_kvcache", k_cache)
         strides = [s for t in (q, out, k_cache, v_cache) for s in t.stride()[:3]]
         table_blocks = 0 if block_table is None else block_table.shape[1]
         workspace, splits = None, 1

@@ -69,6 +69,19 @@ LF_DEVICE void store_pairs(T* head, int64_t pair, int64_t half, const float (&a)
   }
 }
 
+// Into an FP8 cache: rounded to T first, as what a 16-bit cache holds.
+template <class T, int step, bool interleaved>
+LF_DEVICE void store_pairs(uint8_t* head, int64_t pair, int64_t half, const float (&a)[step],
+                           const float (&b)[step], float scale) {
+#pragma unroll
+  for (int i = 0; i < step; ++i) {
+    const int64_t at = pair + i;
+    if (at >= half) continue;
+    head[interleaved ? 2 * at : at] = to_e4m3(__fdiv_rn(round_to<T>(a[i]), scale));
+    head[interleaved ? 2 * at + 1 : at + half] = to_e4m3(__fdiv_rn(round_to<T>(b[i]), scale));
+  }
+}
+
 // A thread: `step` pairs of one head of one token. Heads count q's, then k's, then, appending, v's.
 template <class T, int step, bool interleaved>
 __global__ void __launch_bounds__(kThreads)
@@ -81,6 +94,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t kv_head = (head - p.heads) % p.kv_heads;
 
   T* to = nullptr;
+  uint8_t* to_fp8 = nullptr;
   if (is_q) {
     to = static_cast<T*>(p.q_out) + (token * p.heads + head) * p.head_dim;
   } else if (!p.k_cache) {
@@ -90,8 +104,11 @@ __global__ void __launch_bounds__(kThreads)
         p.slots_are_64bit ? index_at<int64_t>(p.slots, token) : index_at<int32_t>(p.slots, token);
     if (slot < 0 || slot >= p.num_slots) return;
     const int64_t* stride = is_v ? p.v_cache_stride : p.k_cache_stride;
-    to = static_cast<T*>(is_v ? p.v_cache : p.k_cache) + slot / p.block_size * stride[0] +
-         slot % p.block_size * stride[1] + kv_head * stride[2];
+    void* cache = is_v ? p.v_cache : p.k_cache;
+    const int64_t at =
+        slot / p.block_size * stride[0] + slot % p.block_size * stride[1] + kv_head * stride[2];
+    to = static_cast<T*>(cache) + at;
+    if (p.k_scale) to_fp8 = static_cast<uint8_t*>(cache) + at;
   }
   const int64_t* stride = is_q ? p.q_stride : is_v ? p.v_stride : p.k_stride;
   const T* from = static_cast<const T*>(is_q   ? p.q
@@ -114,6 +131,11 @@ __global__ void __launch_bounds__(kThreads)
       a[i] = __fsub_rn(__fmul_rn(x, c), __fmul_rn(y, s));
       b[i] = __fadd_rn(__fmul_rn(y, c), __fmul_rn(x, s));
     }
+  }
+  if (to_fp8) {
+    const bool per_head = is_v ? p.v_scale_per_head : p.k_scale_per_head;
+    const float scale = (is_v ? p.v_scale : p.k_scale)[per_head ? kv_head : 0];
+    return store_pairs<T, step, interleaved>(to_fp8, pair, half, a, b, scale);
   }
   store_pairs<T, step, interleaved>(to, pair, half, a, b);
 }

@@ -216,6 +216,7 @@ def test_f11_nothing_to_do_then_a_normal_call(make: Any, lengths: Any) -> None:
     [*((BF16, n) for n in (1, 2, 7, 33, 64, 5000)), (torch.float16, 7), (torch.float32, 7)],
     ids=str,
 )
+@pytest.mark.triton
 def test_f13_f31_forced_splits_of_strided_queries(
     make: Any, lengths: Any, dtype: torch.dtype, splits: int
 ) -> None:
@@ -305,6 +306,7 @@ def test_f02_tokens_far_apart(make: Any, lengths: Any) -> None:
     assert torch.equal(attend(q, *caches, lengths(600)), attend(q, k, v, lengths(600)))
 
 
+@pytest.mark.triton
 def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) -> None:
     """The op refuses them on a CPU; on a GPU only the kernel can see them."""
     q, k, v = make(4, 1, 48, (4, 1), 32, BF16)
@@ -374,6 +376,7 @@ def test_every_e4m3_value_comes_back(
     check(q[..., :8], keys, keys, lengths(256), softmax_scale=1e-3, **scales)
 
 
+@pytest.mark.triton  # the CUDA kernel scales large queries only: other bits, as near the truth
 @pytest.mark.parametrize("power", [-120, -60, 40, 100])
 def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
     """bf16 queries take part as fp16, scaled by powers of two: the same bits at any size."""
