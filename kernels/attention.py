@@ -63,10 +63,10 @@ def _load(
     """Keys n to n + BLOCK_N of a sequence, from k or v: [BLOCK_N, BLOCK_D], zeros past D.
 
     x: row 0 of the sequence and head. x_tma: None or [B, Hkv, rows, D], where the sequence starts
-    at row `first`. MASKED: rows from `end` on, another sequence's perhaps, are zeros, for 0 x NaN
-    is NaN; the TMA unit knows the tensor's end only, so such tiles come through the pointer.
+    at row `first`. MASKED: some rows are past the sequence's end. Through the pointer they are
+    zeros; the TMA unit knows the tensor's end only, and gives what lies there.
     """
-    if x_tma is not None and not MASKED:
+    if x_tma is not None:
         return x_tma.load([sequence, kv_head, first + n, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -84,12 +84,14 @@ def _load(
 def _walk(
     acc, row_max, row_sum, q, k, v, k_tma, v_tma, k_stride, v_stride, sequence, kv_head, first_k,
     len_k, start, stop, last, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, ZERO_TAIL: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys start to stop; start is a multiple of BLOCK_N.
 
     acc [BLOCK_M, BLOCK_D], row_max and row_sum [BLOCK_M] fp32; last [BLOCK_M]: the last key that
-    each query sees, looked at where MASKED.
+    each query sees, looked at where MASKED. ZERO_TAIL: v past the sequence's end may be another
+    sequence's NaN, and 0 x NaN is NaN.
     """
     BLOCK_M: tl.constexpr = q.shape[0]
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -112,6 +114,8 @@ def _walk(
         value = _load(
             v, v_tma, v_stride, sequence, kv_head, first_k, n, len_k, D, BLOCK_N, BLOCK_D, MASKED
         )
+        if MASKED and ZERO_TAIL:
+            value = tl.where((tl.arange(0, BLOCK_N) < len_k - n)[:, None], value, 0.0)
         acc = _dot(p.to(q.dtype), value, acc * shrink[:, None], WIDEN)
     return acc, row_max, row_sum
 
@@ -198,11 +202,12 @@ def _attention(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _walk(
         acc, row_max, row_sum, query, k, v, k_tma, v_tma, k_strides[1], v_strides[1], sequence,
-        kv_head, first_k, len_k, 0, unmasked, last, scale, D, BLOCK_N, False, WIDEN,
+        kv_head, first_k, len_k, 0, unmasked, last, scale, D, BLOCK_N, False, False, WIDEN,
     )  # fmt: skip
     acc, row_max, row_sum = _walk(
         acc, row_max, row_sum, query, k, v, k_tma, v_tma, k_strides[1], v_strides[1], sequence,
-        kv_head, first_k, len_k, unmasked, seen_by_any, last, scale, D, BLOCK_N, True, WIDEN,
+        kv_head, first_k, len_k, unmasked, seen_by_any, last, scale, D, BLOCK_N, True,
+        PACKED and v_tma is not None, WIDEN,
     )  # fmt: skip
     nothing = last < 0  # no key was seen: zeros. NaN from keys that were seen stays NaN.
     acc *= (1.0 / tl.where(nothing, 1.0, row_sum))[:, None]
@@ -214,50 +219,59 @@ def _attention(
 # ---- configurations ----
 
 
-def _shared_memory(chip: Chip, dtype: str, block_d: int, config: Config) -> int:
+def _shared_memory(chip: Chip, dtype: str, d: int, config: Config) -> int:
     """A bound in bytes: q's tile, the stages of k's and v's, and their barriers."""
-    rows = config["BLOCK_M"] + 2 * config["BLOCK_N"] * config.num_stages
-    if chip.backend == "hip":  # q passes through once, and a stage is in registers
-        rows = max(config["BLOCK_M"], 2 * config["BLOCK_N"] * max(1, config.num_stages - 1))
-    return rows * block_d * (4 if dtype == "float32" else 2) + 2048
+    m, n, stages = config["BLOCK_M"], config["BLOCK_N"], config.num_stages
+    row = _block_d(d) * (4 if dtype == "float32" else 2)
+    if chip.backend == "hip":  # q's tile, then k's and v's with p's; a stage is in registers
+        return max(m, 2 * n * max(1, stages - 1)) * row + 2 * m * n + 2048
+    return (m + 2 * n * stages) * row + 2048
 
 
-def _configs(chip: Chip, dtype: str, block_d: int) -> list[Config]:
+def _configs(chip: Chip, dtype: str, d: int) -> list[Config]:
     """By dtype and head_dim alone: BLOCK_N sets the order of the sums, so one that depended on a
-    length or a batch would change a sequence's bits."""
+    length or a batch would change a sequence's bits. Larger tiles than these spill registers."""
+    block_d = _block_d(d)
     if dtype == "float32":
         # No matrix unit multiplies fp32 exactly: FMAs, whose unrolled operands need registers.
-        m, n, warps = {256: (16, 16, 4), 128: (32, 16, 8)}.get(block_d, (32, 32, 4))
+        m, n, warps = {256: (16, 16, 4), 128: (32, 16, 8)}.get(block_d, (32, 16, 4))
         offered = [Config.of(warps, 1, BLOCK_M=m, BLOCK_N=n)]
     elif chip.backend == "hip":
-        # 4 warps of 64 lanes, 64 KiB of LDS, in which a tile of k and one of v alternate. Fewer,
-        # wider tiles rescale less often; the accumulator of 256 leaves registers for narrow ones.
-        m, n, stages = (64, 32, 1) if block_d == 256 else (128, 64, 2)
-        offered = [Config.of(4, stages, BLOCK_M=m, BLOCK_N=n)]
-        if block_d < 256:
-            offered.append(Config.of(4, 2, BLOCK_M=128, BLOCK_N=32))
+        # 4 warps of 64 lanes, 64 KiB of LDS, in which a tile of k and one of v alternate.
+        m = 64 if block_d == 256 else 128
+        offered = [Config.of(4, stages, BLOCK_M=m, BLOCK_N=32) for stages in (2, 1)]
     elif block_d == 256:
         # The accumulator takes 128 registers a thread (64 on sm_80, where q takes as many).
         offered = [Config.of(8, 2, BLOCK_M=128 if chip.has_tma else 64, BLOCK_N=32)]
-    elif block_d == 128:
-        # sm_90: two warp groups with 64 registers a thread of accumulator and 64 of scores; then
-        # half the scores and a stage more against latency; then two small programs an SM, where one
-        # computes its softmax during the other's products, for twice the traffic from L2.
-        # sm_80 keeps q in registers too, so that 128 x 64 is the largest.
+    elif block_d == 128 and chip.has_tma:
+        # 8 warps: a stage more against latency; 4: two small programs an SM, where one computes its
+        # softmax during the other's products, for twice the traffic from L2.
         offered = [
-            Config.of(8, 3 if chip.has_tma else 2, BLOCK_M=128, BLOCK_N=64),
+            Config.of(8, 3, BLOCK_M=128, BLOCK_N=64),
             Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
         ]
-        if chip.has_tma:
+        # First, two warp groups with 64 registers a thread of accumulator and 64 of scores; the
+        # masks of a padded d and the way through sm_100's tensor memory take too many more.
+        if d == block_d and chip.arch == 90:
             offered.insert(0, Config.of(8, 2, BLOCK_M=128, BLOCK_N=128))
+    elif block_d == 128:
+        # mma.sync keeps q in registers too; again a padded d's masks do not fit beside wide tiles.
+        offered = [Config.of(8, 2, BLOCK_M=128 if d == block_d else 64, BLOCK_N=32)]
+        if d == block_d:
+            offered.insert(0, Config.of(8, 2, BLOCK_M=128, BLOCK_N=64))
     else:
-        # Half the products to an exp2, so the softmax is the longer phase: first, two programs an
-        # SM that take turns; then wide tiles, which meet the barrier less often.
+        # Half the products to an exp2, so the softmax is the longer phase: two programs an SM take
+        # turns. sm_90: or one with wide tiles, which meets the barrier less often.
         offered = [
-            Config.of(4, 3, BLOCK_M=128, BLOCK_N=64),
-            Config.of(8, 3, BLOCK_M=128, BLOCK_N=128 if chip.has_tma else 64),
+            Config.of(4 if chip.has_tma else 8, 3, BLOCK_M=128, BLOCK_N=64),
+            Config.of(8, 3, BLOCK_M=128, BLOCK_N=128 if chip.has_tma else 32),
         ]
-    return [c for c in offered if _shared_memory(chip, dtype, block_d, c) <= chip.shared_memory]
+    return [c for c in offered if _shared_memory(chip, dtype, d, c) <= chip.shared_memory]
+
+
+def _block_d(d: int) -> int:
+    """The head_dim that tiles have: matrix instructions want 16 at least."""
+    return max(16, common.next_power_of_2(d))
 
 
 _tuner = Tuner("attention", _configs)
@@ -307,7 +321,7 @@ def attention(
     batch, seqlen_q, heads, d = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    block_d = max(16, common.next_power_of_2(d))
+    block_d = _block_d(d)
     tma = tma and chip.has_tma and q.dtype != torch.float32
     # As few sections of streams, of equal size, as keep each one's k and v in the L2 cache.
     streams = batch * kv_heads
@@ -330,4 +344,4 @@ def attention(
             config=config, D=d, BLOCK_D=block_d, CAUSAL=causal, WIDEN=common.INTERPRETED,
         )  # fmt: skip
 
-    run(_tuner.choose(q, (str(q.dtype).removeprefix("torch."), block_d), run))
+    run(_tuner.choose(q, (str(q.dtype).removeprefix("torch."), d), run))

@@ -88,7 +88,7 @@ def test_f09_lengths_that_no_block_divides(
 @dtypes
 @pytest.mark.parametrize("d", [8, 16, 40, 64, 72, 96, 128, 200, 256])
 def test_head_dims(device: torch.device, dtype: torch.dtype, d: int) -> None:
-    check(*qkv(device, (33, 131), (2, 1), d, dtype))
+    check(*qkv(device, (33, 70), (1, 1), d, dtype))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24])
@@ -235,9 +235,12 @@ def test_huge_scores_stay_finite(device: torch.device) -> None:
 # ---- packed sequences ----
 
 
-@dtypes
-@paths
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "tma"),
+    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)],
+    ids=["tma", "pointers", "float32"],
+)
 def test_f10_packed_sequences_with_empty_ones(
     device: torch.device, dtype: torch.dtype, causal: bool, tma: bool
 ) -> None:
@@ -303,8 +306,8 @@ def _heads_first(t: Tensor) -> Tensor:
 
 @dtypes
 def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtype) -> None:
-    fused = torch.full((2, 70, 10 * 24), NAN, dtype=dtype, device=device)
-    fused[..., : 8 * 24] = torch.randn(2, 70, 8 * 24).to(device, dtype)  # the rest: not to be read
+    fused = torch.full((2, 40, 10 * 24), NAN, dtype=dtype, device=device)
+    fused[..., : 8 * 24] = torch.randn(2, 40, 8 * 24).to(device, dtype)  # the rest: not to be read
     q, k, v = (t.unflatten(-1, (-1, 24)) for t in fused.split([96, 48, 96], dim=-1))
     v = v[:, :, :2]
     expected = lf.attention(q.contiguous(), k.contiguous(), v.contiguous())
@@ -370,19 +373,19 @@ def test_f05_a_packed_batch_past_2_31_elements() -> None:
 # ---- configurations and schedules ----
 
 
-def _offered(dtype: torch.dtype, block_d: int) -> list[common.Config]:
+def _offered(dtype: torch.dtype, d: int) -> list[common.Config]:
     """Of this chip; interpreted, of every chip."""
     chips = list(common.CHIPS.values())
     if torch.cuda.is_available():
         chips = [common.chip_of(torch.zeros(1, device="cuda"))]
     name = str(dtype).removeprefix("torch.")
-    return list(dict.fromkeys(c for chip in chips for c in kernel._configs(chip, name, block_d)))
+    return list(dict.fromkeys(c for chip in chips for c in kernel._configs(chip, name, d)))
 
 
 CONFIGS = [
     pytest.param(dtype, d, config, id=f"{str(dtype)[6:]}-{d}-{config}".replace(" ", ","))
     for dtype in (torch.bfloat16, torch.float32)
-    for d in (64, 128, 256)
+    for d in (64, 96, 128, 256)
     for config in _offered(dtype, d)
 ]
 
@@ -404,8 +407,8 @@ def test_f33_each_configuration_alone(
 def test_every_chip_is_offered_something() -> None:
     for chip in common.CHIPS.values():
         for dtype in ("bfloat16", "float16", "float32"):
-            for block_d in (16, 32, 64, 128, 256):
-                assert kernel._configs(chip, dtype, block_d)
+            for d in range(8, 257, 8):
+                assert kernel._configs(chip, dtype, d)
 
 
 @pytest.mark.parametrize("per_section", [1, 2, 3, 100])
@@ -427,20 +430,21 @@ def test_every_section_covers_its_tiles(
 
 @dtypes
 def test_f41_a_row_does_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
-    q, k, v = qkv(device, (170, 170), (2, 2), 32, dtype, batch=2)
+    n = 135  # more than one tile of queries
+    q, k, v = qkv(device, (n, n), (2, 2), 32, dtype, batch=2)
     whole = launch(q, k, v)
     assert torch.equal(launch(q, k, v, tma=False), whole)  # nor on how it is loaded
     assert torch.equal(launch(q[1:2], k[1:2], v[1:2]), whole[1:2])
-    for n in (1, 31, 129):  # the last rows alone: a chunk of a prefill
-        assert torch.equal(launch(q[:, -n:], k, v), whole[:, -n:])
-    for n in (1, 100, 129):  # the first rows alone: a shorter prompt
-        assert torch.equal(launch(q[:, :n], k[:, :n], v[:, :n]), whole[:, :n])
-    for head in (0, 1):  # a head's share under tensor parallelism
-        one = slice(head, head + 1)
-        assert torch.equal(launch(q[:, :, one], k[:, :, one], v[:, :, one]), whole[:, :, one])
-    cu = cu_seqlens(device, [170, 170])
+    one = [t[:1] for t in (q, k, v)]
+    for i in (1, 31, 129):  # the last rows alone: a chunk of a prefill
+        assert torch.equal(launch(one[0][:, -i:], *one[1:]), whole[:1, -i:])
+    for i in (1, 100):  # the first rows alone: a shorter prompt
+        assert torch.equal(launch(*(t[:, :i] for t in one)), whole[:1, :i])
+    # A head's share under tensor parallelism.
+    assert torch.equal(launch(*(t[:, :, 1:] for t in one)), whole[:1, :, 1:])
+    cu = cu_seqlens(device, [n, n])
     packed = launch(*(t.flatten(0, 1) for t in (q, k, v)), True, cu, cu)
-    assert torch.equal(packed.unflatten(0, (2, 170)), whole)
+    assert torch.equal(packed.unflatten(0, (2, n)), whole)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
