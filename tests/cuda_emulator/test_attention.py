@@ -1,4 +1,4 @@
-"""csrc/cuda/attention.cu in the emulator: every instance, every path of a tile, any thread order."""
+"""csrc/cuda/attention.cu emulated: every instance, every path of a tile, any thread order."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_equal_scores_give_the_exact_mean(cuda: Any, dtype: torch.dtype) -> None
 @dtypes
 @pytest.mark.parametrize("size", [8.0, 4096.0])
 def test_a_winning_score_copies_its_value(cuda: Any, dtype: torch.dtype, size: float) -> None:
-    """Up to scores of 2^30, whose products with log2(e) are off by more than the softmax's range."""
+    """Scores to 2^30, whose products with log2(e) are off by more than the softmax's range."""
     k = size * torch.randint(0, 2, (1, 150, 2, 64)).mul(2).sub(1).to(dtype)
     v = torch.randn(1, 150, 2, 64).to(dtype)
     chosen = (torch.rand(150) * (torch.arange(150) + 1)).long()
@@ -120,7 +120,9 @@ def test_f10_packed_sequences_with_empty_ones(cuda: Any, dtype: torch.dtype) -> 
         out = run(cuda, q[0], k[0], v[0], causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
         for (a, b), (c, e) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
             if b > a:
-                assert torch.equal(out[None, a:b], run(cuda, q[:, a:b], k[:, c:e], v[:, c:e], causal))
+                assert torch.equal(
+                    out[None, a:b], run(cuda, q[:, a:b], k[:, c:e], v[:, c:e], causal)
+                )
 
 
 def test_packed_sequences_in_sections_of_heads(cuda: Any) -> None:

@@ -114,9 +114,7 @@ def test_every_instance_on_every_order_of_threads(
         first = check(cuda, q, k, v, lengths(150, 77), num_splits=2, **options)
         for seed in SEEDS[1:]:
             cuda.set_seed(seed)
-            assert torch.equal(
-                run(cuda, q, k, v, lengths(150, 77), num_splits=2, **options), first
-            )
+            assert torch.equal(run(cuda, q, k, v, lengths(150, 77), num_splits=2, **options), first)
 
 
 @dtypes
