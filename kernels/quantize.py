@@ -1,2 +1,262 @@
-def quantize_fp8(*args, **kwargs):
-    raise NotImplementedError
+"""quantize_fp8: one scale per tensor, row, 1x128 block or 128x128 block.
+
+    scale = max(min(amax|x|, scale_ub), tiny) / 448,  q = e4m3(clamp(x / scale, -448, 448))
+
+Cost: 3 bytes an element from 16 bits, each read once and written once, and about 9 instructions an
+element (kernels/fp8.py says how a true division costs that little), which 132 SMs issue in half of
+the time that 4.3 TB/s takes. A whole tensor has to be read twice: 5 bytes.
+
+Rows and 1x128 blocks are groups of columns with one scale each: a program holds as many groups in
+registers as make 4096 elements, or one group of up to 16384. Its threads hold 16 elements each, so
+that an SM, with 1024 of them or more, has 32 KB on the way. A row too wide for that, or a whole
+tensor, takes two passes: amax, then the quotients, the second from the end backwards, where L2
+still holds what the first pass read last. Predicted, not yet measured.
+
+amax is a maximum of integers: no order of summing, no atomics, the same for any grid.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common, fp8
+from .common import Chip, Config, Tuner
+from .fp8 import amax_bits, quantize, row_scale, to_fp32
+
+
+@triton.jit
+def _group_kernel(
+    q,  # [rows, COLS] e4m3 bits, contiguous
+    scale,  # [rows, ceil(COLS / WIDTH)] fp32
+    x,  # [rows, COLS], rows x_stride apart
+    rows,
+    x_stride,
+    scale_ub,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns that share a scale: 128, or COLS
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least WIDTH
+):
+    """GROUPS groups a program, numbered along a row, then down."""
+    ACROSS: tl.constexpr = (COLS + WIDTH - 1) // WIDTH
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    row, left = group // ACROSS, (group % ACROSS) * WIDTH
+    within = tl.arange(0, BLOCK)[None, :]
+    cols = left[:, None] + within
+    inside = (row < rows)[:, None] & (cols < COLS)
+    if WIDTH != BLOCK:
+        inside &= within < WIDTH
+    v = to_fp32(tl.load(x + (row[:, None] * x_stride + cols), mask=inside, other=0.0))
+    amax = amax_bits(v, 1).to(tl.float32, bitcast=True)
+    group_scale = row_scale(amax, scale_ub)
+    tl.store(scale + group, group_scale, mask=row < rows)
+    to = row[:, None] * COLS + cols
+    if BLOCK >= 8:
+        to = tl.max_contiguous(to, (1, 8))  # rms_norm.py says why
+    tl.store(q + to, quantize(v, group_scale[:, None], BOUNDED, NATIVE), mask=inside)
+
+
+@triton.jit
+def _square_kernel(
+    q,  # [rows, COLS] e4m3 bits, contiguous
+    scale,  # [ceil(rows / 128), ceil(COLS / 128)] fp32
+    x,  # [rows, COLS], rows x_stride apart
+    rows,
+    x_stride,
+    scale_ub,
+    COLS: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One 128x128 block a program."""
+    ACROSS: tl.constexpr = (COLS + 127) // 128
+    block = tl.program_id(0)
+    row = (block // ACROSS).to(tl.int64) * 128 + tl.arange(0, 128)[:, None]
+    cols = (block % ACROSS) * 128 + tl.arange(0, 128)[None, :]
+    inside = (row < rows) & (cols < COLS)
+    v = to_fp32(tl.load(x + (row * x_stride + cols), mask=inside, other=0.0))
+    amax = tl.max(amax_bits(v, 1), axis=0).to(tl.float32, bitcast=True)
+    block_scale = row_scale(amax, scale_ub)
+    tl.store(scale + block, block_scale)
+    to = tl.max_contiguous(row * COLS + cols, (1, 8))
+    tl.store(q + to, quantize(v, block_scale, BOUNDED, NATIVE), mask=inside)
+
+
+@triton.jit
+def _wide_row_kernel(
+    q,  # [rows, cols] e4m3 bits, contiguous
+    scale,  # [rows] fp32
+    x,  # [rows, cols], rows x_stride apart
+    cols,
+    x_stride,
+    scale_ub,
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One row a program, in pieces, twice."""
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK)
+    largest = tl.zeros([BLOCK], tl.int32)
+    for left in tl.range(0, cols, BLOCK, num_stages=STAGES):
+        at = left + within
+        v = to_fp32(tl.load(x + row * x_stride + at, mask=at < cols, other=0.0))
+        largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    its_scale = row_scale(tl.max(largest, axis=0).to(tl.float32, bitcast=True), scale_ub)
+    tl.store(scale + row, its_scale)
+    pieces = tl.cdiv(cols, BLOCK)
+    for piece in tl.range(0, pieces, num_stages=STAGES):
+        at = (pieces - 1 - piece) * BLOCK + within
+        v = to_fp32(tl.load(x + row * x_stride + at, mask=at < cols, other=0.0))
+        to = tl.max_contiguous(row * cols + at, 8)
+        tl.store(q + to, quantize(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
+
+
+@triton.jit
+def _load_piece(x, piece, across, cols, x_stride, BLOCK: tl.constexpr):
+    """Piece number piece of x, the pieces of a row numbered along it, then down: fp32 values, their
+    row and their columns, 0 beyond the last."""
+    row = tl.cast(piece // across, tl.int64)
+    at = tl.cast(piece % across, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = to_fp32(tl.load(x + row * x_stride + at, mask=at < cols, other=0.0))
+    return v, row, at
+
+
+@triton.jit
+def _amax_kernel(
+    part,  # [programs] int32: the bits of each program's amax
+    x,  # [rows, cols], rows x_stride apart
+    pieces,
+    across,  # pieces a row
+    cols,
+    x_stride,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    largest = tl.zeros([BLOCK], tl.int32)
+    for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
+        v, _, _ = _load_piece(x, piece, across, cols, x_stride, BLOCK)
+        largest = tl.maximum(largest, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    tl.store(part + tl.program_id(0), tl.max(largest, axis=0))
+
+
+@triton.jit
+def _tensor_kernel(
+    q,  # [rows, cols] e4m3 bits, contiguous
+    scale,  # [1] fp32
+    part,  # [parts] int32, as _amax_kernel left them
+    x,
+    pieces,
+    across,
+    cols,
+    x_stride,
+    parts,
+    scale_ub,
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PARTS: tl.constexpr,  # a power of two, at least parts
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    i = tl.arange(0, PARTS)
+    largest = tl.max(tl.load(part + i, mask=i < parts, other=0), axis=0)
+    its_scale = row_scale(largest.to(tl.float32, bitcast=True), scale_ub)
+    if tl.program_id(0) == 0:
+        tl.store(scale, its_scale)
+    for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
+        v, row, at = _load_piece(x, pieces - 1 - piece, across, cols, x_stride, BLOCK)
+        to = tl.max_contiguous(row * cols + at, 8)
+        tl.store(q + to, quantize(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
+
+
+_WIDEST = 16384  # columns of a row held in registers
+_PIECE = 4096  # elements of a piece in the kernels that loop
+
+
+def _group_configs(chip: Chip, width: int) -> list[Config]:
+    """16 elements a thread: two loads of 16 bytes; 32 for fewer programs, 8 for shorter ones."""
+    block, found = common.next_power_of_2(width), []
+    for elements in (16, 32, 8):
+        groups = max(1, 4096 // block)
+        warps = max(1, groups * block // (chip.warp_size * elements))
+        if warps * chip.warp_size <= 1024:
+            found.append(Config.of(warps, 1, GROUPS=groups, BLOCK=block))
+    return found
+
+
+def _piece_configs(chip: Chip, itemsize: int) -> list[Config]:
+    """Persistent programs of 16 elements a thread, 1024 threads an SM, two pieces on the way."""
+    return [
+        Config.of(_PIECE // 16 // chip.warp_size, 1, BLOCK=_PIECE, STAGES=stages)
+        for stages in (3, 2, 1)
+        if 4 * (stages - 1) * _PIECE * itemsize <= chip.shared_memory
+    ]
+
+
+_groups = Tuner("quantize_groups", _group_configs)
+_pieces = Tuner("quantize_pieces", _piece_configs)
+# Weights, once: 512 threads have 32 elements each, 1024 have 16 and wait for each other longer.
+_squares = Tuner(
+    "quantize_squares",
+    lambda chip: [Config.of(threads // chip.warp_size, 1) for threads in (512, 1024, 256)],
+)
+
+
+def quantize_fp8(
+    q: Tensor, scale: Tensor, x: Tensor, granularity: str, scale_ub: float | None
+) -> None:
+    """x [rows, cols] -> q [rows, cols] e4m3 and scale fp32, contiguous; granularity "tensor" (scale
+    [1]), "row" ([rows, 1]), "block" ([rows, ceil(cols / 128)]) or "block_2d" (both / 128)."""
+    rows, cols = x.shape
+    q, bound = q.view(torch.uint8), math.inf if scale_ub is None else float(scale_ub)
+    chip = common.chip_of(x)
+    constants = {"BOUNDED": scale_ub is not None, "NATIVE": fp8.native(chip)}
+    if granularity == "tensor":
+        _quantize_tensor(q, scale, x, bound, constants)
+    elif granularity == "block_2d":
+        grid = (common.cdiv(rows, 128) * common.cdiv(cols, 128),)
+        args = (q, scale, x, rows, x.stride(0), bound)
+        config = _squares.choose(x, ())
+        common.launch(_square_kernel, grid, *args, COLS=cols, **constants, config=config)
+    elif granularity == "row" and cols > _WIDEST:
+        args = (q, scale, x, cols, x.stride(0), bound)
+        config = _pieces.choose(x, (x.element_size(),))
+        common.launch(_wide_row_kernel, (rows,), *args, **constants, config=config)
+    else:
+        width = cols if granularity == "row" else 128
+
+        def run(config: Config) -> None:
+            grid = (common.cdiv(rows * common.cdiv(cols, width), config["GROUPS"]),)
+            args = (q, scale, x, rows, x.stride(0), bound)
+            common.launch(
+                _group_kernel, grid, *args, COLS=cols, WIDTH=width, **constants, config=config
+            )
+
+        run(_groups.choose(x, (width,), run))
+
+
+def _quantize_tensor(
+    q: Tensor, scale: Tensor, x: Tensor, bound: float, constants: dict[str, bool]
+) -> None:
+    """Two launches. The partial maxima are allocated here: a few KB, from the caching allocator."""
+    rows, cols = x.shape
+    if x.is_contiguous():
+        rows, cols = min(1, x.numel()), x.numel()  # one long row has no ragged pieces inside
+    chip, config = common.chip_of(x), _pieces.choose(x, (x.element_size(),))
+    across = common.cdiv(cols, config["BLOCK"])
+    pieces, stride = rows * across, x.stride(0)
+    # At least one program, which finds amax 0 where there is nothing.
+    grid = (max(1, common.programs(pieces, 4 * chip.sms)),)
+    part = torch.empty(grid, dtype=torch.int32, device=x.device)
+    common.launch(_amax_kernel, grid, part, x, pieces, across, cols, stride, config=config)
+    args = (q, scale, part, x, pieces, across, cols, stride, grid[0], bound)
+    slots = common.next_power_of_2(grid[0])
+    common.launch(_tensor_kernel, grid, *args, PARTS=slots, **constants, config=config)

@@ -1,2 +1,257 @@
-def rms_norm(*args, **kwargs):
-    raise NotImplementedError
+"""rms_norm, add_rms_norm and their FP8 forms.
+
+    s = x + residual                      (rounded to dtype; s = x without residual)
+    n = s / sqrt(mean(s^2) + eps)         (fp32, then rounded to dtype)
+    out = n * weight                      (rounded to dtype)
+    FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
+
+Why fused: memory is the whole cost. Apart, the sum, the norm and the quantiser would move a row six
+times; here x and the residual are read once and each output is written once.
+
+Cost an element in 16 bits: 4 bytes (norm), 8 (with residual), 7 (with residual, to FP8); about 11
+instructions, 25 for FP8, which 132 SMs issue in a quarter and a half of the time that 4.3 TB/s
+takes. What has to be had is bytes in flight: a memory latency of 0.8 us at 4.3 TB/s is 26 KB an SM.
+
+How: a row lies in the registers of one program, 16 elements a thread. Programs are persistent, as
+many as an SM holds, and the loop over rows is pipelined: while a row is reduced, cp.async fetches
+the next one or two into shared memory, so an SM always has 32 KB or more on the way (8 KB rows, 4
+programs). The weight is read once a program and stays in registers. Predicted, not yet measured.
+
+Rows wider than 16384 (8192 in fp32) do not fit 64 registers a thread together with what is computed
+from them. The second kernel goes over such a row in pieces, two or three times: the first pass
+comes from memory, the others find the row in L2.
+
+A row is always reduced by the same threads in the same order, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common, fp8
+from .common import Chip, Config, Tuner
+from .fp8 import amax_bits, quantize, round_to, row_scale, to_fp32
+
+
+@triton.jit
+def _rstd(sum_of_squares, eps, HIDDEN: tl.constexpr):
+    """1 / sqrt(mean + eps), each step rounded as IEEE says: one value a row, so it costs nothing,
+    and GPUs, CPUs and the interpreter agree."""
+    mean = tl.div_rn(sum_of_squares, HIDDEN * 1.0)
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
+def _normed(s, rstd, weight, DTYPE: tl.constexpr):
+    """round(round(s * rstd) * weight). s and weight in fp32, which holds the product of two 16-bit
+    values exactly."""
+    return round_to(to_fp32(round_to(s * rstd, DTYPE)) * weight, DTYPE)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    out,  # [rows, HIDDEN], contiguous; uint8 for FP8
+    x,  # [rows, HIDDEN], rows x_stride apart
+    weight,  # [HIDDEN]
+    residual,  # [rows, HIDDEN], rows residual_stride apart
+    residual_out,  # [rows, HIDDEN], contiguous
+    scale,  # [rows], fp32
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    scale_ub,
+    HIDDEN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FP8: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # a power of two, at least HIDDEN
+    PER_SM: tl.constexpr,  # the launcher's: programs an SM
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    w = to_fp32(tl.load(weight + cols, mask=cols < HIDDEN, other=0.0))[None, :]
+    step = tl.num_programs(0) * ROWS
+    for first in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
+        row = first + tl.arange(0, ROWS)
+        inside = cols[None, :] < HIDDEN
+        if ROWS > 1:
+            inside = inside & (row < rows)[:, None]
+        at = row.to(tl.int64)[:, None]
+        to = at * HIDDEN + cols[None, :]
+        if FP8 and BLOCK >= 8:
+            # Told that a byte's neighbours are contiguous beyond 8, the compiler would store 16 a
+            # thread, and exchange every element through shared memory to get from 8 columns a
+            # thread, which is what 16-byte loads give, to 16.
+            to = tl.max_contiguous(to, (1, 8))
+        s = to_fp32(tl.load(x + (at * x_stride + cols[None, :]), mask=inside, other=0.0))
+        if RESIDUAL:
+            r = tl.load(residual + (at * residual_stride + cols[None, :]), mask=inside, other=0.0)
+            total = round_to(s + to_fp32(r), DTYPE)
+            tl.store(residual_out + to, total, mask=inside)
+            s = to_fp32(total)
+        rstd = _rstd(tl.sum(s * s, axis=1), eps, HIDDEN)
+        y = _normed(s, rstd[:, None], w, DTYPE)
+        if FP8:
+            amax = amax_bits(y, 1).to(tl.float32, bitcast=True)
+            row_scales = row_scale(amax, scale_ub)
+            tl.store(scale + row, row_scales, mask=row < rows)
+            q = quantize(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
+            tl.store(out + to, q, mask=inside)
+        else:
+            tl.store(out + to, y, mask=inside)
+
+
+@triton.jit
+def _wide_kernel(
+    out,  # as above
+    x,
+    weight,
+    residual,
+    residual_out,
+    scale,
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    scale_ub,
+    HIDDEN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    FP8: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PER_SM: tl.constexpr,  # the launcher's
+    STAGES: tl.constexpr,
+):
+    """Goes over a row in pieces of BLOCK columns: sums, then normalises, or finds amax, then
+    normalises again and quantises."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        at = tl.cast(row, tl.int64)
+        s_row = x + at * x_stride
+        squares = tl.zeros([BLOCK], tl.float32)
+        for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
+            inside = left + cols < HIDDEN
+            s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+            if RESIDUAL:
+                r_row = residual + at * residual_stride
+                r = to_fp32(tl.load(r_row + left + cols, mask=inside, other=0.0))
+                total = round_to(s + r, DTYPE)
+                tl.store(residual_out + at * HIDDEN + left + cols, total, mask=inside)
+                s = to_fp32(total)
+            squares += s * s
+        rstd = _rstd(tl.sum(squares, axis=0), eps, HIDDEN)
+        if RESIDUAL:
+            s_row = residual_out + at * HIDDEN
+            tl.debug_barrier()  # other threads of this program may have stored what is read now
+        largest = tl.zeros([BLOCK], tl.int32)
+        for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
+            inside = left + cols < HIDDEN
+            w = to_fp32(tl.load(weight + left + cols, mask=inside, other=0.0))
+            s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+            y = _normed(s, rstd, w, DTYPE)
+            if FP8:
+                largest = tl.maximum(largest, to_fp32(y).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+            else:
+                tl.store(out + at * HIDDEN + left + cols, y, mask=inside)
+        if FP8:
+            amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+            its_scale = row_scale(amax, scale_ub)
+            tl.store(scale + row, its_scale)
+            for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
+                inside = left + cols < HIDDEN
+                w = to_fp32(tl.load(weight + left + cols, mask=inside, other=0.0))
+                s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+                y = to_fp32(_normed(s, rstd, w, DTYPE))
+                q = quantize(y, its_scale, BOUNDED, NATIVE)
+                to = tl.max_contiguous(at * HIDDEN + left + cols, 8)  # as above
+                tl.store(out + to, q, mask=inside)
+
+
+_WIDE = 2**15  # bytes of a row, rounded up to a power of two, beyond which it goes in pieces
+_SM_THREADS = 1024  # as many as have 64 registers each
+
+
+def _configs(chip: Chip, hidden: int, itemsize: int, streams: int) -> list[Config]:
+    """streams: 2 with a residual, else 1.
+
+    The best guess has 16 elements a thread: two loads of 16 bytes and under 64 registers. 32 halve
+    the warps that meet at a barrier, 8 shorten each thread's work. Two rows on the way (STAGES 3),
+    else one, else none, where shared memory is short. Small rows go 512 elements at a time.
+
+    Wide rows: one program of 32 warps an SM, so that the rows in progress (17 MB of 65536 columns
+    in 16 bits) stay in L2 for the second pass; with 8 elements a thread, three pieces on the way.
+    """
+    block, lanes = common.next_power_of_2(hidden), chip.warp_size
+    if block * itemsize > _WIDE:
+        return [
+            Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
+            for stages in (4, 3, 2, 1)
+            if (stages - 1) * streams * 8192 * itemsize + 1024 <= chip.shared_memory
+        ]
+    rows, found = max(1, 512 // block), []
+    for elements, stages in ((16, 3), (32, 3), (8, 3), (16, 2), (16, 1)):
+        warps = min(1024 // lanes, max(1, rows * block // (lanes * elements)))
+        shared = (stages - 1) * streams * rows * block * itemsize + 1024
+        per_sm = min(_SM_THREADS // (lanes * warps), chip.shared_memory // shared)
+        config = Config.of(warps, 1, ROWS=rows, BLOCK=block, PER_SM=per_sm, STAGES=stages)
+        if per_sm and config not in found:
+            found.append(config)
+    return found
+
+
+_tuner = Tuner("rms_norm", _configs)
+
+
+def rms_norm(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    residual_out: Tensor | None = None,
+    scale: Tensor | None = None,
+    scale_ub: float | None = None,
+) -> None:
+    """x [rows, hidden], weight [hidden] -> out [rows, hidden], contiguous; e4m3 when scale fp32
+    [rows, 1] is given. residual like x: x + residual goes to residual_out, contiguous."""
+    rows, hidden = x.shape
+    chip = common.chip_of(x)
+
+    def run(config: Config) -> None:
+        wide = "ROWS" not in dict(config.constants)
+        work = rows if wide else common.cdiv(rows, config["ROWS"])
+        common.launch(
+            _wide_kernel if wide else _rms_norm_kernel,
+            (common.programs(work, chip.sms * config["PER_SM"]),),
+            out if scale is None else out.view(torch.uint8),
+            x,
+            weight,
+            residual,
+            residual_out,
+            scale,
+            rows,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            float(eps),
+            math.inf if scale_ub is None else float(scale_ub),
+            HIDDEN=hidden,
+            RESIDUAL=residual is not None,
+            FP8=scale is not None,
+            BOUNDED=scale_ub is not None,
+            NATIVE=fp8.native(chip),
+            config=config,
+        )
+
+    streams = 1 if residual is None else 2
+    run(_tuner.choose(x, (hidden, x.element_size(), streams), run))

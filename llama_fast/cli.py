@@ -18,6 +18,7 @@ _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast bench --help
+  llama-fast tune
   llama-fast env
 
 LLAMA_FAST_TRACEBACK=1 (or --debug) shows where an error came from."""
@@ -37,6 +38,13 @@ _QUANTIZE_EXAMPLES = """examples:
 fp8 takes every linear layer but lm_head; fp8_ffn the feed-forward layers, without the first and
 the last. The output is compressed-tensors' float-quantized format, which transformers, vLLM and
 llama-fast load. OUT appears when it is complete, and not at all if anything stops it before."""
+
+_TUNE_EXAMPLES = """examples:
+  llama-fast tune
+  llama-fast tune --device cuda:1 --output llama_fast/tuned
+
+Measures each kernel's few configurations at the shapes of Llama 3.1 8B and 70B and stores the
+fastest in OUTPUT/<gpu>.json. Without it nobody waits either: the kernels' own guesses serve."""
 
 _ENV_EXAMPLES = """examples:
   llama-fast env
@@ -114,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, metavar="K", help="default 0: no limit")
     add("--seed", type=int, metavar="N", help="default: a new one each time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
+    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel on its own")
     add("--threads", type=_positive, metavar="N", help="default: torch's choice")
 
     quantize = command(
@@ -122,6 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="IN", help="a checkpoint in Hugging Face's format")
     quantize.add_argument("target", metavar="OUT", help="a folder that is new, or empty")
     quantize.add_argument("--recipe", choices=("fp8", "fp8_ffn"), default="fp8")
+
+    tune = command("tune", _tune, "choose the GPU kernels' configurations", _TUNE_EXAMPLES)
+    tune.add_argument("--device", metavar="NAME", default="cuda", help="default cuda")
+    tune.add_argument(
+        "--output", metavar="DIR", help="default: $LLAMA_FAST_TUNED, or ~/.cache/llama_fast/tuned"
+    )
 
     command("env", _env, "print what runs here and why, to paste into a report", _ENV_EXAMPLES)
     commands.add_parser("bench", help="measure the kernels against eager PyTorch")
@@ -203,6 +218,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             top_k=args.top_k,
             seed=args.seed,
             on_token=on_token,
+            graphs=False if args.no_graphs else None,
         )
     except KeyboardInterrupt:
         code = 130
@@ -254,6 +270,13 @@ def _quantize(args: argparse.Namespace) -> int:
         f"{args.target}: {summary.quantized} of {summary.tensors} tensors in FP8, "
         f"{before:.2f} -> {after:.2f} GiB"
     )
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .tune import tune
+
+    print(tune(args.device, args.output, lambda text: print(text, file=sys.stderr)))
     return 0
 
 

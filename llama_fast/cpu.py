@@ -22,6 +22,14 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _no_fp8_cache(op: str, k_cache: Tensor) -> None:
+    if k_cache.dtype == torch.float8_e4m3fn:
+        raise NotImplementedError(
+            f"{op}: the cpu backend has no FP8 KV cache, got a float8_e4m3fn k_cache; eager "
+            f'PyTorch has one: use_backend("reference", op="{op}")'
+        )
+
+
 def rms_norm(
     out: Tensor,
     x: Tensor,
@@ -97,12 +105,15 @@ def rope(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     slots: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
     """apply_rope with k_out; apply_rope_and_append with v, both caches and slots."""
     v_strides: tuple[int, ...] = (0, 0)
     cache_strides: tuple[int, ...] = (0,) * 6
     num_slots = block_size = 0
     if v is not None and k_cache is not None and v_cache is not None:
+        _no_fp8_cache("apply_rope_and_append", k_cache)
         v_strides = v.stride()[:2]
         cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
         block_size = k_cache.shape[1]
@@ -183,7 +194,10 @@ def attention_with_kvcache(
     causal: bool,
     softmax_scale: float,
     num_splits: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> None:
+    _no_fp8_cache("attention_with_kvcache", k_cache)
     strides = [s for t in (q, out, k_cache, v_cache) for s in t.stride()[:3]]
     _cpu.kvcache_attention(
         q.data_ptr(),

@@ -187,6 +187,8 @@ def _apply_rope_and_append(
     v_cache: Tensor,
     slots: Tensor,
     interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     positions, slots = positions.contiguous(), slots.contiguous()
     _in_range("positions", positions, 0, table.shape[0] - 1)
@@ -194,11 +196,35 @@ def _apply_rope_and_append(
     on = kernels("apply_rope_and_append", q.device)
     if on is None:
         return reference.apply_rope_and_append(
-            q, k, v, positions, table, k_cache, v_cache, slots, interleaved=interleaved
+            q,
+            k,
+            v,
+            positions,
+            table,
+            k_cache,
+            v_cache,
+            slots,
+            interleaved=interleaved,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     q_out = _new(q)
     if positions.numel():
-        on.rope(q_out, None, q, k, positions, table, interleaved, v, k_cache, v_cache, slots)
+        on.rope(
+            q_out,
+            None,
+            q,
+            k,
+            positions,
+            table,
+            interleaved,
+            v,
+            k_cache,
+            v_cache,
+            slots,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
     return q_out
 
 
@@ -210,7 +236,8 @@ _register(
 )
 _register(
     "apply_rope_and_append(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table,"
-    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, bool interleaved) -> Tensor",
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, bool interleaved,"
+    " Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _apply_rope_and_append,
     lambda q, *_: _new(q),
 )
@@ -292,6 +319,8 @@ def _attention_with_kvcache(
     causal: bool,
     softmax_scale: float,
     num_splits: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> Tensor:
     cache_seqlens = cache_seqlens.contiguous()
     if block_table is not None and block_table.shape[1] > 1 and block_table.stride(1) != 1:
@@ -307,11 +336,23 @@ def _attention_with_kvcache(
             block_table=block_table,
             causal=causal,
             softmax_scale=softmax_scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     out = _new(q)
     if out.numel():
         on.attention_with_kvcache(
-            out, q, k_cache, v_cache, cache_seqlens, block_table, causal, softmax_scale, num_splits
+            out,
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            block_table,
+            causal,
+            softmax_scale,
+            num_splits,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     return out
 
@@ -324,7 +365,8 @@ _register(
 )
 _register(
     "attention_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,"
-    " Tensor? block_table, bool causal, float softmax_scale, int num_splits) -> Tensor",
+    " Tensor? block_table, bool causal, float softmax_scale, int num_splits,"
+    " Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _attention_with_kvcache,
     lambda q, *_: _new(q),
 )
@@ -387,6 +429,12 @@ def _fake_fp8_gemm(
 
 def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (PACK_ROWS if weight.dim() == 4 else 1)
+
+
+def prefers_fp8_activations(weight: Tensor) -> bool:
+    """What quantize_activation=None means for fp8_linear on weight's device."""
+    on = kernels("fp8_linear", weight.device)
+    return on is not None and on.prefers_fp8_activations(weight)
 
 
 def _fp8_linear(

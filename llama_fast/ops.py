@@ -149,6 +149,38 @@ def apply_rope(
     return _ops.apply_rope.default(q, k, positions, table, interleaved)
 
 
+def _check_cache_scales(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """The caches have q's dtype and no scales, or are e4m3, each with its scale [1] or [Hkv]."""
+    fp8 = isinstance(k_cache, Tensor) and k_cache.dtype in checks.FP8
+    caches = (("k_cache", k_cache), ("v_cache", v_cache))
+    for (name, cache), scale in zip(caches, (k_scale, v_scale), strict=True):
+        if fp8 and name == "v_cache":
+            checks.like(name, cache, "k_cache", k_cache)
+        checks.like(name, cache, "q", q, dtype=not fp8)
+        scale_name = f"{name[0]}_scale"
+        if not fp8:
+            if scale is not None:
+                got = str(cache.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{scale_name}: got a scale for a {got} {name}, want None, or a float8_e4m3fn "
+                    f"{name}"
+                )
+            continue
+        if scale is None:
+            raise ValueError(
+                f"{scale_name}: got None, want float32 [1] or [Hkv] for a float8_e4m3fn {name}"
+            )
+        checks.has_dtype(scale_name, scale, checks.FP32)
+        checks.like(scale_name, scale, "q", q, dtype=False)
+        kv_heads = cache.shape[2] if cache.dim() == 4 else 1
+        if scale.dim() != 1 or scale.shape[0] not in (1, kv_heads):
+            raise ValueError(
+                f"{scale_name}: got shape {list(scale.shape)}, want [1] or [Hkv] = [{kv_heads}]"
+            )
+
+
 def apply_rope_and_append(
     q: Tensor,
     k: Tensor,
@@ -160,19 +192,23 @@ def apply_rope_and_append(
     slots: Tensor,
     *,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """apply_rope, with the rotated k and v [T, Hkv, D] written into a KV cache. Returns q rotated.
 
     k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (contiguous caches: blocks = B,
     block_size = S). slots [T] (int32 or int64): block * block_size + offset for each token; -1
-    skips it. Slots must differ from each other.
+    skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and v_scale, fp32
+    [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), k rotated and rounded to its
+    dtype first; caches of q's dtype take none.
     """
     _check_rope(q, k, positions, table, interleaved)
     checks.like("v", v, "q", q)
     checks.has_shape("v", v, tuple(k.shape), "k's shape")
     checks.rows_contiguous("v", v)
+    _check_cache_scales(q, k_cache, v_cache, k_scale, v_scale)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.like(name, cache, "q", q)
         checks.has_shape(
             name, cache, (None, None, k.shape[1], k.shape[2]), "[blocks, block_size, Hkv, D]"
         )
@@ -182,7 +218,7 @@ def apply_rope_and_append(
     checks.like("slots", slots, "q", q, dtype=False)
     checks.has_shape("slots", slots, (q.shape[0],), "[T]")
     return _ops.apply_rope_and_append.default(
-        q, k, v, positions, table, k_cache, v_cache, slots, interleaved
+        q, k, v, positions, table, k_cache, v_cache, slots, interleaved, k_scale, v_scale
     )
 
 
@@ -248,6 +284,8 @@ def attention_with_kvcache(
     causal: bool = True,
     softmax_scale: float | None = None,
     num_splits: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """Attention of q over a KV cache: decode (Sq = 1), speculative decode, chunked prefill.
 
@@ -255,7 +293,9 @@ def attention_with_kvcache(
     with block_table [B, n] int32. cache_seqlens [B] int32: valid tokens per sequence, those of this
     call's queries included; what lies beyond is never used. causal is bottom-right aligned against
     cache_seqlens. num_splits: how many ways the keys are split over threads or SMs; 0: automatic,
-    and then a sequence's result does not depend on the rest of the batch. -> [B, Sq, H, D].
+    and then a sequence's result does not depend on the rest of the batch. k_scale and v_scale, fp32
+    [1] or [Hkv]: what the entries of FP8 caches (e4m3) are multiplied by, required with them and
+    refused with caches of q's dtype. -> [B, Sq, H, D].
     """
     checks.activation("q", q)
     checks.has_shape("q", q, (None, None, None, None), "[B, Sq, H, D]")
@@ -263,8 +303,8 @@ def attention_with_kvcache(
     checks.head_dim(d)
     blocks = batch if block_table is None else None
     spelled = "[B, S, Hkv, D]" if block_table is None else "[blocks, block_size, Hkv, D]"
+    _check_cache_scales(q, k_cache, v_cache, k_scale, v_scale)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.like(name, cache, "q", q)
         checks.has_shape(name, cache, (blocks, None, None, d), spelled)
         checks.rows_contiguous(name, cache)
     checks.has_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's shape")
@@ -283,7 +323,16 @@ def attention_with_kvcache(
         raise ValueError(f"num_splits: got {num_splits}, want 0 (automatic) or more")
     scale = _softmax_scale(softmax_scale, d)
     return _ops.attention_with_kvcache.default(
-        q, k_cache, v_cache, cache_seqlens, block_table, causal, scale, num_splits
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        causal,
+        scale,
+        num_splits,
+        k_scale,
+        v_scale,
     )
 
 

@@ -83,13 +83,23 @@ def apply_rope_and_append(
     slots: Tensor,
     *,
     interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     q, k = apply_rope(q, k, positions, table, interleaved=interleaved)
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
-    k_cache[block, offset] = k[kept]
-    v_cache[block, offset] = v[kept]
+    for x, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        x = x[kept]
+        if scale is not None:  # per key/value head, or [1]
+            x = (x.float() / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+        _raw(cache)[block, offset] = _raw(x)
     return q
+
+
+def _raw(t: Tensor) -> Tensor:
+    """The bytes of an FP8 tensor, which PyTorch indexes on every device; others as they are."""
+    return t.view(torch.uint8) if t.itemsize == 1 else t
 
 
 def attention(
@@ -123,15 +133,25 @@ def attention_with_kvcache(
     causal: bool = True,
     softmax_scale: float | None = None,
     num_splits: int = 0,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
-    """num_splits only matters to kernels."""
+    """num_splits only matters to kernels. An FP8 cache is dequantised to q's dtype."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, seqlen in enumerate(cache_seqlens.tolist()):
         if block_table is None:
             k, v = k_cache[i, :seqlen], v_cache[i, :seqlen]
         else:
             blocks = block_table[i, : -(-seqlen // k_cache.shape[1])].long()
-            k, v = (c[blocks].flatten(0, 1)[:seqlen] for c in (k_cache, v_cache))
+            k, v = (
+                _raw(c)[blocks].view(c.dtype).flatten(0, 1)[:seqlen] for c in (k_cache, v_cache)
+            )
+        if k_scale is not None and v_scale is not None:  # per key/value head, or [1]
+            wide = torch.promote_types(q.dtype, torch.float32)
+            k, v = (
+                (t.to(wide) * scale[:, None]).to(q.dtype)
+                for t, scale in ((k, k_scale), (v, v_scale))
+            )
         out[i] = _attend(q[i : i + 1], k[None], v[None], causal, softmax_scale)[0]
     return out
 

@@ -63,7 +63,7 @@ def generate(checkpoint: Path, *options: str) -> int:
     return main([*argv, *options])
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["quantize"], ["env"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["generate"], ["quantize"], ["tune"], ["env"]], ids=str)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -89,6 +89,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", "--model", "x", "--prompt", "x", "--system", "y"], "goes with --chat"),
         (["quantize", "in"], "required: OUT"),
+        (["tune", "--output"], "expected one argument"),
         (["env", "--everything"], "unrecognized arguments"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -143,6 +144,18 @@ def test_seed_repeats(
         assert generate(checkpoint, "--prompt", "Hello", "--seed", "7", *options) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--no-graphs"]], ids=["default", "no-graphs"])
+def test_no_graphs_reaches_generate(
+    checkpoint: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool | None] = []
+    monkeypatch.setattr(
+        "llama_fast.model.Llama.generate", lambda *_, graphs, **__: seen.append(graphs)
+    )
+    assert generate(checkpoint, "--prompt", "x", "--device", "cpu", *options) == 0
+    assert seen == [False if options else None]
 
 
 def test_prompt_from_stdin(
@@ -223,6 +236,12 @@ def test_quantize(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert main(["quantize", str(checkpoint), str(out)]) == 1
     assert "exists already" in failure(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 1
+    assert "tune: needs a GPU" in failure(capsys)
 
 
 def test_env_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,8 @@ def example(op: str) -> dict[str, Any]:
             **caches,
             "slots": torch.arange(T),
             "interleaved": False,
+            "k_scale": None,
+            "v_scale": None,
         },
         "attention": lambda: {
             "q": x(2, 5, H, D),
@@ -75,6 +77,8 @@ def example(op: str) -> dict[str, Any]:
             "causal": True,
             "softmax_scale": 0.25,
             "num_splits": 0,
+            "k_scale": None,
+            "v_scale": None,
         },
         "quantize_fp8": lambda: {"x": x(T, HIDDEN), "granularity": "row", "scale_ub": 2.0},
         "fp8_gemm": lambda: {
@@ -197,6 +201,10 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("slots", torch.full((T,), -2), ValueError),
         ("slots", torch.arange(T - 1), ValueError),
         ("slots", torch.arange(T).short(), TypeError),
+        ("k_scale", torch.ones(1), ValueError),
+        ("v_scale", torch.ones(HKV), ValueError),
+        ("k_cache", fp8(2, 8, HKV, D), ValueError),
+        ("v_cache", fp8(2, 8, HKV, D), TypeError),
     ],
     "attention": [
         ("q", x(5, H, D), ValueError),
@@ -226,6 +234,10 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("block_table", None, ValueError),
         ("num_splits", -1, ValueError),
         ("num_splits", 1.0, TypeError),
+        ("k_scale", torch.ones(1), ValueError),
+        ("v_scale", torch.ones(HKV), ValueError),
+        ("k_cache", fp8(2, 8, HKV, D), ValueError),
+        ("v_cache", fp8(2, 8, HKV, D), TypeError),
     ],
     "quantize_fp8": [
         ("granularity", "column", ValueError),

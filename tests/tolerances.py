@@ -66,3 +66,8 @@ SILU_FP32_ULPS = 8
 # of their sum of magnitudes, so the sum is off by about 2^-15 of it. A kernel that lets this grow
 # over a whole row of K, instead of 128 of it, fails at K of some thousands.
 FP8_SUM = 2.0**-12
+
+# Of 65,536 16-bit values, how many a Triton silu may round otherwise than torch, by one ulp: fp32
+# errors of up to 4 ulp (2^-22) on either side of a tie decide them, ties are 2^-11 apart in fp16,
+# and for about 40,000 values silu is neither x nor 0 nor x / 2: some 40 of them may differ.
+SILU_TIES = 64

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference, triton_backend
+from llama_fast.kernels import chip as chip_module
 from llama_fast.kernels import common, fp8_gemm, fp8_stream
 from llama_fast.kernels.common import CHIPS, Chip
 
@@ -39,7 +40,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param != "at hand":
         if torch.cuda.is_available():
             pytest.skip("this GPU is what it is")
-        monkeypatch.setattr(common, "_INTERPRETER", OTHERS[request.param])
+        monkeypatch.setattr(chip_module, "_INTERPRETER", OTHERS[request.param])
     return str(request.param)
 
 

@@ -1,0 +1,158 @@
+"""Measures every Triton kernel's configurations at Llama shapes and stores the fastest of each.
+
+One JSON file a GPU (kernels/tuning.py): llama_fast/tuned/ comes with the package, the user's own
+lies in triton_backend.tuned_folder() and wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import ops, triton_backend
+from .backends import use_backend
+from .cache import BLOCK_SIZE
+from .config import LlamaConfig
+from .kernels import common
+
+# Rows of the matrix products and of what surrounds them: decode by one and in batches, prompts.
+ROWS = (1, 16, 64, 256, 2048, 8192)
+CONTEXTS = ((1, 8192), (1, 131072), (32, 4096))  # sequences, keys of each
+PROMPT = 8192
+PRESETS = {"8B": LlamaConfig.llama_3_1_8b, "70B": LlamaConfig.llama_3_1_70b}
+
+Call = Callable[[], object]
+
+
+def tune(
+    device: str = "cuda", folder: str | None = None, say: Callable[[str], object] = print
+) -> Path:
+    """Measures what this process has not measured on the GPU yet; returns the file. What is known
+    so far is in it after every model, so that an interrupt costs one model's."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune: needs a GPU, and torch finds none here")
+    target = torch.device(device)
+    chip = common.chip_of(torch.empty(0, device=target))
+    path = into = Path(folder) if folder else triton_backend.tuned_folder()
+    for name, preset in PRESETS.items():
+        with use_backend("triton"), torch.inference_mode(), common.tuning():
+            for what, call in calls(preset(), target):
+                say(f"{name}: {what}")
+                call()
+        path = common.save_choices(chip.name, into)
+    return path
+
+
+def calls(
+    c: LlamaConfig,
+    device: torch.device,
+    rows: tuple[int, ...] = ROWS,
+    contexts: tuple[tuple[int, int], ...] = CONTEXTS,
+    prompt: int = PROMPT,
+) -> Iterator[tuple[str, Call]]:
+    """Every op at a model's shapes: its name, and a call. Values are random, never zeros, on which
+    a GPU runs cooler and so faster; buffers live as long as the call."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+    d, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
+    yield from _elementwise(c, rows, randn)
+    table = ops.rope_table(c, prompt, device=device)
+    for n in sorted({1, prompt}):
+        q, k, v = randn(n, heads + 2 * kv_heads, d).split((heads, kv_heads, kv_heads), 1)
+        at = torch.arange(n, device=device)
+        yield f"apply_rope {n}", lambda q=q, k=k, at=at: ops.apply_rope(q, k, at, table)
+        cache = randn(2, -(-n // BLOCK_SIZE), BLOCK_SIZE, kv_heads, d)
+        yield (
+            f"apply_rope_and_append {n}",
+            lambda q=q, k=k, v=v, at=at, cache=cache: ops.apply_rope_and_append(
+                q, k, v, at, table, cache[0], cache[1], at
+            ),
+        )
+    q, k, v = (
+        randn(1, prompt, heads, d),
+        randn(1, prompt, kv_heads, d),
+        randn(1, prompt, kv_heads, d),
+    )
+    starts = torch.tensor([0, prompt // 2, prompt], dtype=torch.int32, device=device)
+    for causal in (True, False):
+        yield "attention", lambda causal=causal: ops.attention(q, k, v, causal=causal)
+    yield (
+        "attention, packed",
+        lambda: ops.attention(q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts),
+    )
+    for batch, keys in contexts:
+        yield from _cached(c, batch, keys, randn)
+    yield from _products(c, rows, randn)
+
+
+def _elementwise(
+    c: LlamaConfig, rows: tuple[int, ...], randn: Callable[..., Tensor]
+) -> Iterator[tuple[str, Call]]:
+    weight = randn(c.hidden_size)
+    for n in rows:
+        x, residual = randn(n, c.hidden_size), randn(n, c.hidden_size)
+        gate_up = randn(n, 2 * c.intermediate_size)
+        yield f"rms_norm {n}", lambda x=x: ops.rms_norm(x, weight)
+        yield f"add_rms_norm {n}", lambda x=x, r=residual: ops.add_rms_norm(x, r, weight)
+        yield f"rms_norm_fp8 {n}", lambda x=x: ops.rms_norm_fp8(x, weight)
+        yield (
+            f"rms_norm_fp8 + residual {n}",
+            lambda x=x, r=residual: ops.rms_norm_fp8(x, weight, residual=r),
+        )
+        yield f"silu_and_mul {n}", lambda x=gate_up: ops.silu_and_mul(x)
+        yield f"silu_and_mul_fp8 {n}", lambda x=gate_up: ops.silu_and_mul_fp8(x)
+        for kind in ("tensor", "row", "block", "block_2d"):
+            yield f"quantize_fp8 {kind} {n}", lambda x=x, kind=kind: ops.quantize_fp8(x, kind)
+
+
+def _cached(
+    c: LlamaConfig, batch: int, keys: int, randn: Callable[..., Tensor]
+) -> Iterator[tuple[str, Call]]:
+    """A paged cache, as the model has it, and a contiguous one; decode, and a chunk of a prompt."""
+    heads, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    blocks = -(-keys // BLOCK_SIZE)
+    pool = randn(2, batch * blocks, BLOCK_SIZE, kv_heads, d)
+    table = torch.randperm(batch * blocks, device=pool.device).int().view(batch, blocks)
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=pool.device)
+    flat = pool.view(2, batch, blocks * BLOCK_SIZE, kv_heads, d)
+    for queries in (1, 4, 512):
+        q = randn(batch, min(queries, keys), heads, d)
+        name = f"attention_with_kvcache {batch} x {keys}, {queries} queries"
+        yield (
+            name,
+            lambda q=q: ops.attention_with_kvcache(q, pool[0], pool[1], lengths, block_table=table),
+        )
+        yield name, lambda q=q: ops.attention_with_kvcache(q, flat[0], flat[1], lengths)
+
+
+def _products(
+    c: LlamaConfig, rows: tuple[int, ...], randn: Callable[..., Tensor]
+) -> Iterator[tuple[str, Call]]:
+    width = c.num_attention_heads * c.head_dim
+    shapes = {
+        "qkv": (width + 2 * c.num_key_value_heads * c.head_dim, c.hidden_size),
+        "output": (c.hidden_size, width),
+        "gate_up": (2 * c.intermediate_size, c.hidden_size),
+        "down": (c.hidden_size, c.intermediate_size),
+    }
+    for name, (n, k) in shapes.items():
+        plain = randn(n, k)
+        by_row, by_block = (ops.quantize_fp8(plain, kind) for kind in ("row", "block_2d"))
+        for m in rows:
+            x = randn(m, k)
+            yield f"linear {name} {m}", lambda x=x, w=plain: ops.linear(x, w)
+            for kind, (w, scale) in (("row", by_row), ("block", by_block)):
+                yield (
+                    f"fp8_linear {name} {m} {kind}",
+                    lambda x=x, w=w, s=scale: ops.fp8_linear(x, w, s),
+                )
+                a, a_scale = ops.quantize_fp8(x, kind)
+                yield (
+                    f"fp8_gemm {name} {m} {kind}",
+                    lambda a=a, s=a_scale, w=w, t=scale: ops.fp8_gemm(a, w, s, t),
+                )

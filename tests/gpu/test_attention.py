@@ -1,0 +1,515 @@
+"""The Triton attention against fp64, and everything a prefill must not do on a GPU."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import llama_fast as lf
+from llama_fast import reference
+from llama_fast.kernels import attention as kernel
+from llama_fast.kernels import common
+
+from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
+NAN, INF = float("nan"), float("inf")
+
+
+def qkv(
+    device: torch.device,
+    lengths: tuple[int, int],
+    heads: tuple[int, int],
+    d: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; values with a mean, as activations have."""
+    (sq, sk), (h, hkv) = lengths, heads
+    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
+    v = torch.randn(batch, sk, hkv, d) + 0.25
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    actual = lf.attention(q, k, v, **options)
+    exact = reference.attention(q.double(), k.double(), v.double(), **options)
+    allowed = 0.0
+    if q.dtype == torch.float32 and v.numel():
+        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
+    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
+    return actual
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool = True,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    tma: bool = True,
+) -> Tensor:
+    """The launcher itself, into an output full of NaN."""
+    out = torch.full(q.shape, NAN, dtype=q.dtype, device=q.device)
+    kernel.attention(out, q, k, v, causal, q.shape[-1] ** -0.5, cu_q, cu_k, tma=tma)
+    return out
+
+
+def cu_seqlens(device: torch.device, lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+# ---- against fp64 ----
+
+LENGTHS = [(n, n) for n in (1, 2, 5, 17, 97, 127, 129, 257)] + [(1, 239), (399, 3), (3, 399)]
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda n: f"{n[0]}x{n[1]}")
+def test_f09_lengths_that_no_block_divides(
+    device: torch.device, dtype: torch.dtype, lengths: tuple[int, int]
+) -> None:
+    q, k, v = qkv(device, lengths, (1, 1), 32, dtype)
+    for causal in (True, False):
+        check(q, k, v, causal=causal)
+
+
+@dtypes
+@pytest.mark.parametrize("d", [8, 16, 40, 64, 72, 96, 128, 200, 256])
+def test_head_dims(device: torch.device, dtype: torch.dtype, d: int) -> None:
+    check(*qkv(device, (33, 131), (2, 1), d, dtype))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24])
+def test_f15_f16_every_ratio_of_heads(device: torch.device, group: int) -> None:
+    check(*qkv(device, (5, 9), (2 * group, 2), 16, torch.bfloat16, batch=2))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3, 2.0])
+def test_softmax_scale(device: torch.device, scale: float) -> None:
+    check(*qkv(device, (20, 40), (2, 2), 64, torch.float32), softmax_scale=scale)
+
+
+# ---- sums that are exact ----
+
+
+@dtypes
+def test_f37_equal_scores_give_the_exact_mean(device: torch.device, dtype: torch.dtype) -> None:
+    """The interpreter's dot multiplies the bit patterns of bf16; the kernel widens them there, and
+    a sum of small integers shows whether it did."""
+    q = torch.zeros(1, 7, 4, 24, dtype=dtype, device=device)
+    v = torch.randint(-8, 9, (1, 256, 2, 24)).to(device, dtype)
+    mean = v.double().mean(1, keepdim=True).repeat_interleave(2, 2).expand(1, 7, 4, 24)
+    assert torch.equal(lf.attention(q, torch.randn_like(v), v, causal=False), mean.to(dtype))
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_winning_score_copies_its_value(
+    device: torch.device, dtype: torch.dtype, causal: bool
+) -> None:
+    n = 200
+    k = 8.0 * torch.randint(0, 2, (1, n, 2, 64)).mul(2).sub(1).to(device, dtype)
+    v = torch.randn(1, n, 2, 64).to(device, dtype)
+    chosen = (torch.rand(n) * (torch.arange(n) + 1)).long() if causal else torch.randperm(n)
+    out = lf.attention(k[:, chosen], k, v, causal=causal, softmax_scale=1.0)
+    # The FMA leaves the largest exponent at its product's rounding error instead of 0, on a GPU;
+    # p v / p still rounds to v in 16 bits.
+    assert ulps(out, v[:, chosen]) <= (4 if dtype == torch.float32 else 0)
+
+
+def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
+    """Compiled, tf32 would miss this by far; the interpreter cannot show it, so the source must."""
+    check(*qkv(device, (60, 200), (2, 1), 128, torch.float32), softmax_scale=0.5)
+    source = Path(kernel.__file__).read_text()
+    dots = re.findall(r"tl\.dot\((.*)\)", source)
+    assert dots and all('input_precision="ieee"' in dot for dot in dots)
+
+
+# ---- masks ----
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", [(5, 3), (150, 90), (40, 0), (129, 1)])
+def test_f07_rows_that_see_nothing_give_zeros(
+    device: torch.device, dtype: torch.dtype, lengths: tuple[int, int]
+) -> None:
+    q, k, v = qkv(device, lengths, (2, 1), 64, dtype)
+    out = check(q, k, v)
+    assert not out[:, : lengths[0] - lengths[1]].any()
+
+
+def test_f10_no_keys_and_no_mask_give_zeros(device: torch.device) -> None:
+    q, k, v = qkv(device, (3, 0), (2, 1), 16, torch.float32)
+    assert torch.equal(lf.attention(q, k, v, causal=False), torch.zeros_like(q))
+
+
+def test_scores_that_are_all_minus_infinity_stay_nan(device: torch.device) -> None:
+    q, k, v = qkv(device, (3, 5), (1, 1), 16, torch.float32)
+    q[:], k[:, :4] = 1.0, -INF
+    out = launch(q, k, v)  # the last query sees the finite key too, the others none
+    assert out[:, :2].isnan().all()
+    assert torch.equal(out[:, 2], v[:, 4])
+
+
+def test_a_tile_of_minus_infinity_comes_to_nothing(device: torch.device) -> None:
+    q, k, v = qkv(device, (3, 200), (1, 1), 16, torch.bfloat16)
+    q[:], k[:, :150] = 1.0, -INF
+    out = launch(q, k, v, causal=False)
+    assert torch.equal(out, launch(q, k[:, 150:], v[:, 150:], causal=False))
+
+
+@dtypes
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("key", [20, 131, 199])
+def test_f08_a_masked_key_never_counts(
+    device: torch.device, dtype: torch.dtype, bad: float, key: int
+) -> None:
+    q, k, v = qkv(device, (200, 200), (1, 1), 40, dtype)
+    clean = lf.attention(q, k, v)
+    k[:, key] = bad
+    out = lf.attention(q, k, v)
+    assert torch.equal(out[:, :key], clean[:, :key])
+    assert not out[:, key:].isfinite().any()
+
+
+@paths
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_f08_a_value_past_the_diagonal_tiles_never_counts(
+    device: torch.device, bad: float, tma: bool
+) -> None:
+    q, k, v = qkv(device, (300, 300), (1, 1), 64, torch.bfloat16)
+    clean = launch(q, k, v, tma=tma)
+    v[:, 260] = bad
+    out = launch(q, k, v, tma=tma)
+    assert torch.equal(out[:, :256], clean[:, :256])  # BLOCK_M is 128
+    assert not out[:, 260:].isfinite().any()
+
+
+@paths
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("causal", [True, False])
+def test_f08_packed_neighbours_never_count(
+    device: torch.device, causal: bool, bad: float, tma: bool
+) -> None:
+    lengths = [25, 150, 25]
+    q, k, v = (t[0] for t in qkv(device, (200, 200), (2, 1), 64, torch.bfloat16))
+    cu = cu_seqlens(device, lengths)
+    clean = launch(q, k, v, causal, cu, cu, tma)
+    for t in (q, k, v):
+        t[:25], t[175:] = bad, bad
+    out = launch(q, k, v, causal, cu, cu, tma)
+    assert torch.equal(out[25:175], clean[25:175])
+    assert out[25:175].isfinite().all()
+
+
+@dtypes
+def test_a_nan_query_spoils_its_own_row_only(device: torch.device, dtype: torch.dtype) -> None:
+    q, k, v = qkv(device, (40, 140), (2, 1), 64, dtype)
+    clean = lf.attention(q, k, v)
+    q[0, 11, 1, 5] = NAN
+    out = lf.attention(q, k, v)
+    assert out[0, 11, 1].isnan().all()
+    out[0, 11, 1] = clean[0, 11, 1]
+    assert torch.equal(out, clean)
+
+
+def test_huge_scores_stay_finite(device: torch.device) -> None:
+    q, k, v = qkv(device, (50, 150), (2, 1), 128, torch.float32)
+    out = lf.attention(q * 1e4, k * 1e4, v)
+    assert out.isfinite().all()
+    assert out.abs().max() <= v.abs().max() * (1 + 1e-5)
+
+
+# ---- packed sequences ----
+
+
+@dtypes
+@paths
+@pytest.mark.parametrize("causal", [True, False])
+def test_f10_packed_sequences_with_empty_ones(
+    device: torch.device, dtype: torch.dtype, causal: bool, tma: bool
+) -> None:
+    lengths_q, lengths_k = [0, 5, 0, 130, 1, 9, 0], [0, 5, 7, 200, 1, 0, 0]
+    q, k, v = qkv(device, (sum(lengths_q), sum(lengths_k)), (2, 1), 32, dtype)
+    cu_q, cu_k = cu_seqlens(device, lengths_q), cu_seqlens(device, lengths_k)
+    out = launch(q[0], k[0], v[0], causal, cu_q, cu_k, tma)
+    for (a, b), (c, e) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        if a == b:
+            continue
+        alone = launch(q[:, a:b], k[:, c:e], v[:, c:e], causal, tma=tma)
+        assert torch.equal(out[None, a:b], alone)
+        if c == e:
+            assert not alone.any()
+
+
+def test_many_short_sequences_find_their_tiles(device: torch.device) -> None:
+    lengths = [3, 0, 0, 1, 129, 2, 0, 128, 4, 0, 1, 1, 127, 0]
+    q, k, v = (t[0] for t in qkv(device, (sum(lengths),) * 2, (1, 1), 16, torch.bfloat16))
+    cu = cu_seqlens(device, lengths)
+    check(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+@pytest.mark.parametrize(
+    "cu",
+    [[0, 90, 30, 60], [0, 20, 40, 2**31 - 1], [-(2**31), 20, 40, 60], [50, 60, -5, 2**31 - 1]],
+    ids=str,
+)
+def test_wrong_cu_seqlens_stay_inside(device: torch.device, cu: list[int]) -> None:
+    """On a GPU nobody has checked them. What lies around the tensors is neither read nor written:
+    read, it would be NaN; beyond the tensors' ends on either side."""
+    q, k, v = (_framed(t[0]) for t in qkv(device, (60, 60), (1, 1), 16, torch.bfloat16))
+    out = _framed(torch.zeros_like(q))
+    wrong = torch.tensor(cu, dtype=torch.int32, device=device)
+    kernel.attention(out, q, k, v, True, 0.25, wrong, wrong)
+    assert out.isfinite().all()
+    assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
+
+
+def test_f11_no_queries_then_a_normal_call(device: torch.device) -> None:
+    q, k, v = qkv(device, (4, 4), (2, 1), 16, torch.bfloat16)
+    for empty in (q[:, :0], q[:0]):
+        batch = empty.shape[0]
+        assert lf.attention(empty, k[:batch], v[:batch]).shape == empty.shape
+    cu = cu_seqlens(device, [])
+    assert lf.attention(q[0, :0], k[0, :0], v[0, :0], cu_seqlens_q=cu, cu_seqlens_k=cu).numel() == 0
+    check(q, k, v)
+
+
+# ---- memory ----
+
+
+def _framed(t: Tensor) -> Tensor:
+    """t inside a larger tensor full of NaN."""
+    buffer = torch.full([n + 2 for n in t.shape], NAN, dtype=t.dtype, device=t.device)
+    inside = buffer[tuple(slice(1, -1) for _ in t.shape)]
+    return inside.copy_(t)
+
+
+def _heads_first(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@dtypes
+def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtype) -> None:
+    fused = torch.full((2, 70, 10 * 24), NAN, dtype=dtype, device=device)
+    fused[..., : 8 * 24] = torch.randn(2, 70, 8 * 24).to(device, dtype)  # the rest: not to be read
+    q, k, v = (t.unflatten(-1, (-1, 24)) for t in fused.split([96, 48, 96], dim=-1))
+    v = v[:, :, :2]
+    expected = lf.attention(q.contiguous(), k.contiguous(), v.contiguous())
+    assert torch.equal(lf.attention(q, k, v), expected)
+    assert torch.equal(lf.attention(_heads_first(q), k, _heads_first(v)), expected)
+    assert torch.equal(lf.attention(q.contiguous(), _heads_first(k), v), expected)
+    shared = k[:1].expand(2, -1, -1, -1)  # a stride of zero
+    assert torch.equal(lf.attention(q, shared, v), lf.attention(q, shared.contiguous(), v))
+
+
+@dtypes
+@pytest.mark.parametrize("d", [8, 24, 80])
+def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d: int) -> None:
+    """Framed: rows start at addresses that no vector load is aligned to."""
+    q, k, v = qkv(device, (37, 141), (2, 1), d, dtype, batch=2)
+    out = _framed(torch.zeros_like(q))
+    kernel.attention(out, _framed(q), _framed(k), _framed(v), True, d**-0.5, None, None)
+    assert torch.equal(out, lf.attention(q, k, v))
+    assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
+
+
+def test_what_the_tma_unit_is_given(device: torch.device) -> None:
+    t = torch.zeros(2, 70, 3, 64, dtype=torch.bfloat16, device=device)
+    assert kernel._descriptor(t, 64, 64) is not None
+    assert kernel._descriptor(t[:, 1:, :2], 64, 64) is not None
+    assert kernel._descriptor(_heads_first(t), 64, 64) is not None
+    assert kernel._descriptor(t[..., 1:], 64, 64) is None  # address
+    assert kernel._descriptor(_framed(t), 64, 64) is None  # strides
+    assert kernel._descriptor(t[:1].expand(2, -1, -1, -1), 64, 64) is None  # a stride of zero
+    assert kernel._descriptor(t[:, :0], 64, 64) is None
+
+
+def test_f02_f05_offsets_beyond_int32(device: torch.device) -> None:
+    # The second sequence, and in it the ninth row, start past 2^31; few pages are touched.
+    tokens, stride = 19, 2**28 + 64
+    q, k, v = (t[0] for t in qkv(device, (tokens, tokens), (2, 1), 16, torch.bfloat16))
+    cu = cu_seqlens(device, [9, 10])
+    expected = launch(q, k, v, True, cu, cu)
+    pool = torch.empty(tokens * stride, dtype=torch.bfloat16, device=device)
+    far_q = pool.as_strided((tokens, 2, 16), (stride, 16, 1)).copy_(q)
+    far_k = pool.as_strided((tokens, 1, 16), (stride, 16, 1), 32).copy_(k)
+    far_v = pool.as_strided((tokens, 1, 16), (stride, 16, 1), 48).copy_(v)
+    far_out = pool.as_strided((tokens, 2, 16), (stride, 16, 1), 64).fill_(NAN)
+    for tma in (True, False):
+        kernel.attention(far_out, far_q, far_k, far_v, True, 0.25, cu, cu, tma=tma)
+        assert torch.equal(far_out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.big
+def test_f05_a_packed_batch_past_2_31_elements() -> None:
+    tokens, d = 262_145, 128
+    cuda = torch.device("cuda")
+    q = torch.zeros(tokens, 64, d, dtype=torch.bfloat16, device=cuda)  # rows of 8192 elements
+    k = torch.zeros(tokens, 1, d, dtype=torch.bfloat16, device=cuda)
+    q[-200:], k[-200:] = torch.randn(200, 64, d), torch.randn(200, 1, d)
+    cu = cu_seqlens(cuda, [tokens - 200, 200])
+    out = lf.attention(q, k, k, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    alone = lf.attention(q[None, -200:], k[None, -200:], k[None, -200:])
+    assert torch.equal(out[None, -200:], alone)
+
+
+# ---- configurations and schedules ----
+
+
+def _offered(dtype: torch.dtype, block_d: int) -> list[common.Config]:
+    """Of this chip; interpreted, of every chip."""
+    chips = list(common.CHIPS.values())
+    if torch.cuda.is_available():
+        chips = [common.chip_of(torch.zeros(1, device="cuda"))]
+    name = str(dtype).removeprefix("torch.")
+    return list(dict.fromkeys(c for chip in chips for c in kernel._configs(chip, name, block_d)))
+
+
+CONFIGS = [
+    pytest.param(dtype, d, config, id=f"{str(dtype)[6:]}-{d}-{config}".replace(" ", ","))
+    for dtype in (torch.bfloat16, torch.float32)
+    for d in (64, 128, 256)
+    for config in _offered(dtype, d)
+]
+
+
+@pytest.mark.parametrize(("dtype", "d", "config"), CONFIGS)
+def test_f33_each_configuration_alone(
+    device: torch.device, dtype: torch.dtype, d: int, config: common.Config
+) -> None:
+    lengths_q, lengths_k = [20, 0, 50], [140, 10, 30]
+    q, k, v = (t[0] for t in qkv(device, (70, 180), (1, 1), d, dtype))
+    cu_q, cu_k = cu_seqlens(device, lengths_q), cu_seqlens(device, lengths_k)
+    with common.force("attention", config):
+        packed = launch(q, k, v, True, cu_q, cu_k)  # into NaN: every row is written
+        assert torch.equal(check(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), packed)
+        assert torch.equal(launch(q, k, v, True, cu_q, cu_k, tma=False), packed)
+        check(q[None], k[None], v[None], causal=False)
+
+
+def test_every_chip_is_offered_something() -> None:
+    for chip in common.CHIPS.values():
+        for dtype in ("bfloat16", "float16", "float32"):
+            for block_d in (16, 32, 64, 128, 256):
+                assert kernel._configs(chip, dtype, block_d)
+
+
+@pytest.mark.parametrize("per_section", [1, 2, 3, 100])
+def test_every_section_covers_its_tiles(
+    device: torch.device, per_section: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = qkv(device, (40, 50), (10, 5), 16, torch.bfloat16, batch=1)
+    cu = cu_seqlens(device, [10, 30]), cu_seqlens(device, [20, 30])
+    expected, packed = launch(q, k, v), launch(q[0], k[0], v[0], True, *cu)
+    stream_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+    monkeypatch.setattr(kernel, "_L2_SHARE", per_section * stream_bytes)
+    assert torch.equal(launch(q, k, v), expected)
+    assert torch.equal(launch(q[0], k[0], v[0], True, *cu), packed)
+    check(q, k, v)
+
+
+# ---- the same row, the same result ----
+
+
+@dtypes
+def test_f41_a_row_does_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
+    q, k, v = qkv(device, (170, 170), (2, 2), 32, dtype, batch=2)
+    whole = launch(q, k, v)
+    assert torch.equal(launch(q, k, v, tma=False), whole)  # nor on how it is loaded
+    assert torch.equal(launch(q[1:2], k[1:2], v[1:2]), whole[1:2])
+    for n in (1, 31, 129):  # the last rows alone: a chunk of a prefill
+        assert torch.equal(launch(q[:, -n:], k, v), whole[:, -n:])
+    for n in (1, 100, 129):  # the first rows alone: a shorter prompt
+        assert torch.equal(launch(q[:, :n], k[:, :n], v[:, :n]), whole[:, :n])
+    for head in (0, 1):  # a head's share under tensor parallelism
+        one = slice(head, head + 1)
+        assert torch.equal(launch(q[:, :, one], k[:, :, one], v[:, :, one]), whole[:, :, one])
+    cu = cu_seqlens(device, [170, 170])
+    packed = launch(*(t.flatten(0, 1) for t in (q, k, v)), True, cu, cu)
+    assert torch.equal(packed.unflatten(0, (2, 170)), whole)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    dtype=st.sampled_from(DTYPES),
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 90)), min_size=1, max_size=3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    d=st.integers(1, 32).map(lambda n: 8 * n),
+    causal=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(
+    dtype: torch.dtype,
+    lengths: list[tuple[int, int]],
+    kv_heads: int,
+    group: int,
+    d: int,
+    causal: bool,
+    seed: int,
+) -> None:
+    if not causal:
+        lengths = [(sq, max(sk, 1)) for sq, sk in lengths]  # eager's softmax of nothing
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    total = sum(sq for sq, _ in lengths), sum(sk for _, sk in lengths)
+    q, k, v = (t[0] for t in qkv(device, total, (kv_heads * group, kv_heads), d, dtype))
+    cu_q, cu_k = (cu_seqlens(device, [pair[i] for pair in lengths]) for i in (0, 1))
+    with lf.use_backend("triton"):
+        check(q, k, v, causal=causal, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+
+
+# ---- what only hardware can show ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_f42_repeats_give_the_same_bits(d: int) -> None:
+    q, k, v = qkv(torch.device("cuda"), (1000, 1500), (8, 2), d, torch.bfloat16, batch=2)
+    first = lf.attention(q, k, v)
+    assert all(torch.equal(lf.attention(q, k, v), first) for _ in range(250))
+
+
+@pytest.mark.gpu
+def test_f20_a_captured_launch_follows_its_inputs() -> None:
+    q, k, v = (t[0] for t in qkv(torch.device("cuda"), (200, 200), (4, 1), 128, torch.bfloat16))
+    cu = cu_seqlens(q.device, [80, 120])
+    options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    lf.attention(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lf.attention(q, k, v, **options)
+    q.copy_(torch.randn_like(q))
+    cu.copy_(cu_seqlens(q.device, [150, 50]))
+    graph.replay()
+    assert torch.equal(out, lf.attention(q, k, v, **options))
+
+
+@pytest.mark.gpu
+def test_f17_a_device_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    q, k, v = qkv(torch.device("cuda:1"), (100, 100), (4, 2), 128, torch.bfloat16)
+    with torch.cuda.device(0):
+        check(q, k, v)
+
+
+@pytest.mark.gpu
+def test_long_sequences(device: torch.device) -> None:
+    q, k, v = qkv(device, (3000, 4100), (4, 1), 128, torch.bfloat16)
+    check(q, k, v)
+    check(q, k, v, causal=False)

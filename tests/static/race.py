@@ -1,0 +1,52 @@
+"""python -m tests.static.race compile|save FOLDER: eight processes at once, in one folder.
+
+compile: one kernel for sm_90, FOLDER being Triton's cache; prints the hash of each one's cubin.
+save: each adds a choice of its own to one GPU's file. Forked, so that they start together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+from llama_fast.bench import compiled
+from llama_fast.kernels import common, tuning
+
+from .demo_cases import launch_copy
+
+PROCESSES = 8
+_fork = multiprocessing.get_context("fork")
+_start = _fork.Barrier(PROCESSES)
+
+
+def compile_one(_: int) -> str:
+    with common.record(common.CHIPS["sm_90"]) as recording:
+        launch_copy(1)
+    (launch,) = recording.launches
+    specialised = compiled.specialise(launch, recording.chip)
+    _start.wait()
+    return hashlib.sha256(specialised.compile().asm["cubin"]).hexdigest()
+
+
+def save_one(index: int) -> str:
+    for step in range(8):
+        mine = {f"{index},{step}": common.Config.of(BLOCK=index)}
+        tuning._measured["a GPU"] = {"race": mine}
+        if step == 0:
+            _start.wait()
+        common.save_choices("a GPU", Path(sys.argv[2]))
+    return str(index)
+
+
+def main() -> None:
+    task = {"compile": compile_one, "save": save_one}[sys.argv[1]]
+    os.environ["TRITON_CACHE_DIR"] = sys.argv[2]
+    with _fork.Pool(PROCESSES) as pool:
+        print("\n".join(pool.map(task, range(PROCESSES), chunksize=1)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Every Triton kernel, compiled for chips that are not here, by the oldest, the tested and the
+newest Triton; and the checker itself, on kernels that are wrong on purpose.
+
+Other versions than the installed one come from PyPI into build/triton-<version>, once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from llama_fast.bench import static, static_cases, static_rules, static_table
+from llama_fast.bench.compiled import AMDGCN, PTX, SASS, Facts, _search
+from llama_fast.bench.occupancy import occupancy
+from llama_fast.kernels import common
+
+from .demo_cases import CASES as DEMO
+
+ROOT = Path(__file__).resolve().parents[2]
+OLDEST, NEWEST = "3.6.0", "3.9.0"  # pyproject.toml's bound; the newest that was tried
+INSTALLED = triton.__version__
+
+pytestmark = pytest.mark.timeout(1500)  # all kernels from cold, on two busy cores
+
+
+def run(version: str, json_file: Path, *arguments: str) -> dict[str, Any]:
+    """bench.static in a process of its own: this one's kernels are the interpreter's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "static-cache")
+    if version != INSTALLED:
+        environment["PYTHONPATH"] = str(other_triton(version))
+    command = [sys.executable, "-m", "llama_fast.bench.static", "--jobs", "2"]
+    done = subprocess.run(
+        [*command, "--json", str(json_file), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode in (0, 1) and json_file.exists(), done.stdout + done.stderr
+    content = json.loads(json_file.read_text())
+    assert content["triton"] == version
+    return content
+
+
+def other_triton(version: str) -> Path:
+    """A folder for PYTHONPATH with that version; unpacked whole or not at all."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if folder.exists():
+        return folder
+    partial = folder.with_suffix(f".{os.getpid()}.partial")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(partial)]
+    done = subprocess.run([*pip, f"triton=={version}"], capture_output=True, text=True)
+    if done.returncode:
+        shutil.rmtree(partial, ignore_errors=True)
+        pytest.skip(f"pip cannot get triton {version}: {done.stderr.strip()[-200:]}")
+    partial.rename(folder)
+    return folder
+
+
+# The installed version compiles everything that may run on the chips that there are figures for,
+# and what runs on the others unless someone tunes; other versions the latter: what a new Triton
+# breaks, it breaks there. All of everything: python -m bench.static.
+FIRST = ["--first", "--arch", "sm_80", "sm_90"]
+MATRIX = {OLDEST: FIRST, NEWEST: FIRST, INSTALLED: ["--first", "sm_89", "sm_100", "gfx942"]}
+
+
+@pytest.fixture(scope="session", params=MATRIX)
+def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The rows for one version of Triton."""
+    folder = tmp_path_factory.mktemp("static")
+    return run(request.param, folder / "static.json", *MATRIX[request.param])["rows"]
+
+
+def wrong(rows: list[dict[str, Any]], pattern: str) -> list[str]:
+    return [
+        f"{r['kernel']} on {r['arch']}, {r['config']} ({', '.join(r['cases'])}): {problem}"
+        for r in rows
+        for problem in r["problems"]
+        if re.search(pattern, problem)
+    ]
+
+
+def test_every_launch_compiles(table: list[dict[str, Any]]) -> None:
+    assert not [line for r in table if r["facts"] is None for line in wrong([r], "")]
+
+
+def test_every_file_of_kernels_is_there(table: list[dict[str, Any]]) -> None:
+    assert {r["op"] for r in table} == {case.op for case in static_cases.CASES}
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    assert {case.op for case in static_cases.CASES} <= files
+
+
+def test_nothing_spills_or_uses_local_memory(table: list[dict[str, Any]]) -> None:
+    assert not wrong(table, "spills|local memory")
+
+
+def test_f36_every_configuration_fits_its_chip(table: list[dict[str, Any]]) -> None:
+    assert not wrong(table, "shared memory")
+
+
+def test_f39_no_tf32(table: list[dict[str, Any]]) -> None:
+    assert not wrong(table, "tf32")
+
+
+def test_the_instructions_are_there(table: list[dict[str, Any]]) -> None:
+    assert not wrong(table, "^no |serialised")
+
+
+def test_as_many_blocks_fit_as_planned(table: list[dict[str, Any]]) -> None:
+    assert not wrong(table, "blocks a multiprocessor")
+
+
+def test_no_other_problem(table: list[dict[str, Any]]) -> None:
+    known = "spills|local memory|shared memory|tf32|^no |serialised|blocks a multiprocessor"
+    assert not [r["problems"] for r in table if any(not re.search(known, p) for p in r["problems"])]
+
+
+def test_the_cost_models_table_is_current(table: list[dict[str, Any]]) -> None:
+    """Which kernels run untuned, for which cases; registers differ from version to version."""
+
+    def first(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+        return {
+            (row["kernel"], case, row["config"])
+            for row in rows
+            if row["arch"] == "sm_90" and row["config_index"] == 0
+            for case in row["cases"]
+        }
+
+    assert first(static_table.rows()) == first(table), (
+        "python -m bench.static --write docs/kernels.md"
+    )
+
+
+def test_the_oldest_version_is_the_one_promised() -> None:
+    assert f"triton>={OLDEST.removesuffix('.0')} " in (ROOT / "pyproject.toml").read_text()
+
+
+# ---- the checker ----
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[str]]:
+    """The demonstration kernels' problems, by case and chip."""
+    file = tmp_path_factory.mktemp("demo") / "static.json"
+    arguments = ("--cases", "tests.static.demo_cases", "--arch", "sm_80", "sm_90", "gfx942")
+    rows = run(INSTALLED, file, *arguments)["rows"]
+    return {(r["op"], r["arch"]): r["problems"] for r in rows}
+
+
+def test_a_good_kernel_has_no_problems(demo: dict[tuple[str, str], list[str]]) -> None:
+    assert {arch: demo["good", arch] for arch in ("sm_80", "sm_90", "gfx942")} == {
+        "sm_80": [],
+        "sm_90": [],
+        "gfx942": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("op", "arch", "problem"),
+    [
+        ("spills", "sm_80", r"^spills \d+ bytes$"),
+        ("spills", "sm_90", r"^spills \d+ bytes$"),
+        ("spills", "sm_90", r"local memory a thread$"),
+        ("spills", "sm_90", r"^wgmma is serialised$"),
+        ("spills", "gfx942", r"^spills \d+ registers$"),
+        ("exceeds", "sm_80", r"bytes of shared memory, the chip has 166912$"),
+        ("exceeds", "sm_90", r"bytes of shared memory, the chip has 232448$"),
+        ("exceeds", "gfx942", r"bytes of shared memory, the chip has 65536$"),
+        ("loses_wgmma", "sm_90", r"^no wgmma \(matrix\)$"),
+        ("tf32", "sm_80", r"^tf32$"),
+        ("tf32", "sm_90", r"^tf32$"),
+        ("tf32", "gfx942", r"^tf32$"),
+        ("narrow", "sm_90", r"^no 16-byte loads or TMA or cp.async"),
+        ("narrow", "gfx942", r"^no 16-byte loads or TMA or cp.async"),
+        ("occupancy", "sm_90", r"^1 blocks a multiprocessor for want of registers$"),
+        ("refuses", "sm_90", r"^ValueError: x: got something else$"),
+    ],
+)
+def test_a_faulty_kernel_is_found(
+    op: str, arch: str, problem: str, demo: dict[tuple[str, str], list[str]]
+) -> None:
+    assert [p for p in demo[op, arch] if re.search(problem, p)], demo[op, arch]
+
+
+FINE = Facts(64, 0, 0, 1024, 128, False, instructions=("wgmma", "16-byte loads"))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({}, None),
+        ({"spills": 8}, "spills 8 bytes"),
+        ({"stack": 8}, "8 bytes of local memory a thread"),
+        ({"shared": 232449}, "232449 bytes of shared memory, the chip has 232448"),
+        ({"serialized": True}, "wgmma is serialised"),
+        ({"instructions": ("wgmma", "16-byte loads", "tf32")}, "tf32"),
+        ({"instructions": ("mma", "16-byte loads")}, "no wgmma (matrix)"),
+        ({"registers": 200}, "2 blocks a multiprocessor for want of registers"),
+    ],
+    ids=str,
+)
+def test_problems(change: dict[str, Any], problem: str | None) -> None:
+    facts = Facts(**{**vars(FINE), **change})
+    found = static_rules.problems("sm_90", facts, 232448, {"matrix", "16-byte loads"}, 3)
+    assert found[:1] == ([problem] if problem else [])
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "threads", "wanted"),
+    [
+        ("sm_90", 32, 0, 1024, (2, 64, "registers")),
+        ("sm_90", 32, 0, 128, (16, 64, "registers")),
+        ("sm_90", 33, 0, 128, (12, 48, "registers")),  # rounded up to 40: 51 warps, in fours
+        ("sm_90", 168, 0, 128, (3, 12, "registers")),
+        ("sm_90", 255, 0, 256, (1, 8, "registers")),
+        ("sm_90", 128, 113 * 1024, 128, (2, 8, "shared memory")),
+        ("sm_90", 128, 114 * 1024, 128, (1, 4, "shared memory")),  # with 1 KiB for the system
+        ("sm_90", 16, 0, 32, (32, 32, "blocks")),
+        ("sm_80", 64, 41 * 1024, 128, (3, 12, "shared memory")),
+        ("sm_89", 16, 0, 256, (6, 48, "warps")),
+        ("gfx942", 128, 0, 256, (4, 16, "registers")),
+        ("gfx942", 40, 32768, 256, (2, 8, "shared memory")),
+    ],
+    ids=str,
+)
+def test_occupancy(
+    arch: str, registers: int, shared: int, threads: int, wanted: tuple[int, int, str]
+) -> None:
+    found = occupancy(arch, registers, shared, threads)
+    assert (found.blocks, found.warps, found.limit) == wanted
+
+
+def test_occupancy_of_tensor_memory() -> None:
+    assert occupancy("sm_100", 64, 0, 128, 256).blocks == 2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "text", "wanted"),
+    [
+        (PTX, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {", ["wgmma"]),
+        (PTX, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {", ["wgmma e4m3"]),
+        (PTX, "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32 {", ["tf32"]),
+        (PTX, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", ["mma"]),
+        (PTX, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", ["mma e4m3"]),
+        (PTX, "cp.async.cg.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x10, %r2;", ["cp.async"]),
+        (PTX, "cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;", []),
+        (PTX, "ld.global.v4.b32 { %r1, %r2, %r3, %r4 }", ["16-byte loads"]),
+        (PTX, "ld.global.L1::evict_first.v4.b32 { %r1 }", ["16-byte loads"]),
+        (PTX, "ld.global.v2.b32 { %r1, %r2 }", []),
+        (PTX, "st.global.v4.b32 [ %rd1 + 0 ]", ["16-byte stores"]),
+        (PTX, "cp.async.bulk.tensor.2d.shared::cluster.global", ["TMA"]),
+        (PTX, "tcgen05.mma.cta_group::1.kind::f8f6f4 [ %r1 ]", ["tcgen05 e4m3"]),
+        (SASS, "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;", ["wgmma"]),
+        (SASS, "QGMMA.64x128x32.F32.E4M3.E4M3 R24, gdesc[UR12], R24", ["wgmma e4m3"]),
+        (SASS, "HMMA.1688.F32.TF32 R4, R8, R12, R4 ;", ["mma", "tf32"]),
+        (SASS, "LDGSTS.E.BYPASS.128 [R5], desc[UR8][R2.64] ;", ["cp.async", "16-byte loads"]),
+        (SASS, "LDGSTS.E [R5], desc[UR8][R2.64] ;", []),
+        (SASS, "STL.64 [R1+0x8], R4 ;", ["local memory"]),
+        (AMDGCN, "v_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5]", ["mfma"]),
+        (AMDGCN, "buffer_load_dwordx4 v[2:5], v1, s[4:7]", ["16-byte loads"]),
+        (AMDGCN, "v_mfma_f32_16x16x8_xf32 a[0:3], v[0:1]", ["tf32"]),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_patterns(patterns: dict[str, str], text: str, wanted: list[str]) -> None:
+    assert _search(patterns, text) == wanted
+
+
+def test_every_need_is_a_word_and_every_word_a_pattern() -> None:
+    for case in (*static_cases.CASES, *DEMO):
+        for words in case.needs.values():
+            assert set(words) <= static_rules.WORDS.keys(), case
+    for word, accepted in static_rules.WORDS.items():
+        assert accepted.keys() <= common.CHIPS.keys(), word
+        names = {name for text in accepted.values() for name in text.split("|")}
+        assert names <= PTX.keys() | AMDGCN.keys(), word
+
+
+def test_each_chip_has_a_multiprocessor() -> None:
+    for arch, chip in common.CHIPS.items():
+        assert occupancy(arch, 32, chip.shared_memory, 128).blocks == 1
+
+
+def test_unknown_kernel_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "INTERPRETED", False)
+        assert static.main(["--kernel", "fly"]) == 2
+    assert "no kernel named fly" in capsys.readouterr().err
