@@ -13,7 +13,7 @@ from .kernels import common
 from .kernels.activation import silu_and_mul
 from .kernels.attention import attention
 from .kernels.decode_attention import attention_with_kvcache
-from .kernels.fp8_gemm import linear, prefers_fp8_activations
+from .kernels.fp8_gemm import linear
 from .kernels.quantize import quantize_fp8
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import rope
