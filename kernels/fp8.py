@@ -54,7 +54,7 @@ def round_to(x, DTYPE: tl.constexpr):
 def fma(x, y, z):
     """x * y + z of fp32, rounded once: also in the interpreter, whose own rounds twice."""
     if INTERPRETED:
-        exact = x.to(tl.float64) * y.to(tl.float64) + z.to(tl.float64)
+        exact = tl.cast(x, tl.float64) * tl.cast(y, tl.float64) + tl.cast(z, tl.float64)
         return exact.to(tl.float32)
     return tl.fma(x, y, z)
 

@@ -74,19 +74,27 @@ def _square_kernel(
     COLS: tl.constexpr,
     BOUNDED: tl.constexpr,
     NATIVE: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """One 128x128 block a program."""
+    """One 128x128 block a program, in strips of STRIP rows, twice: the second time from L1."""
     ACROSS: tl.constexpr = (COLS + 127) // 128
     block = tl.program_id(0)
-    row = (block // ACROSS).to(tl.int64) * 128 + tl.arange(0, 128)[:, None]
+    top = (block // ACROSS).to(tl.int64) * 128
     cols = (block % ACROSS) * 128 + tl.arange(0, 128)[None, :]
-    inside = (row < rows) & (cols < COLS)
-    v = to_fp32(tl.load(x + (row * x_stride + cols), mask=inside, other=0.0))
-    amax = tl.max(amax_bits(v, 1), axis=0).to(tl.float32, bitcast=True)
-    block_scale = row_scale(amax, scale_ub)
+    largest = tl.zeros([STRIP], tl.int32)
+    for strip in range(0, 128, STRIP):
+        row = top + (strip + tl.arange(0, STRIP)[:, None])
+        inside = (row < rows) & (cols < COLS)
+        v = tl.load(x + (row * x_stride + cols), mask=inside, other=0.0)
+        largest = tl.maximum(largest, amax_bits(v, 1))
+    block_scale = row_scale(tl.max(largest, axis=0).to(tl.float32, bitcast=True), scale_ub)
     tl.store(scale + block, block_scale)
-    to = tl.max_contiguous(row * COLS + cols, (1, 8))
-    tl.store(q + to, quantize(v, block_scale, BOUNDED, NATIVE), mask=inside)
+    for strip in range(0, 128, STRIP):
+        row = top + (strip + tl.arange(0, STRIP)[:, None])
+        inside = (row < rows) & (cols < COLS)
+        v = to_fp32(tl.load(x + (row * x_stride + cols), mask=inside, other=0.0))
+        to = tl.max_contiguous(row * COLS + cols, (1, 8))
+        tl.store(q + to, quantize(v, block_scale, BOUNDED, NATIVE), mask=inside)
 
 
 @triton.jit
@@ -201,11 +209,9 @@ def _piece_configs(chip: Chip, itemsize: int) -> list[Config]:
     ]
 
 
-def _square_configs(chip: Chip, vectors: bool) -> list[Config]:
-    """Weights, once. 512 threads have 32 elements each; one by one, at odd widths, those take more
-    registers, so there 256 threads come first, which may have 255 each."""
-    threads = (512, 1024, 256) if vectors else (256,)
-    return [Config.of(t // chip.warp_size, 1) for t in threads]
+def _square_configs(chip: Chip) -> list[Config]:
+    """16 elements a thread, as above."""
+    return [Config.of(8 * strip // chip.warp_size, 1, STRIP=strip) for strip in (32, 64, 16)]
 
 
 _groups = Tuner("quantize_groups", _group_configs)
@@ -231,7 +237,7 @@ def quantize_fp8(
         def run_squares(config: Config) -> None:
             common.launch(_square_kernel, grid, *args, COLS=cols, **constants, config=config)
 
-        run_squares(_squares.choose(x, (cols % 8 == 0,), run_squares))
+        run_squares(_squares.choose(x, (), run_squares))
     elif granularity == "row" and cols > _WIDEST:
         args = (q, scale, x, cols, x.stride(0), bound)
         config = _pieces.choose(x, (x.element_size(),))

@@ -182,8 +182,9 @@ _WIDE = 2**15  # bytes of a row, rounded up to a power of two, beyond which it g
 _SM_THREADS = 1024  # as many as have 64 registers each
 
 
-def _configs(chip: Chip, hidden: int, itemsize: int, streams: int) -> list[Config]:
-    """streams: 2 with a residual, else 1.
+def _configs(chip: Chip, hidden: int, itemsize: int) -> list[Config]:
+    """One choice for all four forms, so that fusing changes no bit: shared memory is counted for x
+    and a residual.
 
     The best guess has 16 elements a thread: two loads of 16 bytes and under 64 registers. 32 halve
     the warps that meet at a barrier, 8 shorten each thread's work. Two rows on the way (STAGES 3),
@@ -197,7 +198,7 @@ def _configs(chip: Chip, hidden: int, itemsize: int, streams: int) -> list[Confi
         deep = [
             stages
             for stages in (4, 3, 2)
-            if (stages - 1) * streams * 8192 * itemsize + 1024 <= chip.shared_memory
+            if (stages - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory
         ]
         return [
             Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
@@ -206,7 +207,7 @@ def _configs(chip: Chip, hidden: int, itemsize: int, streams: int) -> list[Confi
     rows, found = max(1, 512 // block), []
     for elements, stages in ((16, 3), (32, 3), (8, 3), (16, 2), (16, 1)):
         warps = min(1024 // lanes, max(1, rows * block // (lanes * elements)))
-        shared = (stages - 1) * streams * rows * block * itemsize + 1024
+        shared = (stages - 1) * 2 * rows * block * itemsize + 1024
         per_sm = min(_SM_THREADS // (lanes * warps), chip.shared_memory // shared)
         config = Config.of(warps, 1, ROWS=rows, BLOCK=block, PER_SM=per_sm, STAGES=stages)
         if per_sm and config not in found:
@@ -257,5 +258,4 @@ def rms_norm(
             config=config,
         )
 
-    streams = 1 if residual is None else 2
-    run(_tuner.choose(x, (hidden, x.element_size(), streams), run))
+    run(_tuner.choose(x, (hidden, x.element_size()), run))

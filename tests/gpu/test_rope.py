@@ -166,20 +166,21 @@ def test_f29_f30_f31_offsets_strides_and_canaries(
 
 
 def test_f02_f03_strides_past_2_to_31(device: torch.device) -> None:
-    """Tokens, and the cache's blocks, more than 2^31 elements apart."""
-    stride = 2**31 + 128
-    memory = torch.empty(stride + 128, dtype=torch.bfloat16, device=device)
-    values = torch.randn(2, 2, 64).bfloat16().to(device)
-    q = memory.as_strided((2, 2, 64), (stride, 64, 1)).copy_(values)
+    """Tokens, and the cache's blocks: a stride that fits 32 bits, times 2, does not; and one that
+    does not itself."""
+    memory = torch.empty(2**31 + 512, dtype=torch.bfloat16, device=device)
     table = lf.rope_table(1e4, 16, head_dim=64, device=device)
-    positions = torch.tensor([3, 9], device=device)
-    want = reference.apply_rope(values, values, positions, table)
-    for a, b in zip(lf.apply_rope(q, q, positions, table), want, strict=True):
-        assert torch.equal(a, b)
-    cache = memory.as_strided((2, 1, 2, 64), (stride, 128, 64, 1))
-    slots = torch.tensor([1, 0], device=device)
-    lf.apply_rope_and_append(values, values, values, positions, table, cache, cache.clone(), slots)
-    assert torch.equal(cache[[1, 0], 0], want[1])
+    for n, stride in ((3, 2**30 + 128), (2, 2**31 + 128)):
+        values = torch.randn(n, 2, 64).bfloat16().to(device)
+        q = memory.as_strided((n, 2, 64), (stride, 64, 1)).copy_(values)
+        positions = torch.arange(3, 3 + n, device=device)
+        want = reference.apply_rope(values, values, positions, table)
+        for a, b in zip(lf.apply_rope(q, q, positions, table), want, strict=True):
+            assert torch.equal(a, b)
+        cache = memory.as_strided((n, 1, 2, 64), (stride, 128, 64, 1))
+        slots, other = torch.arange(n, device=device).flip(0), torch.empty_like(cache.contiguous())
+        lf.apply_rope_and_append(values, values, values, positions, table, cache, other, slots)
+        assert torch.equal(cache[slots, 0], want[1])
 
 
 @pytest.mark.gpu
