@@ -1,9 +1,13 @@
 # make bench   set up .venv, then the forward pass with the kernels against eager PyTorch
 # make test    the same set-up, then the whole test suite      (PYTEST="-k rope" passes options)
+# make gpu-report PYTHON=python3   all about this machine's GPU in 9 minutes, into $(REPORT), with
+#              what that Python has installed: no environment is made, nothing is downloaded.
+#              GPU="--only ops --case attention" passes options
 # make lint | format | sanitize | clean
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 
 VENV ?= .venv
+REPORT ?= bench/out/gpu
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
     "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; \
@@ -28,13 +32,17 @@ CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 say = { echo "error: $(1)" >&2; exit 1; }
 
-.PHONY: bench test lint format sanitize clean preflight
+.PHONY: bench test gpu-report lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
 
 test: $(READY)
 	"$(BIN)/python" -m pytest $(PYTEST)
+
+# Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
+gpu-report:
+	"$(PYTHON)" -m bench --gpu-report "$(REPORT)" $(GPU)
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

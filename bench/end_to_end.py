@@ -21,7 +21,7 @@ import llama_fast as lf
 from llama_fast import _cpu
 from llama_fast.cache import KVCache
 
-from .cases import matmul_limit
+from .cases import CPU, matmul_limit
 from .timing import measure
 
 PREFILL, DECODE = 512, 8  # tokens; decode steps per round
@@ -33,7 +33,7 @@ def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
     )
 
 
-def _transformers_model(config: lf.LlamaConfig) -> Any:
+def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> Any:
     """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,10 +54,11 @@ def _transformers_model(config: lf.LlamaConfig) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaForCausalLM(hf).eval()
+        with device:
+            model = LlamaForCausalLM(hf).eval()
     finally:
         torch.set_default_dtype(before)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 1.0 if "embed" in name else p.shape[1] ** -0.5
@@ -82,13 +83,8 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Prefill and decode, ours in FP8 and bf16 against transformers; and the logits' errors."""
     config = shape()
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
-    hf = _transformers_model(config)
-    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
-        hf.save_pretrained(folder, safe_serialization=True)
-        ours = {
-            "bf16": lf.Llama.from_pretrained(folder, progress=False),
-            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", progress=False),
-        }
+    hf = transformers_model(config)
+    ours = _same_weights(hf, CPU)
     prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
     with torch.inference_mode():
         logits = _logit_errors(hf, ours, prompt[:, :64])
@@ -116,14 +112,14 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
         reads = {f"limit {name}": _read_weights(m) for name, m in ours.items()}
         decode = measure({**decoders, "transformers": transformers_decode, **reads}, 2 * budget)
         say("  decode measured")
-    fastest = prefill["limit"].median * _prefill_flops(config) / flops
+    fastest = prefill["limit"].median * prefill_flops(config) / flops
     rows = [
-        _row(f"prefill {PREFILL}", name, prefill, PREFILL, "matmul", fastest, {"transformers": 1.1})
+        row(f"prefill {PREFILL}", name, prefill, PREFILL, "matmul", fastest, {"transformers": 1.1})
         for name in ours
     ]
     for name, targets in (("bf16", {}), ("FP8", {"transformers": 5.0})):
         fastest = decode[f"limit {name}"].median * DECODE
-        rows.append(_row("decode", name, decode, DECODE, "read", fastest, targets))
+        rows.append(row("decode", name, decode, DECODE, "read", fastest, targets))
     return {
         "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
         f"random weights; baseline: transformers, sdpa, bf16",
@@ -132,7 +128,7 @@ def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _linears(model: lf.Llama) -> list[Tensor]:
+def linears(model: lf.Llama) -> list[Tensor]:
     """The weights that every token passes through; the embedding is only looked up."""
     layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
     return [w.weight for w in (*layers, model.weights.head)]
@@ -142,20 +138,37 @@ def _read_weights(model: lf.Llama) -> Callable[[int], None]:
     """What one token of a decode cannot do without."""
 
     def run(_: int) -> None:
-        for w in _linears(model):
+        for w in linears(model):
             _cpu.read_bandwidth_probe(w.data_ptr(), w.nbytes, torch.get_num_threads())
 
     return run
 
 
-def _prefill_flops(config: lf.LlamaConfig) -> float:
+def prefill_flops(config: lf.LlamaConfig, tokens: int = PREFILL) -> float:
     """The linear layers on every token, the head on the last, and causal attention."""
     c, hidden = config, config.hidden_size
     heads = c.num_attention_heads * c.head_dim
     layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    attended = PREFILL**2 * heads  # two products, half of each masked
-    per_layer = 2.0 * layer * PREFILL + 2.0 * attended
+    attended = tokens**2 * heads  # two products, half of each masked
+    per_layer = 2.0 * layer * tokens + 2.0 * attended
     return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
+
+
+def _same_weights(hf: Any, device: torch.device) -> dict[str, lf.Llama]:
+    """Ours, loaded from what transformers saves."""
+    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
+        hf.save_pretrained(folder, safe_serialization=True)
+        return {
+            "bf16": lf.Llama.from_pretrained(folder, device=device, progress=False),
+            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", device=device, progress=False),
+        }
+
+
+def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, float]:
+    """The errors of a model of that shape, over 64 tokens."""
+    hf = transformers_model(config, device)
+    prompt = torch.randint(0, config.vocab_size, (1, 64), generator=_generator()).to(device)
+    return _logit_errors(hf, _same_weights(hf, device), prompt)
 
 
 def _generator() -> torch.Generator:
@@ -174,16 +187,17 @@ def _logit_errors(hf: Any, ours: dict[str, lf.Llama], prompt: Tensor) -> dict[st
     return found
 
 
-def _row(
+def row(
     what: str,
     name: str,
     timings: dict[str, Any],
     tokens: int,
     limit: str,
     fastest: float,
-    targets: dict[str, float],
+    targets: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """fastest: the seconds that the limit alone would take."""
+    targets = targets or {}
     t, eager = timings[name], timings["transformers"]
     times = {"transformers": eager.median / t.median}
     return {
@@ -197,39 +211,46 @@ def _row(
         "times": times,
         "targets": targets,
         "met": {k: times[k] >= v for k, v in targets.items()},
-        "seconds": {n: dataclasses.asdict(v) for n, v in timings.items()},
+        "seconds": {n: v.to_json() for n, v in timings.items()},
     }
 
 
 def line(r: dict[str, Any]) -> str:
     mark = "".join("*" if ok else f" (>={r['targets'][n]:g})" for n, ok in r["met"].items())
     return (
-        f"{r['op']:<16}{r['shape']:<6}{r['tokens_per_s']:>9.1f} tokens/s"
+        f"{r['op']:<{max(16, len(r['op']) + 2)}}{r['shape']:<6}{r['tokens_per_s']:>9.1f} tokens/s"
         f"{r['ms_per_token']:>10.2f} ms a token {r['of_limit']:>5.0%} of {r['limit']:<8}"
         "transformers "
         f"{r['transformers_tokens_per_s']:>7.1f} tokens/s   {r['times']['transformers']:.2f}x{mark}"
     )
 
 
-def whole(say: Callable[[str], None], steps: int = 16) -> dict[str, Any]:
+def whole(
+    say: Callable[[str], None], steps: int = 16, device: torch.device = CPU
+) -> dict[str, Any]:
     """The 8B preset, all 32 layers, FP8 random weights: prefill, decode, peak memory."""
     config = lf.LlamaConfig.llama_3_1_8b()
     start = time.perf_counter()
-    model = lf.Llama.from_config(config, quantize="fp8")
+    model = lf.Llama.from_config(config, quantize="fp8", device=device)
     made = time.perf_counter() - start
     say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
-    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
-    cache = KVCache(config, PREFILL + steps + 1, 1)
+    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator()).to(device)
+    cache = KVCache(config, PREFILL + steps + 1, 1, device=device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()
     with torch.inference_mode():
         logits = model.logits(model.hidden(prompt, cache=cache)[:, -1:])
+        wait()
         prefill = time.perf_counter() - start
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
             logits = model(logits[:, -1:].argmax(-1), cache=cache)
+            wait()
             seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
     found = {
         "init_s": made,
         "prefill_tokens_per_s": PREFILL / prefill,

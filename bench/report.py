@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,7 +15,10 @@ import llama_fast as lf
 from llama_fast import _cpu
 
 from .cases import Case
+from .files import write
 from .timing import Timing
+
+__all__ = ["environment", "insert", "line", "markdown", "row", "summary", "write"]
 
 # Beyond twice eager's error: an ulp of bf16, for where eager happens to be exact.
 WRONG = 2.0**-7
@@ -26,8 +29,12 @@ HEADER = (
 )
 
 
-def environment() -> dict[str, Any]:
-    """Hardware, versions, threads, commit. No host name: the file is meant to be shared."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Hardware, versions, threads, commit. No host name: the file is meant to be shared.
+
+    device: the one measured on; a GPU's driver, clocks and compilers come along.
+    """
+    on_gpu = device is not None and device.type == "cuda"
     return {
         "cpu": _cpu_model(),
         "isa": _cpu.isa(),
@@ -37,8 +44,50 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "llama_fast": lf.__version__,
-        "commit": _commit(),
+        "commit": _commit() or os.environ.get("LLAMA_FAST_COMMIT"),
+        **(gpu_details() if on_gpu else {}),
     }
+
+
+# What nvidia-smi is asked, and under which name the answer is kept. Nothing is ever set.
+_SMI = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "max_sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.limit": "power_limit_w",
+    "power.draw": "power_w",
+    "temperature.gpu": "temperature_c",
+    "mig.mode.current": "mig",
+}
+
+
+def gpu_details() -> dict[str, Any]:
+    """What figures on a GPU depend on besides its name."""
+    major, minor = torch.cuda.get_device_capability()
+    details: dict[str, Any] = {
+        "sm": f"sm_{major}{minor}",
+        "gpu_memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+    for name in ("triton", "transformers"):
+        try:
+            details[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            details[name] = None
+    return {**details, **gpu_state()}
+
+
+def gpu_state() -> dict[str, str]:
+    """nvidia-smi's clocks, power and temperature now; empty where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    answers = asked.stdout.splitlines()[0].split(",") if asked.stdout else []
+    return {name: a.strip() for name, a in zip(_SMI.values(), answers, strict=False)}
 
 
 def _cpu_model() -> str:
@@ -91,10 +140,7 @@ def row(case: Case, timings: dict[str, Timing], errors: tuple[float, float]) -> 
         "error": errors[0],
         "eager_error": errors[1],
         "wrong": not errors[0] <= 2 * errors[1] + WRONG,  # NaN is wrong too
-        "seconds": {
-            name: {"median": t.median, "p10": t.p10, "p90": t.p90, "rounds": t.rounds}
-            for name, t in timings.items()
-        },
+        "seconds": {name: t.to_json() for name, t in timings.items()},
     }
 
 
@@ -172,11 +218,3 @@ def insert(readme: Path, table: str, name: str = "bench") -> None:
     if not begin or not end:
         raise ValueError(f"{readme}: no <!-- {name}:begin --> and <!-- {name}:end -->")
     readme.write_text(head + begin + table + "\n" + end + tail)
-
-
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all: an interrupt between two cases leaves the file of the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    partial.replace(path)

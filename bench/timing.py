@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 Run = Callable[[int], object]  # called with the round's number, to rotate buffers by
 
@@ -22,9 +22,16 @@ class Timing:
     p10: float
     p90: float
     rounds: int
+    mode: str = "clock"  # the host's; or on a GPU "graph" or "events", see gpu_timing.py
+
+    def to_json(self) -> dict[str, float | int | str]:
+        found = asdict(self)
+        if self.mode == "clock":
+            del found["mode"]
+        return found
 
 
-def summarise(seconds: list[float]) -> Timing:
+def summarise(seconds: list[float], mode: str = "clock") -> Timing:
     ordered = sorted(seconds)
     last = len(ordered) - 1
     return Timing(
@@ -32,6 +39,7 @@ def summarise(seconds: list[float]) -> Timing:
         ordered[round(0.1 * last)],
         ordered[round(0.9 * last)],
         len(ordered),
+        mode,
     )
 
 
@@ -39,6 +47,7 @@ def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
     """Alternates the runs for about `budget` seconds, warm-up aside, at least MIN_ROUNDS rounds.
 
     The order turns round every other round, so that nobody always runs on a neighbour's caches.
+    On the host's clock; gpu_timing.measure is a GPU's.
     """
     for i in range(2):
         for run in runs.values():

@@ -13,17 +13,18 @@ against 63 us for the bytes: bound by the tensor cores, if they are kept fed. Fo
   but the last. GROUP_M rows of tiles are walked column by column, so that the tiles in flight share
   their operands in the L2 cache.
 - TMA copies tiles into shared memory, num_stages deep, without registers or address arithmetic.
-- The tile is 128 x 256: (128 + 256) * 128 bytes from L2 for 2 * 128 * 256 * 128 FLOP. 128 x 128
-  would want a third more, 8.2 TB/s against 6.2 at 1,000 TFLOP/s; it is for small problems.
-- The sums. Hopper and Ada add e4m3 products with 13 bits after the point, so every 128 of K the
-  tensor cores start from zero and their partial sum joins an fp32 total ("promotion"); scales in
-  blocks are applied in the same fma. Total and partial sum of 128 x 256 would be 256 registers a
-  thread, which is all there are. So the tile is two halves of 128 columns, with a total each and
-  one partial sum between them; while one warpgroup adds, the other multiplies. Predicted to cost
-  10 % over adding everything in the tensor core, as fast_accum elsewhere does, at 2^-12 of
-  relative error instead of 2^-14 K / 64.
+- The tile is 128 x 256: (128 + 256) * 128 bytes from L2 for 2 * 128 * 256 * 128 FLOP, 5.9 TB/s at
+  1,000 TFLOP/s. 128 x 128 would want 7.8; it is for problems with few tiles.
+- The sums. Hopper and Ada add e4m3 products with about 14 bits, cutting off the rest, so every 128
+  of K the tensor cores start from zero and their partial sum joins an fp32 total ("promotion");
+  scales in blocks are applied in the same fma. Total and partial sum of a 128 x 256 tile would be
+  256 registers a thread, all there are. So the tile is two halves of 128 columns, with a total each
+  and one partial sum between them; while one warpgroup adds, the other multiplies. Predicted to
+  cost 10 % over summing all of K in the tensor core ("fast accumulation"), whose error grows with
+  K: nearly 2 % at K = 4096 in DeepSeek-V3's report (arXiv:2412.19437), against 2^-12 here.
 
-Every configuration adds in the same order, so none of them, and no M > 64, changes a bit.
+Triton's warp specialisation is not used: on sm_90 it is new in 3.6, and unmeasured here.
+Every configuration adds in the same order, so neither it nor M changes a bit, beyond 64 rows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Chip, Config, Tuner, cdiv, next_power_of_2
+from .common import Chip, Config, Tuner, cdiv, next_power_of_2, programs
 from .fp8 import INTERPRETED, round_to
 from .fp8_stream import MOST_ROWS, stream
 from .fp8_tile import (
@@ -176,6 +177,7 @@ def _gemm(
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
+    # fmt: off
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
@@ -191,7 +193,6 @@ def _gemm(
                 sx = load_scale(x_scale, m, block, M, x_step, BLOCK_M, 1)
             k = block * SCALE_BLOCK
             a = operand(load_tile(x, m, k, M, K, x_stride, BLOCK_M, SCALE_BLOCK, TMA), MMA, False)
-            # fmt: off
             left = _add_product(
                 left, a, sx, weight, weight_scale, n, block, N, K, weight_stride, w_step,
                 X_BLOCKS, W_BLOCKS, W_HEIGHT, PROMOTE, MMA, TMA,
@@ -202,41 +203,15 @@ def _gemm(
                     w_step, X_BLOCKS, W_BLOCKS, W_HEIGHT, PROMOTE, MMA, TMA,
                 )
         _store(
-            out,
-            left,
-            m,
-            n,
-            M,
-            N,
-            bias,
-            x_scale,
-            x_step,
-            weight_scale,
-            w_step,
-            BLOCK_M,
-            X_BLOCKS,
-            W_BLOCKS,
-            TMA_STORE,
+            out, left, m, n, M, N, bias, x_scale, x_step, weight_scale, w_step,
+            BLOCK_M, X_BLOCKS, W_BLOCKS, TMA_STORE,
         )
         if BLOCK_N > HALF:
             _store(
-                out,
-                right,
-                m,
-                n + HALF,
-                M,
-                N,
-                bias,
-                x_scale,
-                x_step,
-                weight_scale,
-                w_step,
-                BLOCK_M,
-                X_BLOCKS,
-                W_BLOCKS,
-                TMA_STORE,
+                out, right, m, n + HALF, M, N, bias, x_scale, x_step, weight_scale, w_step,
+                BLOCK_M, X_BLOCKS, W_BLOCKS, TMA_STORE,
             )
-            # fmt: on
+    # fmt: on
 
 
 # ---- configurations ----
@@ -260,12 +235,12 @@ _TILES = (
 
 
 def _configs(chip: Chip, m: int, n: int, by_column: bool, out_bytes: int) -> list[Config]:
-    """m rounded up to a power of two. by_column: the weight's scales are 1x128 blocks, 64 more
-    registers that the largest tile does not have. Best first: waves of tiles over their rate."""
+    """m rounded up to a power of two. by_column: the weight's scales are 1x128 blocks, a vector
+    and its addresses in registers. Best first: waves of tiles over their rate."""
     offered = []
     for block_m, block_n, warps, rate in _TILES:
-        if block_n > 128 and (by_column or not chip.has_tma):
-            continue  # pointers and masks take registers as well
+        if (by_column and block_m > 64) or (block_n > 128 and not chip.has_tma):
+            continue  # it would spill: pointers and masks take registers as well
         tiles = cdiv(m, block_m) * cdiv(n, block_n)
         cost = cdiv(tiles, chip.sms) * block_m * block_n / rate
         for stages in (4, 3, 2):  # as many as fit: 4 hide 2 us of latency, more would not help
@@ -278,13 +253,7 @@ def _configs(chip: Chip, m: int, n: int, by_column: bool, out_bytes: int) -> lis
 
 _tuner = Tuner("fp8_gemm", _configs)
 
-# ---- launchers ----
-
-
-def prefers_fp8_activations(x: Tensor) -> bool:
-    """Whether fp8_linear quantises x where the caller does not say: on chips that multiply e4m3,
-    at any number of rows, so that a row does not depend on the batch."""
-    return common.chip_of(x).has_e4m3
+# ---- launcher ----
 
 
 def linear(
@@ -322,7 +291,7 @@ def linear(
         resident = min(2, chip.shared_memory // _shared_bytes(chip, config, out.itemsize))
         common.launch(
             _gemm,
-            (min(tiles, chip.sms * resident),),
+            (programs(tiles, chip.sms * resident),),
             source(out, rows, 128, tma_store),
             source(x_raw, rows, 128, tma),
             source(weight_raw, 128, 128, tma),

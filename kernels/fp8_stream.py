@@ -7,8 +7,8 @@ activations and chips that cannot multiply e4m3, at any M.
 
 Cost for M <= 64: N K bytes of weight, 2 M N K FLOP. A 14336 x 4096 weight is 59 MB, 14 us at
 4.2 TB/s; the FLOP are 4 us of H200's tensor cores at M = 64. So it is the weight's bytes that
-count, and the kernel keeps enough of them in flight: 4 us of latency times bandwidth is 5 MB, 40 KB
-an SM, and two programs an SM hold 64 KB each.
+count, and the kernel keeps enough of them in flight: 1.2 us of latency at 4.2 TB/s is 5 MB, 40 KB
+an SM; the stages of an SM's one or two programs hold 64 KB or more.
 
 - The weight is the left operand, 64 rows or more of the tensor core's M, and x^T the right one: one
   row of x costs an 8- or 16-wide product, where 64 rows of padding would cost as much as M = 64.
@@ -18,8 +18,8 @@ an SM, and two programs an SM hold 64 KB each.
 - The number of splits, the blocks of K and their order depend on N, K and the chip, never on M:
   a row gives the same bits alone and among 64. Beyond 64 rows nothing is split: other last bits.
 - 16-bit activations: e4m3 becomes x's dtype in registers, on its way from shared memory to the
-  tensor core, exactly. Four instructions for two values, 20 values an SM and clock at full
-  bandwidth: 40 of the 128 that an SM issues.
+  tensor core, exactly. At full bandwidth an SM gets 18 values a clock; two take two to four
+  instructions of a thread, and an SM issues 128: a third of them at most.
 - On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (fp8_gemm.py says why).
 """
 
@@ -260,7 +260,7 @@ def stream(
             W_HEIGHT=sw.height,
             PROMOTE=sx.blocks or sw.blocks or (x.dtype == E4M3 and needs_promotion(chip)),
             MMA=mma,
-            NATIVE=native(chip) and not (chip.arch == 89 and mma == tl.bfloat16),
+            NATIVE=native(chip) and not (chip.arch == 89 and mma == tl.bfloat16),  # no such cvt
             TMA=tma,
             **options,
         )

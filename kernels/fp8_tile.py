@@ -45,9 +45,8 @@ def spread(scale: Tensor | None, rows: int) -> Spread:
 
 
 def needs_promotion(chip: Chip) -> bool:
-    """Whether the chip's e4m3 products are summed in less than fp32: Ada and Hopper keep 13 bits
-    after the point and cut the rest off, so a long sum shrinks (by about 2 % at K = 16384).
-    Blackwell and 16-bit products add in fp32."""
+    """Whether the chip sums e4m3 products in less than fp32: Ada and Hopper do, in about 14 bits.
+    Blackwell sums them in fp32, and every chip the products of 16-bit operands."""
     return chip.arch in (89, 90)
 
 

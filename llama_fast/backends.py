@@ -207,6 +207,12 @@ def _warn_once(why: str) -> None:
     warnings.warn(f"llama_fast: CUDA tensors run in {why}", stacklevel=5)
 
 
+def asked_for() -> frozenset[tuple[str, str]]:
+    """What use_backend and the environment ask for now: what was captured under one answer does
+    not hold under another."""
+    return frozenset(_override.get().items())
+
+
 def backends() -> BackendTable:
     """For every op and device type: the backend that serves it now, and why."""
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None

@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, metavar="K", help="default 0: no limit")
     add("--seed", type=int, metavar="N", help="default: a new one each time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
+    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel on its own")
     add("--threads", type=_positive, metavar="N", help="default: torch's choice")
 
     quantize = command(
@@ -217,6 +218,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             top_k=args.top_k,
             seed=args.seed,
             on_token=on_token,
+            graphs=False if args.no_graphs else None,
         )
     except KeyboardInterrupt:
         code = 130

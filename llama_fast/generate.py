@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import sampling
+from . import decode, sampling
 from .cache import KVCache
 
 if TYPE_CHECKING:
@@ -30,53 +30,89 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    graphs: bool | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, which is a list of token ids (BOS included, where wanted).
 
     A sequence ends after max_new_tokens, or with the first of stop_ids, which is kept as the last
     id, as transformers does; None: those of the checkpoint; (): none. temperature, top_p, top_k:
     see sampling.sample. on_token(index of the prompt, id) is called for each token as it comes.
+    graphs: whether decoding replays CUDA graphs; None: on a GPU. There the model keeps the cache
+    and the graphs for its next call, until model.decoders.clear().
 
     A prompt's result does not depend on the others: with a seed it draws from a random stream of
     its own, made of the seed and its tokens, and, for repeated prompts, which repetition it is.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that with
-    max_new_tokens exceeds the model's positions, and logits that are NaN.
+    max_new_tokens exceeds the model's positions, logits that are NaN, and graphs on a CPU.
     """
     _check_count("max_new_tokens", max_new_tokens)
     sampling.check(temperature, top_p, top_k)
+    if graphs is not None and not isinstance(graphs, bool):
+        raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
+    cannot = decode.cannot_capture(model.device)
+    if graphs and cannot:
+        raise ValueError(f"graphs: got True, but {cannot}")
     vocab = model.config.vocab_size
     stops = frozenset(_ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids))
     checked = [_prompt(i, prompt, vocab, max_new_tokens, model) for i, prompt in enumerate(prompts)]
     new: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
         return new
-    lengths = [len(prompt) + max_new_tokens for prompt in checked]
-    cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
-    generators = _generators(checked, seed, model.device)
+    generators = _generators(checked, seed)
 
-    def emit(i: int, logits: torch.Tensor) -> bool:
-        """Samples a token of sequence i. Whether it goes on."""
-        try:
-            token = sampling.sample(logits, temperature, top_p, top_k, generators[i])
-        except ValueError as error:
-            raise ValueError(f"prompt {i}, new token {len(new[i])}: {error}") from None
+    def emit(i: int, token: int) -> bool:
+        """Takes a token of sequence i. Whether it goes on."""
+        if token < 0:
+            raise _no_token(i, len(new[i]), "logits: none is a finite maximum")
         new[i].append(token)
         if on_token is not None:
             on_token(i, token)
-        if token not in stops and len(new[i]) < max_new_tokens:
+        return token not in stops and len(new[i]) < max_new_tokens
+
+    if _runs_ahead(model.device):
+        settings = decode.Settings(temperature, top_p, top_k)
+        u = None
+        if temperature:
+            u = torch.stack(
+                [torch.rand(max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
+            )
+        capture = None if graphs is False or cannot else decode.CudaGraph
+        decode.run(model, checked, max_new_tokens, settings, u, emit, capture)
+        return new
+
+    lengths = [len(prompt) + max_new_tokens for prompt in checked]
+    cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
+
+    def goes_on(i: int, logits: torch.Tensor) -> bool:
+        try:
+            token = sampling.sample(logits, temperature, top_p, top_k, generators[i])
+        except ValueError as error:
+            raise _no_token(i, len(new[i]), str(error)) from None
+        if emit(i, token):
             return True
         cache.release(i)
         return False
 
     active = [
-        i for i, prompt in enumerate(checked) if emit(i, _prefill(model, prompt, cache.select([i])))
+        i
+        for i, prompt in enumerate(checked)
+        if goes_on(i, _prefill(model, prompt, cache.select([i])))
     ]
     while active:
         tokens = torch.tensor([[new[i][-1]] for i in active], device=model.device)
         logits = model(tokens, cache=cache.select(active))[:, 0]
-        active = [i for i, row in zip(active, logits, strict=True) if emit(i, row)]
+        active = [i for i, row in zip(active, logits, strict=True) if goes_on(i, row)]
     return new
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether a device computes while the host goes on."""
+    return device.type == "cuda"
+
+
+def _no_token(i: int, index: int, why: str) -> ValueError:
+    return ValueError(f"prompt {i}, new token {index}: {why}")
 
 
 def _prefill(model: Llama, prompt: list[int], cache: KVCache) -> torch.Tensor:
@@ -87,10 +123,9 @@ def _prefill(model: Llama, prompt: list[int], cache: KVCache) -> torch.Tensor:
     return model.logits(hidden[:, -1])[0]
 
 
-def _generators(
-    prompts: list[list[int]], seed: int | None, device: torch.device
-) -> list[torch.Generator]:
-    """Without a seed, torch's own generator gives one, so that torch.manual_seed rules here too."""
+def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Generator]:
+    """On the host, so that a seed means the same on every device. Without one, torch's own
+    generator gives it, so that torch.manual_seed rules here too."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     _check_count("seed", seed)
@@ -100,7 +135,7 @@ def _generators(
         key = f"{seed} {seen[prompt]} ".encode() + array("q", prompt).tobytes()
         digest = hashlib.blake2b(key, digest_size=8).digest()
         stream = int.from_bytes(digest, "little", signed=True)
-        generators.append(torch.Generator(device).manual_seed(stream))
+        generators.append(torch.Generator().manual_seed(stream))
         seen[prompt] += 1
     return generators
 

@@ -431,6 +431,12 @@ def out_features(weight: Tensor) -> int:
     return weight.shape[0] * (PACK_ROWS if weight.dim() == 4 else 1)
 
 
+def prefers_fp8_activations(weight: Tensor) -> bool:
+    """What quantize_activation=None means for fp8_linear on weight's device."""
+    on = kernels("fp8_linear", weight.device)
+    return on is not None and on.prefers_fp8_activations(weight)
+
+
 def _fp8_linear(
     x: Tensor,
     weight: Tensor,

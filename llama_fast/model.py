@@ -5,6 +5,7 @@ Source: The Llama 3 Herd of Models, arXiv:2407.21783.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checkpoint, generate, ops
+from . import checkpoint, decode, generate, ops
 from .cache import Append, KVCache
 from .config import LlamaConfig
 from .reference import FP8_DTYPE
-from .weights import DTYPES, LayerWeights, RandomSource, Weights, assemble
+from .weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
 
 
 class Llama:
@@ -24,6 +25,7 @@ class Llama:
         self.config, self.weights = config, weights
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.rope = ops.rope_table(config, config.max_position_embeddings, device=self.device)
+        self.decoders: list[decode.Decoder] = []  # idle ones, kept for generate's next call
 
     @classmethod
     def from_pretrained(
@@ -89,20 +91,37 @@ class Llama:
             positions = append.positions
         else:
             positions = torch.arange(seqlen, device=self.device).repeat(batch)
-        x, residual = F.embedding(tokens, self.weights.embedding), None
-        for i, layer in enumerate(self.weights.layers):
-            x, residual = self._norm(x, residual, layer.attention_norm)
-            if cache is None or append is None:
-                x = self._attend(layer, x, positions)
-            else:
-                kv = cache.k[i], cache.v[i]
-                x = self._attend_cached(layer, x, positions, *kv, append, cache.scales(i))
-            x, residual = self._norm(x, residual, layer.ffn_norm)
-            x = layer.down(ops.silu_and_mul(layer.gate_up(x)))
-        x, _ = self._norm(x, residual, self.weights.norm)
+        x = self.forward(self.embed(tokens), positions, cache, append)
         if cache is not None:
             cache.advance(seqlen)
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[B, S] -> [B, S, hidden]. On a GPU, where checking an id would mean waiting for it, one
+        outside the vocabulary has NaN for its embedding: no other sequence sees that, and torch's
+        own answer, an assertion on the device, would end the process's use of the GPU."""
+        if tokens.is_cpu:
+            return F.embedding(tokens, self.weights.embedding)
+        inside = (tokens >= 0) & (tokens < self.config.vocab_size)
+        x = F.embedding(tokens.where(inside, 0), self.weights.embedding)
+        return x.masked_fill(~inside[..., None], math.nan)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        append: Append | None = None,
+    ) -> Tensor:
+        """Embeddings [B, S, hidden], positions [B * S] -> [B, S, hidden], all layers and the last
+        norm. Checks nothing and waits for nothing: decode.py captures it in CUDA graphs."""
+        residual: Tensor | None = None
+        for i, layer in enumerate(self.weights.layers):
+            normed, residual = self._norm(x, residual, layer.attention_norm, layer.qkv)
+            x = layer.output(self._attend(layer.qkv(normed), positions, i, cache, append))
+            normed, residual = self._norm(x, residual, layer.ffn_norm, layer.gate_up)
+            x = layer.down(self._swiglu(layer.gate_up(normed), layer.down))
+        return self._plain_norm(x, residual, self.weights.norm)[0]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -119,6 +138,7 @@ class Llama:
         seed: int | None = None,
         stop_ids: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        graphs: bool | None = None,
     ) -> list[list[int]]:
         """See llama_fast.generate.generate."""
         return generate.generate(
@@ -131,43 +151,60 @@ class Llama:
             seed=seed,
             stop_ids=stop_ids,
             on_token=on_token,
+            graphs=graphs,
         )
 
-    def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _plain_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """rms_norm of x + residual, and the sum itself."""
+        eps = self.config.rms_norm_eps
         if residual is None:
-            return ops.rms_norm(x, weight, self.config.rms_norm_eps), x
-        return ops.add_rms_norm(x, residual, weight, self.config.rms_norm_eps)
+            return ops.rms_norm(x, weight, eps), x
+        return ops.add_rms_norm(x, residual, weight, eps)
 
-    def _qkv(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, hidden] -> q [B * S, H, D], k and v [B * S, Hkv, D]."""
-        c = self.config
-        heads = layer.qkv(x).flatten(0, 1).unflatten(1, (-1, c.head_dim))
-        return heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
-
-    def _attend(self, layer: LayerWeights, x: Tensor, positions: Tensor) -> Tensor:
-        q, k, v = self._qkv(layer, x)
-        q, k = ops.apply_rope(q, k, positions, self.rope)
-        out = ops.attention(*(t.unflatten(0, x.shape[:2]) for t in (q, k, v)))
-        return layer.output(out.flatten(2))
-
-    def _attend_cached(
-        self,
-        layer: LayerWeights,
-        x: Tensor,
-        positions: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        append: Append,
-        scales: dict[str, Tensor | None],
-    ) -> Tensor:
-        q, k, v = self._qkv(layer, x)
-        q = ops.apply_rope_and_append(
-            q, k, v, positions, self.rope, k_cache, v_cache, append.slots, **scales
-        ).unflatten(0, x.shape[:2])
-        out = ops.attention_with_kvcache(
-            q, k_cache, v_cache, append.cache_seqlens, block_table=append.block_table, **scales
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, into: Linear
+    ) -> tuple[Tensor | Quantized, Tensor]:
+        """The same, in the form that the linear it goes into takes best."""
+        if not into.wants_fp8:
+            return self._plain_norm(x, residual, weight)
+        q, scale, *total = ops.rms_norm_fp8(
+            x, weight, self.config.rms_norm_eps, residual=residual, scale_ub=into.scale_ub
         )
-        return layer.output(out.flatten(2))
+        return Quantized(q, scale, x.dtype), total[0] if total else x
+
+    def _swiglu(self, gate_up: Tensor, into: Linear) -> Tensor | Quantized:
+        if into.wants_fp8:
+            return Quantized(*ops.silu_and_mul_fp8(gate_up, scale_ub=into.scale_ub), gate_up.dtype)
+        return ops.silu_and_mul(gate_up)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        layer: int,
+        cache: KVCache | None,
+        append: Append | None,
+    ) -> Tensor:
+        """[B, S, (H + 2 * Hkv) * D] -> [B, S, H * D]."""
+        c, shape = self.config, qkv.shape[:2]
+        heads = qkv.flatten(0, 1).unflatten(1, (-1, c.head_dim))
+        q, k, v = heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
+        if cache is None or append is None:
+            q, k = ops.apply_rope(q, k, positions, self.rope)
+            out = ops.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
+            return out.flatten(2)
+        kv, scales = (cache.k[layer], cache.v[layer]), cache.scales(layer)
+        q = ops.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
+        q = q.unflatten(0, shape)
+        if append.run is not None and shape[1] > 1:
+            k, v = (pool.flatten(0, 1)[append.run].unsqueeze(0) for pool in kv)
+            return ops.attention(q, k, v).flatten(2)
+        out = ops.attention_with_kvcache(
+            q, *kv, append.cache_seqlens, block_table=append.block_table, **scales
+        )
+        return out.flatten(2)
 
     def _check(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> None:
         for name, t in (("tokens", tokens), ("positions", positions)):

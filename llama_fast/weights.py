@@ -5,18 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import library, ops
 from .config import LlamaConfig
 from .reference import FP8_DTYPE, PACK_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZE = (None, "fp8", "fp8_ffn")
 ACTIVATION_BOUND = 1200.0  # on a row's amax, where activations are quantised: Meta's 405B recipe
+
+
+class Quantized(NamedTuple):
+    """An activation that its producer has quantised by row: x is about q * scale."""
+
+    q: Tensor  # e4m3 [..., K]
+    scale: Tensor  # fp32 [rows, 1]
+    dtype: torch.dtype  # of x, and of what a linear makes of it
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,24 @@ class Linear:
     bias: Tensor | None = None  # [N]
     scale_ub: float | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized):
+            assert self.scale is not None  # a caller quantises where wants_fp8 says so
+            rows = x.q.flatten(0, -2)
+            out = ops.fp8_gemm(
+                rows, self.weight, x.scale, self.scale, bias=self.bias, out_dtype=x.dtype
+            )
+            return out.unflatten(0, x.q.shape[:-1])
         if self.scale is None:
             return ops.linear(x, self.weight, self.bias)
         return ops.fp8_linear(x, self.weight, self.scale, self.bias, scale_ub=self.scale_ub)
+
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether fp8_linear would quantise x by row, which x's producer then does in passing.
+        Blocks of weights want blocks of activations, which no producer makes."""
+        by_row = self.scale is not None and self.weight.dim() == 2 and self.scale.shape[-1] == 1
+        return by_row and library.prefers_fp8_activations(self.weight)
 
     @property
     def nbytes(self) -> int:

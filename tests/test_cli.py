@@ -146,6 +146,18 @@ def test_seed_repeats(
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("options", [[], ["--no-graphs"]], ids=["default", "no-graphs"])
+def test_no_graphs_reaches_generate(
+    checkpoint: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool | None] = []
+    monkeypatch.setattr(
+        "llama_fast.model.Llama.generate", lambda *_, graphs, **__: seen.append(graphs)
+    )
+    assert generate(checkpoint, "--prompt", "x", "--device", "cpu", *options) == 0
+    assert seen == [False if options else None]
+
+
 def test_prompt_from_stdin(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

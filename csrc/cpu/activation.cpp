@@ -40,9 +40,54 @@ inline Vec silu(Vec x) {
   return x * reciprocal(d);
 }
 
+#if defined(LF_AVX512)
+// Eight vectors of x read from 16 bits, step by step together: each one's steps wait for each other
+// (some 25 of them), and the core looks only 64 ahead. An exact product with the first 13 bits of
+// log2 e is what gets reduced, so the rest can be added afterwards. 2^r on [0, 1]: relative error
+// 6e-9. A NaN may be lost on the way, but the result is multiplied by x.
+inline void silu_16bit(Vec (&x)[8]) {
+  constexpr int kSmallerMagnitudeSignOfFirst = 0x2;
+  constexpr int kFraction = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const Vec coefficients[] = {broadcast(0.0012442055f), broadcast(0.009678331f),
+                              broadcast(0.055483762f),  broadcast(0.24022968f),
+                              broadcast(0.693147f),     broadcast(1.0f)};
+  __m512 t[8];
+  Vec r[8], p[8];
+#define LF_EACH _Pragma("GCC unroll 8") for (int i = 0; i < 8; ++i)
+  LF_EACH r[i].v = _mm512_range_ps(x[i].v, _mm512_set1_ps(105.0f), kSmallerMagnitudeSignOfFirst);
+  LF_EACH t[i] = _mm512_mul_ps(r[i].v, _mm512_set1_ps(-1.442627f));
+  LF_EACH p[i].v = _mm512_reduce_ps(t[i], kFraction);
+  LF_EACH r[i] = fma(r[i], broadcast(-6.8087764e-05f), p[i]);
+  LF_EACH p[i] = broadcast(2.1700618e-04f);
+  for (const Vec& c : coefficients) LF_EACH p[i] = fma(p[i], r[i], c);
+  LF_EACH p[i].v = _mm512_scalef_ps(p[i].v, t[i]);
+  LF_EACH p[i] = p[i] + broadcast(1.0f);
+  LF_EACH r[i].v = _mm512_rcp14_ps(p[i].v);
+  LF_EACH p[i] = reciprocal_from(p[i], r[i]);
+  LF_EACH x[i] = x[i] * p[i];
+#undef LF_EACH
+}
+#endif
+
 template <class T>
 void silu_and_mul_row(T* out, const T* gate, const T* up, int64_t n) {
   int64_t i = 0;
+#if defined(LF_AVX512)
+  if constexpr (sizeof(T) == 2)
+    for (; i + 4 * kStep <= n; i += 4 * kStep) {
+      Vec g[8];
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        const Pair v = load2(gate + i + u * kStep);
+        g[2 * u] = v.a, g[2 * u + 1] = v.b;
+      }
+      silu_16bit(g);
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u)
+        store2(out + i + u * kStep,
+               round2_to<T>({g[2 * u], g[2 * u + 1]}) * load2(up + i + u * kStep));
+    }
+#endif
   for (; i + kStep <= n; i += kStep) {
     const Pair g = load2(gate + i);
     store2(out + i, round2_to<T>({silu<T>(g.a), silu<T>(g.b)}) * load2(up + i));

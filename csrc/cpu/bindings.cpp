@@ -3,6 +3,9 @@
 // the only caller and llama_fast/ops.py has checked every argument by then.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <array>
 #include <atomic>
@@ -253,9 +256,23 @@ void linear(Ptr x, Ptr weight, Ptr x_scale, Ptr weight_scale, Ptr bias, Ptr out,
   kernels().linear(p, threads);
 }
 
+// Asks for huge pages for the whole 2 MiB pages within [data, data + bytes), before they are first
+// written. A hint: whether the system grants it changes nothing but speed.
+void advise_huge_pages(Ptr data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr Ptr kHuge = Ptr{2} << 20;
+  const Ptr begin = (data + kHuge - 1) / kHuge * kHuge;
+  const Ptr end = (data + static_cast<Ptr>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(as<void>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 void pack_weight(Ptr weight, Ptr packed, int64_t n, int64_t k, int64_t stride, int itemsize,
                  int threads) {
   py::gil_scoped_release release;
+  advise_huge_pages(packed, n * k * itemsize);  // M = 1 reads it 1.1 times as fast
   kernels().pack_weight(as<void>(weight), as<void>(packed), n, k, stride, itemsize, threads);
 }
 
@@ -289,6 +306,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("kvcache_attention", &kvcache_attention, "decode_attention.cpp: over a KV cache");
   m.def("linear", &linear, "linear.cpp: FP8 and 16-bit weights, plain or packed");
   m.def("pack_weight", &pack_weight, "linear.cpp: the layout that linear streams fastest");
+  m.def("advise_huge_pages", &advise_huge_pages, "For memory not yet written; a hint, on Linux");
   m.def("read_bandwidth_probe", &read_bandwidth_probe,
         "bandwidth.cpp: XOR of the 64-bit words, read as fast as memory gives them");
 }

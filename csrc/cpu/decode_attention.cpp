@@ -16,7 +16,7 @@
 namespace lf::LF_ISA {
 namespace {
 
-constexpr int64_t kChunk = 256;      // keys; 1 MiB of an 8-head bf16 cache
+constexpr int64_t kChunk = 512;      // keys; 2 MiB of an 8-head bf16 cache
 constexpr int64_t kMaxChunks = 64;   // bounds what the second pass reads
 constexpr int64_t kRunBytes = 4096;  // of one token's heads, walked together: two blocks fit L2
 constexpr int64_t kPartialBytes = int64_t{64} << 20;

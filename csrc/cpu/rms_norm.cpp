@@ -18,31 +18,44 @@ namespace {
 
 constexpr int kStep = 2 * kLanes;
 
-// Two pairs of accumulators: one chain of fma would wait 4 cycles for each vector.
+// x, or x + residual rounded and kept in `sum`: step i of a row.
 template <class T>
-float sum_of_squares(const T* x, int64_t n) {
+struct Plain {
+  const T* x;
+  Pair two(int64_t i) const { return load2(x + i); }
+  Vec some(int64_t i, int n) const { return load_n(x + i, n); }
+};
+template <class T>
+struct Sum {
+  T* sum;
+  const T *x, *residual;
+  Pair two(int64_t i) const {
+    const Pair s = round2_to<T>(load2(x + i) + load2(residual + i));
+    store2(sum + i, s);
+    return s;
+  }
+  Vec some(int64_t i, int n) const {
+    const Vec s = round_to<T>(load_n(x + i, n) + load_n(residual + i, n));
+    store_n(sum + i, s, n);
+    return s;
+  }
+};
+
+// Two pairs of accumulators: one chain of fma would wait 4 cycles for each vector.
+template <class Row>
+float sum_of_squares(const Row& row, int64_t n) {
   Pair sum[2] = {};
   int64_t i = 0;
   for (; i + 2 * kStep <= n; i += 2 * kStep)
     for (int u = 0; u < 2; ++u) {
-      const Pair v = load2(x + i + u * kStep);
+      const Pair v = row.two(i + u * kStep);
       sum[u] = fma(v, v, sum[u]);
     }
   for (; i < n; i += kLanes) {
-    const Vec v = load_n(x + i, lanes_left(n - i));
+    const Vec v = row.some(i, lanes_left(n - i));
     sum[0].a = fma(v, v, sum[0].a);
   }
   return reduce_add((sum[0].a + sum[0].b) + (sum[1].a + sum[1].b));
-}
-
-template <class T>
-void add_rows(T* out, const T* x, const T* y, int64_t n) {
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) store2(out + i, load2(x + i) + load2(y + i));
-  for (; i < n; i += kLanes) {
-    const int m = lanes_left(n - i);
-    store_n(out + i, load_n(x + i, m) + load_n(y + i, m), m);
-  }
 }
 
 template <class T>
@@ -64,12 +77,16 @@ void run(const RmsNormParams& p, int threads) {
     thread_local Scratch scratch;
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+      const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+      float squares;
       if (p.residual) {
         T* sum = static_cast<T*>(p.residual_out) + row * p.hidden;
-        add_rows(sum, x, static_cast<const T*>(p.residual) + row * p.residual_stride, p.hidden);
+        squares = sum_of_squares(Sum<T>{sum, x, residual}, p.hidden);
         x = sum;
+      } else {
+        squares = sum_of_squares(Plain<T>{x}, p.hidden);
       }
-      const float mean = sum_of_squares(x, p.hidden) / static_cast<float>(p.hidden);
+      const float mean = squares / static_cast<float>(p.hidden);
       const float rstd = 1.0f / std::sqrt(mean + p.eps);
       const T* weight = static_cast<const T*>(p.weight);
       if (!p.scale) {

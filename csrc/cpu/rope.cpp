@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kStep = 2 * kLanes;
 
+// cos and sin are as arrange<T> leaves them.
 template <class T>
 void rotate_halves(T* out, const T* x, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
@@ -38,7 +39,7 @@ template <class T>
 void rotate_pairs(T* out, const T* x, const float* cos, const float* sin, int64_t d) {
   int64_t i = 0;
   for (; i + kStep <= d; i += kStep) {
-    const Pair v = load2(x + i), swapped = {swap_pairs(v.a), swap_pairs(v.b)};
+    const Pair v = load2(x + i), swapped = swap_neighbours<T>(v);
     store2(out + i, v * load2(cos + i) + swapped * load2(sin + i));
   }
   for (; i < d; i += kLanes) {
@@ -53,20 +54,22 @@ int64_t index_at(const void* indices, bool is_64bit, int64_t i) {
                   : static_cast<const int32_t*>(indices)[i];
 }
 
+// scratch [4 * D]: a token's cosines and sines, put in order once for all of its heads.
 template <class T>
-void run_token(const RopeParams& p, int64_t token, float* spread) {
-  const int64_t d = p.head_dim, half = d / 2;
-  const float* cos = p.table + index_at(p.positions, p.positions_are_64bit, token) * p.table_stride;
-  const float* sin = cos + half;
+void run_token(const RopeParams& p, int64_t token, float* scratch) {
+  const int64_t d = p.head_dim, half = d / 2, width = p.interleaved ? d : half;
+  const float* row = p.table + index_at(p.positions, p.positions_are_64bit, token) * p.table_stride;
+  float *cos = scratch, *sin = scratch + d, *spread = scratch + 2 * d;
   if (p.interleaved) {
     for (int64_t i = 0; i < half; ++i) {
-      spread[2 * i] = spread[2 * i + 1] = cos[i];
-      spread[d + 2 * i] = -sin[i];
-      spread[d + 2 * i + 1] = sin[i];
+      spread[2 * i] = spread[2 * i + 1] = row[i];
+      spread[d + 2 * i] = -row[half + i];
+      spread[d + 2 * i + 1] = row[half + i];
     }
-    cos = spread;
-    sin = spread + d;
+    row = spread;
   }
+  arrange<T>(cos, row, width);
+  arrange<T>(sin, row + width, width);
   const auto rotate = [&](T* out, int64_t out_stride, const T* x, int64_t stride, int64_t heads) {
     for (int64_t h = 0; h < heads; ++h) {
       if (p.interleaved)
@@ -101,10 +104,10 @@ void rope(const RopeParams& p, int threads) {
   const int64_t grain = 16384 / ((p.heads + p.kv_heads) * p.head_dim + 1);
   parallel_chunks(p.tokens, grain, threads, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    float* spread = scratch.get<float>(2 * static_cast<size_t>(p.head_dim));
+    float* token = scratch.get<float>(4 * static_cast<size_t>(p.head_dim));
     with_dtype(p.dtype, [&](auto* t) {
       for (int64_t i = begin; i < end; ++i)
-        run_token<std::remove_pointer_t<decltype(t)>>(p, i, spread);
+        run_token<std::remove_pointer_t<decltype(t)>>(p, i, token);
     });
   });
 }

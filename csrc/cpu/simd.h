@@ -230,27 +230,31 @@ inline Vec round_to<f16>(Vec a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
 
-// Two vectors at a time a bf16 costs one permutation to load and half a conversion to store.
+// Two vectors at a time. Of bf16, a holds the elements with even indices and b those with odd ones:
+// a shift and a mask instead of two permutations, of which this core does one a cycle.
 struct Pair {
   Vec a, b;
 };
 inline Pair bf16_to_f32(__m512i h) {
-  const __m512i low =
-      _mm512_slli_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), 16);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(16 << 16));
-  const __mmask32 odd = 0xaaaaaaaau;
-  return {{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, low, h))},
-          {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(odd, high, h))}};
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(h, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(h, odd))}};
+}
+inline __m512i interleave(__m512i even_then_odd) {
+  const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i odd = _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16);
+  return _mm512_permutexvar_epi16(_mm512_or_si512(even, odd), even_then_odd);
 }
 inline __m512i f32_to_bf16_exact(Pair x) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(f32_to_bf16_exact(x.a.v)),
-                            f32_to_bf16_exact(x.b.v), 1);
+  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(f32_to_bf16_exact(x.a.v)),
+                                       f32_to_bf16_exact(x.b.v), 1));
 }
 inline __m512i f32_to_bf16(Pair x) {
 #if defined(LF_AVX512_BF16)
   const __m512i h = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(x.b.v, x.a.v));
   const bool zero = _mm512_testn_epi16_mask(h, _mm512_set1_epi16(0x7fff)) != 0;
-  if (__builtin_expect(!zero, 1) || !(has_denormal(x.a.v) || has_denormal(x.b.v))) return h;
+  if (__builtin_expect(!zero, 1) || !(has_denormal(x.a.v) || has_denormal(x.b.v)))
+    return interleave(h);
 #endif
   return f32_to_bf16_exact(x);
 }
@@ -270,12 +274,12 @@ inline Vec ldexp(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 // 1 / x to 1 ulp for 1 <= x <= Inf (0) and NaN: an estimate and one Newton step, at half the cost
 // of a division.
-inline Vec reciprocal(Vec x) {
-  const __m512 y = _mm512_rcp14_ps(x.v);
-  const __m512 error = _mm512_fnmadd_ps(x.v, y, _mm512_set1_ps(1.0f));
+inline Vec reciprocal_from(Vec x, Vec estimate) {
+  const __m512 error = _mm512_fnmadd_ps(x.v, estimate.v, _mm512_set1_ps(1.0f));
   const __mmask16 finite = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
-  return {_mm512_maskz_fmadd_ps(finite, y, error, y)};
+  return {_mm512_maskz_fmadd_ps(finite, estimate.v, error, estimate.v)};
 }
+inline Vec reciprocal(Vec x) { return reciprocal_from(x, {_mm512_rcp14_ps(x.v)}); }
 inline Vec round_int(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -556,6 +560,32 @@ template <class T>
 inline void store2(T* p, Pair x) {
   store(p, x.a);
   store(p + kLanes, x.b);
+}
+// Reorders a row of fp32 in steps of two vectors so that load2 finds it as it finds a row of T.
+template <class T>
+inline void arrange(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+#if defined(LF_AVX512)
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __m512i even =
+        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Pair x = load2(from + i);
+      store2(to + i, Pair{{_mm512_permutex2var_ps(x.a.v, even, x.b.v)},
+                          {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}});
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = from[i];
+}
+// Elements 2i and 2i + 1 of a row of T change places.
+template <class T>
+inline Pair swap_neighbours(Pair x) {
+#if defined(LF_AVX512)
+  if constexpr (std::is_same_v<T, bf16>) return {x.b, x.a};
+#endif
+  return {swap_pairs(x.a), swap_pairs(x.b)};
 }
 // How many lanes the next vector of a row uses when n > 0 elements are left.
 inline int lanes_left(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }

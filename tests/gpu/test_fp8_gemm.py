@@ -17,6 +17,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference, triton_backend
+from llama_fast.kernels import chip as chip_module
 from llama_fast.kernels import common, fp8_gemm, fp8_stream
 from llama_fast.kernels.common import CHIPS, Chip
 
@@ -39,7 +40,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param != "at hand":
         if torch.cuda.is_available():
             pytest.skip("this GPU is what it is")
-        monkeypatch.setattr(common, "_INTERPRETER", OTHERS[request.param])
+        monkeypatch.setattr(chip_module, "_INTERPRETER", OTHERS[request.param])
     return str(request.param)
 
 
@@ -93,9 +94,7 @@ def fp8_sum(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> float:
 
 @pytest.mark.parametrize("scale_b", SCALES)
 @pytest.mark.parametrize("scale_a", SCALES[:3])
-@pytest.mark.parametrize(
-    "m, n, k", [(1, 1, 1), (3, 96, 100), (17, 257, 129), (65, 130, 144), (130, 257, 16)]
-)
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (3, 96, 100), (17, 257, 129), (130, 257, 144)])
 def test_integers_are_exact(
     m: int, n: int, k: int, scale_a: str, scale_b: str, device: torch.device
 ) -> None:
@@ -305,6 +304,7 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
         pytest.skip("this GPU does not multiply e4m3")
     m = 9 * 64 + 7 if device.type == "cpu" else 5000
     operands = [(integers(m, k, device), integers(n, k, device))]
+    bias = torch.randint(-9, 10, (n,)).float().to(device)
     if device.type == "cuda":  # the CPU's own products depend on the tile
         operands.append((torch.randn(m, k).to(device, FP8), torch.randn(n, k).to(device, FP8)))
     for granularity, (a, b) in itertools.product(("row", "block"), operands):
@@ -313,11 +313,11 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
         for config in fp8_gemm._configs(chip, 1024, n, granularity == "block", 4):
             out = torch.full((m, n), float("nan"), device=device)
             with common.force("fp8_gemm", config):
-                triton_backend.linear(out, a, b, None, *scales)
+                triton_backend.linear(out, a, b, bias, *scales)
             outs.append(out)
         assert all(torch.equal(out, outs[0]) for out in outs)
         if a is operands[0][0]:
-            assert torch.equal(outs[0].double(), exact(a, b, *scales))
+            assert torch.equal(outs[0].double(), exact(a, b, *scales) + bias.double())
 
 
 @pytest.mark.parametrize("dtype", (FP8, torch.bfloat16, torch.float32), ids=str)
@@ -367,7 +367,8 @@ def test_splits_fill_the_chip() -> None:
 @pytest.mark.parametrize("kind", ["row", "block", "16-bit"])
 def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device) -> None:
     """Among up to 64 rows, where K is split, and among more. In the interpreter partial sums are
-    of integers, exact however the CPU orders them; their scales make the order of splits show."""
+    of integers, exact however the CPU orders them; scales in blocks make the order of splits show,
+    in fp32."""
     k, n = 1040, 64
     x, b = integers(256, k, device), integers(n, k, device)
     if device.type == "cuda":
@@ -377,9 +378,10 @@ def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device)
 
     def op(start: int, end: int) -> Tensor:
         if kind == "16-bit":
-            rows = x[start:end].bfloat16()
+            rows = x[start:end].to(torch.bfloat16 if device.type == "cuda" else torch.float32)
             return lf.fp8_linear(rows, b, sw, quantize_activation=False)
-        return lf.fp8_gemm(x[start:end], b, sx[start:end].contiguous(), sw)
+        scale = sx[start:end].contiguous()
+        return lf.fp8_gemm(x[start:end], b, scale, sw, out_dtype=torch.float32)
 
     few, many = op(5, 6), op(0, 65)
     for rows in (2, 16, 17, 33, 64):

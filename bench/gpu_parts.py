@@ -1,0 +1,242 @@
+"""The parts of a GPU report that use the GPU, each in a process of its own:
+
+python -m bench.gpu_parts PART --out DIR --until T [--resume]   (gpu_report.py starts it)
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_fast import backends
+from llama_fast.kernels import common
+
+from . import end_to_end, gpu_attention, gpu_elementwise, gpu_gemm, gpu_model, limits, report
+from . import tasks as running
+from .baselines import Compiler
+from .files import WRONG, read
+from .gpu_case import FULL, TINY, GpuCase, Place, Spec
+from .prediction import predicted
+from .tasks import Rows
+from .timing import Timing
+
+BUDGETS = {"limits": 1.0, "ops": 0.4, "tune": 0.2, "model": 1.5, "profile": 0.0}  # seconds a case
+COMPILING = 45.0  # seconds of all cases together, for torch.compile
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench.gpu_parts", description=__doc__)
+    p.add_argument("part", choices=PARTS)
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--until", type=float, required=True, metavar="T", help="seconds since 1970")
+    p.add_argument("--resume", action="store_true", help="go on after a process that broke")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--tiny", action="store_true")
+    p.add_argument("--case", default="", help="only tasks whose name contains this")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; WRONG: something was; 130: interrupted; BROKEN: start again."""
+    args = parser().parse_args(argv)
+    torch.manual_seed(0)
+    gc.freeze()  # a capture collects garbage first: what was imported is none
+    device = torch.device(args.device)
+    sizes = TINY if args.tiny else FULL
+    place = Place(device, sizes, Compiler(0.0 if args.tiny else COMPILING))
+    environment = {**report.environment(device), "backends": _backends(device)}
+    store = running.Store(args.out / f"{args.part}.json", environment, args.resume)
+    store.save()
+    with torch.inference_mode():
+        try:
+            tasks = PARTS[args.part](place, args, store)
+            chosen = {name: task for name, task in tasks.items() if args.case in name}
+            running.run(store, chosen, args.until, lambda row: print(line(row), flush=True))
+        except KeyboardInterrupt:
+            return 130
+    if device.type == "cuda":
+        store.save(state_at_end=report.gpu_state())
+    wrong = store.content["failed"] or any(row.get("wrong") for row in store.content["rows"])
+    return WRONG if wrong else 0
+
+
+def _backends(device: torch.device) -> dict[str, str]:
+    return {op: by_device[device.type].backend for op, by_device in backends().items()}
+
+
+def line(row: dict[str, Any]) -> str:
+    if row["op"] == "limit":
+        scale = 1e9 if row["unit"] == "GB/s" else 1e12
+        return f"limit {row['shape']:<6}{row['rate'] / scale:>9.0f} {row['unit']} ({row['best']})"
+    if row["op"] == "logits":
+        errors = ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
+        return f"logits, {row['shape']}: {errors}{'  WRONG' if row['wrong'] else ''}"
+    if row["op"] == "profile":
+        return "\n".join(f"{k['us']:>9.1f} us  {k['name']}" for k in row["kernels"][:15])
+    if row["op"] == "tune":
+        return f"tuned {row['shape']:<60}{row['before'] / row['after']:>6.2f}x"
+    if row["op"].startswith("generate"):
+        return f"{row['op']:<34}{row['shape']:<6}{row['tokens_per_s']:>9.1f} tokens/s"
+    if "tokens_per_s" in row:
+        return end_to_end.line(row)
+    return report.line(row if row["of_limit"] is not None else {**row, "of_limit": math.nan})
+
+
+def specs(place: Place) -> list[Spec]:
+    """Every case, those of the targets first: what time does not suffice for is at the end."""
+    groups: tuple[Callable[[Place], Any], ...] = (
+        gpu_elementwise.norms,
+        gpu_elementwise.ropes,
+        gpu_attention.prefills,
+        gpu_attention.decodes,
+        gpu_gemm.gemms,
+        gpu_elementwise.activations,
+    )
+    found = [spec for group in groups for spec in group(place)]
+    return sorted(found, key=lambda spec: not spec.tag)
+
+
+def limit_tasks(place: Place, args: argparse.Namespace, store: running.Store) -> Any:
+    return limits.tasks(place, BUDGETS["limits"])
+
+
+def _limits(place: Place, args: argparse.Namespace, store: running.Store) -> dict[str, float]:
+    """From this folder's run on this GPU, or measured now."""
+    gpu = store.content["environment"]["gpu"]
+    stored = read(args.out / "limits.json")
+    if stored is None:
+        merged = read(args.out / "report.json") or {}
+        stored = merged.get("parts", {}).get("limits")
+    if stored and stored["environment"]["gpu"] == gpu and stored["complete"]:
+        return limits.of(stored["rows"])
+    rows: Rows = []
+    for name, task in limits.tasks(place, BUDGETS["limits"] / 2).items():
+        try:
+            rows += task()
+        except Exception as error:  # a case that needs it will say so
+            print(f"limit {name}: {error}", flush=True)
+    return limits.of(rows)
+
+
+def op_tasks(
+    place: Place, args: argparse.Namespace, store: running.Store
+) -> dict[str, Callable[[], Rows]]:
+    rates = _limits(place, args, store)
+    return {
+        spec.name: functools.partial(_measured, place, spec, rates, store.content["environment"])
+        for spec in specs(place)
+    }
+
+
+def _measured(
+    place: Place, spec: Spec, rates: dict[str, float], environment: dict[str, Any]
+) -> Rows:
+    case = spec.build()
+    errors = case.error()  # first: a wrong kernel's time is of no interest, but still told
+    timings = _times(place, case, case.runs, BUDGETS["ops"])
+    return [op_row(spec, case, timings, errors, rates, environment)]
+
+
+def _times(place: Place, case: GpuCase, runs: Any, budget: float) -> dict[str, Timing]:
+    return limits.measure(place, runs, budget, copies=case.copies, uncapturable=case.uncapturable)
+
+
+def op_row(
+    spec: Spec,
+    case: GpuCase,
+    timings: dict[str, Timing],
+    errors: tuple[float, float],
+    rates: dict[str, float],
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """report.row's counterpart, with what a roofline and a target need."""
+    ours = timings["ours"].median
+    scale = 1e9 if case.unit == "GB/s" else 1e12
+    limit = rates.get(case.limit)
+    guess = predicted(case.op, case.predict, environment["gpu"])
+    if guess and "seconds" in guess:
+        guess["of_time"] = guess["seconds"] / ours
+    return {
+        "op": case.op,
+        "shape": case.shape,
+        "tag": spec.tag,
+        "backend": environment["backends"].get(case.op, ""),
+        "unit": case.unit,
+        "work": case.work,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "rate": case.work / ours / scale,
+        "limit": case.limit,
+        "limit_rate": limit / scale if limit else None,
+        "of_limit": case.work / ours / limit if limit else None,
+        "times": {n: t.median / ours for n, t in timings.items() if n != "ours"},
+        "targets": {},
+        "met": {},
+        "error": errors[0],
+        "eager_error": errors[1],
+        "wrong": not errors[0] <= 2 * errors[1] + report.WRONG,  # NaN is wrong too
+        "seconds": {name: t.to_json() for name, t in timings.items()},
+        "skipped": case.skipped,
+        "predicted": guess,
+    }
+
+
+def tune_tasks(
+    place: Place, args: argparse.Namespace, store: running.Store
+) -> dict[str, Callable[[], Rows]]:
+    """Each case's configuration measured among those offered, and stored in DIR."""
+    gpu = common.chip_of(torch.empty(0, device=place.device)).name
+    if not args.resume:  # or what an earlier run stored would be taken for measured
+        (args.out / common.file_name(gpu)).unlink(missing_ok=True)
+    return {spec.name: functools.partial(_tuned, place, spec, args.out) for spec in specs(place)}
+
+
+def _tuned(place: Place, spec: Spec, out: Path) -> Rows:
+    case = spec.build()
+    ours = {"ours": case.runs["ours"]}
+    before = _times(place, case, ours, BUDGETS["tune"])["ours"].median
+    with common.tuning():
+        case.runs["ours"](0)
+    after = _times(place, case, ours, BUDGETS["tune"])["ours"].median
+    gpu = common.chip_of(torch.empty(0, device=place.device)).name
+    path = common.save_choices(gpu, out)
+    return [{"op": "tune", "shape": spec.name, "before": before, "after": after, "file": path.name}]
+
+
+def _model(place: Place, args: argparse.Namespace, store: running.Store) -> gpu_model.Bench:
+    work = gpu_model.work(place.device, args.tiny)
+    budget = 0.0 if args.tiny else BUDGETS["model"]
+    store.content["layers"] = work.config.num_hidden_layers
+    return gpu_model.Bench(place, work, _limits(place, args, store), budget)
+
+
+def model_tasks(
+    place: Place, args: argparse.Namespace, store: running.Store
+) -> dict[str, Callable[[], Rows]]:
+    return _model(place, args, store).tasks()
+
+
+def profile_tasks(
+    place: Place, args: argparse.Namespace, store: running.Store
+) -> dict[str, Callable[[], Rows]]:
+    return {"FP8 decode step": _model(place, args, store).profile}
+
+
+PARTS: dict[str, Callable[..., dict[str, Callable[[], Rows]]]] = {
+    "limits": limit_tasks,
+    "ops": op_tasks,
+    "tune": tune_tasks,
+    "model": model_tasks,
+    "profile": profile_tasks,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What a GPU report is held against, and how far it is from it.
+
+The figures are the project's own, set on 2026-11 from the best that is published for Hopper: QuACK
+and Liger for norms and rope, FlashAttention 3 and cuDNN for prompts, TileOPs for decode, FBGEMM and
+DeepGEMM for FP8 products, torchao for the model. Absolute figures belong to the chip they name;
+matrix rates hold for H100 and H200 alike, bandwidths do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+HOPPER, H200 = ("H100", "H200"), ("H200",)
+
+
+@dataclass(frozen=True)
+class Target:
+    what: str
+    tag: str  # of the report's rows; several: the worst one counts
+    metric: str  # a key of the row, or "times:<baseline>"
+    wanted: float
+    unit: str = ""
+    gpus: tuple[str, ...] = ()  # (): a ratio, which holds anywhere
+    backend: str = ""  # only when this one served
+
+
+TARGETS = (
+    Target("RMSNorm, 32k x 4096: of copy bandwidth", "norm", "of_limit", 0.92),
+    Target("RMSNorm, 32k x 4096: times eager", "norm", "times:eager", 5.0),
+    Target("norm + residual + FP8: of copy bandwidth", "norm_fp8", "of_limit", 0.88),
+    Target("RoPE: of copy bandwidth", "rope", "of_limit", 0.85),
+    Target("RoPE: times eager", "rope", "times:eager", 9.0),
+    Target("RoPE + append: of copy bandwidth", "append", "of_limit", 0.85),
+    Target("RoPE + append: times eager", "append", "times:eager", 9.0),
+    Target("prefill attention, causal 16k", "prefill 16384", "rate", 480, "TFLOP/s", HOPPER),
+    Target(
+        "prefill attention, causal 16k, CUDA",
+        "prefill 16384",
+        "rate",
+        620,
+        "TFLOP/s",
+        HOPPER,
+        "cuda",
+    ),
+    Target("decode attention, B32 x 4k", "decode batch", "rate", 4000, "GB/s", H200),
+    Target("decode attention, B32 x 4k: of read bandwidth", "decode batch", "of_limit", 0.85),
+    Target("decode attention, B1 x 128k: of read bandwidth", "decode long", "of_limit", 0.85),
+    Target("FP8 GEMM, row-wise 8192^3", "gemm row", "rate", 1360, "TFLOP/s", HOPPER),
+    Target("FP8 GEMM, row-wise 8192^3, CUDA", "gemm row", "rate", 1500, "TFLOP/s", HOPPER, "cuda"),
+    Target(
+        "FP8 GEMM, 8192^3, with quantisation", "gemm quantised", "rate", 1300, "TFLOP/s", HOPPER
+    ),
+    Target("FP8 GEMM, blocks 4096 x 7168 x 16384", "gemm blocks", "rate", 1550, "TFLOP/s", HOPPER),
+    Target("FP8 GEMM, M <= 64 (the slowest)", "gemm few", "rate", 3600, "GB/s", H200),
+    Target("8B decode, batch 1, bf16", "decode bf16 1", "tokens_per_s", 230, "tokens/s", H200),
+    Target("8B decode, batch 1, FP8", "decode FP8 1", "tokens_per_s", 420, "tokens/s", H200),
+    Target("8B decode, FP8: times eager transformers", "decode FP8 1", "times:transformers", 8.0),
+    Target("8B prefill 8k, FP8: times transformers", "prefill FP8 8192", "times:transformers", 2.5),
+)
+
+
+def value(row: dict[str, Any], metric: str) -> float | None:
+    name, _, baseline = metric.partition(":")
+    found = row.get(name)
+    return found.get(baseline) if baseline and found else found
+
+
+def compare(rows: Iterable[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
+    """One entry a target that this run can speak about: got, and the verdict."""
+    rows = list(rows)
+    found = []
+    for target in TARGETS:
+        mine = [row for row in rows if row.get("tag") == target.tag]
+        if target.backend and not any(row.get("backend") == target.backend for row in mine):
+            continue
+        values = [v for row in mine if (v := value(row, target.metric)) is not None]
+        got = min(values, default=None)
+        guesses = [(row.get("predicted") or {}).get("of_time") for row in mine]
+        found.append(
+            {
+                "what": target.what,
+                "wanted": target.wanted,
+                "unit": target.unit,
+                "got": got,
+                "of_predicted": min((g for g in guesses if g is not None), default=None),
+                "verdict": _verdict(target, got, gpu, any(row.get("wrong") for row in mine)),
+            }
+        )
+    return found
+
+
+def _verdict(target: Target, got: float | None, gpu: str, wrong: bool) -> str:
+    if got is None:
+        return "not measured"
+    if wrong:
+        return "WRONG"
+    if target.gpus and not any(name in gpu for name in target.gpus):
+        return f"{' and '.join(target.gpus)}'s"
+    return "met" if got >= target.wanted else f"missed by {1 - got / target.wanted:.0%}"
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    def figure(x: float | None) -> str:
+        return "-" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.2f}"
+
+    lines = [f"{'target':<50}{'wanted':>10}{'got':>10} {'':<9}{'of model':>9}  verdict"]
+    for e in entries:
+        unit = e["unit"] or ("x" if "times" in e["what"] else "")
+        of_model = "" if e["of_predicted"] is None else f"{e['of_predicted']:.0%}"
+        lines.append(
+            f"{e['what']:<50}{'>= ' + figure(e['wanted']):>10}{figure(e['got']):>10} {unit:<9}"
+            f"{of_model:>9}  {e['verdict']}"
+        )
+    met = sum(e["verdict"] == "met" for e in entries)
+    missed = sum(e["verdict"].startswith("missed") for e in entries)
+    return "\n".join([*lines, f"{met} met, {missed} missed, {len(entries) - met - missed} open"])
+
+
+def exponent(points: list[tuple[float, float]]) -> float | None:
+    """The slope of log(y) over log(x), least squares: how cost grows with size."""
+    if len({x for x, _ in points}) < 2:
+        return None
+    xs, ys = ([math.log(p[i]) for p in points] for i in range(2))
+    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
+    slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True))
+    return slope / sum((x - mx) ** 2 for x in xs)

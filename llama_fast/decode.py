@@ -1,0 +1,351 @@
+"""Generating on a GPU: the host runs ahead of it, and each step of decoding replays a CUDA graph.
+
+A step is some hundreds of kernels of a few microseconds, which the host cannot launch one by one as
+fast as they run. So the model's step is captured, once for each bucket of batch sizes, over tensors
+that never move: the last tokens, where they stand, the block table and the cache itself. What
+changes from one step to the next is counted up on the device, by one small kernel in the graph.
+
+The host never waits for the step that it has just launched. Tokens are sampled on the device, fed
+to the next step there, and copied to pinned memory on the side; the host reads those of a step when
+AHEAD more are in the queue. So a sequence computes up to AHEAD tokens past its end, into memory
+that is still its own, and nobody sees them.
+
+The same loop runs without graphs, and on CPU tensors, where tests run it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import sampling
+from .backends import asked_for, choose
+from .cache import BLOCK_SIZE, Append, KVCache, upload
+
+if TYPE_CHECKING:
+    from .model import Llama
+
+AHEAD = 1  # steps queued behind the one that is awaited: hides the host's work on a step's tokens
+PREFILL_CHUNK = 8192  # tokens: fills a GPU, and bounds activations (8B: 0.5 GB for gate and up)
+
+
+class Settings(NamedTuple):
+    """How tokens are chosen: see sampling.sample."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+
+
+# ---- graphs ----
+
+
+class CudaGraph:
+    """The kernels of a function of fixed tensors, to be launched as one."""
+
+    def __init__(self, shared: Any) -> None:
+        self._stream, self._pool = shared
+        self._graph = torch.cuda.CUDAGraph()
+
+    @staticmethod
+    def new_shared(device: torch.device) -> Any:
+        """What graphs share of which one runs at a time: the stream that they are captured on,
+        with the workspace that cuBLAS keeps for it, and memory."""
+        return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
+        """Calls it on the stream that capture() will use: this is where kernels are compiled and
+        libraries take their workspaces, neither of which may happen during a capture."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        current.wait_stream(self._stream)
+        result.record_stream(current)
+        return result
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        """Records a call, which computes nothing yet: replay() will, and leave its result here."""
+        with torch.cuda.graph(
+            self._graph,
+            pool=self._pool,
+            stream=self._stream,
+            capture_error_mode="thread_local",  # other threads may go on allocating
+        ):
+            return function()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+def cannot_capture(device: torch.device) -> str | None:
+    """Why a step cannot be captured now, or None."""
+    if device.type != "cuda":
+        return f"the model is on {device}, and CUDA graphs need a CUDA device"
+    for op in ("attention_with_kvcache", "apply_rope_and_append"):
+        if choose(op, device) == "reference":
+            return f"{op} runs in eager PyTorch here, which waits for the device"
+    return None
+
+
+def bucket(rows: int) -> int:
+    """The batch size in which so many sequences are decoded: a power of two up to 128, then a
+    multiple of 64. Up to about 190 rows (800 TFLOP/s over 4.3 TB/s, in 16 bits) a step takes as
+    long as reading the weights, so that rows left empty cost nothing."""
+    return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
+
+
+# ---- a decoder ----
+
+
+class Size(NamedTuple):
+    """What a decoder has room for."""
+
+    rows: int  # sequences: a bucket
+    blocks: int  # of the cache, together
+    width: int  # blocks, the longest sequence
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Size:
+        blocks = [-(-length // BLOCK_SIZE) for length in lengths]
+        return cls(bucket(len(blocks)), sum(blocks), max(blocks))
+
+    def joined(self, other: Size) -> Size:
+        return Size(*(max(pair) for pair in zip(self, other, strict=True)))
+
+    def rounded(self) -> Size:
+        """Up to a quarter more blocks, so that a conversation which grows with each call seldom
+        meets a new size, and new graphs."""
+        return Size(self.rows, *(_round_up(n, 1 << max(n.bit_length() - 3, 0)) for n in self[1:]))
+
+
+def _round_up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+class Read:
+    """Sampled ids on their way to the host."""
+
+    def __init__(self, ids: Tensor, sequences: Sequence[int]) -> None:
+        """ids [B]: the first ones are those of the sequences, the rest belongs to empty rows."""
+        self._sequences, self._ids = tuple(sequences), ids
+        self._there: torch.cuda.Event | None = None
+        if ids.is_cuda:
+            self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            self._ids.copy_(ids, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def wait(self) -> list[tuple[int, int]]:
+        """(sequence, id) of each; the id is -1 where the logits meant nothing."""
+        if self._there is not None:
+            self._there.synchronize()
+        return list(zip(self._sequences, self._ids.tolist(), strict=False))
+
+
+class Decoder:
+    """A KV cache, the fixed tensors beside it, and the graphs captured over both.
+
+    Used by one generation at a time. It holds no model: the model holds it between calls.
+    """
+
+    def __init__(self, model: Llama, size: Size) -> None:
+        self.size, device = size, model.device
+        self.cache = KVCache(
+            model.config,
+            size.width * BLOCK_SIZE,
+            size.rows,
+            dtype=model.dtype,
+            device=device,
+            num_blocks=size.blocks,
+        )
+        self._tokens = torch.zeros(size.rows, 1, dtype=torch.int64, device=device)
+        # For each row its position, slot and length, and what a step adds to them. An empty row has
+        # 0, -1, 0 and 0: it writes nothing and attends to nothing.
+        self._state = torch.zeros(4, size.rows, dtype=torch.int32, device=device)
+        self._table = torch.zeros(size.rows, size.width, dtype=torch.int32, device=device)
+        self._warm: dict[Any, CudaGraph] = {}
+        self._captured: dict[Any, tuple[CudaGraph, Tensor]] = {}
+        self._shared: Any = None
+        self._free: torch.cuda.Event | None = None  # when the last generation's work is done
+
+    @torch.inference_mode()
+    def begin(self, lengths: Sequence[int], settings: Settings, u: Tensor | None) -> None:
+        """lengths: each sequence's, in the end. u [n, max_new_tokens] fp64, on the host: what each
+        sequence draws its tokens with."""
+        if self._free is not None:
+            torch.cuda.current_stream().wait_event(self._free)
+        self._settings = settings
+        self._u = None if u is None else upload(u, self._tokens.device)
+        self.cache.clear()
+        # All at once: the table stays as it is, and the slots of a sequence follow each other.
+        self.cache.select(range(len(lengths))).reserve(lengths)
+        self.rows = list(range(len(lengths)))
+        self._sampled = 0  # tokens of each sequence
+
+    @torch.inference_mode()
+    def prefill(self, model: Llama, index: int, prompt: Sequence[int]) -> Read:
+        """Fills one sequence's part of the cache, and samples its first token."""
+        cache = self.cache.select([index])
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]])
+            hidden = model.hidden(upload(chunk, self._tokens.device), cache=cache)
+        self._sampled = 1
+        u = None if self._u is None else self._u[index : index + 1, 0]
+        ids = sampling.sample_rows(model.logits(hidden[:, -1]), u, *self._settings)
+        self._tokens[index].copy_(ids.clamp(min=0))
+        return Read(ids, [index])
+
+    @torch.inference_mode()
+    def arrange(self, sequences: Sequence[int]) -> None:
+        """From here on step() decodes these, in this order: all of them among those before."""
+        device, width = self._tokens.device, self.size.width
+        size = bucket(len(sequences))
+        empty = size - len(sequences)
+        rows = [self.rows.index(i) for i in sequences] + [0] * empty
+        self._tokens[:size] = self._tokens[upload(torch.tensor(rows), device)]
+        cache = self.cache.select(sequences)
+        positions = [length + self._sampled - 1 for length in cache.seqlens]
+        table = torch.zeros(size, width, dtype=torch.int32)
+        table[: len(sequences)] = cache.block_table
+        state = torch.tensor([[0], [-1], [0], [0]], dtype=torch.int32).repeat(1, size)
+        for row, position in enumerate(positions):
+            block = int(table[row, position // BLOCK_SIZE])
+            slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+            state[:, row] = torch.tensor([position, slot, position + 1, 1])
+        self._state[:, :size] = upload(state, device)
+        self._table[:size] = upload(table, device)
+        self._order = upload(torch.tensor([*sequences, *[0] * empty]), device)
+        self.rows = list(sequences)
+
+    @torch.inference_mode()
+    def step(self, model: Llama, graphs: type[CudaGraph] | None) -> Read:
+        """One more token of each sequence."""
+        size = bucket(len(self.rows))
+        logits = self._run(size, lambda: self._forward(model, size), graphs)
+        u = None if self._u is None else self._u[:, self._sampled].index_select(0, self._order)
+        ids = sampling.sample_rows(logits, u, *self._settings)
+        self._tokens[:size, 0] = ids.clamp(min=0)
+        self._sampled += 1
+        return Read(ids, self.rows)
+
+    def _forward(self, model: Llama, size: int) -> Tensor:
+        """Logits [size, vocab] after the last tokens. Reads and writes the fixed tensors only."""
+        positions, slots, seqlens, ahead = self._state[:, :size]
+        append = Append(positions, slots, self._table[:size], seqlens)
+        x = F.embedding(self._tokens[:size], model.weights.embedding)
+        logits = model.logits(model.forward(x, positions, self.cache, append)[:, 0])
+        self._state[:3, :size] += ahead
+        return logits
+
+    def _run(self, size: int, step: Callable[[], Tensor], graphs: type[CudaGraph] | None) -> Tensor:
+        """step(), by a graph from the third call on: the first one warms up, the second captures,
+        and all of them count."""
+        if graphs is None:
+            return step()
+        key = size, asked_for()
+        if key not in self._captured:
+            if key not in self._warm:
+                self._shared = self._shared or graphs.new_shared(self._tokens.device)
+                graph = self._warm[key] = graphs(self._shared)
+                return graph.warm_up(step)
+            graph = self._warm.pop(key)
+            self._captured[key] = graph, graph.capture(step)
+        graph, logits = self._captured[key]
+        graph.replay()
+        return logits
+
+    def end(self) -> None:
+        """The next generation may be on another stream: it waits for this one's last step."""
+        if self._tokens.is_cuda:
+            self._free = torch.cuda.Event()
+            self._free.record()
+
+    def drain(self) -> None:
+        """Waits for the last step: before the memory is given back."""
+        if self._free is not None:
+            self._free.synchronize()
+
+
+@contextlib.contextmanager
+def _lent(model: Llama, lengths: Sequence[int]) -> Iterator[Decoder]:
+    """One of the model's idle decoders, or a new one. One too small makes way for a larger."""
+    need = Size.of(lengths)
+    while (decoder := _idle(model)) is not None and decoder.size.joined(need) != decoder.size:
+        need = need.joined(decoder.size)
+        decoder.drain()
+    if decoder is None:
+        try:
+            decoder = Decoder(model, need.rounded())
+        except torch.OutOfMemoryError:
+            decoder = Decoder(model, Size.of(lengths))
+    try:
+        yield decoder
+    finally:
+        decoder.end()
+        model.decoders.append(decoder)
+
+
+def _idle(model: Llama) -> Decoder | None:
+    try:
+        return model.decoders.pop()
+    except IndexError:
+        return None
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Streams and events belong to the current device: make it the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ---- the loop ----
+
+
+def run(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    settings: Settings,
+    u: Tensor | None,
+    emit: Callable[[int, int], bool],
+    graphs: type[CudaGraph] | None = CudaGraph,
+) -> None:
+    """generate.generate's loop on a GPU.
+
+    u: see Decoder.begin; None for temperature 0. emit(i, id) takes the tokens of prompt i, an id of
+    -1 for logits that mean nothing, and says whether the sequence goes on. graphs: None launches
+    every kernel of a step on its own.
+    """
+    going = set(range(len(prompts)))
+    queue: deque[Read] = deque()
+
+    def read(behind: int) -> None:
+        """Emits the tokens of all steps but the last `behind`."""
+        while len(queue) > behind and going:
+            for i, token in queue.popleft().wait():
+                if i in going and not emit(i, token):
+                    going.remove(i)
+
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    with _current(model.device), _lent(model, lengths) as decoder:
+        decoder.begin(lengths, settings, u)
+        for i, prompt in enumerate(prompts):
+            queue.append(decoder.prefill(model, i, prompt))
+            read(AHEAD)
+        arranged = False
+        for _ in range(max_new_tokens - 1):
+            sequences = [i for i in decoder.rows if i in going]
+            if not sequences:
+                break
+            if not arranged or sequences != decoder.rows:
+                decoder.arrange(sequences)
+                arranged = True
+            queue.append(decoder.step(model, graphs))
+            read(AHEAD)
+        read(0)

@@ -1,0 +1,90 @@
+"""A CUDA graph's rules on CPU tensors, for tests of code that is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+# What would make the host wait, which a capture refuses.
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+
+class RecordedGraph:
+    """decode.CudaGraph's interface. capture() records every op with its own tensors and leaves no
+    trace in memory; replay() runs those ops again on those very tensors, and no Python of the
+    captured function. So a function that makes a new tensor where it should use a fixed one, or
+    that lets the host decide, gives stale results here as it would on a GPU."""
+
+    made: list[RecordedGraph] = []  # for tests to look at; they clear it
+
+    def __init__(self, shared: Any) -> None:
+        assert shared == "shared"
+        self.ops: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.replays = self.warm_ups = 0
+        self.made.append(self)
+
+    @staticmethod
+    def new_shared(device: torch.device) -> str:
+        return "shared"
+
+    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
+        self.warm_ups += 1
+        return function()
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        assert self.warm_ups == 1 and not self.ops
+        with _Recorder(self.ops) as recorder:
+            result = function()
+        for changed, before in recorder.before.values():
+            changed.copy_(before)
+        result.fill_(torch.nan)  # a capture computes nothing
+        return result
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        assert self.ops
+        self.replays += 1
+        for op, args, kwargs, outputs in self.ops:
+            again = [t for t in tree_flatten(op(*args, **kwargs))[0] if isinstance(t, Tensor)]
+            for output, value in zip(outputs, again, strict=True):
+                if output.data_ptr() != value.data_ptr():
+                    output.copy_(value)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, ops: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
+        super().__init__()
+        self.ops = ops
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what was there, by storage
+        self._made: set[int] = set()  # storages that the capture itself allocated
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(op.name().split("::")[1].startswith(name) for name in _WAITS):
+            raise RuntimeError(f"{op.name()} during a capture: the host would wait")
+        for argument, value in zip(op._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._keep(value)
+        result = op(*args, **kwargs)
+        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        self._made |= {_storage(t) for t in outputs} - {_storage(t) for t in inputs}
+        self.ops.append((op, args, kwargs, outputs))
+        return result
+
+    def _keep(self, t: Tensor) -> None:
+        storage = _storage(t)
+        if storage not in self.before and storage not in self._made:
+            whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+            self.before[storage] = whole, whole.clone()
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
