@@ -3,6 +3,7 @@
 # make gpu-report PYTHON=python3   all about this machine's GPU in 9 minutes, into $(REPORT), with
 #              what that Python has installed: no environment is made, nothing is downloaded.
 #              GPU="--only ops --case attention" passes options
+# make emulate   the CUDA kernels through the GPU tests, on the CPU (part of make test)
 # make lint | format | sanitize | clean
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 
@@ -28,17 +29,31 @@ OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CUDA_HOME ?= $(shell nvcc=$$(command -v nvcc) && dirname $$(dirname $$(readlink -f $$nvcc)) || echo /usr/local/cuda)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 say = { echo "error: $(1)" >&2; exit 1; }
 
-.PHONY: bench test gpu-report lint format sanitize clean preflight
+.PHONY: bench test emulate gpu-report lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
 
 test: $(READY)
 	"$(BIN)/python" -m pytest $(PYTEST)
+	$(if $(PYTEST),,@$(MAKE) --no-print-directory emulate)
+
+# Of the CUDA toolkit it takes the headers only.
+emulate: $(READY)
+	@test -e "$(CUDA_HOME)/include/cuda_bf16.h" || \
+	    { echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; exit 0; }; \
+	"$(BIN)/cmake" -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
+	    -DCUDAToolkit_ROOT="$(CUDA_HOME)" -DLLAMA_FAST_EMULATE=ON \
+	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
+	"$(BIN)/cmake" --build build/emulate >/dev/null && \
+	LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
+	    "$(BIN)/python" -m pytest tests/gpu -m "not gpu and not triton" $(PYTEST)
 
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:

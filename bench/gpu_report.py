@@ -277,34 +277,9 @@ def summary(found: dict[str, Any]) -> str:
         if content.get("unreached"):
             names_left = ", ".join(content["unreached"])
             lines.append(f"    out of time: {names_left[:300]}")
-    lines += [f"growth of {what}: n^{value:.2f}" for what, value in growth(found).items()]
+    lines += [f"growth of {what}: n^{value:.2f}" for what, value in targets.growth(found).items()]
     if any(entry["got"] is not None for entry in found["targets"]):
         lines.append(targets.table(found["targets"]))
     wrong = problems(found, list(found["parts"]))
     lines += [f"PROBLEM {line}" for line in wrong[:20]] or ["nothing was wrong"]
     return "\n".join(lines)
-
-
-def growth(found: dict[str, Any]) -> dict[str, float]:
-    """How cost grows with size, as exponents: causal prompts with their length, and so on."""
-    ops = found["parts"].get("ops", {}).get("rows", [])
-    model = found["parts"].get("model", {}).get("rows", [])
-    families = {
-        "attention's time over causal tokens": [
-            (float(r["shape"].split()[1].rstrip(",")), r["seconds"]["ours"]["median"])
-            for r in ops
-            if r["op"] == "attention" and r["shape"].startswith("causal ")
-        ],
-        "8B FP8 prefill's time over tokens": [
-            (float(r["op"].split()[1]), r["seconds"]["FP8"]["median"])
-            for r in model
-            if r["op"].startswith("prefill") and r["shape"] == "FP8"
-        ],
-        "8B FP8 decode's time over context": [
-            (float(r["op"].split()[-1]), r["seconds"]["FP8"]["median"])
-            for r in model
-            if r["op"].startswith("decode batch 1,") and r["shape"] == "FP8"
-        ],
-    }
-    fitted = {what: targets.exponent(points) for what, points in families.items()}
-    return {what: value for what, value in fitted.items() if value is not None}

@@ -127,3 +127,28 @@ def exponent(points: list[tuple[float, float]]) -> float | None:
     mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
     slope = sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True))
     return slope / sum((x - mx) ** 2 for x in xs)
+
+
+def growth(found: dict[str, Any]) -> dict[str, float]:
+    """How cost grows with size, as exponents: causal prompts with their length, and so on."""
+    ops = found["parts"].get("ops", {}).get("rows", [])
+    model = found["parts"].get("model", {}).get("rows", [])
+    families = {
+        "attention's time over causal tokens": [
+            (float(r["shape"].split()[1].rstrip(",")), r["seconds"]["ours"]["median"])
+            for r in ops
+            if r["op"] == "attention" and r["shape"].startswith("causal ")
+        ],
+        "8B FP8 prefill's time over tokens": [
+            (float(r["op"].split()[1]), r["seconds"]["FP8"]["median"])
+            for r in model
+            if r["op"].startswith("prefill") and r["shape"] == "FP8"
+        ],
+        "8B FP8 decode's time over context": [
+            (float(r["op"].split()[-1]), r["seconds"]["FP8"]["median"])
+            for r in model
+            if r["op"].startswith("decode batch 1,") and r["shape"] == "FP8"
+        ],
+    }
+    fitted = {what: exponent(points) for what, points in families.items()}
+    return {what: value for what, value in fitted.items() if value is not None}

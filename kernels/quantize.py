@@ -227,8 +227,11 @@ def quantize_fp8(
     elif granularity == "block_2d":
         grid = (common.cdiv(rows, 128) * common.cdiv(cols, 128),)
         args = (q, scale, x, rows, x.stride(0), bound)
-        config = _squares.choose(x, (cols % 8 == 0,))
-        common.launch(_square_kernel, grid, *args, COLS=cols, **constants, config=config)
+
+        def run_squares(config: Config) -> None:
+            common.launch(_square_kernel, grid, *args, COLS=cols, **constants, config=config)
+
+        run_squares(_squares.choose(x, (cols % 8 == 0,), run_squares))
     elif granularity == "row" and cols > _WIDEST:
         args = (q, scale, x, cols, x.stride(0), bound)
         config = _pieces.choose(x, (x.element_size(),))
@@ -253,13 +256,17 @@ def _quantize_tensor(
     rows, cols = x.shape
     if x.is_contiguous():
         rows, cols = min(1, x.numel()), x.numel()  # one long row has no ragged pieces inside
-    chip, config = common.chip_of(x), _pieces.choose(x, (x.element_size(),))
-    across = common.cdiv(cols, config["BLOCK"])
-    pieces, stride = rows * across, x.stride(0)
-    # At least one program, which finds amax 0 where there is nothing.
-    grid = (max(1, common.programs(pieces, 4 * chip.sms)),)
-    part = torch.empty(grid, dtype=torch.int32, device=x.device)
-    common.launch(_amax_kernel, grid, part, x, pieces, across, cols, stride, config=config)
-    args = (q, scale, part, x, pieces, across, cols, stride, grid[0], bound)
-    slots = common.next_power_of_2(grid[0])
-    common.launch(_tensor_kernel, grid, *args, PARTS=slots, **constants, config=config)
+    chip, stride = common.chip_of(x), x.stride(0)
+
+    def run(config: Config) -> None:
+        across = common.cdiv(cols, config["BLOCK"])
+        pieces = rows * across
+        # At least one program, which finds amax 0 where there is nothing.
+        grid = (max(1, common.programs(pieces, 4 * chip.sms)),)
+        part = torch.empty(grid, dtype=torch.int32, device=x.device)
+        common.launch(_amax_kernel, grid, part, x, pieces, across, cols, stride, config=config)
+        args = (q, scale, part, x, pieces, across, cols, stride, grid[0], bound)
+        slots = common.next_power_of_2(grid[0])
+        common.launch(_tensor_kernel, grid, *args, PARTS=slots, **constants, config=config)
+
+    run(_pieces.choose(x, (x.element_size(),), run))

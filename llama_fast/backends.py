@@ -1,8 +1,9 @@
 """Which backend serves which op on which device, and why.
 
-"cpu" is the compiled extension, "triton" the kernels of kernels/, "reference" eager PyTorch. "cuda"
-is a name that this version knows but does not hold; asking for it is an error, never a quiet
-substitute.
+"cpu" is the compiled extension, "triton" the kernels of kernels/, "cuda" those of csrc/cuda,
+"reference" eager PyTorch. Asking for one that this machine lacks is an error, never a quiet
+substitute. A CUDA kernel becomes a default once a committed report shows it right and fastest on
+that GPU (bench/results); until then Triton serves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _cpu
+from . import _cpu, cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
@@ -43,7 +44,8 @@ _TORCH_ON_CUDA = {
     "linear": "a plain 16-bit product: PyTorch's own (cuBLAS)",
     "pack_weight": "the packed layout is for CPUs",
 }
-_SERVES = {"reference": OPS, "cpu": OPS, "triton": tuple(o for o in OPS if o not in _TORCH_ON_CUDA)}
+_ON_GPU = tuple(op for op in OPS if op not in _TORCH_ON_CUDA)
+_SERVES = {"reference": OPS, "cpu": OPS, "triton": _ON_GPU, "cuda": _ON_GPU}
 _OLDEST_SM = 80  # bf16 matrix instructions, cp.async
 
 
@@ -99,16 +101,14 @@ def _validate(backend: str, op: str | None, source: str) -> None:
         raise ValueError(f"{source}: got backend {backend!r}, want one of {', '.join(BACKENDS)}")
     if op is not None and op not in OPS:
         raise ValueError(f"{source}: got op {op!r}, want one of {', '.join(OPS)}")
-    if backend not in _SERVES:
-        raise NotImplementedError(
-            f"{source}: the {backend} backend is not in this version of llama_fast; "
-            f"it has {', '.join(_SERVES)}"
-        )
     if op is not None and op not in _SERVES[backend]:
         raise NotImplementedError(
             f"{source}: the {backend} backend has no {op}: {_TORCH_ON_CUDA[op]}"
         )
-    if backend == "triton" and (missing := _no_triton()):
+    missing = None
+    if backend in ("triton", "cuda"):
+        missing = _no_triton() if backend == "triton" else cuda.missing()
+    if missing:
         raise NotImplementedError(f"{source}: {missing}")
 
 
@@ -156,7 +156,9 @@ def _cannot(backend: str, device: str, index: int | None) -> str | None:
         return f"cannot serve tensors on {device}"
     if backend == "triton" and device == "cpu" and not _interpreted():
         return "cannot serve tensors on cpu (TRITON_INTERPRET=1 interprets, slowly)"
-    if backend == "triton" and device == "cuda" and index is not None:
+    if backend == "cuda" and device == "cpu" and not cuda.EMULATED:
+        return "cannot serve tensors on cpu"
+    if backend in ("triton", "cuda") and device == "cuda" and index is not None:
         return _no_chip(index)
     return None
 
@@ -194,9 +196,9 @@ def kernels(op: str, device: torch.device) -> Any:
     if backend == "reference":
         return None
     if backend == "cpu":
-        from . import cpu
-
         return cpu
+    if backend == "cuda":
+        return cuda
     from . import triton_backend
 
     return triton_backend

@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torch import Tensor
-
 from .kernels import common
 from .kernels.activation import silu_and_mul
 from .kernels.attention import attention
 from .kernels.decode_attention import attention_with_kvcache
-from .kernels.fp8_gemm import linear
+from .kernels.fp8_gemm import linear, prefers_fp8_activations
 from .kernels.quantize import quantize_fp8
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import rope
@@ -31,11 +29,6 @@ __all__ = [
     "silu_and_mul",
     "tuned_folder",
 ]
-
-
-def prefers_fp8_activations(x: Tensor) -> bool:
-    """Where matrix instructions take e4m3."""
-    return common.chip_of(x).has_e4m3
 
 
 def tuned_folder() -> Path:

@@ -7,6 +7,7 @@ lies in triton_backend.tuned_folder() and wins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,13 +66,11 @@ def calls(
     for n in sorted({1, prompt}):
         q, k, v = randn(n, heads + 2 * kv_heads, d).split((heads, kv_heads, kv_heads), 1)
         at = torch.arange(n, device=device)
-        yield f"apply_rope {n}", lambda q=q, k=k, at=at: ops.apply_rope(q, k, at, table)
+        yield f"apply_rope {n}", partial(ops.apply_rope, q, k, at, table)
         cache = randn(2, -(-n // BLOCK_SIZE), BLOCK_SIZE, kv_heads, d)
         yield (
             f"apply_rope_and_append {n}",
-            lambda q=q, k=k, v=v, at=at, cache=cache: ops.apply_rope_and_append(
-                q, k, v, at, table, cache[0], cache[1], at
-            ),
+            partial(ops.apply_rope_and_append, q, k, v, at, table, cache[0], cache[1], at),
         )
     q, k, v = (
         randn(1, prompt, heads, d),
@@ -80,10 +79,10 @@ def calls(
     )
     starts = torch.tensor([0, prompt // 2, prompt], dtype=torch.int32, device=device)
     for causal in (True, False):
-        yield "attention", lambda causal=causal: ops.attention(q, k, v, causal=causal)
+        yield "attention", partial(ops.attention, q, k, v, causal=causal)
     yield (
         "attention, packed",
-        lambda: ops.attention(q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts),
+        partial(ops.attention, q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts),
     )
     for batch, keys in contexts:
         yield from _cached(c, batch, keys, randn)
@@ -97,17 +96,17 @@ def _elementwise(
     for n in rows:
         x, residual = randn(n, c.hidden_size), randn(n, c.hidden_size)
         gate_up = randn(n, 2 * c.intermediate_size)
-        yield f"rms_norm {n}", lambda x=x: ops.rms_norm(x, weight)
-        yield f"add_rms_norm {n}", lambda x=x, r=residual: ops.add_rms_norm(x, r, weight)
-        yield f"rms_norm_fp8 {n}", lambda x=x: ops.rms_norm_fp8(x, weight)
+        yield f"rms_norm {n}", partial(ops.rms_norm, x, weight)
+        yield f"add_rms_norm {n}", partial(ops.add_rms_norm, x, residual, weight)
+        yield f"rms_norm_fp8 {n}", partial(ops.rms_norm_fp8, x, weight)
         yield (
             f"rms_norm_fp8 + residual {n}",
-            lambda x=x, r=residual: ops.rms_norm_fp8(x, weight, residual=r),
+            partial(ops.rms_norm_fp8, x, weight, residual=residual),
         )
-        yield f"silu_and_mul {n}", lambda x=gate_up: ops.silu_and_mul(x)
-        yield f"silu_and_mul_fp8 {n}", lambda x=gate_up: ops.silu_and_mul_fp8(x)
+        yield f"silu_and_mul {n}", partial(ops.silu_and_mul, gate_up)
+        yield f"silu_and_mul_fp8 {n}", partial(ops.silu_and_mul_fp8, gate_up)
         for kind in ("tensor", "row", "block", "block_2d"):
-            yield f"quantize_fp8 {kind} {n}", lambda x=x, kind=kind: ops.quantize_fp8(x, kind)
+            yield f"quantize_fp8 {kind} {n}", partial(ops.quantize_fp8, x, kind)
 
 
 def _cached(
@@ -125,9 +124,9 @@ def _cached(
         name = f"attention_with_kvcache {batch} x {keys}, {queries} queries"
         yield (
             name,
-            lambda q=q: ops.attention_with_kvcache(q, pool[0], pool[1], lengths, block_table=table),
+            partial(ops.attention_with_kvcache, q, pool[0], pool[1], lengths, block_table=table),
         )
-        yield name, lambda q=q: ops.attention_with_kvcache(q, flat[0], flat[1], lengths)
+        yield name, partial(ops.attention_with_kvcache, q, flat[0], flat[1], lengths)
 
 
 def _products(
@@ -145,14 +144,14 @@ def _products(
         by_row, by_block = (ops.quantize_fp8(plain, kind) for kind in ("row", "block_2d"))
         for m in rows:
             x = randn(m, k)
-            yield f"linear {name} {m}", lambda x=x, w=plain: ops.linear(x, w)
+            yield f"linear {name} {m}", partial(ops.linear, x, plain)
             for kind, (w, scale) in (("row", by_row), ("block", by_block)):
                 yield (
                     f"fp8_linear {name} {m} {kind}",
-                    lambda x=x, w=w, s=scale: ops.fp8_linear(x, w, s),
+                    partial(ops.fp8_linear, x, w, scale),
                 )
                 a, a_scale = ops.quantize_fp8(x, kind)
                 yield (
                     f"fp8_gemm {name} {m} {kind}",
-                    lambda a=a, s=a_scale, w=w, t=scale: ops.fp8_gemm(a, w, s, t),
+                    partial(ops.fp8_gemm, a, w, a_scale, scale),
                 )

@@ -719,6 +719,7 @@ def test_wrong_kernel_is_noticed(
         return out
 
     monkeypatch.setattr(gpu_attention.lf, "attention", wrong)
+    monkeypatch.setattr(gpu_attention, "CHECKED_ROWS", 4)
     status, found = part("ops", tmp_path, "--case", "attention causal")
     assert status == WRONG and all(r["wrong"] for r in found["rows"])
 

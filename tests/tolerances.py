@@ -60,14 +60,14 @@ def assert_close_to_eager(
 # fp32 silu against torch's: exp to 2 ulp here and 1 there, one addition and one division each.
 SILU_FP32_ULPS = 8
 
+# Of 65,536 16-bit values, how many a Triton silu may round otherwise than torch, by one ulp: fp32
+# errors of up to 4 ulp (2^-22) on either side of a tie decide them, ties are 2^-11 apart in fp16,
+# and for about 40,000 values silu is neither x nor 0 nor x / 2: some 40 of them may differ.
+SILU_TIES = 64
+
 # Sums of e4m3 products on sm_89 and sm_90, as a share of sum |a b|: tensor cores align 32 products
 # and the sum so far to the largest of them and cut off what lies 13 bits below it. That is 2^-14 of
 # the largest for each on average, of either sign; the largest of 32 random products is an eighth
 # of their sum of magnitudes, so the sum is off by about 2^-15 of it. A kernel that lets this grow
 # over a whole row of K, instead of 128 of it, fails at K of some thousands.
 FP8_SUM = 2.0**-12
-
-# Of 65,536 16-bit values, how many a Triton silu may round otherwise than torch, by one ulp: fp32
-# errors of up to 4 ulp (2^-22) on either side of a tie decide them, ties are 2^-11 apart in fp16,
-# and for about 40,000 values silu is neither x nor 0 nor x / 2: some 40 of them may differ.
-SILU_TIES = 64

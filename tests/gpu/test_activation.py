@@ -128,6 +128,7 @@ def test_f27_zeros_nan_and_f11_no_rows(width: int, device: torch.device) -> None
     assert not q[:3].float().isnan().any()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("width", [64, 769, 16500])
 def test_f33_every_configuration(width: int, device: torch.device) -> None:
     """Each alone, into poisoned outputs; and the first call gives what the second gives (f32)."""

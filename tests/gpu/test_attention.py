@@ -320,6 +320,7 @@ def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtyp
 
 @dtypes
 @pytest.mark.parametrize("d", [8, 24, 80])
+@pytest.mark.triton
 def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d: int) -> None:
     """Framed: rows start at addresses that no vector load is aligned to."""
     q, k, v = qkv(device, (37, 141), (2, 1), d, dtype, batch=2)
@@ -390,6 +391,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(("dtype", "d", "config"), CONFIGS)
 def test_f33_each_configuration_alone(
     device: torch.device, dtype: torch.dtype, d: int, config: common.Config

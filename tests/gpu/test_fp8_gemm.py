@@ -17,11 +17,11 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference, triton_backend
-from llama_fast.kernels import chip as chip_module
 from llama_fast.kernels import common, fp8_gemm, fp8_stream
 from llama_fast.kernels.common import CHIPS, Chip
 
 from ..tolerances import FP8_SUM, assert_close_to_eager
+from .conftest import BACKEND
 
 FP8 = torch.float8_e4m3fn
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,9 +38,9 @@ OTHERS = {
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Launches as they would be on each chip, interpreted; on a GPU, that GPU's."""
     if request.param != "at hand":
-        if torch.cuda.is_available():
-            pytest.skip("this GPU is what it is")
-        monkeypatch.setattr(chip_module, "_INTERPRETER", OTHERS[request.param])
+        if torch.cuda.is_available() or BACKEND != "triton":
+            pytest.skip("this chip is what it is")
+        monkeypatch.setattr("llama_fast.kernels.chip._INTERPRETER", OTHERS[request.param])
     return str(request.param)
 
 
@@ -296,6 +296,7 @@ def test_f11_zero_rows_then_a_normal_call(device: torch.device) -> None:
 # ---- configurations, batches ----
 
 
+@pytest.mark.triton
 def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
     """Each alone, into poison: exact, and random values to the same bits. More tiles than programs;
     a last group of fewer rows of tiles than GROUP_M."""
@@ -320,6 +321,7 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
             assert torch.equal(outs[0].double(), exact(a, b, *scales) + bias.double())
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", (FP8, torch.bfloat16, torch.float32), ids=str)
 @pytest.mark.parametrize("m, k", [(33, 784), (65, 272), (40, 785)])
 def test_f33_every_configuration_of_stream(
@@ -346,6 +348,7 @@ def test_f33_every_configuration_of_stream(
             assert torch.equal(out.double(), want), str(split)
 
 
+@pytest.mark.triton
 def test_f36_configurations_fit_and_are_few() -> None:
     for chip, n in itertools.product(CHIPS.values(), (64, 4096, 14336, 128256)):
         for few, x_bytes, fits in itertools.product((True, False), (1, 2, 4), (True, False)):

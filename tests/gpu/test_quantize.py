@@ -173,6 +173,7 @@ def test_f11_no_rows(granularity: str, device: torch.device) -> None:
     assert_same(x, granularity)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("cols", [64, 769])
 def test_f33_every_configuration(cols: int, device: torch.device) -> None:
     """Each alone; outputs come poisoned."""

@@ -145,6 +145,7 @@ def test_f27_zero_rows_and_f11_no_rows(device: torch.device) -> None:
     assert not q.float().isnan().any()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("hidden", [64, 769, 4096, 20001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_f33_every_configuration(hidden: int, dtype: torch.dtype, device: torch.device) -> None:

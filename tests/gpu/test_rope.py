@@ -207,6 +207,7 @@ def test_f11_no_tokens_and_f41_batches(device: torch.device) -> None:
         assert torch.equal(many[0][:1], alone[0]) and torch.equal(many[1][:1], alone[1])
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("heads", [(4, 2), (40, 8)], ids=str)
 def test_f33_every_configuration(heads: tuple[int, int], device: torch.device) -> None:
     """Each alone, into poisoned outputs; and the first call gives what the second gives (f32)."""

@@ -1,0 +1,125 @@
+// silu_and_mul and its FP8 form, the middle of SwiGLU:
+//   s = gate / (1 + e^-gate)          fp32, then rounded to dtype
+//   out = s * up                      rounded to dtype; quantised by row when scale is set
+//
+// Cost in bf16: 6 bytes an element of the output (5 with FP8 out), an exponential and a division:
+// bound by memory. Without FP8 a row is cut into pieces, since each element stands alone; with it a
+// block holds the row's products in registers, up to 32,768 of 16 bits, and computes them a second
+// time, out of L2, for wider rows.
+#include "common/fp8.cuh"
+
+namespace lf::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMostThreads = 1024;
+
+template <class T>
+LF_DEVICE Vector<T> multiply(const Vector<T>& gate, const Vector<T>& up) {
+  Vector<T> out;
+#pragma unroll
+  for (int i = 0; i < Vector<T>::size; ++i) {
+    const float g = to_float(gate.at[i]);
+    const float s = __fdiv_rn(g, 1.0f + __expf(-g));
+    out.at[i] = from_float<T>(round_to<T>(s) * to_float(up.at[i]));
+  }
+  return out;
+}
+
+template <class T, bool aligned>
+LF_DEVICE Vector<T> product(const T* gate, int64_t at, int64_t width) {
+  return multiply(load_vector<aligned>(gate, at, width),
+                  load_vector<aligned>(gate + width, at, width));
+}
+
+// A thread takes a vector of the output.
+template <class T, bool aligned>
+__global__ void __launch_bounds__(kThreads)
+    silu_and_mul_kernel(const SiluAndMulParams p, int64_t pieces) {
+  const int64_t row = blockIdx.x / pieces, piece = blockIdx.x % pieces;
+  const int64_t at = (piece * kThreads + threadIdx.x) * Vector<T>::size;
+  const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_stride;
+  T* out = static_cast<T*>(p.out) + row * p.width;
+  store_vector<aligned>(out, at, p.width, product<T, aligned>(gate, at, p.width));
+}
+
+// A block takes a row. vectors: how many a thread holds; 0: none, they are computed twice.
+template <class T, bool aligned, int vectors>
+__global__ void __launch_bounds__(kMostThreads) silu_and_mul_fp8_kernel(const SiluAndMulParams p) {
+  LF_DYNAMIC_SHARED(memory);
+  constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
+  const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
+  const int64_t rounds = (p.width + step - 1) / step;
+  const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_stride;
+  uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.width;
+
+  float amax = 0;
+  const auto enlarge = [&](const Vector<T>& v, int64_t at) {
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      if (at + i < p.width) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+  };
+  Vector<T> v[held];
+  if constexpr (vectors > 0) {
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      v[k] = product<T, aligned>(gate, first + k * step, p.width);
+      enlarge(v[k], first + k * step);
+    }
+  } else {
+    for (int64_t k = 0; k < rounds; ++k)
+      enlarge(product<T, aligned>(gate, first + k * step, p.width), first + k * step);
+  }
+  amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
+  const float scale = fp8_scale(amax, p.scale_ub);
+  if (threadIdx.x == 0) p.scale[row] = scale;
+  const auto quantise = [&](const Vector<T>& x, int64_t at) {
+    uint8_t q[size];
+#pragma unroll
+    for (int i = 0; i < size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(x.at[i]), scale));
+    store_e4m3<aligned>(out, at, p.width, q);
+  };
+  if constexpr (vectors > 0) {
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) quantise(v[k], first + k * step);
+  } else {
+    for (int64_t k = 0; k < rounds; ++k)
+      quantise(product<T, aligned>(gate, first + k * step, p.width), first + k * step);
+  }
+}
+
+template <class T, bool aligned>
+void run(const SiluAndMulParams& p, const Where& where) {
+  const int64_t all = (p.width + Vector<T>::size - 1) / Vector<T>::size;
+  if (!p.scale) {
+    const int64_t pieces = (all + kThreads - 1) / kThreads;
+    const dim3 grid(static_cast<unsigned>(p.rows * pieces));
+    return launch(where, {"silu_and_mul", {p.rows, 2 * p.width}, grid, dim3(kThreads)},
+                  silu_and_mul_kernel<T, aligned>, p, pieces);
+  }
+  const int64_t per_thread = all <= 2 * kMostThreads ? 2 : all <= 4 * kMostThreads ? 4 : 0;
+  const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : kMostThreads;
+  const LaunchShape shape{"silu_and_mul_fp8",
+                          {p.rows, 2 * p.width},
+                          dim3(static_cast<unsigned>(p.rows)),
+                          dim3(static_cast<unsigned>((wanted + 31) / 32 * 32)),
+                          32 * sizeof(float)};
+  if (per_thread == 2) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 2>, p);
+  if (per_thread == 4) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 4>, p);
+  launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 0>, p);
+}
+
+}  // namespace
+
+void silu_and_mul(const SiluAndMulParams& p, const Where& where) {
+  with_dtype(p.dtype, "silu_and_mul", [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t size = Vector<T>::size;
+    const bool aligned = p.width % size == 0 && p.gate_up_stride % size == 0 &&
+                         is_aligned(p.gate_up) && is_aligned(p.out);
+    return aligned ? run<T, true>(p, where) : run<T, false>(p, where);
+  });
+}
+
+}  // namespace lf::cuda

@@ -1,0 +1,333 @@
+// attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16
+// bits.
+//
+// A block takes 128 queries of a head. Three warpgroups, in the shape of FlashAttention-3:
+//
+//   producer   | q k3 | v3 k2 | v2 k1 | ...                                 TMA, two stages each
+//   consumer 0 | q k3'| softmax 3 | q k2', p3 v3 | softmax 2 | ...          queries 0 .. 63
+//   consumer 1 |      | q k3'     | softmax 3    | q k2', p3 v3 | ...       queries 64 .. 127
+//
+// Named barriers hand the tensor cores from one consumer to the other (ping-pong), so that the
+// exponentials of one run beside the products of the other; within a consumer p v of a tile runs
+// beside the softmax of the next. Probabilities go from accumulators to operands in registers: the
+// fragments of a product's result are those of a left operand.
+//
+// Keys are walked from the last tile to the first: the tiles that need a mask, the diagonal and the
+// sequence's end, come first. The order depends on the query's own tile alone, so a result does not
+// depend on the batch. Blocks with the longest walk start first; the heads of a group are
+// neighbours and find keys and values in L2.
+//
+// Cost: 4 * D FLOPs a score, an exponential, and about 12 other instructions; causal: half the
+// scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024 of exponentials, which
+// overlap. Limit on H200 790 TFLOP/s; predicted 0.75 of it.
+//
+// Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
+#include "common/tensor_map.h"
+#include "common/vector.cuh"
+
+namespace lf::cuda {
+namespace {
+
+constexpr int kQueries = 128, kEach = 64, kKeys = 128, kStages = 2;
+constexpr int kBox =
+    64;  // elements of 128 bytes; a row of D is D / 64 of them, one block after another
+
+template <int D>
+struct Shared {
+  unsigned char q[D / kBox][kQueries * 128];  // and, at the end, the output
+  unsigned char k[kStages][D / kBox][kKeys * 128];
+  unsigned char v[kStages][D / kBox][kKeys * 128];
+  uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+struct Turn {
+  int stage, parity;
+};
+LF_DEVICE Turn turn(int i) { return {i % kStages, i / kStages % 2}; }
+
+// Which of the queries' tiles, heads and sequences a block has; the longest walks first.
+struct Place {
+  int first, head, batch, tiles;  // first query; tiles of keys that it walks
+};
+LF_DEVICE Place place(const AttentionParams& p) {
+  const int heads = static_cast<int>(p.heads), batch = static_cast<int>(p.batch);
+  const int query_tiles = static_cast<int>((p.seqlen_q + kQueries - 1) / kQueries);
+  const int index = static_cast<int>(blockIdx.x);
+  Place at{(query_tiles - 1 - index / (heads * batch)) * kQueries, index % heads,
+           index / heads % batch, 0};
+  int64_t keys = p.seqlen_k;
+  if (p.causal) {
+    const int64_t last = at.first + kQueries - 1 + p.seqlen_k - p.seqlen_q;  // key it sees
+    keys = last + 1 < keys ? last + 1 : keys;
+  }
+  at.tiles = keys > 0 ? static_cast<int>((keys + kKeys - 1) / kKeys) : 0;
+  return at;
+}
+
+template <class T>
+LF_DEVICE uint32_t pack(float low, float high) {
+  T two[2] = {from_float<T>(low), from_float<T>(high)};
+  return *reinterpret_cast<const uint32_t*>(two);
+}
+
+// One consumer's rows of a tile: row group and group + 8 of each warp's 16.
+struct Rows {
+  float largest[2], sum[2];
+};
+
+// Scores to probabilities; returns, by row, what the sums so far are worth now.
+LF_DEVICE float2 softmax(float (&s)[kKeys / 2], Rows& rows, float scale) {
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float largest = rows.largest[half];
+#pragma unroll
+    for (int j = half * 2; j < kKeys / 2; j += 4) largest = fmaxf(largest, fmaxf(s[j], s[j + 1]));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    // A row that has seen nothing yet: any finite offset will do.
+    const float offset = largest == -INFINITY ? 0.0f : largest * scale;
+    factor[half] = ptx::exp2_approx(rows.largest[half] * scale - offset);
+    rows.largest[half] = largest;
+    float sum = 0;
+#pragma unroll
+    for (int j = half * 2; j < kKeys / 2; j += 4)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        s[j + i] = ptx::exp2_approx(s[j + i] * scale - offset);
+        sum += s[j + i];
+      }
+    rows.sum[half] = rows.sum[half] * factor[half] + sum;
+  }
+  return {factor[0], factor[1]};
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(384, 1)
+    attention_kernel(const AttentionParams p, const __grid_constant__ CUtensorMap q_map,
+                     const __grid_constant__ CUtensorMap k_map,
+                     const __grid_constant__ CUtensorMap v_map,
+                     const __grid_constant__ CUtensorMap out_map) {
+  LF_DYNAMIC_SHARED(memory);
+  auto& shared = *reinterpret_cast<Shared<D>*>(memory);
+  constexpr int kTileBytes = kKeys * D * 2;
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+  const Place at = place(p);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(&shared.q_full, 1);
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&shared.k_full[i], 1);
+      ptx::mbarrier_init(&shared.v_full[i], 1);
+      ptx::mbarrier_init(&shared.k_empty[i], 8);  // the consumers' warps
+      ptx::mbarrier_init(&shared.v_empty[i], 8);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (warpgroup == 2) {
+    ptx::registers_decrease<32>();
+    if (threadIdx.x % 128 == 0 && at.tiles > 0) {
+      const int kv_head = static_cast<int>(at.head / (p.heads / p.kv_heads));
+      ptx::mbarrier_arrive_expect(&shared.q_full, kQueries * D * 2);
+      for (int d = 0; d < D / kBox; ++d)
+        ptx::tma_load_4d(shared.q[d], &q_map, &shared.q_full, d * kBox, at.head, at.first,
+                         at.batch);
+      for (int i = 0; i < at.tiles; ++i) {
+        const auto [stage, parity] = turn(i);
+        const int key = (at.tiles - 1 - i) * kKeys;
+        ptx::mbarrier_wait(&shared.k_empty[stage], parity ^ 1);
+        ptx::mbarrier_arrive_expect(&shared.k_full[stage], kTileBytes);
+        for (int d = 0; d < D / kBox; ++d)
+          ptx::tma_load_4d(shared.k[stage][d], &k_map, &shared.k_full[stage], d * kBox, kv_head,
+                           key, at.batch);
+        ptx::mbarrier_wait(&shared.v_empty[stage], parity ^ 1);
+        ptx::mbarrier_arrive_expect(&shared.v_full[stage], kTileBytes);
+        for (int d = 0; d < D / kBox; ++d)
+          ptx::tma_load_4d(shared.v[stage][d], &v_map, &shared.v_full[stage], d * kBox, kv_head,
+                           key, at.batch);
+      }
+    }
+    return;
+  }
+
+  ptx::registers_increase<240>();
+  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+  const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
+  const int mine = 2 + warpgroup, other = 3 - warpgroup;  // named barriers of the ping-pong
+  const float scale = p.softmax_scale * 1.4426950408889634f;
+  Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
+  float out[D / 2];
+#pragma unroll
+  for (float& o : out) o = 0;
+
+  const auto release = [&](uint64_t* empty) {
+    if (lane == 0) ptx::mbarrier_arrive(empty);
+  };
+  const auto multiply_qk = [&](float (&s)[kKeys / 2], int stage) {
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+      const unsigned char* q = shared.q[k / kBox] + warpgroup * kEach * 128 + k % kBox * 2;
+      ptx::wgmma<T, false>(s, ptx::wgmma_descriptor(q),
+                           ptx::wgmma_descriptor(shared.k[stage][k / kBox] + k % kBox * 2), k > 0);
+    }
+    ptx::wgmma_commit();
+  };
+  const auto multiply_pv = [&](const uint32_t (&prob)[kKeys / 16][4], int stage) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k)
+      ptx::wgmma<T, true>(
+          out, prob[k], ptx::wgmma_descriptor(shared.v[stage][0] + k * 16 * 128, 1024, kKeys * 128),
+          true);
+    ptx::wgmma_commit();
+  };
+  const auto mask = [&](float (&s)[kKeys / 2], int key) {
+    const int64_t shift = p.causal ? p.seqlen_k - p.seqlen_q : p.seqlen_k;
+    // Keys below these are seen by every row of the tile.
+    const int64_t safe = p.causal ? at.first + warpgroup * kEach + shift + 1 : p.seqlen_k;
+    if (key + kKeys <= (safe < p.seqlen_k ? safe : p.seqlen_k)) return;
+#pragma unroll
+    for (int j = 0; j < kKeys / 2; ++j) {
+      const int64_t of = key + j / 4 * 8 + column + j % 2;
+      const int64_t query = at.first + warpgroup * kEach + row + j % 4 / 2 * 8;
+      if (of >= p.seqlen_k || (p.causal && of > query + shift)) s[j] = -INFINITY;
+    }
+  };
+  const auto to_operand = [&](const float (&s)[kKeys / 2], uint32_t (&prob)[kKeys / 16][4]) {
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) prob[k][i] = pack<T>(s[k * 8 + i * 2], s[k * 8 + i * 2 + 1]);
+  };
+
+  if (at.tiles > 0) {
+    float s[kKeys / 2];
+    uint32_t prob[kKeys / 16][4];
+    if (warpgroup == 1) ptx::named_barrier_arrive(other, 256);  // consumer 0 begins
+    ptx::mbarrier_wait(&shared.q_full, 0);
+    ptx::mbarrier_wait(&shared.k_full[0], 0);
+    ptx::named_barrier_sync(mine, 256);
+    ptx::wgmma_fence();
+    multiply_qk(s, 0);
+    if (warpgroup == 0 || at.tiles > 1) ptx::named_barrier_arrive(other, 256);
+    ptx::wgmma_wait<0>();
+    release(&shared.k_empty[0]);
+    mask(s, (at.tiles - 1) * kKeys);
+    softmax(s, rows, scale);
+    to_operand(s, prob);
+    for (int i = 1; i < at.tiles; ++i) {
+      const auto [stage, parity] = turn(i);
+      const auto [before, v_parity] = turn(i - 1);
+      ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // asked for before this tile's keys
+      ptx::mbarrier_wait(&shared.k_full[stage], parity);
+      ptx::named_barrier_sync(mine, 256);
+      ptx::wgmma_fence();
+      multiply_qk(s, stage);
+      multiply_pv(prob, before);
+      if (warpgroup == 0 || i + 1 < at.tiles) ptx::named_barrier_arrive(other, 256);
+      ptx::wgmma_wait<1>();
+      release(&shared.k_empty[stage]);
+      mask(s, (at.tiles - 1 - i) * kKeys);
+      const float2 factor = softmax(s, rows, scale);
+      ptx::wgmma_wait<0>();
+      release(&shared.v_empty[before]);
+#pragma unroll
+      for (int j = 0; j < D / 2; ++j) out[j] *= j % 4 / 2 ? factor.y : factor.x;
+      to_operand(s, prob);
+    }
+    const auto [last, v_parity] = turn(at.tiles - 1);
+    ptx::mbarrier_wait(&shared.v_full[last], v_parity);
+    ptx::wgmma_fence();
+    multiply_pv(prob, last);
+    ptx::wgmma_wait<0>();
+  }
+
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sum = rows.sum[half];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    inverse[half] = sum == 0 ? 0.0f : __fdiv_rn(1.0f, sum);  // no key seen: zeros
+  }
+  // Through the consumer's own half of q's memory, which nobody reads any more.
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = warpgroup * kEach + row + half * 8;
+      unsigned char* to = shared.q[j / 8] + r * 128 + ((j % 8 ^ r % 8) << 4) + column * 2;
+      *reinterpret_cast<uint32_t*>(to) =
+          pack<T>(out[j * 4 + half * 2] * inverse[half], out[j * 4 + half * 2 + 1] * inverse[half]);
+    }
+  ptx::fence_proxy_async();
+  ptx::named_barrier_sync(4 + warpgroup, 128);
+  if (thread == 0) {
+    for (int d = 0; d < D / kBox; ++d)
+      ptx::tma_store_4d(&out_map, shared.q[d] + warpgroup * kEach * 128, d * kBox, at.head,
+                        at.first + warpgroup * kEach, at.batch);
+    ptx::tma_store_commit();
+    ptx::tma_store_wait<0>();
+  }
+}
+
+// [B, S, heads, D] as TMA counts: D, heads, S, B.
+CUtensorMap map_of(const AttentionParams& p, const void* data, int64_t tokens, int64_t heads,
+                   const int64_t (&stride)[3], int box_rows) {
+  const auto step = [&](int64_t size, int64_t s) {  // of a dimension of one element: any will do
+    return static_cast<uint64_t>(size == 1 ? p.head_dim : s);
+  };
+  return tensor_map({data,
+                     p.dtype,
+                     4,
+                     {static_cast<uint64_t>(p.head_dim), static_cast<uint64_t>(heads),
+                      static_cast<uint64_t>(tokens), static_cast<uint64_t>(p.batch)},
+                     {1, step(heads, stride[2]), step(tokens, stride[1]), step(p.batch, stride[0])},
+                     {kBox, 1, static_cast<uint32_t>(box_rows), 1},
+                     true},
+                    "attention");
+}
+
+template <class T, int D>
+void run(const AttentionParams& p, const Where& where) {
+  const int64_t query_tiles = (p.seqlen_q + kQueries - 1) / kQueries;
+  launch(where,
+         {"attention",
+          {p.batch, p.seqlen_q, p.heads, p.head_dim},
+          dim3(static_cast<unsigned>(query_tiles * p.heads * p.batch)),
+          dim3(384),
+          sizeof(Shared<D>)},
+         attention_kernel<T, D>, p, map_of(p, p.q, p.seqlen_q, p.heads, p.q_stride, kQueries),
+         map_of(p, p.k, p.seqlen_k, p.kv_heads, p.k_stride, kKeys),
+         map_of(p, p.v, p.seqlen_k, p.kv_heads, p.v_stride, kKeys),
+         map_of(p, p.out, p.seqlen_q, p.heads, p.out_stride, kEach));
+}
+
+// TMA steps in multiples of 16 bytes.
+bool steppable(const void* data, const int64_t (&stride)[3], int64_t batch, int64_t tokens,
+               int64_t heads) {
+  const int64_t size[3] = {batch, tokens, heads};
+  bool ok = is_aligned(data);
+  for (int i = 0; i < 3; ++i) ok = ok && (size[i] == 1 || (stride[i] > 0 && stride[i] % 8 == 0));
+  return ok;
+}
+
+}  // namespace
+
+// False where these arguments are for the portable kernel: packed sequences (whose tiles would
+// bring another sequence's keys), other head_dims and dtypes, strides that TMA cannot step.
+bool attention_sm90(const AttentionParams& p, const Where& where) {
+  if (device_of(where).sm != 90 || p.cu_seqlens_q || p.seqlen_k == 0) return false;
+  if ((p.head_dim != 64 && p.head_dim != 128) || p.dtype == DType::f32) return false;
+  if (!steppable(p.q, p.q_stride, p.batch, p.seqlen_q, p.heads) ||
+      !steppable(p.k, p.k_stride, p.batch, p.seqlen_k, p.kv_heads) ||
+      !steppable(p.v, p.v_stride, p.batch, p.seqlen_k, p.kv_heads))
+    return false;
+  if (p.dtype == DType::bf16)
+    p.head_dim == 64 ? run<__nv_bfloat16, 64>(p, where) : run<__nv_bfloat16, 128>(p, where);
+  else
+    p.head_dim == 64 ? run<__half, 64>(p, where) : run<__half, 128>(p, where);
+  return true;
+}
+
+}  // namespace lf::cuda

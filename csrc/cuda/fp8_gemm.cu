@@ -1,0 +1,302 @@
+// fp8_gemm and fp8_linear for few rows of x: out = (x @ weight^T) * x_scale * weight_scale + bias,
+// summed in fp32, rounded once. weight is e4m3; x is e4m3 (sm_89 up), or of 16 bits.
+//
+// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it: no shared
+// memory on its way, 16 bytes a load, straight into the B fragments of mma.sync. Which values of k
+// share an instruction does not matter to a sum over k, so a lane's 16 neighbouring bytes serve as
+// the "columns" of two (e4m3) or four (16-bit) instructions, and x is picked up in the same order:
+//
+//      k:    0 .. 15   16 .. 31   32 .. 47   48 .. 63      64 bytes of a weight's row
+//    lane:   4 n       4 n + 1    4 n + 2    4 n + 3       n = 0 .. 7: eight rows an instruction
+//
+// A block takes 32 features; its eight warps cut k into eight runs, so that 128 bytes a lane are in
+// flight, and add their sums in order of the warp through shared memory. The cuts depend on K
+// alone: an output is the same for any number of rows up to 64, which one block takes together (32
+// with block scales), and for any other row beside it. More rows are tiles of 64, each of which
+// reads the weight again.
+//
+// Block scales (128 columns of k) are applied to the fp32 sums of each 128.
+//
+// Predicted: 2 * K / 64 instructions a warp and feature tile are far below the matrix rate; x comes
+// from L2, M / 32 of the weight's traffic, so 0.85 of the read limit for M <= 16, less from 32 on.
+#include "common/e4m3.cuh"
+
+namespace lf::cuda {
+
+// fp8_gemm_sm90.cu; false: not for these arguments
+bool linear_sm90(const LinearParams& p, const Where& where);
+
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kFeatures = 32;  // of a block: four instructions of eight
+constexpr int kTiles = kFeatures / 8;
+constexpr int kRun = 64;  // values of k that a warp's loads cover at once
+constexpr int kScaleBlock = 128;
+
+// 16 neighbouring elements of a row as words; what lies past k_end is zero.
+template <class T, bool aligned, int words>
+LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k_end, bool valid) {
+  static_assert(words * 4 == 16 * sizeof(T));
+#pragma unroll
+  for (int i = 0; i < words; ++i) w[i] = 0;
+  if (!valid) return;
+  if constexpr (aligned) {
+    constexpr int per = 16 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < words / 4; ++i)
+      if (k + i * per < k_end) {
+        const uint4 v = *reinterpret_cast<const uint4*>(row + k + i * per);
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+      }
+  } else {
+    constexpr int per = 4 / sizeof(T);
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (k + i < k_end) {
+        if constexpr (sizeof(T) == 1)
+          w[i / per] |= static_cast<uint32_t>(row[k + i]) << 8 * (i % per);
+        else
+          w[i / per] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row + k + i))
+                        << 16 * (i % per);
+      }
+  }
+}
+
+LF_DEVICE float scale_at(const float* scale, Scale granularity, int64_t row, int64_t block,
+                         int64_t blocks) {
+  if (granularity == Scale::tensor) return scale[0];
+  return granularity == Scale::row ? scale[row] : scale[row * blocks + block];
+}
+
+template <class Out>
+LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
+  if (p.bias) sum += to_float(static_cast<const Out*>(p.bias)[n]);
+  static_cast<Out*>(p.out)[m * p.n + n] = from_float<Out>(sum);
+}
+
+// X: uint8_t for e4m3, else bf16 or fp16. A block: rows [row0, row0 + 16 * row_tiles).
+template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
+__global__ void __launch_bounds__(kWarps * 32)
+    few_rows_kernel(const LinearParams p, int64_t feature_tiles) {
+  LF_DYNAMIC_SHARED(memory);
+  constexpr bool is_e4m3 = sizeof(X) == 1;
+  constexpr int x_words = 16 * sizeof(X) / 4;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int group = lane / 4, quarter = lane % 4;
+  const int64_t n0 = blockIdx.x % feature_tiles * kFeatures;
+  const int64_t row0 = blockIdx.x / feature_tiles * 16 * row_tiles;
+  const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock;
+  // Runs are whole scale blocks, so that a block's sum is one warp's.
+  const int64_t share = (blocks + kWarps - 1) / kWarps * kScaleBlock;
+  const int64_t k_begin = warp * share;
+  const int64_t k_end = k_begin + share < p.k ? k_begin + share : p.k;
+
+  float sum[row_tiles][kTiles][4] = {}, part[row_tiles][kTiles][4] = {};
+  uint32_t nan[kTiles] = {};
+  const auto weight_row = [&](int tile) {
+    return static_cast<const uint8_t*>(p.weight) + (n0 + tile * 8 + group) * p.weight_stride;
+  };
+  for (int64_t k0 = k_begin; k0 < k_end; k0 += kScaleBlock) {
+    uint32_t w[2][kTiles][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        load_run<uint8_t, aligned>(w[half][tile], weight_row(tile), k0 + half * kRun + quarter * 16,
+                                   k_end, n0 + tile * 8 + group < p.n);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t k = k0 + half * kRun + quarter * 16;
+#pragma unroll
+      for (int r = 0; r < row_tiles; ++r) {
+        uint32_t low[x_words], high[x_words];  // rows group and group + 8
+        const int64_t m = row0 + r * 16 + group;
+        const X* x = static_cast<const X*>(p.x);
+        load_run<X, aligned>(low, x + m * p.x_stride, k, k_end, m < p.m);
+        load_run<X, aligned>(high, x + (m + 8) * p.x_stride, k, k_end, m + 8 < p.m);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float (&d)[4] = blockwise ? part[r][tile] : sum[r][tile];
+          if constexpr (is_e4m3) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+              const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]};
+              ptx::mma_16832_e4m3(d, a, w[half][tile][i], w[half][tile][i + 1]);
+            }
+          } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              uint32_t b[2];
+              decode<X>(w[half][tile][i], b);
+              if (r == 0) nan[tile] |= saw_nan(w[half][tile][i]);
+              const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
+              ptx::mma_16816(d, a, b[0], b[1], X{});
+            }
+          }
+        }
+      }
+    }
+    if constexpr (blockwise) {
+      const int64_t block = k0 / kScaleBlock;
+#pragma unroll
+      for (int r = 0; r < row_tiles; ++r)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int64_t m = row0 + r * 16 + group + i / 2 * 8;
+            const int64_t n = n0 + tile * 8 + quarter * 2 + i % 2;
+            if (m < p.m && n < p.n) {
+              float scale =
+                  p.x_scale ? scale_at(p.x_scale, p.x_granularity, m, block, blocks) : 1.0f;
+              const int64_t row =
+                  p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
+              scale *= scale_at(p.weight_scale, p.weight_granularity, row, block, blocks);
+              sum[r][tile][i] += part[r][tile][i] * scale;
+            }
+            part[r][tile][i] = 0;
+          }
+    }
+  }
+  // A NaN code makes its feature NaN in every row: any number plus NaN.
+  if constexpr (!is_e4m3) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      uint32_t seen = nan[tile];
+      seen |= __shfl_xor_sync(0xffffffffu, seen, 1);
+      seen |= __shfl_xor_sync(0xffffffffu, seen, 2);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // of feature quarter * 2 + i: lanes 4 * that know
+        const uint32_t mine = __shfl_sync(0xffffffffu, seen, (quarter * 2 + i) * 4);
+        if (mine == 0) continue;
+#pragma unroll
+        for (int r = 0; r < row_tiles; ++r)
+          sum[r][tile][i] = sum[r][tile][i + 2] = __int_as_float(0x7fffffff);
+      }
+    }
+  }
+
+  // Warps add up in order, a row tile at a time: [warp][feature tile][lane][4].
+  auto* scratch = reinterpret_cast<float4*>(memory);
+#pragma unroll
+  for (int r = 0; r < row_tiles; ++r) {
+    if (r > 0) __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+      scratch[(warp * kTiles + tile) * 32 + lane] =
+          float4{sum[r][tile][0], sum[r][tile][1], sum[r][tile][2], sum[r][tile][3]};
+    __syncthreads();
+    if (warp >= kTiles) continue;  // warp t finishes feature tile t
+    float total[4] = {};
+#pragma unroll
+    for (int other = 0; other < kWarps; ++other) {
+      const float4 v = scratch[(other * kTiles + warp) * 32 + lane];
+      total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t m = row0 + r * 16 + group + i / 2 * 8;
+      const int64_t n = n0 + warp * 8 + quarter * 2 + i % 2;
+      if (m >= p.m || n >= p.n) continue;
+      if constexpr (!blockwise) {
+        if (p.x_scale) total[i] *= scale_at(p.x_scale, p.x_granularity, m, 0, 1);
+        total[i] *= scale_at(p.weight_scale, p.weight_granularity, n, 0, 1);
+      }
+      finish<Out>(p, m, n, total[i]);
+    }
+  }
+}
+
+// What has no matrix instruction: fp32 activations, and e4m3 ones below sm_89. A warp an output.
+template <class X, class Out>
+__global__ void __launch_bounds__(kWarps * 32) plain_kernel(const LinearParams p) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (item >= p.m * p.n) return;
+  const int64_t m = item / p.n, n = item % p.n;
+  const X* x = static_cast<const X*>(p.x) + m * p.x_stride;
+  const uint8_t* w = static_cast<const uint8_t*>(p.weight) + n * p.weight_stride;
+  const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock;
+  float total = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    float sum = 0;
+    const int64_t k0 = block * kScaleBlock, k1 = k0 + kScaleBlock < p.k ? k0 + kScaleBlock : p.k;
+    for (int64_t k = k0 + lane; k < k1; k += 32) {
+      float value;
+      if constexpr (sizeof(X) == 1)
+        value = e4m3_to_float(x[k]);
+      else
+        value = to_float(x[k]);
+      sum += value * e4m3_to_float(w[k]);
+    }
+    float scale = p.x_scale ? scale_at(p.x_scale, p.x_granularity, m, block, blocks) : 1.0f;
+    const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
+    scale *= scale_at(p.weight_scale, p.weight_granularity, row, block, blocks);
+    total += sum * scale;
+  }
+  total = reduce_warp(total, Sum{});
+  if (lane == 0) finish<Out>(p, m, n, total);
+}
+
+template <class X, class Out>
+void plain(const LinearParams& p, const Where& where) {
+  const int64_t blocks = (p.m * p.n + kWarps - 1) / kWarps;
+  launch(where,
+         {"fp8_gemm", {p.m, p.n, p.k}, dim3(static_cast<unsigned>(blocks)), dim3(kWarps * 32)},
+         plain_kernel<X, Out>, p);
+}
+
+template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
+void few_rows(const LinearParams& p, const Where& where) {
+  const int64_t feature_tiles = (p.n + kFeatures - 1) / kFeatures;
+  const int64_t rows = 16 * row_tiles, row_blocks = (p.m + rows - 1) / rows;
+  launch(where,
+         {"fp8_gemm",
+          {p.m, p.n, p.k},
+          dim3(static_cast<unsigned>(feature_tiles * row_blocks)),
+          dim3(kWarps * 32),
+          kWarps * kTiles * 32 * sizeof(float4)},
+         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, feature_tiles);
+}
+
+template <class X, class Out>
+void run(const LinearParams& p, const Where& where) {
+  if constexpr (std::is_same_v<X, float>) {
+    return plain<X, Out>(p, where);
+  } else {
+    const bool blockwise = p.x_granularity == Scale::block || p.weight_granularity == Scale::block;
+    const bool aligned = p.k % 16 == 0 && p.x_stride % 16 == 0 && p.weight_stride % 16 == 0 &&
+                         is_aligned(p.x) && is_aligned(p.weight);
+    if (!aligned)
+      return blockwise ? few_rows<X, Out, 1, false, true>(p, where)
+                       : few_rows<X, Out, 1, false, false>(p, where);
+    // Block scales need a second set of sums: beside 64 rows' they would spill.
+    if (blockwise)
+      return p.m <= 16 ? few_rows<X, Out, 1, true, true>(p, where)
+                       : few_rows<X, Out, 2, true, true>(p, where);
+    if (p.m <= 16) return few_rows<X, Out, 1, true, false>(p, where);
+    if (p.m <= 32) return few_rows<X, Out, 2, true, false>(p, where);
+    few_rows<X, Out, 4, true, false>(p, where);
+  }
+}
+
+}  // namespace
+
+void linear(const LinearParams& p, const Where& where) {
+  if (p.weight_dtype != DType::e4m3 || p.packed)
+    throw std::runtime_error("fp8_gemm: wants a plain e4m3 weight");
+  if (linear_sm90(p, where)) return;
+  if (p.x_dtype != DType::e4m3)
+    return with_dtype(p.x_dtype, "fp8_linear", [&](auto t) {
+      using T = decltype(t);
+      run<T, T>(p, where);
+    });
+  with_dtype(p.out_dtype, "fp8_gemm", [&](auto t) {
+    using Out = decltype(t);
+    if (device_of(where).sm >= 89) return run<uint8_t, Out>(p, where);
+    plain<uint8_t, Out>(p, where);
+  });
+}
+
+}  // namespace lf::cuda

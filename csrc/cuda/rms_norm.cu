@@ -1,0 +1,190 @@
+// rms_norm, add_rms_norm and their FP8 forms:
+//   s = x + residual                  rounded to dtype; s = x without residual
+//   n = s * rsqrt(mean(s^2) + eps)    fp32, then rounded to dtype
+//   out = n * weight                  rounded to dtype; quantised by row when scale is set
+//
+// Fused because each step alone is a pass over memory. A row is read once and stays in registers:
+// a block holds up to 32,768 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
+// of more than 8,192. Wider still, the second pass reads the row again, out of L2.
+//
+// Cost in bf16: 4 bytes an element, 8 with residual, 1 less with FP8 out; bound by memory. Threads,
+// and with them the order of the sum, depend on the row's width alone.
+#include "common/fp8.cuh"
+#include "common/hopper.cuh"
+
+namespace lf::cuda {
+namespace {
+
+constexpr int kMostThreads = 1024;
+constexpr int64_t kClusterWidth = 8192;  // elements a block of a cluster takes
+
+// Sums over the cluster's blocks in order of their rank.
+template <class Combine>
+LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Combine combine) {
+#if defined(LF_CUDA_EMULATOR) || __CUDA_ARCH__ >= 900
+  if (blocks == 1) return value;
+  float* mine = scratch + 32;
+  if (threadIdx.x == 0) *mine = value;
+  ptx::cluster_sync();
+  float total = ptx::cluster_load(mine, 0);
+  for (unsigned rank = 1; rank < blocks; ++rank)
+    total = combine(total, ptx::cluster_load(mine, rank));
+  ptx::cluster_sync();  // nobody leaves, or writes again, while others read
+  return total;
+#else
+  return value;
+#endif
+}
+
+// A block normalises its part of a row: `width` elements from blockIdx.x % blocks * width on.
+// vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
+template <class T, bool aligned, int vectors, bool fp8>
+__global__ void __launch_bounds__(kMostThreads)
+    rms_norm_kernel(const RmsNormParams p, int64_t width, unsigned blocks) {
+  LF_DYNAMIC_SHARED(memory);
+  auto* scratch = reinterpret_cast<float*>(memory);
+  constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
+  const int64_t row = blockIdx.x / blocks, begin = blockIdx.x % blocks * width;
+  const int64_t end = begin + width < p.hidden ? begin + width : p.hidden;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * size;
+  const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * size;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  const T* residual =
+      p.residual ? static_cast<const T*>(p.residual) + row * p.residual_stride : nullptr;
+  T* residual_out = p.residual_out ? static_cast<T*>(p.residual_out) + row * p.hidden : nullptr;
+  const T* weight = static_cast<const T*>(p.weight);
+
+  const auto load = [&](int64_t at) {
+    Vector<T> v = load_vector<aligned>(x, at, end);
+    if (residual) {
+      const Vector<T> r = load_vector<aligned>(residual, at, end);
+#pragma unroll
+      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(to_float(v.at[i]) + to_float(r.at[i]));
+    }
+    return v;
+  };
+  const int64_t rounds = (end - begin + step - 1) / step;
+
+  Vector<T> s[held];
+  float sum = 0;
+  const auto square = [&](const Vector<T>& v) {
+#pragma unroll
+    for (int i = 0; i < size; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
+  };
+  if constexpr (vectors > 0) {
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) s[k] = load(first + k * step);
+#pragma unroll
+    for (int k = 0; k < vectors; ++k) {
+      if (residual_out) store_vector<aligned>(residual_out, first + k * step, end, s[k]);
+      square(s[k]);
+    }
+  } else {
+    for (int64_t k = 0; k < rounds; ++k) {
+      const Vector<T> v = load(first + k * step);
+      if (residual_out) store_vector<aligned>(residual_out, first + k * step, end, v);
+      square(v);
+    }
+  }
+  sum = reduce_cluster(reduce_block(sum, scratch, Sum{}), scratch, blocks, Sum{});
+  const float rstd = rsqrtf(sum / static_cast<float>(p.hidden) + p.eps);
+
+  const auto normed = [&](const Vector<T>& v, int64_t at) {
+    const Vector<T> w = load_vector<aligned>(weight, at, end);
+    Vector<T> out;
+#pragma unroll
+    for (int i = 0; i < size; ++i)
+      out.at[i] = from_float<T>(round_to<T>(to_float(v.at[i]) * rstd) * to_float(w.at[i]));
+    return out;
+  };
+  const auto again = [&](int64_t k) {  // a vector of the sum, out of registers or memory
+    if constexpr (vectors > 0)
+      return s[k];
+    else
+      return load(first + k * step);
+  };
+  const auto each = [&](auto&& body) {
+    if constexpr (vectors > 0) {
+#pragma unroll
+      for (int k = 0; k < vectors; ++k) body(k);
+    } else {
+      for (int64_t k = 0; k < rounds; ++k) body(k);
+    }
+  };
+  if constexpr (!fp8) {
+    T* out = static_cast<T*>(p.out) + row * p.hidden;
+    each([&](auto k) {
+      const int64_t at = first + k * step;
+      store_vector<aligned>(out, at, end, normed(again(k), at));
+    });
+  } else {
+    float amax = 0;
+    each([&](auto k) {
+      const Vector<T> v = normed(again(k), first + k * step);
+      if constexpr (vectors > 0) s[k] = v;
+#pragma unroll
+      for (int i = 0; i < size; ++i)
+        if (first + k * step + i < end) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+    });
+    amax = reduce_block(amax, scratch, MaxMagnitude{});
+    amax = reduce_cluster(amax, scratch, blocks, MaxMagnitude{});
+    const float scale = fp8_scale(amax, p.scale_ub);
+    if (begin == 0 && threadIdx.x == 0) p.scale[row] = scale;
+    uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.hidden;
+    each([&](auto k) {
+      const int64_t at = first + k * step;
+      Vector<T> v = again(k);
+      if constexpr (vectors == 0) v = normed(v, at);
+      uint8_t q[size];
+#pragma unroll
+      for (int i = 0; i < size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(v.at[i]), scale));
+      store_e4m3<aligned>(out, at, end, q);
+    });
+  }
+}
+
+template <class T, bool aligned, bool fp8>
+void run(const RmsNormParams& p, const Where& where) {
+  constexpr int64_t size = Vector<T>::size;
+  const bool clusters = device_of(where).sm >= 90;
+  const int64_t parts = clusters ? (p.hidden + kClusterWidth - 1) / kClusterWidth : 1;
+  const unsigned blocks = parts <= 1 ? 1 : parts <= 2 ? 2 : parts <= 4 ? 4 : 8;
+  const int64_t width = ((p.hidden + blocks - 1) / blocks + size - 1) / size * size;
+  const int64_t all = (width + size - 1) / size;  // vectors of a block
+  // Two a thread: enough bytes in flight, and several rows on a multiprocessor.
+  const int64_t most = kMostThreads;
+  const int64_t per_thread = all <= 2 * most ? 2 : all <= 4 * most ? 4 : 0;
+  const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : most;
+  const unsigned threads = static_cast<unsigned>((wanted + 31) / 32 * 32);
+  const LaunchShape shape{fp8 ? "rms_norm_fp8" : "rms_norm",
+                          {p.rows, p.hidden},
+                          dim3(static_cast<unsigned>(p.rows * blocks)),
+                          dim3(threads),
+                          33 * sizeof(float),
+                          blocks};
+  const auto go = [&](auto vectors) {
+    launch(where, shape, rms_norm_kernel<T, aligned, decltype(vectors)::value, fp8>, p, width,
+           blocks);
+  };
+  if (per_thread == 2) return go(std::integral_constant<int, 2>{});
+  if (per_thread == 4) return go(std::integral_constant<int, 4>{});
+  go(std::integral_constant<int, 0>{});
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormParams& p, const Where& where) {
+  with_dtype(p.dtype, "rms_norm", [&](auto t) {
+    using T = decltype(t);
+    constexpr int64_t size = Vector<T>::size;
+    const bool aligned = p.hidden % size == 0 && p.x_stride % size == 0 &&
+                         p.residual_stride % size == 0 && is_aligned(p.x) &&
+                         is_aligned(p.residual) && is_aligned(p.weight) && is_aligned(p.out) &&
+                         is_aligned(p.residual_out);
+    const bool fp8 = p.scale != nullptr;
+    if (aligned) return fp8 ? run<T, true, true>(p, where) : run<T, true, false>(p, where);
+    return fp8 ? run<T, false, true>(p, where) : run<T, false, false>(p, where);
+  });
+}
+
+}  // namespace lf::cuda

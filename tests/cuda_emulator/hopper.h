@@ -1,0 +1,382 @@
+// csrc/cuda/common/hopper.cuh and wgmma.cuh, executed on a CPU by the PTX ISA's definitions.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <type_traits>
+
+#include "ptx.h"
+
+namespace lf::emu {
+
+// ---- mbarrier: the state lives in the 64-bit word itself, as on hardware ----
+
+struct MBarrier {
+  uint32_t phase : 1, expected : 15, left : 16;
+  int32_t bytes;  // still to come in this phase
+};
+static_assert(sizeof(MBarrier) == 8);
+
+inline MBarrier& mbarrier(uint64_t* bar) {
+  check_shared("mbarrier", bar, 8, 8);
+  return *reinterpret_cast<MBarrier*>(bar);
+}
+inline void settle(MBarrier& b) {
+  if (b.left || b.bytes) return;
+  b.phase ^= 1;
+  b.left = b.expected;
+}
+
+// ---- TMA ----
+
+struct TensorMap {
+  const unsigned char* base;
+  uint32_t element_bytes, rank, swizzle_bytes;  // swizzle 0: none
+  uint32_t sizes[5], box[5];
+  uint64_t strides[5];  // bytes; [0] is the element's
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+inline TensorMap tensor_map(const CUtensorMap* map) {
+  TensorMap m;
+  std::memcpy(&m, map, sizeof m);
+  return m;
+}
+
+// 128-byte swizzle: the 16-byte chunk's number within 128 bytes, xor the number of those 128 bytes
+// modulo 8. Addresses decide, so tiles start at multiples of 1024.
+inline uintptr_t swizzle(uintptr_t address, uint32_t bytes) {
+  if (bytes == 128) return address ^ (address >> 7 & 7) << 4;
+  if (bytes == 64) return address ^ (address >> 7 & 3) << 4;
+  if (bytes == 32) return address ^ (address >> 7 & 1) << 4;
+  return address;
+}
+
+// Calls move(shared address, global address or null when outside) for each 16 bytes... of the box,
+// an element at a time: bounds may cut anywhere.
+template <class Move>
+void for_box(const TensorMap& m, const void* shared, const int* at, Move move) {
+  uint64_t count = 1;
+  for (uint32_t d = 0; d < m.rank; ++d) count *= m.box[d];
+  for (uint64_t i = 0; i < count; ++i) {
+    uint64_t rest = i;
+    const unsigned char* global = m.base;
+    bool inside = true;
+    for (uint32_t d = 0; d < m.rank; ++d) {
+      const int64_t c = at[d] + static_cast<int64_t>(rest % m.box[d]);
+      rest /= m.box[d];
+      inside = inside && c >= 0 && c < static_cast<int64_t>(m.sizes[d]);
+      global += c * static_cast<int64_t>(m.strides[d]);
+    }
+    const uintptr_t linear = reinterpret_cast<uintptr_t>(shared) + i * m.element_bytes;
+    move(reinterpret_cast<unsigned char*>(swizzle(linear, m.swizzle_bytes)),
+         inside ? global : nullptr);
+  }
+}
+inline int box_bytes(const TensorMap& m) {
+  uint32_t bytes = m.element_bytes;
+  for (uint32_t d = 0; d < m.rank; ++d) bytes *= m.box[d];
+  return static_cast<int>(bytes);
+}
+
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at) {
+  const TensorMap m = tensor_map(map);
+  const int bytes = box_bytes(m);
+  check_shared("TMA load", to, static_cast<size_t>(bytes),
+               m.swizzle_bytes ? m.swizzle_bytes * 8 : 128);
+  std::memset(to, 0xff, static_cast<size_t>(bytes));
+  MBarrier& b = mbarrier(bar);
+  state().in_flight.push_back([=, &b] {
+    for_box(m, to, at.data(), [&](unsigned char* s, const unsigned char* g) {
+      if (g)
+        std::memcpy(s, g, m.element_bytes);
+      else
+        std::memset(s, 0, m.element_bytes);
+    });
+    b.bytes -= bytes;
+    settle(b);
+  });
+}
+
+// ---- wgmma ----
+
+// One operand in shared memory, by its descriptor: element (mn, k) of `size` bytes.
+struct Operand {
+  uintptr_t start, leading, stride;
+  uint32_t swizzle_bytes;
+  bool mn_major;
+  uintptr_t shared_base;
+
+  Operand(uint64_t descriptor, bool mn_major_) : mn_major(mn_major_) {
+    const Block& b = block();
+    // The descriptor holds 18 bits of address: those of shared memory's own window.
+    start = (descriptor & 0x3fff) << 4;
+    leading = (descriptor >> 16 & 0x3fff) << 4;
+    stride = (descriptor >> 32 & 0x3fff) << 4;
+    const uint64_t mode = descriptor >> 62;
+    swizzle_bytes = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 0;
+    shared_base = reinterpret_cast<uintptr_t>(b.shared);
+    if (swizzle_bytes != 128) fail("wgmma: the emulator knows the 128-byte swizzle only");
+  }
+  const void* element(int mn, int k, int size, const Block& b) const {
+    uintptr_t at = start;
+    if (mn_major) {
+      const int per_atom = 128 / size;
+      at += static_cast<uintptr_t>(mn / per_atom) * leading +
+            static_cast<uintptr_t>(mn % per_atom * size);
+      at += static_cast<uintptr_t>(k / 8) * stride + static_cast<uintptr_t>(k % 8) * 128;
+    } else {
+      at += static_cast<uintptr_t>(mn / 8) * stride + static_cast<uintptr_t>(mn % 8) * 128;
+      at += static_cast<uintptr_t>(k * size);
+    }
+    at = swizzle(at, 128);
+    if (at + static_cast<uintptr_t>(size) > b.shared_bytes) return nullptr;
+    return reinterpret_cast<const void*>(shared_base + at);
+  }
+};
+
+inline float load_as(const void* p, __nv_bfloat16 t) {
+  return to_float(*static_cast<const uint16_t*>(p), t);
+}
+inline float load_as(const void* p, __half t) {
+  return to_float(*static_cast<const uint16_t*>(p), t);
+}
+inline float load_as(const void* p, __nv_fp8_e4m3) {
+  return e4m3_to_float(*static_cast<const uint8_t*>(p));
+}
+
+// One wgmma of a warpgroup, from its issue until somebody waits for it.
+struct Wgmma {
+  int n, depth;
+  bool b_mn_major, accumulate, a_in_registers;
+  uint64_t a_descriptor, b_descriptor;
+  std::array<std::array<uint32_t, 4>, 128> a;
+  std::array<std::vector<float>*, 128> d;  // each thread's shadow of its accumulators
+  float (*load)(const void*);              // an element of a or b
+  float (*extract)(uint32_t, int);         // element e of a register of a
+  int size;                                // bytes of an element
+  bool done = false;
+
+  void execute(const Block& b) {
+    if (done) return;
+    done = true;
+    const auto read = [&](const Operand& o, int mn, int k) {
+      const void* p = o.element(mn, k, size, b);
+      if (!p) fail("wgmma: operand outside shared memory");
+      return load(p);
+    };
+    std::vector<float> rows(64 * depth), columns(static_cast<size_t>(n) * depth);
+    const Operand b_memory(b_descriptor, b_mn_major);
+    for (int column = 0; column < n; ++column)
+      for (int k = 0; k < depth; ++k) columns[column * depth + k] = read(b_memory, column, k);
+    if (a_in_registers) {
+      const int per = depth / 8;
+      for (int t = 0; t < 128; ++t)
+        for (int r = 0; r < 4; ++r)
+          for (int e = 0; e < per; ++e) {
+            const int row = t / 32 * 16 + t % 32 / 4 + r % 2 * 8;
+            rows[row * depth + r / 2 * (depth / 2) + t % 4 * per + e] = extract(a[t][r], e);
+          }
+    } else {
+      const Operand a_memory(a_descriptor, false);
+      for (int row = 0; row < 64; ++row)
+        for (int k = 0; k < depth; ++k) rows[row * depth + k] = read(a_memory, row, k);
+    }
+    for (int t = 0; t < 128; ++t)
+      for (int i = 0; i < n / 2; ++i) {
+        const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
+        const int column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < depth; ++k) sum += rows[row * depth + k] * columns[column * depth + k];
+        float& d_i = (*d[t])[i];
+        d_i = accumulate ? d_i + sum : sum;
+      }
+  }
+};
+
+// What a thread knows of its wgmmas. Its accumulators are NaN from the issue to the wait; their
+// values meanwhile are in the shadow.
+struct WgmmaThread {
+  struct Shadow {
+    std::vector<float> values;
+    int pending = 0;  // groups not yet waited for, and the open one
+  };
+  struct Item {
+    std::shared_ptr<Wgmma> op;
+    float* d;
+  };
+  std::map<float*, Shadow> shadows;
+  std::vector<Item> open;
+  std::vector<std::vector<Item>> groups;
+};
+inline WgmmaThread& wgmma_of(Thread& t) {
+  if (!t.wgmma) t.wgmma = std::make_shared<WgmmaThread>();
+  return *std::static_pointer_cast<WgmmaThread>(t.wgmma);
+}
+
+template <class T>
+void wgmma(int n, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b_descriptor,
+           bool b_mn_major, bool accumulate) {
+  struct Argument {
+    Thread* thread;
+    float* d;
+    const uint32_t* a;
+    uint64_t a_descriptor, b_descriptor;
+  } argument{&self(), d, a, a_descriptor, b_descriptor};
+  constexpr int size = sizeof(T);
+  meet("wgmma.mma_async", self().linear / 128 * 128, 128, 0, &argument,
+       [=](std::vector<void*>& all) {
+         auto op = std::make_shared<Wgmma>();
+         op->n = n;
+         op->depth = 32 / size;
+         op->b_mn_major = b_mn_major;
+         op->accumulate = accumulate;
+         op->a_in_registers = a != nullptr;
+         op->a_descriptor = a_descriptor;
+         op->b_descriptor = b_descriptor;
+         op->size = size;
+         op->load = [](const void* p) { return load_as(p, T{}); };
+         op->extract = [](uint32_t r, int e) {
+           const uint32_t bits = r >> 8 * static_cast<int>(sizeof(T)) * e;
+           return load_as(&bits, T{});  // the low bytes come first
+         };
+         for (int t = 0; t < 128; ++t) {
+           const Argument& x = *static_cast<Argument*>(all[t]);
+           if (x.b_descriptor != b_descriptor || (!a && x.a_descriptor != a_descriptor))
+             return fail("wgmma: the warpgroup's threads disagree on a descriptor");
+           if (x.a) std::copy(x.a, x.a + 4, op->a[t].begin());
+           WgmmaThread& mine = wgmma_of(*x.thread);
+           WgmmaThread::Shadow& shadow = mine.shadows[x.d];
+           if (shadow.values.empty()) {
+             shadow.values.assign(x.d, x.d + n / 2);
+             std::fill(x.d, x.d + n / 2, NAN);
+           }
+           ++shadow.pending;
+           op->d[t] = &shadow.values;  // a std::map's nodes stay where they are
+           mine.open.push_back({op, x.d});
+         }
+       });
+}
+
+inline void wgmma_wait(size_t pending) {
+  WgmmaThread& mine = wgmma_of(self());
+  while (mine.groups.size() > pending) {
+    for (const WgmmaThread::Item& item : mine.groups.front()) {
+      item.op->execute(block());
+      const auto at = mine.shadows.find(item.d);
+      if (--at->second.pending == 0) {
+        std::copy(at->second.values.begin(), at->second.values.end(), item.d);
+        at->second.values.clear();
+      }
+    }
+    mine.groups.erase(mine.groups.begin());
+  }
+}
+
+}  // namespace lf::emu
+
+namespace lf::ptx {
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emu::block().shared);
+}
+
+inline void mbarrier_init(uint64_t* bar, int arrivals) {
+  emu::MBarrier& b = emu::mbarrier(bar);
+  b.phase = 0;
+  b.expected = b.left = static_cast<uint32_t>(arrivals);
+  b.bytes = 0;
+}
+inline void mbarrier_init_fence() {}
+inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
+  emu::MBarrier& b = emu::mbarrier(bar);
+  if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
+  b.bytes += bytes;
+  --b.left;
+  emu::settle(b);
+}
+inline void mbarrier_arrive(uint64_t* bar) { mbarrier_arrive_expect(bar, 0); }
+inline void mbarrier_wait(uint64_t* bar, int parity) {
+  emu::MBarrier& b = emu::mbarrier(bar);
+  emu::wait_until("mbarrier wait",
+                  [&b, parity] { return b.phase != static_cast<unsigned>(parity); });
+}
+
+inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
+  emu::tma_load(to, map, bar, {x, y, 0, 0, 0});
+}
+inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
+  emu::tma_load(to, map, bar, {x, y, z, 0, 0});
+}
+inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                        int w) {
+  emu::tma_load(to, map, bar, {x, y, z, w, 0});
+}
+// Reads its shared memory at the latest moment that the program allows: in tma_store_wait.
+inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
+  const emu::TensorMap m = emu::tensor_map(map);
+  emu::check_shared("TMA store", from, static_cast<size_t>(emu::box_bytes(m)), 128);
+  const std::array<int, 5> at{x, y, z, w, 0};
+  emu::self().stores_open.push_back([=] {
+    emu::for_box(m, from, at.data(), [&](unsigned char* s, const unsigned char* g) {
+      if (g) std::memcpy(const_cast<unsigned char*>(g), s, m.element_bytes);
+    });
+  });
+}
+inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+  tma_store_4d(map, from, x, y, 0, 0);
+}
+inline void tma_store_commit() {
+  emu::self().stores.push_back(std::move(emu::self().stores_open));
+  emu::self().stores_open.clear();
+}
+template <int pending>
+void tma_store_wait() {
+  auto& stores = emu::self().stores;
+  while (stores.size() > pending) {
+    for (auto& store : stores.front()) store();
+    stores.erase(stores.begin());
+  }
+}
+inline void tma_prefetch(const CUtensorMap*) {}
+inline void fence_proxy_async() {}
+
+inline unsigned cluster_rank() { return emu::block().rank; }
+inline void cluster_sync() {
+  emu::State& s = emu::state();
+  emu::barrier(s.cluster_barrier, static_cast<int>(s.blocks.size() * emu::block().threads.size()),
+               true, "cluster barrier");
+}
+inline float cluster_load(const float* mine, unsigned rank) {
+  const emu::Block& other = emu::state().blocks.at(rank);
+  return *reinterpret_cast<const float*>(other.shared + shared_address(mine));
+}
+
+template <int count>
+void registers_decrease() {}
+template <int count>
+void registers_increase() {}
+
+// ---- wgmma.cuh ----
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  emu::WgmmaThread& mine = emu::wgmma_of(emu::self());
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+template <int pending>
+void wgmma_wait() {
+  emu::wgmma_wait(pending);
+}
+template <class T, bool b_mn_major, int registers>
+void wgmma(float (&d)[registers], uint64_t a, uint64_t b, bool accumulate) {
+  emu::wgmma<T>(2 * registers, d, nullptr, a, b, b_mn_major, accumulate);
+}
+template <class T, bool b_mn_major, int registers>
+void wgmma(float (&d)[registers], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emu::wgmma<T>(2 * registers, d, a, 0, b, b_mn_major, accumulate);
+}
+
+}  // namespace lf::ptx

@@ -1,0 +1,413 @@
+// The emulator's own tests, one a name: selftest <case> [seed]. Exit status 0: as it should be.
+// Cases named bug_* hold a planted bug and exit 3 when the emulator's run shows it.
+#include <cstdio>
+#include <functional>
+
+#include "../../csrc/cuda/common/tensor_map.h"
+
+using namespace lf;
+
+namespace {
+
+int failures = 0;
+void expect(bool condition, const char* text, int line) {
+  if (!condition && failures++ < 5) std::printf("line %d: %s\n", line, text);
+}
+#define EXPECT(condition) expect(condition, #condition, __LINE__)
+
+void run(int threads, size_t shared, const std::function<void()>& kernel, unsigned grid = 1,
+         unsigned cluster = 1) {
+  emu::launch(dim3(grid), dim3(threads), shared, cluster, kernel);
+}
+
+int lane() { return static_cast<int>(threadIdx.x) % 32; }
+
+// Numbers that every format holds exactly and whose products' sums are exact in fp32.
+int a_value(int row, int k) { return (row * 3 + k * 5) % 7 - 3; }
+int b_value(int column, int k) { return (column * 2 + k) % 5 - 2; }
+float expected(int row, int column, int depth) {
+  int sum = 0;
+  for (int k = 0; k < depth; ++k) sum += a_value(row, k) * b_value(column, k);
+  return static_cast<float>(sum);
+}
+
+uint16_t bits(float x, __nv_bfloat16) {
+  return static_cast<uint16_t>(__float_as_uint(x) >> 16);  // exact for small integers
+}
+uint16_t bits(float x, __half) { return __half_raw(__float2half(x)).x; }
+uint8_t e4m3(int x) {
+  return __nv_cvt_float_to_fp8(static_cast<float>(x), __NV_SATFINITE, __NV_E4M3);
+}
+
+// The PTX ISA's words for mma.m16n8k16, not the emulator's: element i of a lies in row groupID for
+// i in {0, 1, 4, 5}, else groupID + 8, and column threadID_in_group * 2 + (i & 1), + 8 for i >= 4.
+template <class T>
+void mma_16(bool wrong_fragment) {
+  run(32, 0, [=] {
+    const int group = lane() >> 2, in_group = lane() % 4;
+    uint32_t a[4] = {}, b[2] = {};
+    for (int i = 0; i < 8; ++i) {
+      const int row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
+      int column = in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+      if (wrong_fragment) column ^= 8;
+      a[i / 2] |= static_cast<uint32_t>(bits(static_cast<float>(a_value(row, column)), T{}))
+                  << 16 * (i % 2);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const int k = in_group * 2 + (i & 1) + (i < 2 ? 0 : 8);
+      b[i / 2] |= static_cast<uint32_t>(bits(static_cast<float>(b_value(group, k)), T{}))
+                  << 16 * (i % 2);
+    }
+    float d[4] = {1, 1, 1, 1};
+    ptx::mma_16816(d, a, b[0], b[1], T{});
+    for (int i = 0; i < 4; ++i) {
+      const int row = i < 2 ? group : group + 8, column = in_group * 2 + (i & 1);
+      EXPECT(d[i] == 1 + expected(row, column, 16));
+    }
+  });
+}
+
+void mma_e4m3() {
+  run(32, 0, [] {
+    const int group = lane() >> 2, in_group = lane() % 4;
+    uint32_t a[4] = {}, b[2] = {};
+    for (int i = 0; i < 16; ++i) {
+      const int row = (i < 4 || (i >= 8 && i < 12)) ? group : group + 8;
+      const int column = in_group * 4 + (i & 3) + (i < 8 ? 0 : 16);
+      a[i / 4] |= static_cast<uint32_t>(e4m3(a_value(row, column))) << 8 * (i % 4);
+    }
+    for (int i = 0; i < 8; ++i) {
+      const int k = in_group * 4 + (i & 3) + (i < 4 ? 0 : 16);
+      b[i / 4] |= static_cast<uint32_t>(e4m3(b_value(group, k))) << 8 * (i % 4);
+    }
+    float d[4] = {};
+    ptx::mma_16832_e4m3(d, a, b[0], b[1]);
+    for (int i = 0; i < 4; ++i)
+      EXPECT(d[i] == expected(i < 2 ? group : group + 8, in_group * 2 + (i & 1), 32));
+  });
+}
+
+void ldmatrix() {
+  run(32, 4 * 8 * 8 * 2, [] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* m = reinterpret_cast<uint16_t*>(memory);  // [matrix, row, column]
+    for (int i = lane(); i < 256; i += 32) m[i] = static_cast<uint16_t>(i);
+    __syncthreads();
+    uint32_t r[4], t[4];
+    ptx::ldmatrix_x4(r, m + lane() * 8);
+    ptx::ldmatrix_x4_trans(t, m + lane() * 8);
+    for (uint32_t j = 0; j < 4; ++j) {
+      const uint32_t row = lane() / 4, pair = lane() % 4 * 2;
+      EXPECT((r[j] & 0xffff) == j * 64 + row * 8 + pair);
+      EXPECT(r[j] >> 16 == j * 64 + row * 8 + pair + 1);
+      EXPECT((t[j] & 0xffff) == j * 64 + pair * 8 + row);
+      EXPECT(t[j] >> 16 == j * 64 + (pair + 1) * 8 + row);
+    }
+  });
+}
+
+void shuffles_and_votes() {
+  run(64, 0, [] {
+    const int l = lane();
+    EXPECT(__shfl_xor_sync(~0u, l, 5) == (l ^ 5));
+    EXPECT(__shfl_down_sync(~0u, l, 4) == (l + 4 < 32 ? l + 4 : l));
+    EXPECT(__shfl_up_sync(~0u, l, 4) == (l >= 4 ? l - 4 : l));
+    EXPECT(__shfl_sync(~0u, l, 9) == 9);
+    EXPECT(__shfl_sync(~0u, l, 3, 8) == l / 8 * 8 + 3);
+    EXPECT(__shfl_down_sync(~0u, l, 1, 16) == (l % 16 < 15 ? l + 1 : l));
+    EXPECT(__ballot_sync(~0u, l % 3 == 0) == 0x49249249u);
+    EXPECT(__any_sync(~0u, l == 31) && !__any_sync(~0u, l == 32));
+    EXPECT(__all_sync(~0u, l < 32) && !__all_sync(~0u, l < 31));
+    if (l < 16) EXPECT(__shfl_xor_sync(0xffffu, l, 8) == (l ^ 8));
+  });
+}
+
+alignas(16) const float source[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+void cp_async(bool wait) {
+  run(2, 64, [=] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* s = reinterpret_cast<float*>(memory);
+    const int i = static_cast<int>(threadIdx.x) * 8;
+    ptx::cp_async_16(s + i, source + i);
+    ptx::cp_async_commit();
+    ptx::cp_async_16(s + i + 4, source + i + 4, 8);
+    ptx::cp_async_commit();
+    if (wait) {
+      ptx::cp_async_wait<1>();
+      EXPECT(s[i + 3] == source[i + 3] && std::isnan(s[i + 4]));
+    }
+    const float early = s[i + 4];
+    ptx::cp_async_wait<0>();
+    EXPECT(s[i + 5] == source[i + 5] && s[i + 6] == 0 && s[i + 7] == 0);
+    if (!wait && std::isnan(early)) failures = 1;
+  });
+}
+
+// Sums 256 numbers over eight warps; without the barrier some read before others have written.
+void block_sum(bool barrier) {
+  run(256, 32, [=] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* s = reinterpret_cast<float*>(memory);
+    float v = static_cast<float>(threadIdx.x);
+    for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
+    if (lane() == 0) s[threadIdx.x / 32] = v;
+    if (barrier) __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < 8; ++i) sum += s[i];
+    EXPECT(sum == 32640);
+  });
+}
+
+// Half of the threads produce for the other half: bar.arrive and bar.sync on one barrier.
+void named_barriers() {
+  run(128, 256, [] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* s = reinterpret_cast<int*>(memory);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < 64) {
+      s[i] = i;
+      ptx::named_barrier_arrive(1, 128);
+    } else {
+      ptx::named_barrier_sync(1, 128);
+      EXPECT(s[i - 64] == i - 64);
+    }
+  });
+}
+
+void deadlock() {
+  run(64, 0, [] {
+    if (threadIdx.x < 32) __syncthreads();
+  });
+}
+void different_instructions() {
+  run(32, 0, [] {
+    if (lane() < 16)
+      __syncwarp();
+    else
+      __ballot_sync(~0u, 1);
+  });
+}
+volatile float sink;
+void read_past_the_end() {
+  run(1, 4096, [] {
+    LF_DYNAMIC_SHARED(memory);
+    sink = reinterpret_cast<float*>(memory)[1024];
+  });
+}
+void write_past_the_end() {
+  run(1, 100, [] {
+    LF_DYNAMIC_SHARED(memory);
+    memory[101] = 0;
+  });
+}
+void uninitialised() {
+  run(1, 16, [] {
+    LF_DYNAMIC_SHARED(memory);
+    EXPECT(!std::isnan(reinterpret_cast<float*>(memory)[2]));
+    EXPECT(!std::isnan(__bfloat162float(reinterpret_cast<__nv_bfloat16*>(memory)[1])));
+  });
+}
+void misaligned_copy() {
+  run(1, 64, [] {
+    LF_DYNAMIC_SHARED(memory);
+    ptx::cp_async_16(memory + 8, source);
+  });
+}
+void never_waited() {
+  run(1, 64, [] {
+    LF_DYNAMIC_SHARED(memory);
+    ptx::cp_async_16(memory, source);
+    ptx::cp_async_commit();
+  });
+}
+
+// ---- sm_90 ----
+
+// A tensor [rows, columns] of T as TMA sees it, with boxes of 128 bytes a row.
+template <class T>
+CUtensorMap map_of(const std::vector<T>& data, int rows, int columns, int box_rows, DType dtype) {
+  return cuda::tensor_map({data.data(),
+                           dtype,
+                           2,
+                           {uint64_t(columns), uint64_t(rows)},
+                           {1, uint64_t(columns)},
+                           {128 / sizeof(T), uint32_t(box_rows)},
+                           true},
+                          "");
+}
+
+void tma(bool wait) {
+  std::vector<uint16_t> from(100 * 64), to(100 * 64, 7);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
+  const CUtensorMap source_map = map_of(from, 100, 64, 64, DType::bf16);
+  const CUtensorMap target_map = map_of(to, 100, 64, 64, DType::bf16);
+  run(32, 8192 + 8, [&] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* bar = reinterpret_cast<uint64_t*>(memory + 8192);
+    if (lane() == 0) ptx::mbarrier_init(bar, 1);
+    __syncthreads();
+    for (int phase = 0; phase < 2; ++phase) {
+      if (lane() == 0) {
+        ptx::mbarrier_arrive_expect(bar, 8192);
+        ptx::tma_load_2d(memory, &source_map, bar, 0, phase * 64);
+      }
+      if (wait) ptx::mbarrier_wait(bar, phase);
+      // Row r's 16-byte chunk c lies at chunk c ^ (r % 8); rows past the tensor are zero.
+      for (int r = lane(); r < 64; r += 32)
+        for (int c = 0; c < 8; ++c) {
+          const auto* chunk =
+              reinterpret_cast<const uint16_t*>(memory + r * 128 + (c ^ (r % 8)) * 16);
+          const int row = phase * 64 + r;
+          EXPECT(chunk[3] == (row < 100 ? row * 64 + c * 8 + 3 : 0));
+        }
+      __syncthreads();
+      if (lane() == 0) {
+        ptx::tma_store_2d(&target_map, memory, 0, phase * 64);
+        ptx::tma_store_commit();
+        ptx::tma_store_wait<0>();
+      }
+      __syncthreads();
+    }
+  });
+  if (wait) EXPECT(from == to);
+}
+
+// [64, depth * steps] x [n, depth * steps]^T; a from shared memory or registers, b k-major or
+// mn-major. Tiles lie in shared memory as TMA would put them.
+template <class T, int registers>
+void wgmma(bool a_in_registers, bool mn_major, bool wait = true) {
+  constexpr int n = 2 * registers, size = sizeof(T), depth = 32 / size, all_k = 128 / size;
+  const auto store = [](unsigned char* p, int value) {
+    if constexpr (size == 1)
+      *p = e4m3(value);
+    else {
+      const uint16_t b = bits(static_cast<float>(value), T{});
+      std::memcpy(p, &b, 2);
+    }
+  };
+  run(128, 8192 + n * 128, [&] {
+    LF_DYNAMIC_SHARED(memory);
+    unsigned char *a = memory, *b = memory + 8192;
+    const int t = static_cast<int>(threadIdx.x);
+    for (int i = t; i < 64 * all_k; i += 128) {
+      const int row = i / all_k, k = i % all_k, at = row * 128 + k * size;
+      store(a + (at ^ (row % 8) << 4), a_value(row, k));
+    }
+    for (int i = t; i < n * all_k; i += 128) {
+      const int column = i / all_k, k = i % all_k;
+      const int row = mn_major ? k : column;
+      const int at = mn_major ? column / 64 * all_k * 128 + k * 128 + column % 64 * size
+                              : column * 128 + k * size;
+      store(b + (at ^ (row % 8) << 4), b_value(column, k));
+    }
+    ptx::fence_proxy_async();
+    __syncthreads();
+    float d[registers];
+    for (float& x : d) x = 100;
+    ptx::wgmma_fence();
+    for (int k0 = 0; k0 < all_k; k0 += depth) {
+      const uint64_t b_at = mn_major ? ptx::wgmma_descriptor(b + k0 * 128, 1024, all_k * 128)
+                                     : ptx::wgmma_descriptor(b + k0 * size);
+      if (a_in_registers) {
+        uint32_t r[4] = {};
+        const int per = 4 / size;
+        for (int i = 0; i < 4 * per; ++i) {
+          const int row = t / 32 * 16 + lane() / 4 + i / per % 2 * 8;
+          const int k = k0 + lane() % 4 * per + i % per + i / per / 2 * depth / 2;
+          unsigned char value[4] = {};
+          store(value, a_value(row, k));
+          uint32_t v;
+          std::memcpy(&v, value, 4);
+          r[i / per] |= v << 8 * size * (i % per);
+        }
+        if constexpr (size == 2) {
+          if (mn_major) ptx::wgmma<T, true>(d, r, b_at, k0 > 0);
+        }
+        if (!mn_major) ptx::wgmma<T, false>(d, r, b_at, k0 > 0);
+      } else {
+        if (!mn_major) ptx::wgmma<T, false>(d, ptx::wgmma_descriptor(a + k0 * size), b_at, k0 > 0);
+      }
+    }
+    ptx::wgmma_commit();
+    if (wait) ptx::wgmma_wait<0>();
+    for (int i = 0; i < registers; ++i) {
+      const int row = t / 32 * 16 + lane() / 4 + i % 4 / 2 * 8;
+      const int column = i / 4 * 8 + lane() % 4 * 2 + i % 2;
+      EXPECT(d[i] == expected(row, column, all_k));
+    }
+    ptx::wgmma_wait<0>();
+  });
+}
+
+// Each block of a cluster leaves a number where the others read it.
+void cluster(bool barrier) {
+  run(
+      32, 16,
+      [=] {
+        LF_DYNAMIC_SHARED(memory);
+        auto* mine = reinterpret_cast<float*>(memory);
+        if (lane() == 0) *mine = static_cast<float>(blockIdx.x);
+        if (barrier) ptx::cluster_sync();
+        for (unsigned rank = 0; rank < 4; ++rank)
+          EXPECT(ptx::cluster_load(mine, rank) == static_cast<float>(blockIdx.x / 4 * 4 + rank));
+        ptx::cluster_sync();
+      },
+      8, 4);
+}
+
+struct Case {
+  const char* name;
+  std::function<void()> body;
+};
+const Case cases[] = {
+    {"mma_bf16", [] { mma_16<__nv_bfloat16>(false); }},
+    {"mma_f16", [] { mma_16<__half>(false); }},
+    {"mma_e4m3", mma_e4m3},
+    {"ldmatrix", ldmatrix},
+    {"shuffles_and_votes", shuffles_and_votes},
+    {"cp_async", [] { cp_async(true); }},
+    {"block_sum", [] { block_sum(true); }},
+    {"named_barriers", named_barriers},
+    {"tma", [] { tma(true); }},
+    {"cluster", [] { cluster(true); }},
+    {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
+    {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
+    {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
+    {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
+    {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, false); }},
+    {"bug_tma_missing_wait", [] { tma(false); }},
+    {"bug_cluster_missing_barrier", [] { cluster(false); }},
+    {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
+    {"bug_missing_wait", [] { cp_async(false); }},
+    {"bug_missing_barrier", [] { block_sum(false); }},
+    {"bug_deadlock", deadlock},
+    {"bug_different_instructions", different_instructions},
+    {"bug_read_past_the_end", read_past_the_end},
+    {"bug_write_past_the_end", write_past_the_end},
+    {"bug_uninitialised", uninitialised},
+    {"bug_misaligned_copy", misaligned_copy},
+    {"bug_never_waited", never_waited},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    for (const Case& c : cases) std::printf("%s\n", c.name);
+    return 0;
+  }
+  emu::seed() = argc > 2 ? static_cast<unsigned>(std::atoi(argv[2])) : 0;
+  for (const Case& c : cases)
+    if (std::string(c.name) == argv[1]) {
+      try {
+        c.body();
+      } catch (const std::exception& error) {
+        std::printf("%s\n", error.what());
+        return 3;
+      }
+      return failures ? 3 : 0;
+    }
+  std::printf("no such case\n");
+  return 2;
+}
