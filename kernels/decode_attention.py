@@ -281,10 +281,10 @@ def _attend(
 
     scale = tl.full([BLOCK_M], 1.0, tl.float32) * (softmax_scale * LOG2E)
     if k_scale is not None:
-        scale *= tl.load(k_scale + head * stride_ks)
         if queries.dtype == tl.bfloat16:
-            queries, exponent = _as_fp16(queries)
-            scale *= exponent
+            queries, power = _as_fp16(queries)
+            scale *= power
+        scale *= tl.load(k_scale + head * stride_ks)
     k_pool, v_pool = k_cache + head * stride_kh, v_cache + head * stride_vh
     table = block_table
     if BLOCK_SIZE > 0:
@@ -410,8 +410,8 @@ def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list
     few = min(rows, 32)
     wgmma = chip.has_tma  # or what followed it: 64 rows at a time, operands in shared memory
     if dtype == "float32":
-        # Products on the vector units, whose operands lie in registers: small tiles.
-        offered = [config(4, 1 if fp8_cache else 2, 16, 16)]
+        # Products on the vector units, whose operands lie in registers: small tiles, many threads.
+        offered = [config(8, 1 if fp8_cache else 2, 16, 16)]
     elif d % 16:
         # Rows that start anywhere load in pieces, through registers, which then set the limit.
         offered = [config(4, 3, 32, few), config(4, 2, 16, few)]
@@ -431,8 +431,9 @@ def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list
         # Eight warps share 64 rows' sums, which would fill the registers of four.
         offered = [config(8, 2, 32, 64), config(8, 2, 16, 64)]
     else:
-        # Bound by arithmetic: a warp for 16 rows; tiles of keys as large as registers allow.
-        offered = [config(rows // 16, 3, 64), config(rows // 16, 3, 32), config(rows // 16, 2, 32)]
+        # Bound by arithmetic: a warp for 16 rows; tiles of keys as large as registers allow, then
+        # as small as little shared memory asks for.
+        offered = [config(rows // 16, 3, 64), config(rows // 16, 3, 32), config(4, 2, 32, 64)]
         if not wgmma:
             del offered[0]
     return [c for c in offered if _shared_bytes(c, d, bytes_q, bytes_cache) <= chip.shared_memory]

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Chip, Config, Tuner, cdiv, next_power_of_2
+from .common import Chip, Config, Tuner, cdiv, next_power_of_2, programs
 from .fp8 import INTERPRETED, round_to
 from .fp8_stream import MOST_ROWS, stream
 from .fp8_tile import (
@@ -253,13 +253,7 @@ def _configs(chip: Chip, m: int, n: int, by_column: bool, out_bytes: int) -> lis
 
 _tuner = Tuner("fp8_gemm", _configs)
 
-# ---- launchers ----
-
-
-def prefers_fp8_activations(x: Tensor) -> bool:
-    """Whether fp8_linear quantises x where the caller does not say: on chips that multiply e4m3,
-    at any number of rows, so that a row does not depend on the batch."""
-    return common.chip_of(x).has_e4m3
+# ---- launcher ----
 
 
 def linear(
@@ -297,7 +291,7 @@ def linear(
         resident = min(2, chip.shared_memory // _shared_bytes(chip, config, out.itemsize))
         common.launch(
             _gemm,
-            (min(tiles, chip.sms * resident),),
+            (programs(tiles, chip.sms * resident),),
             source(out, rows, 128, tma_store),
             source(x_raw, rows, 128, tma),
             source(weight_raw, 128, 128, tma),

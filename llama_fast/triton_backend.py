@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch import Tensor
+
 from .kernels import common
 from .kernels.activation import silu_and_mul
 from .kernels.attention import attention
 from .kernels.decode_attention import attention_with_kvcache
-from .kernels.fp8_gemm import linear, prefers_fp8_activations
+from .kernels.fp8_gemm import linear
 from .kernels.quantize import quantize_fp8
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import rope
@@ -29,6 +31,12 @@ __all__ = [
     "silu_and_mul",
     "tuned_folder",
 ]
+
+
+def prefers_fp8_activations(x: Tensor) -> bool:
+    """Whether fp8_linear quantises x where the caller does not say: on chips that multiply e4m3, at
+    any number of rows, so that a row does not depend on the batch."""
+    return common.chip_of(x).has_e4m3
 
 
 def tuned_folder() -> Path:

@@ -54,6 +54,13 @@ struct Plan {
   unsigned section;  // pairs that share the L2 cache
 };
 
+// Where a block's first row goes, and its last row.
+template <class T>
+struct Output {
+  T* out;
+  int last_row;
+};
+
 // What a block works on.
 struct Work {
   int64_t q_first, k_first;  // rows of the packed tensors at which the sequence begins
@@ -122,8 +129,8 @@ template <bool aligned, class T, int rows, int chunks>
 LF_DEVICE void load_tile(unsigned char* tile, const T* from, int64_t stride, int count,
                          int head_dim) {
   constexpr int step = kThreads / chunks;
-  const int chunk = static_cast<int>(threadIdx.x) % chunks;
-  const int first = static_cast<int>(threadIdx.x) / chunks;
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+  const int chunk = thread % chunks, first = thread / chunks;
   const int limit = chunk * 8 < head_dim ? count : 0;
 #pragma unroll
   for (int i = 0; i < rows / step; ++i) {
@@ -161,11 +168,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* v = static_cast<const T*>(p.v) + w.batch * p.v_stride[0] + w.kv_head * p.v_stride[2] +
                (w.k_first + first) * p.v_stride[1] + chunk;
 
+  const int last_row = static_cast<int>(rows < S::rows ? rows : S::rows) - 1;
   // Kept there, not in registers that the loop needs.
-  T** const shared_out = reinterpret_cast<T**>(v_tile + S::kv_bytes);
+  auto& shared = *reinterpret_cast<Output<T>*>(v_tile + S::kv_bytes);
   if (threadIdx.x == 0)
-    *shared_out = static_cast<T*>(p.out) + w.batch * p.out_stride[0] + w.head * p.out_stride[2] +
-                  (w.q_first + w.first_row) * p.out_stride[1];
+    shared = {static_cast<T*>(p.out) + w.batch * p.out_stride[0] + w.head * p.out_stride[2] +
+                  (w.q_first + w.first_row) * p.out_stride[1],
+              last_row};
 
   // Row r of the block sees the keys up to `limit + r` when causal, to `end` otherwise.
   const int end = static_cast<int>(w.seqlen_k) - 1;
@@ -173,8 +182,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   const int warp_first = warp * S::warp_rows;
   const auto last_key = [&](int row) { return p.causal && limit + row < end ? limit + row : end; };
-  const int last_row = static_cast<int>(rows < S::rows ? rows : S::rows) - 1;
   const int tiles = (last_key(last_row) + keys) / keys;  // 0 where no row sees a key
+  // What the first of the warp's rows sees and what the last does; a warp without rows, nothing.
+  const int all_see = last_key(warp_first);
+  const int some_see = warp_first > last_row ? -1 : last_key(warp_first + S::warp_rows - 1);
   const float scale = p.softmax_scale * kLog2e;
   const int rows_lane = rows_offset<chunks>(), keys_lane = keys_offset<chunks>();
   const unsigned char* warp_q = q_tile + warp_first * chunks * 16;
@@ -195,9 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int tile = 0; tile < tiles; ++tile) {
     const int first_key = tile * keys;
     const int rows_at = ptx::opaque(rows_lane), keys_at = ptx::opaque(keys_lane);
-    // A warp without rows, or before whose diagonal the tile lies, has nothing to do.
-    const bool works =
-        warp_first <= last_row && first_key <= last_key(warp_first + S::warp_rows - 1);
+    const bool works = first_key <= some_see;
     ptx::cp_async_wait<0>();
     __syncthreads();  // K is there; everybody is done with V
     load_tile<aligned, T, keys, chunks>(v_tile, v, p.v_stride[1], end + 1 - first_key, head_dim);
@@ -222,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
-      if (first_key + keys - 1 > last_key(warp_first)) {
+      if (first_key + keys - 1 > all_see) {
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
@@ -279,13 +288,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             pack<T>(acc[m][n][2 * h] * inverse, acc[m][n][2 * h + 1] * inverse);
     }
   __syncthreads();
-  T* const out = *shared_out;
 #pragma unroll 4
   for (int at = lane; at < S::warp_rows * chunks; at += 32) {
     const int row = warp_first + at / chunks, chunk = at % chunks;
-    if (row > last_row) continue;
+    if (row > shared.last_row) continue;
     const auto& vector = *reinterpret_cast<const Vector<T>*>(q_tile + swizzled<chunks>(row, chunk));
-    T* to = out + row * p.out_stride[1];
+    T* to = shared.out + row * p.out_stride[1];
     store_vector<aligned>(to, chunk * 8, head_dim, vector);
   }
 }
@@ -355,13 +363,14 @@ void run(const AttentionParams& p, const Where& where) {
           {p.batch, p.seqlen_q, p.seqlen_k, p.heads, p.kv_heads, p.head_dim},
           dim3(static_cast<unsigned>(blocks)),
           dim3(kThreads),
-          S::q_bytes + 2 * S::kv_bytes + sizeof(T*)},
+          S::q_bytes + 2 * S::kv_bytes + sizeof(Output<T>)},
          attention_kernel<T, D, aligned>, p, plan);
 }
 
 }  // namespace
 
 void attention(const AttentionParams& p, const Where& where) {
+  if (p.batch == 0) return;  // packed tokens of no sequence
   if (attention_sm90(p, where)) return;
   with_dtype(p.dtype, "attention", [&](auto t) {
     using T = decltype(t);

@@ -52,6 +52,9 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   LF_DYNAMIC_SHARED(memory);
   const Part w = part_of(p, plan, blockIdx.x);
   if (w.split >= w.splits) return;
+  // Kept there for the end, not in registers that the loop needs.
+  Part& kept = *reinterpret_cast<Part*>(memory + S::warps * S::warp_bytes);
+  if (threadIdx.x == 0) kept = w;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   const int rows = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads));
   const int first_row = w.row_tile * 16 * row_tiles;
@@ -62,15 +65,15 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
 
   KeyStream<Cache, D, row_tiles> stream(p, plan, w.b, w.kv_head, w.keys,
                                         memory + warp * S::warp_bytes);
-  const int begin = w.first_tile * plan.tile_keys + warp * keys;
+  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of tile t
   const int count = w.last_tile - w.first_tile;
   unsigned seen[S::stages] = {};  // of the tiles in the stages, oldest first
-  stream.look_up(begin);
+  stream.look_up(first_key);
 #pragma unroll
   for (int t = 0; t < S::stages - 1; ++t) {
     if (t < count) {
       seen[t] = stream.copy(t);
-      stream.look_up(begin + (t + 1) * plan.tile_keys);
+      stream.look_up(first_key + (t + 1) * plan.tile_keys);
     }
     ptx::cp_async_commit();
   }
@@ -98,11 +101,10 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
     __syncwarp();  // tile t is there; every lane is done with tile t - 1
     if (t + S::stages - 1 < count) {
       seen[S::stages - 1] = stream.copy(stage == 0 ? S::stages - 1 : stage - 1);
-      stream.look_up(begin + (t + S::stages) * plan.tile_keys);
+      stream.look_up(first_key + S::stages * plan.tile_keys);
     }
     ptx::cp_async_commit();
 
-    const int first_key = begin + t * plan.tile_keys;
     float s[row_tiles][keys / 8][4] = {};
     scores<C, fp8, D, keys, row_tiles>(s, q, stream.keys_at(stage), ptx::opaque(keys_lane));
     if (seen[0] != 0xffffffffu || first_key + keys - 1 > all_see) {
@@ -127,6 +129,7 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
 #pragma unroll
     for (int i = 0; i + 1 < S::stages; ++i) seen[i] = seen[i + 1];
     stage = stage + 1 == S::stages ? 0 : stage + 1;
+    first_key += plan.tile_keys;
   }
 
   // Every warp's sums into its own stages, then the block adds them up in order.
@@ -154,10 +157,12 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
       }
     }
   __syncthreads();
-  const float v_scale = fp8 ? p.v_scale[p.v_scale_per_head ? w.kv_head : 0] : 1.0f;
+  const int kept_row = kept.row_tile * 16 * row_tiles;
+  const int rows_left = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads)) - kept_row;
+  const float v_scale = fp8 ? p.v_scale[p.v_scale_per_head ? kept.kv_head : 0] : 1.0f;
   for (int at = static_cast<int>(threadIdx.x); at < 16 * row_tiles * (D / 4); at += 32 * S::warps) {
     const int r = at / (D / 4), column = at % (D / 4) * 4;
-    if (first_row + r >= rows || column >= p.head_dim) continue;
+    if (r >= rows_left || column >= p.head_dim) continue;
     const auto of = [&](int i) { return reinterpret_cast<float*>(memory + i * S::warp_bytes); };
     const auto stats_of = [&](int i) { return of(i) + 16 * row_tiles * pitch + 2 * r; };
     float highest = kMinusInfinity;
@@ -172,19 +177,19 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
       x[0] = fmaf(weight, y.x, x[0]), x[1] = fmaf(weight, y.y, x[1]);
       x[2] = fmaf(weight, y.z, x[2]), x[3] = fmaf(weight, y.w, x[3]);
     }
-    const Row row(p, w.kv_head, first_row + r);
-    const float factor = w.splits > 1 ? v_scale : v_scale * inverse_of(sum);
+    const Row row(p, kept.kv_head, kept_row + r);
+    const float factor = kept.splits > 1 ? v_scale : v_scale * inverse_of(sum);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= factor;
-    if (w.splits == 1) {
-      store_io(p, row.in(p.out_stride, w.b) + column, x, plan.q_aligned);
+    if (kept.splits == 1) {
+      store_io(p, row.in(p.out_stride, kept.b) + column, x, plan.q_aligned);
       continue;
     }
-    const int64_t index = row.index(p, w.b);
-    *reinterpret_cast<float4*>(partial_sums(p, plan, index, w.split) + column) =
+    const int64_t index = row.index(p, kept.b);
+    *reinterpret_cast<float4*>(partial_sums(p, plan, index, kept.split) + column) =
         float4{x[0], x[1], x[2], x[3]};
     if (column == 0)
-      *reinterpret_cast<float2*>(partial_stats(p, plan, index, w.split)) = float2{highest, sum};
+      *reinterpret_cast<float2*>(partial_stats(p, plan, index, kept.split)) = float2{highest, sum};
   }
 }
 

@@ -87,7 +87,9 @@ def test_f09_lengths_that_no_block_divides(
 def test_speculative_decoding_and_chunked_prefill(
     make: Any, lengths: Any, dtype: torch.dtype, sq: int, causal: bool
 ) -> None:
-    check(*make(2, sq, 140, (3, 1), 48, dtype), lengths(140, sq), causal=causal)
+    # 156 + 2 - 30 is a multiple of every tile: the first key that the first query may not see
+    # begins one.
+    check(*make(2, sq, 160, (3, 1), 48, dtype), lengths(156, sq), causal=causal)
 
 
 @pytest.mark.parametrize("d", [8, 16, 40, 64, 96, 128, 200, 256])
@@ -131,8 +133,9 @@ def test_one_key_far_above_the_others(make: Any, lengths: Any) -> None:
 # ---- what must not reach a result ----
 
 
-@dtypes
-@queries(1, 20)
+@pytest.mark.parametrize(
+    ("dtype", "sq"), [(BF16, 1), (BF16, 20), (torch.float16, 20), (torch.float32, 2)], ids=str
+)
 def test_f08_what_lies_past_the_lengths_changes_nothing(
     make: Any, lengths: Any, dtype: torch.dtype, sq: int
 ) -> None:
@@ -272,6 +275,8 @@ def test_f04_keys_and_values_interleaved_in_one_pool(make: Any, lengths: Any) ->
     for cache, rows in zip(caches, (k, v), strict=True):
         cache.copy_(rows)
     assert torch.equal(attend(q, *caches, seqlens), want)
+    of_another_layout = v.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(attend(q, k, of_another_layout, seqlens), want)
     blocks = torch.stack([t.view(16, 16, 2, 64) for t in (k, v)], 1)  # [block, k or v, offset, ...]
     table = torch.arange(16, dtype=torch.int32, device=q.device).view(2, 8)
     assert torch.equal(attend(q, blocks[:, 0], blocks[:, 1], seqlens, block_table=table), want)
@@ -347,15 +352,17 @@ def test_f19_f22_blocks_that_do_not_exist_are_not_seen(
 # ---- FP8 caches ----
 
 
-@dtypes
-@queries(1, 3, 20)
+@pytest.mark.parametrize(
+    ("dtype", "sq"),
+    [(BF16, 1), (BF16, 3), (BF16, 20), (torch.float16, 20), (torch.float32, 1)],
+    ids=str,
+)
 def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None:
     q, k, v = make(3, sq, 140, (8, 2), 64, dtype)
     k, v = k.to(FP8), v.to(FP8)
     one, two = torch.tensor([0.37], device=q.device), torch.tensor([1.7, 0.02], device=q.device)
     seqlens = lengths(140, 0, 97)
-    for k_scale, v_scale in ((one, two), (two, one)):
-        check(q, k, v, seqlens, k_scale=k_scale, v_scale=v_scale)
+    check(q, k, v, seqlens, k_scale=two, v_scale=one)
     table = paged(k, v, 16)
     options = {"k_scale": one, "v_scale": two, "block_table": table[2]}
     check(q, *table[:2], seqlens, num_splits=3 if sq < 20 else 1, **options)
@@ -377,17 +384,16 @@ def test_every_e4m3_value_comes_back(
 
 
 @pytest.mark.triton  # the CUDA kernel scales large queries only: other bits, as near the truth
-@pytest.mark.parametrize("power", [-120, -60, 40, 100])
+@pytest.mark.parametrize("power", [-100, -60, 40, 126])
 def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
     """bf16 queries take part as fp16, scaled by powers of two: the same bits at any size."""
     q, k, v = make(1, 1, 100, (4, 2), 32, BF16)
+    q = q / q.abs().max() * 3.5  # 2^126 times that is finite, and has the largest exponent
     q[0, 0, 1] = 0.0
-    k, v = k.to(FP8), v.to(FP8)
-    scale = torch.full((1,), 1.0, device=q.device)
-    options = {"k_scale": scale, "v_scale": scale}
-    want = attend(q, k, v, lengths(100), softmax_scale=0.5, **options)
-    # q's largest elements are about 4: 2^100 q stays finite, and so does 2^-100 / 2 as a scale.
-    out = attend(q * 2.0**power, k, v, lengths(100), softmax_scale=0.5 * 2.0**-power, **options)
+    k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
+    want = attend(q, k, v, lengths(100), k_scale=one, v_scale=one)
+    scaled = q * 2.0**power, one * 2.0**-power
+    out = attend(scaled[0], k, v, lengths(100), k_scale=scaled[1], v_scale=one)
     assert torch.equal(out, want)
 
 
@@ -407,10 +413,10 @@ def test_fp8_cache_past_the_lengths(make: Any, lengths: Any) -> None:
 
 @queries(1, 17)
 def test_f41_alone_or_in_any_batch_and_any_capacity(make: Any, lengths: Any, sq: int) -> None:
-    q, k, v = make(6, sq, 1600, (4, 1), 16, BF16)
-    seqlens = lengths(3, 0, 700, 1100, 64, 1600)
+    q, k, v = make(5, sq, 1600, (4 if sq == 1 else 2, 1), 16, BF16)
+    seqlens = lengths(3, 0, 700, 64, 1600)
     whole = attend(q, k, v, seqlens)
-    for i in (3, 5):
+    for i in (2, 4):
         one = slice(i, i + 1)
         for first, last in ((i, i + 1), (i - 1, i + 1)):
             some = slice(first, last)

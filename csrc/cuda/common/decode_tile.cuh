@@ -14,7 +14,8 @@ struct DecodeShape {
   static constexpr int warps = row_bytes > 256 ? 2 : 4;
   static constexpr int stage_bytes = 2 * keys * row_bytes;
   static constexpr int stages = stage_bytes > 4096 ? 3 : 5;
-  static constexpr int warp_bytes = stages * stage_bytes, shared_bytes = warps * warp_bytes;
+  static constexpr int warp_bytes = stages * stage_bytes,
+                       shared_bytes = warps * warp_bytes + sizeof(Part);
 };
 
 // Copies tiles of keys and their values, each key wherever its block is, into this warp's stages.
@@ -51,7 +52,7 @@ class KeyStream {
     const int64_t block = exists ? block_ : 0, inside = exists ? inside_ : 0;
     const int64_t k_mine = block * p_.k_cache_stride[0] + inside * p_.k_cache_stride[1];
     const int64_t v_mine = block * p_.v_cache_stride[0] + inside * p_.v_cache_stride[1];
-    const int lane = lane_id(), chunk = lane % S::chunks;
+    const int lane = ptx::opaque(lane_id()), chunk = lane % S::chunks;
     const int left = static_cast<int>(p_.head_dim) - chunk * size;  // of the row, from here on
     const int valid = left <= 0 ? 0 : left < size ? left : size;
     unsigned char* to = keys_at(stage);
