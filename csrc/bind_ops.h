@@ -157,8 +157,11 @@ template <class Backend>
 void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqlens, Ptr block_table,
                        int64_t batch, int64_t seqlen_q, int64_t heads, int64_t kv_heads,
                        int64_t head_dim, int64_t num_blocks, int64_t block_size,
-                       int64_t table_stride, std::array<int64_t, 12> strides, int64_t num_splits,
-                       float softmax_scale, bool causal, int dtype, typename Backend::Where where) {
+                       int64_t table_stride, int64_t table_blocks, std::array<int64_t, 12> strides,
+                       int64_t num_splits, Ptr k_scale, Ptr v_scale, bool k_scale_per_head,
+                       bool v_scale_per_head, Ptr workspace, int64_t workspace_splits,
+                       float softmax_scale, bool causal, int dtype, int cache_dtype,
+                       typename Backend::Where where) {
   lf::KvCacheAttentionParams p{};
   p.q = as<void>(q);
   p.k_cache = as<void>(k_cache);
@@ -174,6 +177,7 @@ void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqle
   p.num_blocks = num_blocks;
   p.block_size = block_size;
   p.table_stride = table_stride;
+  p.table_blocks = table_blocks;
   for (int i = 0; i < 3; ++i) {
     p.q_stride[i] = strides[i];
     p.out_stride[i] = strides[3 + i];
@@ -181,6 +185,13 @@ void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqle
     p.v_cache_stride[i] = strides[9 + i];
   }
   p.num_splits = num_splits;
+  p.k_scale = as<float>(k_scale);
+  p.v_scale = as<float>(v_scale);
+  p.k_scale_per_head = k_scale_per_head;
+  p.v_scale_per_head = v_scale_per_head;
+  p.workspace = as<float>(workspace);
+  p.workspace_splits = workspace_splits;
+  p.cache_dtype = static_cast<DType>(cache_dtype);
   p.softmax_scale = softmax_scale;
   p.causal = causal;
   p.dtype = static_cast<DType>(dtype);

@@ -79,7 +79,7 @@ struct AttentionParams {
   void* out;                          // as q, contiguous
   const int32_t* cu_seqlens_q;        // [B + 1], or null
   const int32_t* cu_seqlens_k;        // [B + 1], or null
-  int64_t batch, seqlen_q, seqlen_k;  // seqlens: unused when packed
+  int64_t batch, seqlen_q, seqlen_k;  // packed: total_q and total_k
   int64_t heads, kv_heads, head_dim;
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];  // batch, token, head
   float softmax_scale;
@@ -96,14 +96,21 @@ struct KvCacheAttentionParams {
   const int32_t* cache_seqlens;  // [B] valid tokens, this call's queries included
   const int32_t* block_table;    // [B, table_stride] block ids, or null: contiguous
   int64_t batch, seqlen_q, heads, kv_heads, head_dim;
-  int64_t num_blocks, block_size;  // contiguous: B and S
-  int64_t table_stride;
+  int64_t num_blocks, block_size;                // contiguous: B and S
+  int64_t table_stride, table_blocks;            // elements of a row of block_table; columns
   int64_t q_stride[3], out_stride[3];            // batch, token, head
   int64_t k_cache_stride[3], v_cache_stride[3];  // block, offset, head
   int64_t num_splits;                            // over the keys; 0: the kernel chooses
+  // FP8 caches hold k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of q's dtype.
+  const float *k_scale, *v_scale;
+  bool k_scale_per_head, v_scale_per_head;
+  // CUDA: room for workspace_splits partial results of each query's head, [B, Sq, H, splits,
+  // D + 2] in all; null: one split.
+  float* workspace;
+  int64_t workspace_splits;
   float softmax_scale;
   bool causal;
-  DType dtype;
+  DType dtype, cache_dtype;
 };
 
 // fp8_gemm, fp8_linear and linear: out = (x @ weight^T) * x_scale * weight_scale + bias.

@@ -28,6 +28,8 @@ class Native:
 
     def __init__(self, module: Any, where: Callable[[Tensor], Any]) -> None:
         self._module, self._where = module, where
+        # CUDA's kernels leave partial results in memory, which only PyTorch can allocate.
+        self._splits = getattr(module, "kvcache_attention_splits", None)
 
     def rms_norm(
         self,
@@ -157,7 +159,7 @@ class Native:
         cu_seqlens_k: Tensor | None,
     ) -> None:
         if cu_seqlens_q is not None:
-            batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, 0, 0
+            batch, seqlen_q, seqlen_k = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[0]
             strides = [s for t in (q, k, v, out) for s in (0, *t.stride()[:2])]
         else:
             batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
@@ -193,8 +195,34 @@ class Native:
         causal: bool,
         softmax_scale: float,
         num_splits: int,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         strides = [s for t in (q, out, k_cache, v_cache) for s in t.stride()[:3]]
+        table_blocks = 0 if block_table is None else block_table.shape[1]
+        workspace, splits = None, 1
+        if self._splits is not None:
+            capacity = k_cache.shape[1] * (1 if block_table is None else table_blocks)
+            splits = self._splits(
+                q.shape[1],
+                q.shape[2],
+                k_cache.shape[2],
+                q.shape[3],
+                capacity,
+                num_splits,
+                DTYPE[q.dtype],
+                DTYPE[k_cache.dtype],
+                self._where(out),
+            )
+            if splits > 1:
+                room = q.shape[0] * q.shape[1] * q.shape[2] * splits * (q.shape[3] + 2)
+                workspace = torch.empty(room, dtype=torch.float32, device=q.device)
+        elif k_cache.dtype == torch.float8_e4m3fn:
+            raise NotImplementedError(
+                "attention_with_kvcache: the cpu backend has no FP8 KV cache, got a float8_e4m3fn "
+                'k_cache; eager PyTorch has one: use_backend("reference", '
+                'op="attention_with_kvcache")'
+            )
         self._module.kvcache_attention(
             q.data_ptr(),
             k_cache.data_ptr(),
@@ -210,11 +238,19 @@ class Native:
             k_cache.shape[0],
             k_cache.shape[1],
             0 if block_table is None else block_table.stride(0),
+            table_blocks,
             strides,
             num_splits,
+            _address(k_scale),
+            _address(v_scale),
+            k_scale is not None and k_scale.numel() > 1,
+            v_scale is not None and v_scale.numel() > 1,
+            _address(workspace),
+            splits,
             softmax_scale,
             causal,
             DTYPE[q.dtype],
+            DTYPE[k_cache.dtype],
             self._where(out),
         )
 

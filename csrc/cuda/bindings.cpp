@@ -30,6 +30,21 @@ struct Cuda {
   static void linear(const lf::LinearParams& p, const Where& w) { lf::cuda::linear(p, at(w)); }
 };
 
+int64_t kvcache_attention_splits(int64_t seqlen_q, int64_t heads, int64_t kv_heads,
+                                 int64_t head_dim, int64_t capacity, int64_t num_splits, int dtype,
+                                 int cache_dtype, const Cuda::Where& where) {
+  lf::KvCacheAttentionParams p{};
+  p.seqlen_q = seqlen_q;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = head_dim;
+  p.block_size = capacity;
+  p.num_splits = num_splits;
+  p.dtype = static_cast<lf::DType>(dtype);
+  p.cache_dtype = static_cast<lf::DType>(cache_dtype);
+  return lf::cuda::kvcache_attention_splits(p, Cuda::at(where));
+}
+
 }  // namespace
 
 #if defined(LF_CUDA_EMULATOR)
@@ -42,4 +57,6 @@ PYBIND11_MODULE(_cuda_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
   lf::bind::ops<Cuda>(m);
+  m.def("kvcache_attention_splits", &kvcache_attention_splits,
+        "decode_attention: partial results that its workspace holds, a query's head");
 }

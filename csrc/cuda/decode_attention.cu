@@ -1,9 +1,421 @@
-#include "common/launch.cuh"
+// attention_with_kvcache: a few queries over a KV cache, contiguous or paged, 16-bit or FP8.
+//   s_j = q . k_j * softmax_scale * log2(e);  out = sum_j 2^(s_j - max s) v_j / sum_j 2^(s_j - max
+//   s)
+//
+// One query over L keys reads 2 L Hkv D elements and multiplies each by G = H / Hkv heads: memory
+// is the limit, so everything serves the stream of keys and values. Row r of a key/value head's Sq
+// G rows is query r / G, head r % G; 16 rows, or 32, share a block, and with it each key read. A
+// sequence's keys are split over blocks (flash-decoding); a block's keys over its four warps, each
+// of which streams tiles of its own and waits for nobody:
+//
+//   warp 0   keys  0-15  64-79  128-143 ...     three stages of 8 KB (keys and values), cp.async
+//   warp 1   keys 16-31  80-95  144-159 ...     copy t + 2 | t + 1 in flight | products of t
+//   warp 2   ...                                block ids are looked up a tile ahead of the copy
+//   warp 3   ...                                mma.sync m16n8k16, online softmax, __syncwarp only
+//   then (max, sum, acc) of the warps in order, through shared memory -> out, or the workspace
+//   then, where a sequence is split, a second kernel adds the splits in order
+//
+// FP8: ldmatrix carries four neighbouring codes of a key to a lane, and the sum over head_dim does
+// not care for the order of its terms: q is loaded in the order that the codes have. Values come
+// through ldmatrix.trans in pairs of columns, which a byte permute parts. Codes become fp16,
+// exactly; bf16 queries become fp16 times a power of two a row, k_scale multiplies scores, v_scale
+// the sums.
+//
+// Cost: 2 L Hkv D elements a sequence. An SM must issue some 200 instructions a warp for each 8 KB,
+// 50 cycles of its four schedulers, where 4.3 TB/s gives it 440; two blocks keep 128 KB in flight,
+// 33 KB would do. Partial results are 4 (D + 2) G bytes written and read for each split of 512
+// keys, 1.6 % (3.2 % FP8). Predicted, 32 x 4k: 0.90 of the bandwidth on H100 and H200 (2.7, 3.9
+// TB/s), 0.85 with FP8; one sequence of 128k: 0.88; chunks of hundreds of queries: a third of the
+// matrix limit.
+//
+// Bits: how a sequence is split follows from its length, the heads and the chip, never from the
+// batch. Lengths and block ids live on the device: a length counts as the nearest of 0 and the
+// capacity, keys of a block that does not exist are not seen. Nothing past a length is read. A NaN
+// in v reaches the rows of its tile, as in the eager twin. fp32: a warp a row and split, plain
+// FMAs. Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:2309.06180.
+#include "common/attention_fp32.cuh"
+#include "common/decode_mma.cuh"
+#include "common/decode_tile.cuh"
 
 namespace lf::cuda {
+namespace {
 
-void kvcache_attention(const KvCacheAttentionParams&, const Where&) {
-  throw std::runtime_error("kvcache_attention: not written yet");
+// C: what the products are of; Cache: C, or uint8_t for e4m3. A warp holds row_tiles x 16 rows.
+template <class C, class Cache, int D, int row_tiles>
+__global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 2)
+    decode_kernel(const KvCacheAttentionParams p, const DecodePlan plan) {
+  using S = DecodeShape<Cache, D, row_tiles>;
+  constexpr bool fp8 = sizeof(Cache) == 1;
+  constexpr int keys = S::keys;
+  constexpr int pitch = D + 8;  // floats of a merged row: eight rows fall on different banks
+  static_assert(16 * row_tiles * (pitch + 2) * 4 <= S::warp_bytes);
+  LF_DYNAMIC_SHARED(memory);
+  const Part w = part_of(p, plan, blockIdx.x);
+  if (w.split >= w.splits) return;
+  // Kept there for the end, not in registers that the loop needs.
+  Part& kept = *reinterpret_cast<Part*>(memory + S::warps * S::warp_bytes);
+  if (threadIdx.x == 0) kept = w;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
+  const int rows = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads));
+  const int first_row = w.row_tile * 16 * row_tiles;
+  const auto limit_of = [&](int r) {  // the last key that a row sees
+    if (!p.causal) return static_cast<int>(w.length) - 1;
+    return static_cast<int>(Row(p, w.kv_head, r).query + w.length - p.seqlen_q);
+  };
+
+  KeyStream<Cache, D, row_tiles> stream(p, plan, w.b, w.kv_head, w.keys,
+                                        memory + warp * S::warp_bytes);
+  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of tile t
+  const int count = w.last_tile - w.first_tile;
+  unsigned seen[S::stages] = {};  // of the tiles in the stages, oldest first
+  stream.look_up(first_key);
+#pragma unroll
+  for (int t = 0; t < S::stages - 1; ++t) {
+    if (t < count) {
+      seen[t] = stream.copy(t);
+      stream.look_up(first_key + (t + 1) * plan.tile_keys);
+    }
+    ptx::cp_async_commit();
+  }
+
+  uint32_t q[row_tiles][D / 16][4];
+  float acc[row_tiles][D / 8][4] = {};
+  float top[row_tiles][2], total[row_tiles][2], scale[row_tiles][2];
+  const float k_scale = fp8 ? p.k_scale[p.k_scale_per_head ? w.kv_head : 0] : 1.0f;
+#pragma unroll
+  for (int m = 0; m < row_tiles; ++m) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      top[m][h] = kMinusInfinity, total[m][h] = 0;
+      scale[m][h] = p.softmax_scale * kLog2e * k_scale;
+    }
+    load_queries<C, fp8, D>(p, plan, w, first_row + 16 * m, rows, q[m], scale[m]);
+  }
+  const int all_see = limit_of(first_row);  // keys up to here
+
+  const int keys_lane = keys_offset<S::chunks>(), rows_lane = rows_offset<S::chunks>();
+  int stage = 0;
+#pragma unroll 1
+  for (int t = 0; t < count; ++t) {
+    ptx::cp_async_wait<S::stages - 2>();
+    __syncwarp();  // tile t is there; every lane is done with tile t - 1
+    if (t + S::stages - 1 < count) {
+      seen[S::stages - 1] = stream.copy(stage == 0 ? S::stages - 1 : stage - 1);
+      stream.look_up(first_key + S::stages * plan.tile_keys);
+    }
+    ptx::cp_async_commit();
+
+    float s[row_tiles][keys / 8][4] = {};
+    scores<C, fp8, D, keys, row_tiles>(s, q, stream.keys_at(stage), ptx::opaque(keys_lane));
+    if (seen[0] != 0xffffffffu || first_key + keys - 1 > all_see) {
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int limit = limit_of(first_row + 16 * m + lane / 4 + 8 * h) - first_key;
+#pragma unroll
+          for (int n = 0; n < keys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int key = 8 * n + lane % 4 * 2 + e;
+              if (!(seen[0] >> key & 1) || key > limit) s[m][n][2 * h + e] = kMinusInfinity;
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < row_tiles; ++m)
+      softmax_step(s[m], top[m], total[m], acc[m], scale[m][0], scale[m][1]);
+    add_values<C, fp8, D, keys, row_tiles>(acc, s, stream.values_at(stage), ptx::opaque(rows_lane));
+#pragma unroll
+    for (int i = 0; i + 1 < S::stages; ++i) seen[i] = seen[i + 1];
+    stage = stage + 1 == S::stages ? 0 : stage + 1;
+    first_key += plan.tile_keys;
+  }
+
+  // Every warp's sums into its own stages, then the block adds them up in order.
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  float* mine = reinterpret_cast<float*>(memory + warp * S::warp_bytes);
+  float* stats = mine + 16 * row_tiles * pitch;  // [rows, 2]: maximum, total
+#pragma unroll
+  for (int m = 0; m < row_tiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = 16 * m + lane / 4 + 8 * h, i = lane % 4;
+      const float sum = quad_sum(total[m][h]);
+      if (i == 0) stats[2 * r] = top[m][h], stats[2 * r + 1] = sum;
+#pragma unroll
+      for (int n = 0; n < D / 8; n += 2) {
+        const float *even = &acc[m][n][2 * h], *odd = &acc[m][n + 1][2 * h];
+        float* to = mine + r * pitch + 8 * n;
+        if constexpr (fp8) {
+          *reinterpret_cast<float4*>(to + 4 * i) = float4{even[0], odd[0], even[1], odd[1]};
+        } else {
+          *reinterpret_cast<float2*>(to + 2 * i) = float2{even[0], even[1]};
+          *reinterpret_cast<float2*>(to + 8 + 2 * i) = float2{odd[0], odd[1]};
+        }
+      }
+    }
+  __syncthreads();
+  const int kept_row = kept.row_tile * 16 * row_tiles;
+  const int rows_left = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads)) - kept_row;
+  const float v_scale = fp8 ? p.v_scale[p.v_scale_per_head ? kept.kv_head : 0] : 1.0f;
+  for (int at = static_cast<int>(threadIdx.x); at < 16 * row_tiles * (D / 4); at += 32 * S::warps) {
+    const int r = at / (D / 4), column = at % (D / 4) * 4;
+    if (r >= rows_left || column >= p.head_dim) continue;
+    const auto of = [&](int i) { return reinterpret_cast<float*>(memory + i * S::warp_bytes); };
+    const auto stats_of = [&](int i) { return of(i) + 16 * row_tiles * pitch + 2 * r; };
+    float highest = kMinusInfinity;
+#pragma unroll
+    for (int i = 0; i < S::warps; ++i) highest = fmaxf(highest, stats_of(i)[0]);
+    float sum = 0, x[4] = {};
+#pragma unroll
+    for (int i = 0; i < S::warps; ++i) {
+      const float weight = ptx::exp2_approx(stats_of(i)[0] - base_of(highest));
+      const float4 y = *reinterpret_cast<const float4*>(of(i) + r * pitch + column);
+      sum = fmaf(weight, stats_of(i)[1], sum);
+      x[0] = fmaf(weight, y.x, x[0]), x[1] = fmaf(weight, y.y, x[1]);
+      x[2] = fmaf(weight, y.z, x[2]), x[3] = fmaf(weight, y.w, x[3]);
+    }
+    const Row row(p, kept.kv_head, kept_row + r);
+    const float factor = kept.splits > 1 ? v_scale : v_scale * inverse_of(sum);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] *= factor;
+    if (kept.splits == 1) {
+      store_io(p, row.in(p.out_stride, kept.b) + column, x, plan.q_aligned);
+      continue;
+    }
+    const int64_t index = row.index(p, kept.b);
+    *reinterpret_cast<float4*>(partial_sums(p, plan, index, kept.split) + column) =
+        float4{x[0], x[1], x[2], x[3]};
+    if (column == 0)
+      *reinterpret_cast<float2*>(partial_stats(p, plan, index, kept.split)) = float2{highest, sum};
+  }
+}
+
+// out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s of one row: a block each. A
+// warp adds every fourth split in order, then the warps' sums are added in order.
+__global__ void __launch_bounds__(128)
+    combine_kernel(const KvCacheAttentionParams p, const DecodePlan plan) {
+  LF_DYNAMIC_SHARED(memory);
+  float* sums = reinterpret_cast<float*>(memory);  // [4, 256 + 1]
+  const int64_t row = blockIdx.x, head = row % p.heads, query = row / p.heads % p.seqlen_q;
+  const int64_t b = row / p.heads / p.seqlen_q, group = p.heads / p.kv_heads;
+  const int row_tile = static_cast<int>((query * group + head % group) / plan.tile_rows);
+  const int splits = splits_of(plan, keys_of(p, plan, length_of(p, plan, b), row_tile));
+  if (splits == 1) return;  // written already
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
+  float top = kMinusInfinity;
+  for (int s = lane; s < splits; s += 32) top = fmaxf(top, partial_stats(p, plan, row, s)[0]);
+  const float base = base_of(reduce_warp(top, [](float x, float y) { return fmaxf(x, y); }));
+  float total = 0, x[2][4] = {};
+#pragma unroll 4
+  for (int s = warp; s < splits; s += 4) {
+    const float2 stats = *reinterpret_cast<const float2*>(partial_stats(p, plan, row, s));
+    const float weight = ptx::exp2_approx(stats.x - base);
+    total = fmaf(weight, stats.y, total);
+    const float* from = partial_sums(p, plan, row, s);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int column = 128 * c + 4 * lane;
+      if (column >= p.head_dim) continue;
+      const float4 y = *reinterpret_cast<const float4*>(from + column);
+      x[c][0] = fmaf(weight, y.x, x[c][0]), x[c][1] = fmaf(weight, y.y, x[c][1]);
+      x[c][2] = fmaf(weight, y.z, x[c][2]), x[c][3] = fmaf(weight, y.w, x[c][3]);
+    }
+  }
+  float* mine = sums + warp * 260;
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+    *reinterpret_cast<float4*>(mine + 128 * c + 4 * lane) =
+        float4{x[c][0], x[c][1], x[c][2], x[c][3]};
+  if (lane == 0) mine[256] = total;
+  __syncthreads();
+  const int column = 4 * static_cast<int>(threadIdx.x);
+  if (column >= p.head_dim) return;
+  const float inverse = inverse_of(sums[256] + sums[516] + sums[776] + sums[1036]);
+  float y[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    y[e] = (sums[column + e] + sums[260 + column + e] + sums[520 + column + e] +
+            sums[780 + column + e]) *
+           inverse;
+  const int64_t at = b * p.out_stride[0] + query * p.out_stride[1] + head * p.out_stride[2];
+  store_io(p, at + column, y, plan.q_aligned);
+}
+
+template <class Cache>
+__global__ void __launch_bounds__(32 * kFp32Warps)
+    decode_fp32_kernel(const KvCacheAttentionParams p, const DecodePlan plan, int64_t parts) {
+  LF_DYNAMIC_SHARED(memory);
+  const int64_t part = static_cast<int64_t>(blockIdx.x) * kFp32Warps + threadIdx.x / 32;
+  if (part >= parts) return;
+  const Part w = part_of(p, plan, static_cast<unsigned>(part));
+  if (w.split >= w.splits) return;
+  const Row row(p, w.kv_head, w.row_tile);
+  const auto at = [&](int64_t key, const Cache*& k, const Cache*& v) {
+    int64_t block = w.b, inside = key;
+    if (p.block_table) {
+      block = p.block_table[w.b * p.table_stride + key / p.block_size];
+      inside = key % p.block_size;
+      if (block < 0 || block >= p.num_blocks) return false;
+    }
+    k = static_cast<const Cache*>(p.k_cache) + block * p.k_cache_stride[0] +
+        inside * p.k_cache_stride[1] + w.kv_head * p.k_cache_stride[2];
+    v = static_cast<const Cache*>(p.v_cache) + block * p.v_cache_stride[0] +
+        inside * p.v_cache_stride[1] + w.kv_head * p.v_cache_stride[2];
+    return true;
+  };
+  const int head_dim = static_cast<int>(p.head_dim), lane = lane_id();
+  const int64_t first = static_cast<int64_t>(w.first_tile) * plan.tile_keys;
+  int64_t last = static_cast<int64_t>(w.last_tile) * plan.tile_keys;
+  if (last > w.keys) last = w.keys;
+  const float k_scale = p.k_scale ? p.k_scale[p.k_scale_per_head ? w.kv_head : 0] : 1.0f;
+  const float v_scale = p.v_scale ? p.v_scale[p.v_scale_per_head ? w.kv_head : 0] : 1.0f;
+  const float* q = static_cast<const float*>(p.q) + row.in(p.q_stride, w.b);
+  const Fp32Row r = attend_fp32<Cache>(q, head_dim, first, last, p.softmax_scale * kLog2e * k_scale,
+                                       reinterpret_cast<float*>(memory), at);
+  const int64_t index = row.index(p, w.b);
+  const bool whole = w.splits == 1;
+  float* to = whole ? static_cast<float*>(p.out) + row.in(p.out_stride, w.b)
+                    : partial_sums(p, plan, index, w.split);
+  const float factor = whole ? v_scale * inverse_of(r.total) : v_scale;
+#pragma unroll
+  for (int c = 0; c < kFp32Columns; ++c)
+    if (lane + 32 * c < head_dim) to[lane + 32 * c] = r.acc[c] * factor;
+  if (!whole && lane == 0) {
+    partial_stats(p, plan, index, w.split)[0] = r.top;
+    partial_stats(p, plan, index, w.split)[1] = r.total;
+  }
+}
+
+// ---- the host ----
+
+// Into how many splits the `parts` of one sequence fill a chip that holds `slots` at a time: the
+// fewest whose last wave is nearly (19 in 20) as full as any choice's, within four waves.
+int64_t filling(int64_t parts, int64_t slots) {
+  const auto full = [&](int64_t splits) {
+    const int64_t blocks = parts * splits;
+    return static_cast<double>(blocks) / static_cast<double>((blocks + slots - 1) / slots * slots);
+  };
+  const int64_t most = 4 * slots / parts < 1 ? 1 : 4 * slots / parts;
+  double best = 0;
+  for (int64_t s = 1; s <= most; ++s) best = full(s) > best ? full(s) : best;
+  for (int64_t s = 1;; ++s)
+    if (full(s) >= 0.95 * best) return s;
+}
+
+DecodePlan plan_of(const KvCacheAttentionParams& p, const Device& device, int tile_rows,
+                   int tile_keys, size_t shared_bytes, int parts_per_block) {
+  constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  DecodePlan plan{};
+  plan.capacity = smaller(p.block_size * (p.block_table ? p.table_blocks : 1), kMostKeys);
+  const int64_t rows = p.seqlen_q * (p.heads / p.kv_heads);
+  plan.tile_rows = tile_rows;
+  plan.tile_keys = tile_keys;
+  plan.row_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  const int64_t tiles = (plan.capacity + tile_keys - 1) / tile_keys;
+  // Two blocks on a multiprocessor where its shared memory has room.
+  const int64_t resident = device.shared_bytes >= 2 * shared_bytes ? 2 : 1;
+  int64_t most = p.num_splits;
+  if (most == 0)
+    most =
+        filling(p.kv_heads * plan.row_tiles, device.multiprocessors * resident * parts_per_block);
+  most = smaller(most, tiles < 1 ? 1 : tiles);
+  plan.most = static_cast<int>(most);
+  plan.forced = static_cast<int>(smaller(p.num_splits, plan.most));
+  return plan;
+}
+
+bool rows_aligned(const void* base, const int64_t (&stride)[3], int64_t to) {
+  return is_aligned(base) && stride[0] % to == 0 && stride[1] % to == 0 && stride[2] % to == 0;
+}
+
+template <class Kernel>
+void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePlan plan,
+                  int parts_per_block, int threads, size_t shared_bytes, Kernel kernel) {
+  const int64_t size = p.cache_dtype == DType::e4m3 ? 16 : p.cache_dtype == DType::f32 ? 4 : 8;
+  plan.q_aligned = rows_aligned(p.q, p.q_stride, 8) && rows_aligned(p.out, p.out_stride, 8);
+  plan.cache_aligned = rows_aligned(p.k_cache, p.k_cache_stride, size) &&
+                       rows_aligned(p.v_cache, p.v_cache_stride, size);
+  if (!p.workspace) plan.most = 1;
+  if (plan.most > p.workspace_splits) plan.most = static_cast<int>(p.workspace_splits);
+  const int64_t parts = plan.most * p.batch * p.kv_heads * plan.row_tiles;
+  LaunchShape shape{"attention_with_kvcache",
+                    {p.batch, p.seqlen_q, p.heads, p.kv_heads, p.head_dim},
+                    dim3(static_cast<unsigned>((parts + parts_per_block - 1) / parts_per_block)),
+                    dim3(static_cast<unsigned>(threads)),
+                    shared_bytes};
+  kernel(shape, plan, parts);
+  if (plan.most == 1) return;
+  shape.grid = dim3(static_cast<unsigned>(p.batch * p.seqlen_q * p.heads));
+  shape.block = dim3(128);
+  shape.shared_bytes = 4 * 260 * sizeof(float);
+  launch(where, shape, combine_kernel, p, plan);
+}
+
+// Calls f with the plan, and how to run it.
+template <class C, class Cache, int D, class F>
+auto with_tile(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+  const auto go = [&](auto row_tiles) {
+    constexpr int count = decltype(row_tiles)::value;
+    using S = DecodeShape<Cache, D, count>;
+    const DecodePlan plan =
+        plan_of(p, device_of(where), 16 * count, S::warps * S::keys, S::shared_bytes, 1);
+    return f(plan, 1, 32 * S::warps, S::shared_bytes,
+             [&](const LaunchShape& s, const DecodePlan& x, int64_t) {
+               launch(where, s, decode_kernel<C, Cache, D, count>, p, x);
+             });
+  };
+  if constexpr (D <= 128)
+    if (p.seqlen_q * (p.heads / p.kv_heads) > 16) return go(std::integral_constant<int, 2>{});
+  return go(std::integral_constant<int, 1>{});
+}
+
+template <class Cache, class F>
+auto with_fp32(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+  const DecodePlan plan = plan_of(p, device_of(where), 1, 32, kFp32SharedBytes, 8 * kFp32Warps);
+  return f(plan, kFp32Warps, 32 * kFp32Warps, kFp32SharedBytes,
+           [&](const LaunchShape& s, const DecodePlan& x, int64_t parts) {
+             launch(where, s, decode_fp32_kernel<Cache>, p, x, parts);
+           });
+}
+
+template <class C, class Cache, class F>
+auto with_head_dim(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+  if (p.head_dim <= 64) return with_tile<C, Cache, 64>(p, where, f);
+  if (p.head_dim <= 128) return with_tile<C, Cache, 128>(p, where, f);
+  return with_tile<C, Cache, 256>(p, where, f);
+}
+
+template <class F>
+auto with_kernel(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+  const bool fp8 = p.cache_dtype == DType::e4m3;
+  if (p.dtype == DType::f32)
+    return fp8 ? with_fp32<uint8_t>(p, where, f) : with_fp32<float>(p, where, f);
+  if (fp8) return with_head_dim<__half, uint8_t>(p, where, f);
+  if (p.dtype == DType::f16) return with_head_dim<__half, __half>(p, where, f);
+  return with_head_dim<__nv_bfloat16, __nv_bfloat16>(p, where, f);
+}
+
+}  // namespace
+
+int64_t kvcache_attention_splits(const KvCacheAttentionParams& p, const Where& where) {
+  if (p.seqlen_q == 0 || p.heads == 0) return 1;
+  return with_kernel(p, where,
+                     [](const DecodePlan& plan, auto&&...) -> int64_t { return plan.most; });
+}
+
+void kvcache_attention(const KvCacheAttentionParams& p, const Where& where) {
+  if (p.cache_dtype == DType::e4m3 && !(p.k_scale && p.v_scale))
+    throw std::runtime_error("attention_with_kvcache: an FP8 cache needs k_scale and v_scale");
+  with_kernel(
+      p, where,
+      [&](const DecodePlan& plan, int per_block, int threads, size_t shared, auto&& kernel) {
+        launch_parts(p, where, plan, per_block, threads, shared, kernel);
+        return 0;
+      });
 }
 
 }  // namespace lf::cuda

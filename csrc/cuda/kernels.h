@@ -19,4 +19,8 @@ void attention(const AttentionParams& p, const Where& where);
 void kvcache_attention(const KvCacheAttentionParams& p, const Where& where);
 void linear(const LinearParams& p, const Where& where);
 
+// How many partial results of each query's head kvcache_attention's workspace must hold: 1, and
+// then it needs none, or more. Of p: sizes, dtypes, num_splits.
+int64_t kvcache_attention_splits(const KvCacheAttentionParams& p, const Where& where);
+
 }  // namespace lf::cuda

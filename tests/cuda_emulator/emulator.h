@@ -485,6 +485,14 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+// Each digit of the selector names a byte of a (0 to 3) or b (4 to 7), lowest first.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i)
+    r |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return r;
+}
 inline float __int_as_float(int i) {
   float f;
   std::memcpy(&f, &i, 4);

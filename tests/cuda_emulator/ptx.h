@@ -154,6 +154,8 @@ inline void named_barrier_arrive(int id, int count) {
   emu::barrier(emu::block().barriers[id], count, false, "bar.arrive");
 }
 
+inline int opaque(int x) { return x; }
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 
 }  // namespace lf::ptx

@@ -95,6 +95,15 @@ __device__ inline void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// ---- for the compiler ----
+
+// x, of which the compiler then knows nothing: what is computed from it in a loop is not kept in
+// registers throughout.
+__device__ inline int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- arithmetic ----
 
 __device__ inline float exp2_approx(float x) {  // 2 ulp; -inf gives 0

@@ -1,0 +1,116 @@
+// decode_attention's division of labour: which rows and keys a block works on, and where its
+// results go: to out, or where a sequence is split, to the workspace.
+#pragma once
+
+#include "attention_tile.cuh"
+
+namespace lf::cuda {
+
+// What the host decides. Keys are counted in tiles of a block: its warps' keys.
+struct DecodePlan {
+  int64_t capacity;  // keys a sequence can have
+  int row_tiles;     // of tile_rows of a key/value head's Sq * G rows
+  int tile_rows, tile_keys;
+  int most;    // splits a sequence can have, and the grid is for
+  int forced;  // num_splits
+  bool q_aligned, cache_aligned;
+};
+
+LF_DEVICE int64_t length_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t b) {
+  const int64_t length = p.cache_seqlens[b];
+  return length < 0 ? 0 : length > plan.capacity ? plan.capacity : length;
+}
+
+// How many keys, from the first, the last query of a tile of rows sees.
+LF_DEVICE int keys_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t length,
+                      int row_tile) {
+  if (!p.causal) return static_cast<int>(length);
+  const int64_t group = p.heads / p.kv_heads;
+  int64_t query = (static_cast<int64_t>(row_tile + 1) * plan.tile_rows - 1) / group;
+  if (query > p.seqlen_q - 1) query = p.seqlen_q - 1;
+  const int64_t keys = length - p.seqlen_q + query + 1;
+  return static_cast<int>(keys < 0 ? 0 : keys);
+}
+
+// Of the keys alone: 256 a split up to eight of them, then 512, until `most` fill the chip.
+LF_DEVICE int splits_of(const DecodePlan& plan, int keys) {
+  const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
+  const int few = keys / 256 < 8 ? keys / 256 : 8;
+  int splits = plan.forced ? plan.forced : keys / 512 > few ? keys / 512 : few;
+  if (splits > plan.most) splits = plan.most;
+  if (splits > tiles) splits = tiles;
+  return splits < 1 ? 1 : splits;
+}
+
+// Which rows and keys a block (fp32: a warp) works on.
+struct Part {
+  int row_tile, split, splits, keys, first_tile, last_tile;
+  int64_t kv_head, b, length;
+};
+
+LF_DEVICE Part part_of(const KvCacheAttentionParams& p, const DecodePlan& plan, unsigned index) {
+  Part w;
+  const unsigned row_tiles = plan.row_tiles, kv_heads = static_cast<unsigned>(p.kv_heads);
+  const unsigned batch = static_cast<unsigned>(p.batch);
+  w.row_tile = static_cast<int>(index % row_tiles);
+  w.kv_head = index / row_tiles % kv_heads;
+  w.b = index / row_tiles / kv_heads % batch;
+  w.split = static_cast<int>(index / row_tiles / kv_heads / batch);
+  w.length = length_of(p, plan, w.b);
+  w.keys = keys_of(p, plan, w.length, w.row_tile);
+  w.splits = splits_of(plan, w.keys);
+  const int tiles = (w.keys + plan.tile_keys - 1) / plan.tile_keys;
+  const int each = tiles / w.splits, more = tiles % w.splits;
+  w.first_tile = w.split * each + (w.split < more ? w.split : more);
+  w.last_tile = w.first_tile + each + (w.split < more);
+  return w;
+}
+
+// Row r of a key/value head: its place in q or out, and among all [B, Sq, H].
+struct Row {
+  int64_t query, head;
+  LF_DEVICE Row(const KvCacheAttentionParams& p, int64_t kv_head, int r) {
+    const unsigned group = static_cast<unsigned>(p.heads / p.kv_heads);
+    query = static_cast<unsigned>(r) / group;
+    head = kv_head * group + static_cast<unsigned>(r) % group;
+  }
+  LF_DEVICE int64_t in(const int64_t (&stride)[3], int64_t b) const {
+    return b * stride[0] + query * stride[1] + head * stride[2];
+  }
+  LF_DEVICE int64_t index(const KvCacheAttentionParams& p, int64_t b) const {
+    return (b * p.seqlen_q + query) * p.heads + head;
+  }
+};
+
+// The workspace: sums [B, Sq, H, most, D], then maxima and totals [B, Sq, H, most, 2].
+LF_DEVICE float* partial_sums(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t row,
+                              int split) {
+  return p.workspace + (row * plan.most + split) * p.head_dim;
+}
+LF_DEVICE float* partial_stats(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t row,
+                               int split) {
+  const int64_t rows = p.batch * p.seqlen_q * p.heads;
+  return p.workspace + rows * plan.most * p.head_dim + (row * plan.most + split) * 2;
+}
+
+// Four columns of a row, rounded to out's dtype.
+LF_DEVICE void store_io(const KvCacheAttentionParams& p, int64_t at, const float (&x)[4],
+                        bool aligned) {
+  if (p.dtype == DType::f32) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) static_cast<float*>(p.out)[at + e] = x[e];
+    return;
+  }
+  const bool half = p.dtype == DType::f16;
+  const uint2 pairs{half ? pack<__half>(x[0], x[1]) : pack<__nv_bfloat16>(x[0], x[1]),
+                    half ? pack<__half>(x[2], x[3]) : pack<__nv_bfloat16>(x[2], x[3])};
+  uint16_t* to = static_cast<uint16_t*>(p.out) + at;
+  if (aligned) {
+    *reinterpret_cast<uint2*>(to) = pairs;
+  } else {
+    to[0] = static_cast<uint16_t>(pairs.x), to[1] = static_cast<uint16_t>(pairs.x >> 16);
+    to[2] = static_cast<uint16_t>(pairs.y), to[3] = static_cast<uint16_t>(pairs.y >> 16);
+  }
+}
+
+}  // namespace lf::cuda

@@ -1,0 +1,269 @@
+"""csrc/cuda/decode_attention.cu in the emulator: every instance, layout and split, FP8 caches, what
+the host cannot check, any thread order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_fast import reference
+
+from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from .native import SEEDS, emulated
+
+BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+dtypes = pytest.mark.parametrize(
+    "dtype", [BF16, F16, F32], ids=lambda d: str(d).removeprefix("torch.")
+)
+fp8_or_not = pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
+NAN = float("nan")
+
+
+@pytest.fixture
+def cuda() -> Any:
+    return emulated()
+
+
+def lengths(*n: int) -> Tensor:
+    return torch.tensor(n, dtype=torch.int32)
+
+
+def make(
+    batch: int, sq: int, capacity: int, heads: tuple[int, int], d: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, hkv = heads
+    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, capacity, hkv, d)
+    return q.to(dtype), k.to(dtype), (torch.randn(batch, capacity, hkv, d) + 0.25).to(dtype)
+
+
+def to_fp8(k: Tensor, v: Tensor, per_head: bool = True) -> dict[str, Tensor]:
+    """Caches in e4m3 and their scales; NaN stays."""
+    made = {}
+    for name, cache in (("k", k), ("v", v)):
+        scale = cache.float().nan_to_num(0, 0, 0).abs().amax((0, 1, 3)).clamp(min=1e-3) / 448
+        scale = scale if per_head else scale.max()[None]
+        made[f"{name}_scale"] = scale
+        made[f"{name}_cache"] = (cache.float() / scale[:, None]).to(E4M3)
+    return made
+
+
+def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same cache in shuffled blocks; three more, and what k and v leave free, are NaN."""
+    batch, capacity, *row = k.shape
+    n = -(-capacity // block_size)
+    ids = torch.randperm(batch * n + 3)[: batch * n]
+    pools = []
+    for cache in (k, v):
+        padded = torch.full((batch, n * block_size, *row), NAN).to(cache.dtype)
+        padded.view(torch.uint8)[:, :capacity] = cache.view(torch.uint8)
+        pool = torch.full((batch * n + 3, block_size, *row), NAN).to(cache.dtype)
+        pool.view(torch.uint8)[ids] = padded.view(torch.uint8).view(
+            batch * n, block_size, *padded.view(torch.uint8).shape[2:]
+        )
+        pools.append(pool)
+    return pools[0], pools[1], ids.view(batch, n).int()
+
+
+def run(
+    cuda: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Tensor,
+    block_table: Tensor | None = None,
+    causal: bool = True,
+    num_splits: int = 0,
+    **scales: Tensor,
+) -> Tensor:
+    out = torch.full(q.shape, NAN, dtype=q.dtype)
+    scale = q.shape[-1] ** -0.5
+    cuda.attention_with_kvcache(
+        out, q, k, v, seqlens, block_table, causal, scale, num_splits, **scales
+    )
+    return out
+
+
+def check(cuda: Any, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> Tensor:
+    actual = run(cuda, q, k, v, seqlens, **options)
+    if "k_scale" in options:
+        k, v = (t.float() * options.pop(f"{n}_scale")[:, None] for n, t in (("k", k), ("v", v)))
+    eager = reference.attention_with_kvcache(q, k.to(q.dtype), v.to(q.dtype), seqlens, **options)
+    exact = reference.attention_with_kvcache(q.double(), k.double(), v.double(), seqlens, **options)
+    allowed = 0.0
+    if q.dtype == F32:
+        allowed = ATTENTION_VALUE_ULPS * ulp(v.double().nan_to_num(0, 0, 0).abs().max(), F32).item()
+    assert_close_to_eager(actual, eager, exact, allowed)
+    return actual
+
+
+@dtypes
+@fp8_or_not
+@pytest.mark.parametrize("d", [8, 64, 72, 128, 136, 256])
+def test_every_instance_on_every_order_of_threads(
+    cuda: Any, dtype: torch.dtype, fp8: bool, d: int
+) -> None:
+    for sq in (1, 9):  # 16 rows of queries a warp, or 32
+        q, k, v = make(2, sq, 150, (4, 2), d, dtype)
+        options: dict[str, Any] = {}
+        if fp8:
+            options = to_fp8(k, v, per_head=sq == 1)
+            k, v = options.pop("k_cache"), options.pop("v_cache")
+        first = check(cuda, q, k, v, lengths(150, 77), num_splits=2, **options)
+        for seed in SEEDS[1:]:
+            cuda.set_seed(seed)
+            assert torch.equal(run(cuda, q, k, v, lengths(150, 77), num_splits=2, **options), first)
+
+
+@dtypes
+def test_f09_ragged_lengths_and_queries(cuda: Any, dtype: torch.dtype) -> None:
+    for sq in (1, 5, 17, 40):
+        for causal in (True, False):
+            q, k, v = make(6, sq, 260, (2, 1), 32, dtype)
+            check(cuda, q, k, v, lengths(1, 15, 64, 65, 129, 257), causal=causal)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16, 24])
+def test_f15_f16_every_ratio_of_heads(cuda: Any, group: int) -> None:
+    for dtype in (BF16, F32):
+        check(cuda, *make(2, 3, 50, (2 * group, 2), 16, dtype), lengths(50, 3))
+
+
+@dtypes
+@fp8_or_not
+@pytest.mark.parametrize("sq", [1, 20])
+def test_every_layout_gives_the_same_bits(
+    cuda: Any, dtype: torch.dtype, fp8: bool, sq: int
+) -> None:
+    q, k, v = make(2, sq, 150, (4, 2), 48, dtype)
+    options: dict[str, Any] = {}
+    if fp8:
+        options = to_fp8(k, v)
+        k, v = options.pop("k_cache"), options.pop("v_cache")
+    seqlens = lengths(143, 90)
+    want = run(cuda, q, k, v, seqlens, **options)
+    for block_size in (1, 5, 16, 128):
+        paged_k, paged_v, table = page(k, v, block_size)
+        out = run(cuda, q, paged_k, paged_v, seqlens, table, **options)
+        assert torch.equal(out, want)
+    wide = torch.full((2, 2, 150, 53), NAN).to(k.dtype)  # heads first, rows at any address
+    far_k, far_v = wide.clone(), wide.clone()
+    for far, cache in ((far_k, k), (far_v, v)):
+        far.view(k.dtype if not fp8 else torch.uint8)[..., 3:51] = cache.transpose(1, 2).view(
+            k.dtype if not fp8 else torch.uint8
+        )
+    far_k, far_v = (t[..., 3:51].transpose(1, 2) for t in (far_k, far_v))
+    assert torch.equal(run(cuda, q, far_k, far_v, seqlens, **options), want)
+
+
+@dtypes
+@pytest.mark.parametrize("splits", [1, 2, 7, 64])
+def test_f13_forced_splits_of_strided_queries(cuda: Any, dtype: torch.dtype, splits: int) -> None:
+    _, k, v = make(2, 1, 300, (6, 2), 32, dtype)
+    q = torch.randn(2, 3, 6, 97).to(dtype)[:, 1:2, :, 33:65]
+    seqlens = lengths(300, 61)
+    check(cuda, q, k, v, seqlens, num_splits=splits)
+    memory = torch.full((4, 1, 6, 35), 7.0, dtype=dtype)
+    out = memory[1:3, :, :, 1:33]
+    cuda.attention_with_kvcache(out, q, k, v, seqlens, None, True, 32**-0.5, splits)
+    assert (memory[[0, 3]] == 7).all() and (memory[..., 33:] == 7).all()
+    assert torch.equal(out, run(cuda, q.contiguous(), k, v, seqlens, num_splits=splits))
+
+
+@dtypes
+@fp8_or_not
+def test_f08_f10_what_lies_past_the_lengths_changes_nothing(
+    cuda: Any, dtype: torch.dtype, fp8: bool
+) -> None:
+    seqlens = lengths(41, 0, 257, 64)
+    for sq in (1, 20):
+        q, k, v = make(4, sq, 300, (4, 2), 64, dtype)
+        options: dict[str, Any] = {}
+        if fp8:
+            options = to_fp8(k, v)
+            k, v = options.pop("k_cache"), options.pop("v_cache")
+        clean = run(cuda, q, k, v, seqlens, **options)
+        assert clean.isfinite().all() and not clean[1].any()
+        for i, n in enumerate(seqlens.tolist()):
+            k[i, n:], v[i, n:] = NAN, NAN
+        assert torch.equal(run(cuda, q, k, v, seqlens, **options), clean)
+
+
+@dtypes
+@fp8_or_not
+def test_a_nan_reaches_the_rows_that_see_it(cuda: Any, dtype: torch.dtype, fp8: bool) -> None:
+    q, k, v = make(1, 8, 200, (2, 1), 64, dtype)
+    options: dict[str, Any] = {}
+    if fp8:
+        options = to_fp8(k, v)
+        k, v = options.pop("k_cache"), options.pop("v_cache")
+    clean = run(cuda, q, k, v, lengths(200), **options)
+    k[0, 197, 0, 9] = NAN
+    out = run(cuda, q, k, v, lengths(200), **options)
+    assert torch.equal(out[:, :5], clean[:, :5]) and out[:, 5:].isnan().all()
+
+
+def test_fp8_is_exact_where_eager_is(cuda: Any) -> None:
+    """Every code, each as a column of the one value that a winning key has."""
+    codes = torch.arange(256).to(torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F]
+    codes = torch.cat([codes, codes[:2]]).view(E4M3)
+    k = torch.ones(2, 20, 1, 128).to(E4M3)
+    k[:, 7] = 448.0
+    v = torch.ones(2, 20, 1, 128).to(E4M3)
+    v.view(torch.uint8)[:, 7, 0] = codes.view(2, 128).view(torch.uint8)
+    one = torch.ones(1)
+    for dtype in (BF16, F16, F32):
+        q = torch.full((2, 1, 3, 128), 1.0, dtype=dtype)
+        out = run(cuda, q, k, v, lengths(20, 20), k_scale=one, v_scale=one)
+        assert torch.equal(out[:, 0], v[:, 7].to(dtype).expand(2, 3, 128))
+
+
+def test_fp8_with_bf16_queries_beyond_the_range_of_fp16(cuda: Any) -> None:
+    q, k, v = make(2, 1, 100, (4, 2), 64, BF16)
+    options: dict[str, Any] = to_fp8(k, v)
+    k, v = options.pop("k_cache"), options.pop("v_cache")
+    for size in (2.0**30, 2.0**-30, 2.0**-120, 0.0):
+        options["k_scale"] = options["k_scale"] / size if size else options["k_scale"]
+        check(cuda, q * size, k, v, lengths(100, 33), **options)
+        options["k_scale"] = options["k_scale"] * size if size else options["k_scale"]
+
+
+@dtypes
+def test_f22_lengths_and_blocks_that_do_not_exist(cuda: Any, dtype: torch.dtype) -> None:
+    """On a GPU the host cannot see them: a length counts as the nearest possible one, keys of a
+    block that does not exist are not seen."""
+    q, k, v = make(3, 2, 96, (4, 2), 32, dtype)
+    want = run(cuda, q, k, v, lengths(96, 0, 50))
+    assert torch.equal(run(cuda, q, k, v, lengths(2**31 - 1, -7, 50)), want)
+    paged_k, paged_v, table = page(k, v, 16)
+    assert torch.equal(run(cuda, q, paged_k, paged_v, lengths(97, -(2**31), 50), table), want)
+    for bad in (-1, paged_k.shape[0], 2**31 - 1):
+        table[0, 2] = bad
+        out = run(cuda, q, paged_k, paged_v, lengths(96, 0, 50), table, causal=False)
+        keys = torch.cat([k[:1, :32], k[:1, 48:]], 1), torch.cat([v[:1, :32], v[:1, 48:]], 1)
+        exact = reference.attention_with_kvcache(
+            q[:1].double(), *(t.double() for t in keys), lengths(80), causal=False
+        )
+        assert (out[:1] - exact).abs().max() < (1e-5 if dtype == F32 else 2e-2)
+
+
+@dtypes
+def test_f41_alone_or_in_a_batch(cuda: Any, dtype: torch.dtype) -> None:
+    for sq in (1, 9):
+        q, k, v = make(5, sq, 600, (4, 2), 16, dtype)
+        seqlens = lengths(3, 600, 0, 599, 300)
+        whole = run(cuda, q, k, v, seqlens)
+        for i in range(5):
+            alone = run(cuda, q[i : i + 1], k[i : i + 1], v[i : i + 1], seqlens[i : i + 1])
+            assert torch.equal(alone, whole[i : i + 1])
+        more = torch.cat([k, k, k], 1), torch.cat([v, v, v], 1)  # a larger cache
+        assert torch.equal(run(cuda, q, *more, seqlens), whole)
+
+
+def test_many_splits_of_a_long_sequence(cuda: Any) -> None:
+    q, k, v = make(1, 1, 9000, (2, 1), 16, BF16)
+    for seqlen in (9000, 2100, 500):
+        check(cuda, q, k, v, lengths(seqlen))
