@@ -1,4 +1,4 @@
-"""csrc/cuda/attention.cu emulated: every instance, every path of a tile, any thread order."""
+"""csrc/cuda/attention.cu in the emulator: every instance and tile path, any order of threads."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_equal_scores_give_the_exact_mean(cuda: Any, dtype: torch.dtype) -> None
 @dtypes
 @pytest.mark.parametrize("size", [8.0, 4096.0])
 def test_a_winning_score_copies_its_value(cuda: Any, dtype: torch.dtype, size: float) -> None:
-    """Scores to 2^30, whose products with log2(e) are off by more than the softmax's range."""
+    """Up to scores of 2^30, whose rounding in base 2 is beyond what exp2 can take."""
     k = size * torch.randint(0, 2, (1, 150, 2, 64)).mul(2).sub(1).to(dtype)
     v = torch.randn(1, 150, 2, 64).to(dtype)
     chosen = (torch.rand(150) * (torch.arange(150) + 1)).long()

@@ -6,7 +6,7 @@
 namespace lf::cuda {
 
 // One warp's tile of keys is 4 KB (or 32 keys, or 16: what mma.sync sums over), its values as much;
-// three stages of four warps are 96 KB.
+// three stages of four warps are 96 KB. Tiles half as large have five.
 template <class Cache, int D, int row_tiles>
 struct DecodeShape {
   static constexpr int row_bytes = D * static_cast<int>(sizeof(Cache)), chunks = row_bytes / 16;
