@@ -232,12 +232,6 @@ class Native:
             if splits > 1:
                 room = q.shape[0] * q.shape[1] * q.shape[2] * splits * (q.shape[3] + 2)
                 workspace = torch.empty(room, dtype=torch.float32, device=q.device)
-        elif k_cache.dtype == torch.float8_e4m3fn:
-            raise NotImplementedError(
-                "attention_with_kvcache: the cpu backend has no FP8 KV cache, got a float8_e4m3fn "
-                'k_cache; eager PyTorch has one: use_backend("reference", '
-                'op="attention_with_kvcache")'
-            )
         self._module.kvcache_attention(
             q.data_ptr(),
             k_cache.data_ptr(),
