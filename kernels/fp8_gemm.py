@@ -230,7 +230,7 @@ def _shared_bytes(chip: Chip, config: Config, out_bytes: int) -> int:
 _TILES = (
     (128, 256, 8, 1.0),  # two warpgroups of 64 rows; the registers are full
     (128, 128, 8, 0.8),  # twice the tiles, for when the large ones leave SMs idle; fits Ada
-    (64, 128, 4, 0.6),  # a few hundred rows
+    (64, 128, 4, 0.6),  # a few hundred rows; mma.sync, with both operands in registers: 8 warps
 )
 
 
@@ -241,6 +241,7 @@ def _configs(chip: Chip, m: int, n: int, by_column: bool, out_bytes: int) -> lis
     for block_m, block_n, warps, rate in _TILES:
         if (by_column and block_m > 64) or (block_n > 128 and not chip.has_tma):
             continue  # it would spill: pointers and masks take registers as well
+        warps = warps if chip.has_tma else 8
         tiles = cdiv(m, block_m) * cdiv(n, block_n)
         cost = cdiv(tiles, chip.sms) * block_m * block_n / rate
         for stages in (4, 3, 2):  # as many as fit: 4 hide 2 us of latency, more would not help
