@@ -18,7 +18,7 @@ from llama_fast.kernels.quantize import quantize_fp8
 from llama_fast.kernels.rms_norm import rms_norm
 from llama_fast.kernels.rope import rope
 
-from .static_rules import Case
+from .static_rules import MAY_SERIALISE, Case
 
 BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 I32, I64 = torch.int32, torch.int64
@@ -204,7 +204,9 @@ STREAM = {
     "_stream": ("small e4m3 matrix", "async copy", "16-byte loads"),
     "_add_splits": ("16-byte loads",),
 }
-DECODED = {"_stream": ("small matrix", "async copy", "16-byte loads")}
+# A weight decoded to 16 bits reaches wgmma through registers, and each product waits for its own
+# decoding. On the chips that have wgmma, activations are quantised unless the caller says no.
+DECODED = {"_stream": ("small matrix", "async copy", "16-byte loads", MAY_SERIALISE)}
 CASES: list[Case] = [
     Case("rms_norm", "8B", lambda: norm(4096), NORM),
     Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True), NORM),

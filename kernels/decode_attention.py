@@ -422,6 +422,8 @@ def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list
         offered = [config(4, 3, 64), config(4, 3, 128), config(4, 4, 64), config(4, 2, 32)]
         if fp8_cache:
             del offered[1]
+            if chip.backend == "hip":  # four stages of decoded keys spill there
+                offered.remove(config(4, 4, 64))
         elif block_d <= 64:
             offered[:2] = offered[1::-1]
     elif block_d == 256 and (rows <= 32 or fp8_cache or not wgmma):
@@ -436,6 +438,8 @@ def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list
         offered = [config(rows // 16, 3, 64), config(rows // 16, 3, 32), config(4, 2, 32, 64)]
         if not wgmma:
             del offered[0]
+        if chip.backend == "hip":  # 64 rows and their sums spill there
+            offered = [config(4, 2, 32, 32)]
     return [c for c in offered if _shared_bytes(c, d, bytes_q, bytes_cache) <= chip.shared_memory]
 
 

@@ -173,6 +173,9 @@ def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) ->
     rows, depth = most_rows(few, x_bytes, fits), 128
     if x_bytes == 4 or not fits:
         tiles, depth = [(64, 4, 4)], 32
+    elif few and x_bytes == 2 and chip.has_tma:
+        # 16-bit x: decoded weights reach wgmma in registers, which wider tiles would wait for.
+        tiles = [(64, 4, 8)]
     elif few and chip.has_tma:
         tiles = [
             (128, 4, 6),  # 16 KB of weight a stage
@@ -277,7 +280,7 @@ def stream(
                 n,
                 sx.step,
                 sw.step,
-                config=Config.of(4, 1, BLOCK=512, SPLITS=splits),
+                config=Config.of(128 // chip.warp_size, 1, BLOCK=512, SPLITS=splits),
                 X_BLOCKS=sx.blocks,
                 W_BLOCKS=sw.blocks,
             )
