@@ -126,6 +126,8 @@ def test_no_other_problem(table: list[dict[str, Any]]) -> None:
 
 def test_the_cost_models_table_is_current(table: list[dict[str, Any]]) -> None:
     """Which kernels run untuned, for which cases; registers differ from version to version."""
+    if not static_table.rows():
+        pytest.skip("no table was made yet: python -m bench.static --write docs/kernels.md")
 
     def first(rows: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
         return {
