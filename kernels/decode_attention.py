@@ -439,7 +439,7 @@ def _configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list
         if not wgmma:
             del offered[0]
         if chip.backend == "hip":  # 64 rows and their sums spill there
-            offered = [config(4, 2, 32, 32)]
+            offered = [config(4, 2, 16, 32)]
     return [c for c in offered if _shared_bytes(c, d, bytes_q, bytes_cache) <= chip.shared_memory]
 
 
