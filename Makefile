@@ -30,7 +30,8 @@ OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CUDA_HOME ?= $(shell nvcc=$$(command -v nvcc) && dirname $$(dirname $$(readlink -f $$nvcc)) || echo /usr/local/cuda)
+CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
+    /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 say = { echo "error: $(1)" >&2; exit 1; }
 
