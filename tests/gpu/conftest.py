@@ -8,9 +8,11 @@ kernels: their configurations, their launches.
 
 from __future__ import annotations
 
+import importlib
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,3 +40,10 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
         _cuda_emulated.set_seed(zlib.crc32(request.node.nodeid.encode()))
     with lf.use_backend(BACKEND):
         yield
+
+
+def launcher(op: str) -> Any:
+    """The module that launches op in these tests: for outputs and lengths that the op itself would
+    not pass on."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return importlib.import_module("llama_fast.backends").kernels(op, device)

@@ -19,6 +19,7 @@ from llama_fast.kernels import attention as kernel
 from llama_fast.kernels import common
 
 from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
+from .conftest import launcher
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -322,12 +323,13 @@ def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtyp
 
 @two_dtypes
 @pytest.mark.parametrize("d", [8, 24, 80])
-@pytest.mark.triton
 def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d: int) -> None:
     """Framed: rows start at addresses that no vector load is aligned to."""
     q, k, v = qkv(device, (37, 141), (2, 1), d, dtype, batch=2)
     out = _framed(torch.zeros_like(q))
-    kernel.attention(out, _framed(q), _framed(k), _framed(v), True, d**-0.5, None, None)
+    launcher("attention").attention(
+        out, _framed(q), _framed(k), _framed(v), True, d**-0.5, None, None
+    )
     assert torch.equal(out, lf.attention(q, k, v))
     assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
 

@@ -16,6 +16,7 @@ from llama_fast.kernels import common, decode_attention
 from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
 from ..test_decode_attention import make as make_on_cpu
 from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from .conftest import launcher
 
 NAN, INF = float("nan"), float("inf")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -219,7 +220,6 @@ def test_f11_nothing_to_do_then_a_normal_call(make: Any, lengths: Any) -> None:
     [*((BF16, n) for n in (1, 2, 7, 33, 64, 5000)), (torch.float16, 7), (torch.float32, 7)],
     ids=str,
 )
-@pytest.mark.triton
 def test_f13_f31_forced_splits_of_strided_queries(
     make: Any, lengths: Any, dtype: torch.dtype, splits: int
 ) -> None:
@@ -229,7 +229,9 @@ def test_f13_f31_forced_splits_of_strided_queries(
     want = check(q, k, v, seqlens, num_splits=splits, softmax_scale=0.2)
     memory = torch.full((4, 3, 8, 48), 7.0, dtype=dtype, device=q.device)
     out = memory[1:3, 1:2, 1:7, 16:32]
-    triton_backend.attention_with_kvcache(out, q, k, v, seqlens, None, True, 0.2, splits)
+    launcher("attention_with_kvcache").attention_with_kvcache(
+        out, q, k, v, seqlens, None, True, 0.2, splits
+    )
     assert torch.equal(out, want)
     out.fill_(7.0)
     assert (memory == 7).all()
@@ -311,7 +313,6 @@ def test_f02_tokens_far_apart(make: Any, lengths: Any) -> None:
     assert torch.equal(attend(q, *caches, lengths(600)), attend(q, k, v, lengths(600)))
 
 
-@pytest.mark.triton
 def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) -> None:
     """The op refuses them on a CPU; on a GPU only the kernel can see them."""
     q, k, v = make(4, 1, 48, (4, 1), 32, BF16)
@@ -320,7 +321,9 @@ def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) 
     for keys, values, ids in ((k, v, None), (paged_k, paged_v, table)):
         out = torch.empty_like(q)
         wrong = lengths(49, -1, 2**31 - 1, -(2**31))
-        triton_backend.attention_with_kvcache(out, q, keys, values, wrong, ids, True, 32**-0.5, 0)
+        launcher("attention_with_kvcache").attention_with_kvcache(
+            out, q, keys, values, wrong, ids, True, 32**-0.5, 0
+        )
         assert torch.equal(out, want)
 
 
