@@ -386,7 +386,6 @@ def test_every_e4m3_value_comes_back(
     check(q[..., :8], keys, keys, lengths(256), softmax_scale=1e-3, **scales)
 
 
-@pytest.mark.triton  # the CUDA kernel scales large queries only: other bits, as near the truth
 @pytest.mark.parametrize("power", [-100, -60, 40, 126])
 def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
     """bf16 queries take part as fp16, scaled by powers of two: the same bits at any size."""

@@ -49,6 +49,8 @@ LF_DEVICE void load_queries(const KvCacheAttentionParams& p, const DecodePlan& p
     exponent = exponent > 0x7e800000u ? 0x7e800000u : exponent;
     const float inverse = __uint_as_float(0x7f000000u - exponent);
     scale[h] *= __uint_as_float(exponent);
+    // Of a row of zeros it may underflow, and a masked score times zero is NaN.
+    if (fabsf(scale[h]) < 1.17549435e-38f) scale[h] = 1.17549435e-38f;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
 #pragma unroll
