@@ -1,17 +1,20 @@
-"""The main job: Llama 3.1's forward pass with the kernels swapped in, against eager transformers.
+"""The main job: Llama 3.1's forward pass with the kernels swapped in, against eager transformers
+and every peer that is there.
 
-Both run the same random weights, of 8B's true shapes: four layers and a vocabulary of 32,000, so
-that bf16, FP8 and the fp32 truth fit beside each other. Nothing here is extrapolated to 32 layers;
-`--whole` runs the whole 8B preset instead, in FP8.
+All run the same random weights, of 8B's true shapes: four layers and a vocabulary of 32,000, so
+that bf16, FP8, the fp32 truth and the peers' files fit beside each other. What 32 layers would take
+is extrapolated by bytes or flops, and says so; `--whole` runs the whole 8B preset, in FP8.
+
+Names as in llama-bench: pp512 is a prompt of 512 tokens into an empty cache, tg128 are 128 tokens
+generated one by one, "@ d16384" means that so many tokens are in the cache already.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import resource
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,170 +24,197 @@ import llama_fast as lf
 from llama_fast import _cpu
 from llama_fast.cache import KVCache
 
-from .cases import CPU, matmul_limit
-from .timing import measure
+from . import models
+from .case import CPU, matmul_limit, relative_error
+from .memory import peak_memory
+from .timing import Run, figures, measure
 
-PREFILL, DECODE = 512, 8  # tokens; decode steps per round
-
-
-def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
-    return dataclasses.replace(
-        lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab
-    )
+PREFILL = 512  # tokens
+BUDGETS = {"quick": 1.0, "default": 5.0, "full": 12.0}  # seconds of rounds
 
 
-def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> Any:
-    """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Tokens that are processed at once ("pp") or one by one ("tg"), after depth others."""
 
-    hf = LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=8192,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    hf._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model = LlamaForCausalLM(hf).eval()
-    finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, p in model.named_parameters():
-        if p.dim() == 2:
-            std = 1.0 if "embed" in name else p.shape[1] ** -0.5
-            p.data.normal_(std=std, generator=generator)
-    return model
+    kind: str
+    tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
 
 
-def _decoder(model: lf.Llama, prompt: Tensor, room: int) -> tuple[Callable[[int], None], KVCache]:
-    """A function that decodes DECODE tokens after prompt, over and over from the same context."""
-    cache = KVCache(model.config, prompt.shape[1] + room, 1, dtype=model.dtype)
-    model.hidden(prompt, cache=cache)
-    token = prompt[:, -1:]
+JOBS = {
+    "quick": (Job("pp", PREFILL), Job("tg", 8, PREFILL)),
+    "default": (Job("pp", PREFILL), Job("tg", 16, PREFILL)),
+    "full": (
+        Job("pp", PREFILL),
+        Job("tg", 16, PREFILL),
+        Job("tg", 128),
+        Job("pp", PREFILL, 16384),
+        Job("tg", 16, 16384),
+    ),
+}
+# Of our FP8 weights: job, then how many times faster than whom. TARGETS hold at that depth.
+TARGETS = {
+    "pp512": {"transformers": 1.1, "llama.cpp Q8_0": 1.8},
+    "tg16 @ d512": {"transformers": 5.0, "llama.cpp Q8_0": 1.6, "llama.cpp bf16": 1.6},
+}
 
-    def run(_: int) -> None:
-        for _ in range(DECODE):
-            model(token, cache=cache)
 
-    return run, cache
+def run(
+    level: str,
+    say: Callable[[str], None],
+    peers: Sequence[Any] = (),
+    wants: Callable[[str], bool] = lambda name: True,
+    skip: Callable[[str, str], None] = lambda name, why: None,
+) -> dict[str, Any]:
+    """Every job, ours in FP8 and bf16 beside transformers and the peers; and the logits' errors.
 
-
-def run(budget: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Prefill and decode, ours in FP8 and bf16 against transformers; and the logits' errors."""
-    config = shape()
+    wants: whether a baseline is asked for; skip: is told who is left out, and why.
+    """
+    config = models.shape()
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
-    hf = transformers_model(config)
-    ours = _same_weights(hf, CPU)
-    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator())
-    with torch.inference_mode():
-        logits = _logit_errors(hf, ours, prompt[:, :64])
-        matmul, flops = matmul_limit(torch.bfloat16)
-        prefill = measure(
-            {
-                **{
-                    name: lambda _, m=m: m.logits(m.hidden(prompt)[:, -1])
-                    for name, m in ours.items()
-                },
-                "transformers": lambda _: hf(prompt, logits_to_keep=1, use_cache=False).logits,
-                "limit": matmul,
-            },
-            budget,
-        )
-        say("  prefill measured")
-        decoders = {name: _decoder(m, prompt, 4096)[0] for name, m in ours.items()}
-        past = hf(prompt, use_cache=True).past_key_values
-        token = prompt[:, -1:]
-
-        def transformers_decode(_: int) -> None:
-            for _ in range(DECODE):
-                hf(token, past_key_values=past, use_cache=True)
-
-        reads = {f"limit {name}": _read_weights(m) for name, m in ours.items()}
-        decode = measure({**decoders, "transformers": transformers_decode, **reads}, 2 * budget)
-        say("  decode measured")
-    fastest = prefill["limit"].median * prefill_flops(config) / flops
-    rows = [
-        row(f"prefill {PREFILL}", name, prefill, PREFILL, "matmul", fastest, {"transformers": 1.1})
-        for name in ours
-    ]
-    for name, targets in (("bf16", {}), ("FP8", {"transformers": 5.0})):
-        fastest = decode[f"limit {name}"].median * DECODE
-        rows.append(row("decode", name, decode, DECODE, "read", fastest, targets))
+    hf = models.transformers_model(config)
+    running: dict[str, Any] = {
+        n: models.Ours(n, m) for n, m in models.same_weights(hf, CPU).items()
+    }
+    ours = list(running)
+    for label, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
+        # transformers' eager attention repeats K and V for every head: for a full run.
+        if wants(label) and (attention == "sdpa" or level == "full"):
+            running[label] = models.Transformers(hf, attention)
+    for peer in peers:
+        try:
+            for model in peer.models(hf, config, CPU):
+                running[model.label] = model
+                say(f"  {model.label} loaded")
+        except Exception as error:  # a peer that fails costs its own columns only
+            skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
+    prompt = models.prompt(config, max(j.depth + j.tokens for j in JOBS[level]))
+    try:
+        with torch.inference_mode():
+            errors = _errors(hf, running, prompt[:, :64])
+            rows = []
+            for job in JOBS[level]:
+                rows += _job(job, level, prompt, running, ours, errors, skip)
+                say(f"  {job.name} measured")
+            memory = {name: memory_of(m, prompt[:, :PREFILL]) for name, m in running.items()}
+    finally:
+        for model in running.values():
+            model.close()
     return {
         "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
         f"random weights; baseline: transformers, sdpa, bf16",
         "rows": rows,
-        "logits": logits,
+        "logits": errors,
+        "memory": memory,
     }
 
 
-def linears(model: lf.Llama) -> list[Tensor]:
-    """The weights that every token passes through; the embedding is only looked up."""
-    layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
-    return [w.weight for w in (*layers, model.weights.head)]
+def _job(
+    job: Job,
+    level: str,
+    prompt: Tensor,
+    running: dict[str, Any],
+    ours: list[str],
+    errors: dict[str, float],
+    skip: Callable[[str, str], None],
+) -> list[dict[str, Any]]:
+    """A row for each of ours; the rest are in each row's seconds."""
+    context, tokens = prompt[:, : job.depth], prompt[:, job.depth :][:, : job.tokens]
+    runs: dict[str, Run] = {}
+    for name, model in running.items():
+        if name == "transformers eager" and job.depth > 4096:
+            skip(f"{job.name}: {name}", "its scores would be larger than all of the weights")
+        elif job.kind == "tg":
+            runs[name] = model.decode(context, job.tokens)
+        elif not job.depth:
+            runs[name] = model.prefill(tokens)
+        elif hasattr(model, "extend"):
+            runs[name] = model.extend(context, tokens)
+        else:
+            skip(f"{job.name}: {name}", "measured on an empty cache only")
+    config = running[ours[0]].model.config
+    if job.kind == "pp":
+        runs["limit"], flops = matmul_limit(torch.bfloat16)
+    else:
+        for name in ours:
+            runs[f"limit {name}"] = _read_weights(running[name].model)
+    timings = measure(runs, BUDGETS[level] * (2 if job.kind == "tg" else 1))
+    rows = []
+    for name in ours:
+        targets = TARGETS.get(job.name, {}) if name == "FP8" else {}
+        if job.kind == "pp":
+            work = models.prefill_flops(config, job.tokens, job.depth)
+            fastest = timings["limit"].median * work / flops
+            whole = work / models.prefill_flops(whole_config(config), job.tokens, job.depth)
+        else:
+            fastest = timings[f"limit {name}"].median * job.tokens
+            whole = _bytes_share(config)
+        limit = "matmul" if job.kind == "pp" else "read"
+        found = row(job.name, name, timings, job.tokens, limit, fastest, targets)
+        found["all_layers_tokens_per_s"] = found["tokens_per_s"] * whole  # extrapolated
+        found["errors"] = errors
+        rows.append(found)
+    return rows
+
+
+def whole_config(config: lf.LlamaConfig) -> lf.LlamaConfig:
+    """The same with all of 8B's layers and its vocabulary."""
+    full = lf.LlamaConfig.llama_3_1_8b()
+    return dataclasses.replace(
+        config, num_hidden_layers=full.num_hidden_layers, vocab_size=full.vocab_size
+    )
+
+
+def _bytes_share(config: lf.LlamaConfig) -> float:
+    """Of the weights that a token reads: this model's, of all layers'."""
+
+    def elements(c: lf.LlamaConfig) -> float:
+        layer = models.prefill_flops(dataclasses.replace(c, num_hidden_layers=1), 1, 0)
+        head = 2.0 * c.hidden_size * c.vocab_size
+        return c.num_hidden_layers * (layer - head) + head
+
+    return elements(config) / elements(whole_config(config))
+
+
+def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
+    """GiB of weights, and what a prompt needs beside them at its peak."""
+    run = model.prefill(prompt)
+    with peak_memory(prompt.device) as peak:
+        run(0)
+    return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
+
+
+def _errors(hf: Any, running: dict[str, Any], tokens: Tensor) -> dict[str, float]:
+    """max |logit - exact| / max |exact| of everybody; exact: the same bf16 weights, in fp32."""
+    logits = {name: model.logits(tokens) for name, model in running.items()}
+    exact = hf.float()(tokens).logits
+    hf.bfloat16()
+    return {n: relative_error(found, exact) for n, found in logits.items() if found is not None}
 
 
 def _read_weights(model: lf.Llama) -> Callable[[int], None]:
     """What one token of a decode cannot do without."""
 
     def run(_: int) -> None:
-        for w in linears(model):
+        for w in models.linears(model):
             _cpu.read_bandwidth_probe(w.data_ptr(), w.nbytes, torch.get_num_threads())
 
     return run
 
 
-def prefill_flops(config: lf.LlamaConfig, tokens: int = PREFILL) -> float:
-    """The linear layers on every token, the head on the last, and causal attention."""
-    c, hidden = config, config.hidden_size
-    heads = c.num_attention_heads * c.head_dim
-    layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
-    attended = tokens**2 * heads  # two products, half of each masked
-    per_layer = 2.0 * layer * tokens + 2.0 * attended
-    return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
-
-
-def _same_weights(hf: Any, device: torch.device) -> dict[str, lf.Llama]:
-    """Ours, loaded from what transformers saves."""
-    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
-        hf.save_pretrained(folder, safe_serialization=True)
-        return {
-            "bf16": lf.Llama.from_pretrained(folder, device=device, progress=False),
-            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", device=device, progress=False),
-        }
-
-
 def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, float]:
     """The errors of a model of that shape, over 64 tokens."""
-    hf = transformers_model(config, device)
-    prompt = torch.randint(0, config.vocab_size, (1, 64), generator=_generator()).to(device)
-    return _logit_errors(hf, _same_weights(hf, device), prompt)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def _logit_errors(hf: Any, ours: dict[str, lf.Llama], prompt: Tensor) -> dict[str, float]:
-    """max |logit - exact| / max |exact|; exact: the same bf16 weights, computed in fp32."""
-    eager = hf(prompt).logits.float()
-    exact = hf.float()(prompt).logits
-    hf.bfloat16()
-    scale = exact.abs().max()
-    found = {"transformers bf16": ((eager - exact).abs().max() / scale).item()}
-    for name, model in ours.items():
-        found[f"ours {name}"] = ((model(prompt) - exact).abs().max() / scale).item()
-    return found
+    hf = models.transformers_model(config, device)
+    prompt = models.prompt(config, 64).to(device)
+    running: dict[str, Any] = {"transformers bf16": models.Transformers(hf)}
+    for name, model in models.same_weights(hf, device).items():
+        running[f"ours {name}"] = models.Ours(name, model)
+    return _errors(hf, running, prompt)
 
 
 def row(
@@ -196,33 +226,75 @@ def row(
     fastest: float,
     targets: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """fastest: the seconds that the limit alone would take."""
-    targets = targets or {}
-    t, eager = timings[name], timings["transformers"]
-    times = {"transformers": eager.median / t.median}
+    """name: which of timings is ours. fastest: the seconds that the limit alone would take."""
+    t = timings[name]
+    others = {n: v for n, v in timings.items() if n != name and not n.startswith("limit")}
+    times = {n: v.median / t.median for n, v in others.items()}
+    targets = {n: wanted for n, wanted in (targets or {}).items() if n in times}
     return {
         "op": what,
         "shape": name,
+        "ours": name,
         "tokens_per_s": tokens / t.median,
-        "transformers_tokens_per_s": tokens / eager.median,
+        "rate": tokens / t.median,
+        "unit": "tokens/s",
         "ms_per_token": 1e3 * t.median / tokens,
         "limit": limit,
         "of_limit": fastest / t.median,
         "times": times,
         "targets": targets,
         "met": {k: times[k] >= v for k, v in targets.items()},
-        "seconds": {n: v.to_json() for n, v in timings.items()},
+        "seconds": figures(timings, name),
     }
 
 
 def line(r: dict[str, Any]) -> str:
-    mark = "".join("*" if ok else f" (>={r['targets'][n]:g})" for n, ok in r["met"].items())
-    return (
-        f"{r['op']:<{max(16, len(r['op']) + 2)}}{r['shape']:<6}{r['tokens_per_s']:>9.1f} tokens/s"
-        f"{r['ms_per_token']:>10.2f} ms a token {r['of_limit']:>5.0%} of {r['limit']:<8}"
-        "transformers "
-        f"{r['transformers_tokens_per_s']:>7.1f} tokens/s   {r['times']['transformers']:.2f}x{mark}"
+    against = "  ".join(
+        f"{name} {times:.2f}x"
+        + (
+            ""
+            if name not in r["met"]
+            else "*"
+            if r["met"][name]
+            else f" (>={r['targets'][name]:g})"
+        )
+        for name, times in r["times"].items()
     )
+    return (
+        f"{r['op']:<16}{r['shape']:<6}{r['rate']:>9.1f} tokens/s"
+        f"{r['ms_per_token']:>10.2f} ms a token {r['of_limit']:>5.0%} of {r['limit']:<8}{against}"
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """What a run prints of it."""
+    lines = [found["what"], *map(line, found["rows"])]
+    first = next((r for r in found["rows"] if r["op"] == f"pp{PREFILL}"), None)
+    if first:
+        shown = {n: t["median"] for n, t in first["seconds"].items() if not n.startswith("limit")}
+        lines.append(
+            f"time to first token, {PREFILL} tokens: "
+            + ", ".join(f"{n} {1e3 * s:.0f} ms" for n, s in shown.items())
+        )
+    for r in found["rows"]:
+        if "all_layers_tokens_per_s" in r:
+            lines.append(
+                f"all of 8B's layers and vocabulary, extrapolated, not run: {r['op']} {r['shape']} "
+                f"{r['all_layers_tokens_per_s']:.2f} tokens/s"
+            )
+    if "memory" in found:
+        lines.append(
+            "memory, weights + a prompt's peak: "
+            + ", ".join(
+                f"{n} {m['weights_gib']:.2f} + {m['prompt_gib']:.2f} GiB"
+                for n, m in found["memory"].items()
+            )
+        )
+    lines.append(
+        "largest logit error, of the largest logit, against fp32: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in found["logits"].items())
+    )
+    return "\n".join(lines)
 
 
 def whole(
@@ -234,7 +306,7 @@ def whole(
     model = lf.Llama.from_config(config, quantize="fp8", device=device)
     made = time.perf_counter() - start
     say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
-    prompt = torch.randint(0, config.vocab_size, (1, PREFILL), generator=_generator()).to(device)
+    prompt = models.prompt(config, PREFILL).to(device)
     cache = KVCache(config, PREFILL + steps + 1, 1, device=device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()

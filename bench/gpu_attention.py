@@ -16,7 +16,7 @@ from llama_fast import reference
 from llama_fast.cache import BLOCK_SIZE
 
 from .baselines import Baselines, offer_sdpa
-from .cases import errors
+from .case import errors
 from .gpu_case import CHECKED_ROWS, GpuCase, Place, Spec, Unsupported
 
 

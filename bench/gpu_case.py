@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .baselines import Compiler
-from .cases import cache_bytes
+from .case import cache_bytes
 from .timing import Run
 
 BF16 = torch.bfloat16

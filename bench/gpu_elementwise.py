@@ -14,7 +14,8 @@ from llama_fast import reference
 from llama_fast.cache import BLOCK_SIZE
 
 from .baselines import Baselines
-from .cases import errors, norm_fp64, rope_fp64
+from .case import errors
+from .elementwise_cases import norm_fp64, rope_fp64
 from .gpu_case import GpuCase, Place, Spec, ends
 from .timing import Run
 

@@ -11,7 +11,7 @@ import llama_fast as lf
 from llama_fast import reference
 
 from .baselines import Baselines, offer_scaled_mm, offer_scaled_mm_blocks
-from .cases import errors
+from .case import errors
 from .gpu_case import BF16, GpuCase, Place, Spec, ends
 
 

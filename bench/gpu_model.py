@@ -21,7 +21,7 @@ from torch import Tensor
 
 import llama_fast as lf
 
-from . import end_to_end, timing
+from . import end_to_end, models, timing
 from .gpu_case import Place, Unsupported
 from .gpu_timing import captured, waited
 from .tasks import Rows
@@ -38,7 +38,7 @@ class Work:
     contexts: tuple[int, ...] = (8192, 32768)  # at batch 1, for the cost's growth
     prompts: tuple[int, ...] = (8192, 512, 32768)
     new_tokens: int = 96  # generate's
-    checked: lf.LlamaConfig = end_to_end.shape()  # whose logits are compared
+    checked: lf.LlamaConfig = models.shape()  # whose logits are compared
 
 
 def fitting(config: lf.LlamaConfig, memory: int) -> lf.LlamaConfig:
@@ -86,7 +86,7 @@ class Bench:
     def transformers(self) -> Any:
         if importlib.util.find_spec("transformers") is None:
             raise Unsupported("transformers is not installed")
-        return end_to_end.transformers_model(self.work.config, self.device)
+        return models.transformers_model(self.work.config, self.device)
 
     def tasks(self) -> dict[str, Callable[[], Rows]]:
         w = self.work
@@ -123,7 +123,7 @@ class Bench:
         hf = self.transformers
         runs["transformers"] = lambda: hf(prompt, logits_to_keep=1, use_cache=False).logits
         timings = self._measure(runs)
-        flops, rows = end_to_end.prefill_flops(config, seqlen), []
+        flops, rows = models.prefill_flops(config, seqlen), []
         for name in self.ours:
             limit = "bf16" if name == "bf16" or "fp8" not in self.limits else "fp8"
             row = end_to_end.row(
@@ -242,7 +242,7 @@ class Bench:
         """What a step cannot do without reading: every weight but the embedding, and the cache."""
         c = model.config
         cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
-        linears = sum(w.nbytes for w in end_to_end.linears(model))
+        linears = sum(w.nbytes for w in models.linears(model))
         return linears + batch * context * cache
 
 

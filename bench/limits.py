@@ -9,7 +9,7 @@ import torch
 
 from . import gpu_timing, timing
 from .baselines import Baselines, offer_scaled_mm
-from .cases import matmul_limit, read
+from .case import matmul_limit, read
 from .gpu_case import BF16, Place, Unsupported
 from .timing import Run, Timing
 

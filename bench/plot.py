@@ -16,6 +16,11 @@ def speedups(results: dict[str, Any], path: Path) -> list[Path]:
     return bars(rows, title, path)
 
 
+def all_of(results: dict[str, Any], path: Path) -> list[Path]:
+    """Every plot that a run has the figures for, beside path."""
+    return speedups(results, path) if results["ops"] else []
+
+
 def bars(rows: list[dict[str, Any]], title: str, path: Path) -> list[Path]:
     import matplotlib
 

@@ -16,7 +16,7 @@ from llama_fast import _cpu
 
 from .cases import Case
 from .files import write
-from .timing import Timing
+from .timing import Timing, figures
 
 __all__ = ["environment", "insert", "line", "markdown", "row", "summary", "write"]
 
@@ -24,8 +24,12 @@ __all__ = ["environment", "insert", "line", "markdown", "row", "summary", "write
 WRONG = 2.0**-7
 
 HEADER = (
-    f"{'op':<23}{'shape':<34}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>10}"
-    f"{'error / eager':>19}  against"
+    f"{'op':<23}{'shape':<34}{'median (p10-p90) ms':<25}{'rate':>15}{'of limit':>9} {'':<7}"
+    f"{'x eager':>13}  {'error':<7}  against"
+)
+LEGEND = (
+    "of limit: of what this machine moved or computed in the same rounds (copy, read or bf16 "
+    "product)\nerror: largest, against fp64, of the largest value   *: target met   (>=n): missed"
 )
 
 
@@ -115,45 +119,67 @@ def _commit() -> str | None:
     return described.stdout.strip()
 
 
-def row(case: Case, timings: dict[str, Timing], errors: tuple[float, float]) -> dict[str, Any]:
-    """A case's figures. "times": how many times faster ours is than each baseline."""
+def heading(results: dict[str, Any]) -> str:
+    """Hardware, versions, threads, commit and what was asked for: once, at the top."""
+    known = {**results["environment"], **results["options"]}
+    lines = ["  ".join(f"{k} {v}" for k, v in known.items() if v is not None)]
+    if results["peers"]:
+        lines.append("peers: " + ", ".join(f"{n} {v}" for n, v in results["peers"].items()))
+    lines += [f"without {name}: {why}" for name, why in results["skipped"].items()]
+    return "\n".join(lines)
+
+
+def row(case: Case, timings: dict[str, Timing], errors: dict[str, float]) -> dict[str, Any]:
+    """A case's figures. "times": how many times faster ours is than each other implementation;
+    "errors": of every implementation, against fp64."""
     ours, limit = timings["ours"], timings["limit"]
-    times = {name: timings[name].median / ours.median for name in case.baselines}
+    others = [name for name in timings if name not in ("ours", "limit")]
+    times = {name: timings[name].median / ours.median for name in others}
     of_limit = (case.work / ours.median) / (case.limit_work / limit.median)
     reached = {
         name: (of_limit if name == "limit" else times[name])
         for name in case.targets
         if name == "limit" or name in times
     }
+    eager = next((name for name in ("eager", *others) if name in errors), None)
+    eager_error = errors[eager] if eager else 0.0
+    scale = 1e9 if case.unit == "GB/s" else 1e12
     return {
         "op": case.op,
         "shape": case.shape,
+        "axes": case.axes,
         "unit": case.unit,
         "work": case.work,
-        "rate": case.work / ours.median / (1e9 if case.unit == "GB/s" else 1e12),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "rate": case.work / ours.median / scale,
         "limit": case.limit_name,
-        "limit_rate": case.limit_work / limit.median / (1e9 if case.unit == "GB/s" else 1e12),
+        "limit_rate": case.limit_work / limit.median / scale,
         "of_limit": of_limit,
         "times": times,
         "targets": {name: case.targets[name] for name in reached},
         "met": {name: value >= case.targets[name] for name, value in reached.items()},
-        "error": errors[0],
-        "eager_error": errors[1],
-        "wrong": not errors[0] <= 2 * errors[1] + WRONG,  # NaN is wrong too
-        "seconds": {name: t.to_json() for name, t in timings.items()},
+        "error": errors["ours"],
+        "eager_error": eager_error,
+        "errors": errors,
+        "wrong": not errors["ours"] <= 2 * eager_error + WRONG,  # NaN is wrong too
+        "seconds": figures(timings, "ours"),
     }
 
 
 def line(r: dict[str, Any]) -> str:
     ours = r["seconds"]["ours"]
     spread = f"{ours['median'] * 1e3:.3f} ({ours['p10'] * 1e3:.3f}-{ours['p90'] * 1e3:.3f})"
+    eager = f"{r['times']['eager']:.2f}x{_target(r, 'eager')}" if "eager" in r["times"] else "-"
     against = "  ".join(
-        f"{name} {value:.2f}x{_target(r, name)}" for name, value in r["times"].items()
+        f"{name} {value:.2f}x{_target(r, name)}"
+        for name, value in r["times"].items()
+        if name != "eager"
     )
     return (
         f"{r['op']:<23}{r['shape']:<34}{spread:<25}{r['rate']:>8.3g} {r['unit']:<7}"
-        f"{r['of_limit']:>8.0%}{_target(r, 'limit'):<3} {r['error']:>8.1e} / {r['eager_error']:.1e}"
-        f"  {against}" + ("  WRONG: more than twice eager's error" if r["wrong"] else "")
+        f"{r['of_limit']:>8.0%} {_target(r, 'limit'):<7}{eager:>13}  {r['error']:.1e}  {against}"
+        + ("  WRONG: more than twice eager's error" if r["wrong"] else "")
     )
 
 

@@ -150,6 +150,18 @@ class KVCache:
             self.release(index)
         self._free.sort(reverse=True)
 
+    def truncate(self, tokens: Sequence[int]) -> None:
+        """Forgets what each sequence holds past its first so many tokens; its blocks stay lent to
+        it. Raises ValueError, and changes nothing, where a sequence has fewer tokens than that.
+        """
+        for i, (count, sequence) in enumerate(zip(tokens, self._sequences, strict=True)):
+            if not 0 <= count <= sequence.length:
+                raise ValueError(
+                    f"tokens[{i}]: got {count}, want 0 to the sequence's {sequence.length}"
+                )
+        for count, sequence in zip(tokens, self._sequences, strict=True):
+            sequence.length = count
+
     def reserve(self, tokens: Sequence[int]) -> None:
         """Lends the blocks for so many tokens of each sequence now, those that it holds included:
         the block table then stays as it is until they are there.

@@ -1,0 +1,139 @@
+"""Two runs of the suite against each other, beyond the noise that both of them measured.
+
+Machines differ from hour to hour, and so do seconds. What is compared is therefore what ours took
+of the other implementations' time in the same rounds, with the standard error that the rounds show:
+a kernel has become slower when it has against its baselines and its limit, taken together.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import read
+
+SCHEMA = 2  # of the suite's JSON; older files hold no errors of ratios
+TOLERATED = math.log(1.03)  # a change that nobody has to hear of
+SIGMAS = 2.0  # of the noise, beyond what is tolerated
+WANTED = math.log(1.2)  # a change that a comparison should not miss
+# A comparison across these would not be about the code.
+SAME = ("cpu", "gpu", "isa", "threads")
+SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device")
+
+
+@dataclass(frozen=True)
+class Change:
+    """slowdown and noise: logarithms; noise is one standard error."""
+
+    name: str
+    slowdown: float
+    noise: float
+
+    @property
+    def verdict(self) -> str:
+        beyond = abs(self.slowdown) - SIGMAS * self.noise
+        if beyond > TOLERATED:
+            return "slower" if self.slowdown > 0 else "faster"
+        return "same" if SIGMAS * self.noise + TOLERATED < WANTED else "too noisy to tell"
+
+    def __str__(self) -> str:
+        by, noise = math.expm1(abs(self.slowdown)), math.expm1(SIGMAS * self.noise)
+        way = "slower" if self.slowdown > 0 else "faster"
+        return f"{self.name}: {by:.1%} {way} (noise {noise:.1%}): {self.verdict}"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that is not a run of this suite."""
+    found = read(path)
+    if found is None:
+        raise ValueError(f"{path}: no such file")
+    if found.get("schema") != SCHEMA:
+        got = found.get("schema")
+        raise ValueError(f"{path}: got schema {got}, want {SCHEMA}: a file of `python -m bench`")
+    return found
+
+
+def check(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises ValueError where two runs cannot be held against each other."""
+    for part, names in (("environment", SAME), ("options", SAME_OPTIONS)):
+        for name in names:
+            was, now = old[part].get(name), new[part].get(name)
+            if was != now:
+                raise ValueError(f"the older run has {name} {was!r}, this one {now!r}")
+
+
+def rows(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Everything with times, by name."""
+    found = [*results["ops"], *results.get("end_to_end", {}).get("rows", [])]
+    return {f"{r['op']} {r['shape']}": r for r in found}
+
+
+def change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
+    """None where the two share nobody to compare with.
+
+    Each implementation that both runs measured says by how much ours fell back against it. The
+    median of what they say is taken, and how far they disagree counts as noise.
+    """
+    says, errors = [], []
+    for other in new["seconds"]:
+        was, now = (_ratio(r["seconds"], other) for r in (old, new))
+        if was and now:
+            says.append(was[0] - now[0])
+            errors.append(math.hypot(was[1], now[1]))
+    if not says:
+        return None
+    middle = statistics.median(says)
+    apart = statistics.median(abs(s - middle) for s in says)
+    return Change(name, middle, math.hypot(statistics.median(errors), apart))
+
+
+def _ratio(seconds: Mapping[str, Any], other: str) -> tuple[float, float] | None:
+    found = seconds.get(other, {}).get("ratio")
+    return (found["log"], found["error"]) if found else None
+
+
+def compare(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    again: Callable[[str], dict[str, Any] | None],
+    say: Callable[[str], None] = print,
+    times: int = 2,
+) -> list[Change]:
+    """Every case of both runs. Who seems slower is measured up to `times` times more, on buffers
+    of its own (again: name -> a new row, or None), and is slower only when it is so each time.
+    """
+    before, after = rows(old), rows(new)
+    changes = []
+    for name in after:
+        found = change(name, before[name], after[name]) if name in before else None
+        if found is None:
+            continue
+        for _ in range(times):
+            if found.verdict != "slower":
+                break
+            say(f"{found}; measured again")
+            row = again(name)
+            repeated = change(name, before[name], row) if row else None
+            if repeated is None:
+                break
+            found = min(found, repeated, key=lambda c: c.slowdown - SIGMAS * c.noise)
+        changes.append(found)
+    return changes
+
+
+def summary(changes: list[Change], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    commit = old["environment"].get("commit")
+    lines = [f"against commit {commit}: {len(changes)} cases in both"]
+    for verdict in ("slower", "faster", "too noisy to tell"):
+        lines += [f"  {c}" for c in changes if c.verdict == verdict]
+    same = sum(c.verdict == "same" for c in changes)
+    lines.append(f"  the same within the noise: {same}")
+    before, after = rows(old), rows(new)
+    for what, names in (("gone", before.keys() - after.keys()), ("new", after.keys() - before)):
+        if names:
+            lines.append(f"  {what}: {', '.join(sorted(names))}")
+    return "\n".join(lines)

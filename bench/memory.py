@@ -1,0 +1,43 @@
+"""The most memory that something took while it ran, beyond what was there before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Peak:
+    bytes: float = 0.0  # once the block has ended
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux), in steps of 4 KiB, so that
+    what the allocator had kept from before does not count."""
+    found = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        torch.cuda.synchronize(device)
+        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    _RESET.write_text("5")  # the peak is now what is resident now
+    before = _resident("VmRSS")
+    yield found
+    found.bytes = max(0.0, _resident("VmHWM") - before)
+
+
+def _resident(name: str) -> float:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS}: no {name}")

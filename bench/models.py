@@ -1,0 +1,191 @@
+"""The implementations of the whole model: ours and transformers', on the same random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama_fast as lf
+from llama_fast.cache import KVCache
+
+from .case import CPU
+from .timing import Run
+
+CHUNK = 512  # tokens of a context that are processed at once
+
+
+def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
+    return dataclasses.replace(
+        lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab
+    )
+
+
+def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> Any:
+    """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hf = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=8192,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    hf._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = LlamaForCausalLM(hf).eval()
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 1.0 if "embed" in name else p.shape[1] ** -0.5
+            p.data.normal_(std=std, generator=generator)
+    return model
+
+
+class Ours:
+    """llama_fast, weights in bf16 or FP8."""
+
+    def __init__(self, label: str, model: lf.Llama) -> None:
+        self.label, self.model = label, model
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)
+
+    def prefill(self, tokens: Tensor) -> Run:
+        return self.extend(tokens[:, :0], tokens)
+
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        """The tokens after a context, from where the next round starts again."""
+        model, cache = self.model, self._cache(context, tokens.shape[1])
+
+        def run(_: int) -> Tensor:
+            cache.truncate([context.shape[1]])
+            return model.logits(model.hidden(tokens, cache=cache)[:, -1])
+
+        return run
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        model, cache = self.model, self._cache(context, steps)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+
+        def run(_: int) -> None:
+            cache.truncate([context.shape[1]])
+            for _ in range(steps):
+                model(token, cache=cache)
+
+        return run
+
+    def _cache(self, context: Tensor, room: int) -> KVCache:
+        model = self.model
+        cache = KVCache(
+            model.config, context.shape[1] + room, 1, dtype=model.dtype, device=model.device
+        )
+        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+            model.hidden(part, cache=cache)
+        return cache
+
+    def weight_bytes(self) -> int:
+        return self.model.weights.embedding.nbytes + sum(w.nbytes for w in linears(self.model))
+
+    def close(self) -> None:
+        del self.model
+
+
+class Transformers:
+    """Eager transformers, as it is used today. attention: "sdpa" or "eager"."""
+
+    def __init__(self, model: Any, attention: str = "sdpa") -> None:
+        self.label = "transformers" if attention == "sdpa" else f"transformers {attention}"
+        self.model, self.attention = model, attention
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self._call(tokens, use_cache=False).logits.float()
+
+    def prefill(self, tokens: Tensor) -> Run:
+        return lambda _: self._call(tokens, logits_to_keep=1, use_cache=True).logits
+
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        past = self._past(context)
+
+        def run(_: int) -> Tensor:
+            past.crop(context.shape[1])
+            return self._call(tokens, logits_to_keep=1, use_cache=True, past_key_values=past).logits
+
+        return run
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        past = self._past(context)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=context.device)
+
+        def run(_: int) -> None:
+            past.crop(context.shape[1])
+            for _ in range(steps):
+                self._call(token, use_cache=True, past_key_values=past)
+
+        return run
+
+    def _past(self, context: Tensor) -> Any:
+        from transformers import DynamicCache
+
+        past = DynamicCache(config=self.model.config)
+        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+            self._call(part, use_cache=True, past_key_values=past, logits_to_keep=1)
+        return past
+
+    def _call(self, tokens: Tensor, **options: Any) -> Any:
+        self.model.config._attn_implementation = self.attention
+        return self.model(tokens, **options)
+
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def close(self) -> None:
+        del self.model
+
+
+def linears(model: lf.Llama) -> list[Tensor]:
+    """The weights that every token passes through; the embedding is only looked up."""
+    layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
+    return [w.weight for w in (*layers, model.weights.head)]
+
+
+def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -> float:
+    """The linear layers on every token, the head on the last, and causal attention; depth: how many
+    tokens are in the cache before."""
+    c, hidden = config, config.hidden_size
+    heads = c.num_attention_heads * c.head_dim
+    layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    attended = (tokens**2 + 2.0 * tokens * depth) * heads  # two products, half of each masked
+    per_layer = 2.0 * layer * tokens + 2.0 * attended
+    return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
+
+
+def same_weights(hf: Any, device: torch.device) -> dict[str, lf.Llama]:
+    """Ours, loaded from what transformers saves."""
+    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
+        hf.save_pretrained(folder, safe_serialization=True)
+        return {
+            "bf16": lf.Llama.from_pretrained(folder, device=device, progress=False),
+            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", device=device, progress=False),
+        }
+
+
+def prompt(config: lf.LlamaConfig, tokens: int) -> Tensor:
+    """Random ids [1, tokens], the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (1, tokens), generator=generator)

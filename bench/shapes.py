@@ -1,0 +1,104 @@
+"""The shapes of Llama 3.1's layers, whole or one tensor-parallel rank's, and the sizes run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import llama_fast as lf
+
+MODELS = ("8b", "70b", "405b", "tiny")
+LEVELS = ("quick", "default", "full")
+TP = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One layer as its ops see it. What tensor parallelism shares out is this rank's part: heads,
+    the inner width, the columns or rows of each linear; the hidden width is never divided."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of the four products of a layer; "up": half of gate_up, as layers that do not fuse
+        the two have it."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "up": (self.inner, self.hidden),
+            "gate_up": (2 * self.inner, self.hidden),
+            "down": (self.hidden, self.inner),
+            "qkv": (q + 2 * kv, self.hidden),
+            "output": (self.hidden, q),
+        }
+
+
+def shapes(model: str, tp: int = 1) -> Shapes:
+    """model: one of MODELS. tp: ranks; key/value heads are repeated when there are fewer of them.
+
+    Raises ValueError where tp does not divide the heads or the inner width.
+    """
+    if model == "tiny":  # every line of the suite in seconds
+        hidden, inner, heads, kv_heads, head_dim = 64, 128, 8, 4, 16
+    else:
+        presets = {
+            "8b": lf.LlamaConfig.llama_3_1_8b,
+            "70b": lf.LlamaConfig.llama_3_1_70b,
+            "405b": lf.LlamaConfig.llama_3_1_405b,
+        }
+        c = presets[model]()
+        hidden, inner, head_dim = c.hidden_size, c.intermediate_size, c.head_dim
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    if tp < 1 or heads % tp or inner % tp:
+        raise ValueError(
+            f"--tp: got {tp}, want a divisor of {model}'s {heads} heads and inner width {inner}"
+        )
+    name = model if tp == 1 else f"{model}, 1 of {tp} ranks"
+    return Shapes(name, hidden, inner // tp, heads // tp, max(1, kv_heads // tp), head_dim)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which sizes are run."""
+
+    tokens: tuple[int, ...]  # rows of norms, rope and SwiGLU
+    prompts: tuple[int, ...]  # of causal attention
+    caches: tuple[tuple[int, int], ...]  # (batch, context) of decode attention
+    rows: tuple[int, ...]  # M of matrix products
+    linears: tuple[str, ...]  # which products
+
+
+_ALL = ("gate_up", "down", "qkv", "output")
+_GPU = Sweep((8192,), (8192,), ((1, 8192), (1, 32768), (32, 4096)), (1, 16, 512), ("up",))
+_GPU_FULL = Sweep(
+    (1, 16, 128, 1024, 8192, 16384),
+    (128, 1024, 4096, 16384, 65536, 131072),
+    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 4096)),
+    (1, 4, 16, 64, 512, 4096, 16384),
+    _ALL,
+)
+_CPU = Sweep((512,), (2048,), ((1, 8192), (1, 32768)), (1, 16, 512), ("up",))
+_CPU_FULL = Sweep(
+    (1, 16, 128, 512, 4096, 16384),
+    (128, 512, 2048, 8192),
+    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 2048), (64, 1024)),
+    (1, 4, 16, 64, 512, 4096),
+    _ALL,
+)
+_TINY = Sweep((8,), (32,), ((1, 64),), (1, 16, 48), ("up",))
+_TINY_FULL = Sweep((1, 8), (16, 32), ((1, 64), (2, 32)), (1, 16, 48), ("up", "down"))
+
+
+def sweep(model: str, device: torch.device, level: str) -> Sweep:
+    """A GPU is given more: what takes a CPU a second is a few of its microseconds."""
+    if model == "tiny":
+        return _TINY_FULL if level == "full" else _TINY
+    if device.type == "cpu":
+        return _CPU_FULL if level == "full" else _CPU
+    return _GPU_FULL if level == "full" else _GPU
