@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +21,7 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux), in steps of 4 KiB, so that
-    what the allocator had kept from before does not count."""
+    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux)."""
     found = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -30,10 +31,19 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    _trim()
     _RESET.write_text("5")  # the peak is now what is resident now
     before = _resident("VmRSS")
     yield found
     found.bytes = max(0.0, _resident("VmHWM") - before)
+
+
+def _trim() -> None:
+    """Freed memory goes back to the system, where the C library can do that: what it keeps would
+    be taken again unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(name: str) -> float:
