@@ -107,7 +107,7 @@ def _test(backend: str, seconds: float, tests: tuple[str, ...], into: dict[str, 
     into[backend] = content
     with tempfile.TemporaryDirectory(prefix="llama_fast-tests-") as folder:
         results = Path(folder) / "results.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", f"{__package__}.pytest_results"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_results"]
         command += ["--timeout", "120", *tests]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(WORKERS), "--dist", "worksteal"]

@@ -88,7 +88,7 @@ def compare(rows: Iterable[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
     for target in TARGETS:
         mine = [row for row in rows if row.get("tag") == target.tag]
         if target.backend:
-            mine = [found for row in mine if (found := of_backend(row, target.backend))]
+            mine = [its for row in mine if (its := of_backend(row, target.backend))]
             if not mine:
                 continue
         values = [v for row in mine if (v := value(row, target.metric)) is not None]
@@ -189,7 +189,7 @@ def side_by_side(rows: list[dict[str, Any]]) -> list[str]:
     """A line an op: how fast the CUDA kernels are beside Triton's, in how many cases."""
     lines = []
     for op in dict.fromkeys(row["op"] for row in rows if "cuda" in row.get("backends", {})):
-        mine = [row["backends"] for row in rows if row["op"] == op]
+        mine = [row.get("backends", {}) for row in rows if row["op"] == op]
         ratios = [
             b["triton"]["seconds"]["median"] / b["cuda"]["seconds"]["median"]
             for b in mine
