@@ -611,7 +611,7 @@ def test_part_takes_limits_from_the_report(place: gpu_case.Place, tmp_path: Path
     write(tmp_path / "report.json", {"parts": {"limits": stored}})
     if not torch.cuda.is_available():
         _, found = part("ops", tmp_path, "--case", "add_rms_norm")
-        assert [r["limit_rate"] for r in found["rows"]] == [1e21] * 2
+        assert [r["limit_rate"] for r in found["rows"]] == [1e21] * 3
         _, found = part("ops", tmp_path, "--case", "attention packed")
         assert found["rows"][0]["of_limit"] is None  # no such limit
 
