@@ -1,0 +1,81 @@
+"""Other libraries' kernels beside ours, as far as they are installed.
+
+bench/ asks `wanted` who is here, then each peer for its runs of a case (`Peer.ops`) or for its
+models (`Peer.models`); peer.py says what they hand out. A peer is imported when first asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .peer import Inputs, ModelPeer, Peer, Run, Unsupported
+
+__all__ = ["PEERS", "Inputs", "ModelPeer", "Peer", "Run", "Unsupported", "wanted"]
+
+_CUDA = ("cuda",)
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer(
+            "llama.cpp",
+            "llama-cpp-python",
+            ("cpu",),
+            "llamacpp",
+            {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+            at_least="0.3.36",
+        ),
+        Peer(
+            "openvino",
+            "openvino",
+            ("cpu",),
+            "openvino_model",
+            {"openvino": "openvino", "nncf": "nncf"},
+        ),
+        Peer("liger-kernel", "liger-kernel", _CUDA, "liger", {"liger_kernel": "liger-kernel"}),
+        Peer(
+            "flash-attn",
+            "flash-attn",
+            _CUDA,
+            "flash_attention",
+            {"flash_attn": "flash-attn"},
+            install="pip install flash-attn --no-build-isolation",
+        ),
+        Peer(
+            "flashinfer",
+            "flashinfer-python",
+            _CUDA,
+            "flash_infer",
+            {"flashinfer": "flashinfer-python"},
+        ),
+        Peer("torchao", "torchao", ("cpu", "cuda"), "ao", {"torchao": "torchao"}),
+    )
+}
+
+
+def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that can run on that type of device, in PEERS' order, and why the others cannot.
+
+    names None asks for whoever is there. Raises ValueError for a name that is none of PEERS, and
+    for one asked for by name that cannot run here.
+    """
+    unknown = [name for name in names or () if name not in PEERS]
+    if unknown:
+        raise ValueError(f"peers: got {', '.join(unknown)}, want some of {', '.join(PEERS)}")
+    found: list[Peer] = []
+    skipped: dict[str, str] = {}
+    for name, peer in PEERS.items():
+        if names is not None and name not in names:
+            continue
+        why = peer.missing() if device in peer.devices else _elsewhere(peer, device)
+        if why is None:
+            found.append(peer)
+        else:
+            skipped[name] = why
+    if names is not None and skipped:
+        raise ValueError("; ".join(f"peer {name}: {why}" for name, why in skipped.items()))
+    return found, skipped
+
+
+def _elsewhere(peer: Peer, device: str) -> str:
+    return f"runs on {' and '.join(peer.devices)} only, not on {device}"

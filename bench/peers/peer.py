@@ -1,0 +1,105 @@
+"""What a peer is: a library with kernels for the same job, run beside ours if it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Run = Callable[[int], object]  # called with the round's number, as timing.py's
+Inputs = Mapping[str, Any]  # one case's tensors, by name
+
+
+class Unsupported(Exception):
+    """What a peer does not offer for a shape, a dtype, a device or in its version: the reason."""
+
+
+class ModelPeer(Protocol):
+    """One loaded model. Tokens are [1, S] int64, whatever the device."""
+
+    label: str  # who it is and what differs, "llama.cpp Q8_0"
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[1, S, vocab] fp32, on the CPU: to state the error as everybody's."""
+
+    def prefill(self, tokens: Tensor) -> Run:
+        """Processes the prompt from an empty cache; each run returns the last token's logits."""
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        """Decodes `steps` single tokens after context, its last one again and again, then rewinds
+        to the context: each round alike. Returns the last step's logits."""
+
+    def weight_bytes(self) -> int:
+        """Of the weights that every token passes through; the embedding is only looked up."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    package: str  # what pip installs, and whose version is stated
+    devices: tuple[str, ...]  # device types
+    adapter: str  # the module of this package that drives it
+    modules: Mapping[str, str]  # what has to be importable: module -> the package it comes with
+    install: str = "pip install 'llama_fast[peers]'"
+    at_least: str = ""  # the version below which the adapter does not fit
+
+    def missing(self) -> str | None:
+        """Why it cannot be run here, or None. Imports nothing."""
+        for module, package in self.modules.items():
+            if importlib.util.find_spec(module) is None:
+                return f"{package} is not installed: {self.install}"
+        found = self.version()
+        if found is not None and _numbers(found) < _numbers(self.at_least):
+            return f"{self.package} {found} is installed, at least {self.at_least} is wanted"
+        return None
+
+    def version(self) -> str | None:
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def ops(self, op: str, inputs: Inputs) -> dict[str, Run]:
+        """Label -> run(i), none where it has no such op. Raises Unsupported where it refuses."""
+        make = self._adapter().OPS.get(op)
+        return make(inputs) if make else {}
+
+    def models(self, hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+        """hf_model's weights in each form the peer has, one after the other: close each before the
+        next is asked for, or both have to fit. hf_model itself is left as it is."""
+        return self._adapter().models(hf_model, config, device)
+
+    def _adapter(self) -> Any:
+        return importlib.import_module(f".{self.adapter}", __package__)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers: "0.3.36+cpu" -> (0, 3, 36)."""
+    found = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        found.append(int(part))
+    return tuple(found)
+
+
+def no_models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+    """Of a peer that has ops only."""
+    return iter(())
+
+
+def refusing(run: Run, *refusals: type[Exception]) -> Run:
+    """run, tried once: what it raises becomes Unsupported, with its first line as the reason."""
+    try:
+        run(0)
+    except refusals or (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as e:
+        raise Unsupported((str(e).strip() or type(e).__name__).splitlines()[0][:200]) from e
+    return run
