@@ -47,6 +47,7 @@ PEERS = {
             _CUDA,
             "flash_infer",
             {"flashinfer": "flashinfer-python"},
+            install="pip install 'llama_fast[peers-gpu]'",
         ),
         Peer("torchao", "torchao", ("cpu", "cuda"), "ao", {"torchao": "torchao"}),
     )

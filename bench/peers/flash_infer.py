@@ -83,7 +83,9 @@ def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
     indptr = torch.tensor([0, *used]).cumsum(0)
     last = torch.tensor([(length - 1) % PAGE + 1 for length in lengths])
     plan = [t.to(q.device, torch.int32) for t in (indptr, indices, last)]
-    paged = [tuple(t.view(-1, PAGE, kv_heads, head_dim) for t in kv) for kv in zip(ks, vs, strict=True)]
+    paged = [
+        tuple(t.view(-1, PAGE, kv_heads, head_dim) for t in kv) for kv in zip(ks, vs, strict=True)
+    ]
     flat = q[:, 0]
 
     def over(tensor_cores: bool) -> Run:

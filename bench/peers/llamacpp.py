@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import gguf_file
-from .peer import Inputs, ModelPeer, Run, Unsupported
+from . import ggml, gguf_file
+from .peer import ModelPeer, Run, Unsupported
 
 KINDS = {"llama.cpp Q8_0": "Q8_0", "llama.cpp bf16": "BF16"}
-OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
+OPS = ggml.OPS
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:

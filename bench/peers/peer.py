@@ -96,10 +96,15 @@ def no_models(hf_model: Any, config: Any, device: torch.device) -> Iterator[Mode
     return iter(())
 
 
-def refusing(run: Run, *refusals: type[Exception]) -> Run:
+# Raised by what a version, a shape or a chip does not offer.
+REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
+
+
+def refusing(run: Run) -> Run:
     """run, tried once: what it raises becomes Unsupported, with its first line as the reason."""
     try:
         run(0)
-    except refusals or (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as e:
-        raise Unsupported((str(e).strip() or type(e).__name__).splitlines()[0][:200]) from e
+    except REFUSALS as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise Unsupported(why) from error
     return run
