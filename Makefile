@@ -120,4 +120,5 @@ $(READY): $(INSTALLED_FROM)
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	    "$(BIN)/python" -m pip install -q -e '.[bench,test,dev]'
+	@cat build/native.txt
 	touch "$@"

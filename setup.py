@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,6 +56,16 @@ def check_cuda() -> None:
         fail("LLAMA_FAST_CUDA=on: nvcc is not on PATH; install the CUDA toolkit, or use auto")
 
 
+def parallel() -> list[str]:
+    """What MAX_JOBS means to CMake."""
+    jobs = os.environ.get("MAX_JOBS")
+    if not jobs:
+        return []
+    if not (jobs.isascii() and jobs.isdigit() and int(jobs) > 0):
+        fail(f"MAX_JOBS: got {jobs!r}, want a number of compiler processes, 1 or more")
+    return ["--parallel", jobs]
+
+
 def tool(name: str) -> str:
     """A build requirement's command: on PATH, or beside this Python (a venv not activated)."""
     found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
@@ -70,16 +81,32 @@ def run(*command: str) -> None:
         fail("the native build failed: see the lines above")
 
 
+def report(build: Path, start: float, jobs: str) -> None:
+    """One line, printed and kept in build/native.txt: pip shows a build's output with -v only."""
+    objects = [path.stat().st_mtime >= start for path in build.rglob("*.o")]
+    kept = build / "cuda_architectures.txt"  # CMakeLists.txt writes it
+    cuda = kept.read_text().strip() if kept.exists() else "none"
+    line = (
+        f"native build: {time.time() - start:.0f} s, {sum(objects)} of {len(objects)} files "
+        f"compiled, {jobs} jobs, {os.cpu_count()} cores, CUDA architectures: {cuda}"
+    )
+    print(line, flush=True)
+    (build.parent / "native.txt").write_text(line + "\n")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        start = time.time()
         check_compiler()
         check_cuda()
+        jobs = parallel()
         cmake, ninja = tool("cmake"), tool("ninja")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # In the checkout, not in setuptools' throw-away folder, so that a second install compiles
         # only what changed. The cache goes: an isolated build's cmake, ninja and pybind11 lie in
         # a new temporary folder each time. Objects stay.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -90,9 +117,9 @@ class CMakeBuild(build_ext):
         architectures = os.environ.get("CMAKE_CUDA_ARCHITECTURES")
         if architectures:
             options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures}", "--no-warn-unused-cli"]
-        jobs = os.environ.get("MAX_JOBS")
         run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options)
-        run(cmake, "--build", str(build), *(["--parallel", jobs] if jobs else []))
+        run(cmake, "--build", str(build), *jobs)
+        report(build, start, jobs[-1] if jobs else "ninja's choice of")
 
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide

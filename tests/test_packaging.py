@@ -275,6 +275,45 @@ def test_setup_names_what_python_lacks(checkout: Path, patch: str, message: str)
     assert result.stderr.splitlines()[-1].startswith(message)
 
 
+def build_with(tools: dict[str, str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """setup.py build_ext in a copy of its own, with shell scripts in place of tools."""
+    (folder / "bin").mkdir()
+    for name, script in tools.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, folder)
+    (folder / "llama_fast").mkdir()
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return run(sys.executable, "setup.py", "build_ext", cwd=folder, PATH=path, **env)
+
+
+@pytest.mark.parametrize("jobs", ["3", ""], ids=["three", "unset"])
+def test_build_respects_max_jobs_and_says_how_long_it_took(tmp_path: Path, jobs: str) -> None:
+    """CMake is a script here that notes how it was called."""
+    tools = {"cmake": f'echo "$*" >> "{tmp_path}/calls"', "ninja": ""}
+    done = build_with(tools, tmp_path, MAX_JOBS=jobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (configure, build) = (tmp_path / "calls").read_text().splitlines()
+    assert configure.startswith("-S") and "--parallel" not in configure
+    assert build.startswith("--build") and build.endswith(
+        "--parallel 3" if jobs else f"{sys.implementation.cache_tag}"
+    )
+    said = (tmp_path / "build" / "native.txt").read_text()
+    assert said in done.stdout
+    wanted = rf"native build: \d+ s, 0 of 0 files compiled, {jobs or 'ninja.s choice of'} jobs, "
+    assert re.match(wanted, said)
+
+
+@pytest.mark.parametrize("jobs", ["0", "abc", "-2", "1.5"])
+def test_build_refuses_a_wrong_max_jobs(tmp_path: Path, jobs: str) -> None:
+    done = build_with({"cmake": "exit 9", "ninja": ""}, tmp_path, MAX_JOBS=jobs)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"error: MAX_JOBS: got {jobs!r}, want a number of compiler processes, 1 or more"
+    )
+
+
 NO_PYTHON = 'case "$2" in *version_info*) exit 1;; esac'
 NO_VENV = 'case "$2" in *ensurepip*) exit 1;; esac'
 

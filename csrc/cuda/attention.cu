@@ -9,15 +9,15 @@
 //   products     | Q K0 softmax |    P0 V0 | Q K1 softmax |    P1 V1 |      mma.sync m16n8k16
 //              ^ K0 landed      ^ V0 landed, everybody has read K0 (a barrier each)
 //
-// Q stays in shared memory, the scores' registers become P's operand fragments. Only tiles on the
-// diagonal or at the end are masked; those that no row of a warp sees, the warp skips.
+// Q stays in shared memory. Scores become P's operand fragments, half as many registers, before
+// K1's copy needs its own. Only tiles on the diagonal or at the end are masked; those that no row
+// of a warp sees, the warp skips.
 //
 // Cost: 4 Sq Sk D FLOPs a head, half of it when causal. A warp reads 40 KB of shared memory for
 // each 64 keys at D = 128, 320 cycles of an SM, against 390 of matrix instructions on sm_90 by
 // mma.sync, and 64 x 32 exponentials take 128 each; two blocks on an SM overlap one's softmax with
-// the other's products. Predicted: 0.45 of the bf16 limit on H100 and H200 (350 of 790 TFLOP/s:
-// what mma.sync can do there; wgmma is what goes beyond), 0.65 of it on sm_80. 64 KB of shared
-// memory, two blocks on an SM; one where it has 100 KB.
+// the other's products. Predicted: 0.45 of the bf16 limit on H100 and H200 (350 of 790 TFLOP/s;
+// beyond is wgmma's), 0.65 of it on sm_80. 64 KB of shared memory, so one block on an SM of sm_89.
 //
 // Blocks start with the longest rows of keys, and the heads that share keys side by side, in
 // sections of as many key/value heads as the L2 cache holds. Bits: keys are taken in order from the
@@ -25,8 +25,8 @@
 // same bits in any batch, packing or chunk. A NaN in v reaches the rows of its tile, even those
 // masked, as in the eager twin; never another sequence's.
 //
-// fp32: a warp a query and plain FMAs (attention_fp32.cuh), to be right rather than fast.
-// Source: Dao, FlashAttention-2, arXiv:2307.08691.
+// fp32: a warp a query and plain FMAs, to be right rather than fast. Source: Dao, FlashAttention-2,
+// arXiv:2307.08691.
 #include "common/attention_fp32.cuh"
 
 namespace lf::cuda {
@@ -54,10 +54,9 @@ struct Plan {
   unsigned section;  // pairs that share the L2 cache
 };
 
-// Where a block's first row goes, and its last row.
 template <class T>
 struct Output {
-  T* out;
+  T* out;  // where a block's first row goes
   int last_row;
 };
 
@@ -86,10 +85,7 @@ LF_DEVICE int64_t last_not_above(int64_t x, int64_t batch, Start start) {
   int64_t low = 0, high = batch;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (start(middle) <= x)
-      low = middle;
-    else
-      high = middle;
+    (start(middle) <= x ? low : high) = middle;
   }
   return low;
 }
@@ -129,10 +125,11 @@ template <bool aligned, class T, int rows, int chunks>
 LF_DEVICE void load_tile(unsigned char* tile, const T* from, int64_t stride, int count,
                          int head_dim) {
   constexpr int step = kThreads / chunks;
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
-  const int chunk = thread % chunks, first = thread / chunks;
+  const int thread = static_cast<int>(threadIdx.x), chunk = thread % chunks;
+  const int first = thread / chunks;
   const int limit = chunk * 8 < head_dim ? count : 0;
-#pragma unroll
+  // Unaligned, addresses of all rows would fill registers that the sums need.
+#pragma unroll(aligned ? rows / step : 1)
   for (int i = 0; i < rows / step; ++i) {
     const bool inside = first + i * step < limit;
     unsigned char* to = tile + swizzled<chunks>(first + i * step, chunk);
@@ -187,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int all_see = last_key(warp_first);
   const int some_see = warp_first > last_row ? -1 : last_key(warp_first + S::warp_rows - 1);
   const float scale = p.softmax_scale * kLog2e;
-  const int rows_lane = rows_offset<chunks>(), keys_lane = keys_offset<chunks>();
+  const int rows_lane = rows_offset<chunks>(lane), keys_lane = keys_offset<chunks>(lane);
   const unsigned char* warp_q = q_tile + warp_first * chunks * 16;
 
   float acc[row_tiles][D / 8][4] = {};
@@ -213,8 +210,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     v += keys * p.v_stride[1];
     ptx::cp_async_commit();
 
-    float s[row_tiles][keys / 8][4] = {};
+    uint32_t probability[row_tiles][keys / 16][4];
     if (works) {
+      float s[row_tiles][keys / 8][4] = {};
 #pragma unroll
       for (int d = 0; d < D / 16; ++d) {
         uint32_t a[row_tiles][4];
@@ -244,8 +242,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
       }
 #pragma unroll
-      for (int m = 0; m < row_tiles; ++m)
+      for (int m = 0; m < row_tiles; ++m) {
         softmax_step(s[m], top[m], total[m], acc[m], scale, scale);
+#pragma unroll
+        for (int n = 0; n < keys / 16; ++n)
+          probabilities<T>(probability[m][n], s[m][2 * n], s[m][2 * n + 1]);
+      }
     }
     ptx::cp_async_wait<0>();
     __syncthreads();  // V is there; everybody is done with K
@@ -258,17 +260,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (works) {
 #pragma unroll
       for (int n = 0; n < keys / 16; ++n) {
-        uint32_t a[row_tiles][4];
-#pragma unroll
-        for (int m = 0; m < row_tiles; ++m) probabilities<T>(a[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) {
           uint32_t b[4];
           load_values<chunks>(b, v_tile, rows_at, 16 * n, d);
 #pragma unroll
           for (int m = 0; m < row_tiles; ++m) {
-            ptx::mma_16816(acc[m][2 * d], a[m], b[0], b[1], T{});
-            ptx::mma_16816(acc[m][2 * d + 1], a[m], b[2], b[3], T{});
+            ptx::mma_16816(acc[m][2 * d], probability[m][n], b[0], b[1], T{});
+            ptx::mma_16816(acc[m][2 * d + 1], probability[m][n], b[2], b[3], T{});
           }
         }
       }
@@ -348,15 +347,13 @@ template <class T, int D, bool aligned>
 void run(const AttentionParams& p, const Where& where) {
   using S = Shape<D>;
   const bool packed = p.cu_seqlens_q != nullptr;
-  Plan plan{};
   const int64_t tiles =
       packed ? p.seqlen_q / S::rows + p.batch : (p.seqlen_q + S::rows - 1) / S::rows;
   const int64_t pairs = packed ? p.kv_heads : p.batch * p.kv_heads;
   const int64_t pair_bytes = 4 * p.seqlen_k * p.head_dim + 1;
   const int64_t section = kL2Bytes / pair_bytes < 1 ? 1 : kL2Bytes / pair_bytes;
-  plan.tiles = static_cast<unsigned>(tiles);
-  plan.pairs = static_cast<unsigned>(pairs);
-  plan.section = static_cast<unsigned>(section < pairs ? section : pairs);
+  const Plan plan{static_cast<unsigned>(tiles), static_cast<unsigned>(pairs),
+                  static_cast<unsigned>(section < pairs ? section : pairs)};
   const int64_t blocks = tiles * pairs * (p.heads / p.kv_heads);
   launch(where,
          {"attention",

@@ -35,6 +35,7 @@
 // FMAs. Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:2309.06180.
 #include "common/attention_fp32.cuh"
 #include "common/decode_mma.cuh"
+#include "common/decode_splits.cuh"
 #include "common/decode_tile.cuh"
 
 namespace lf::cuda {
@@ -52,27 +53,26 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   LF_DYNAMIC_SHARED(memory);
   const Part w = part_of(p, plan, blockIdx.x);
   if (w.split >= w.splits) return;
-  // Kept there for the end, not in registers that the loop needs.
-  Part& kept = *reinterpret_cast<Part*>(memory + S::warps * S::warp_bytes);
-  if (threadIdx.x == 0) kept = w;
+  auto& shared = S::kept(memory);
+  const Part& kept = shared.part;
+  if (threadIdx.x == 0) shared.part = w;
+  __syncthreads();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   const int rows = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads));
   const int first_row = w.row_tile * 16 * row_tiles;
   const auto limit_of = [&](int r) {  // the last key that a row sees
-    if (!p.causal) return static_cast<int>(w.length) - 1;
-    return static_cast<int>(Row(p, w.kv_head, r).query + w.length - p.seqlen_q);
+    if (!p.causal) return static_cast<int>(kept.length) - 1;
+    return static_cast<int>(Row(p, 0, r).query + kept.length - p.seqlen_q);
   };
 
-  KeyStream<Cache, D, row_tiles> stream(p, plan, w.b, w.kv_head, w.keys,
-                                        memory + warp * S::warp_bytes);
-  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of tile t
+  KeyStream<Cache, D, row_tiles> stream(p, plan, memory, warp);
+  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of the tile at hand
   const int count = w.last_tile - w.first_tile;
-  unsigned seen[S::stages] = {};  // of the tiles in the stages, oldest first
   stream.look_up(first_key);
 #pragma unroll
   for (int t = 0; t < S::stages - 1; ++t) {
     if (t < count) {
-      seen[t] = stream.copy(t);
+      stream.copy(t);
       stream.look_up(first_key + (t + 1) * plan.tile_keys);
     }
     ptx::cp_async_commit();
@@ -80,54 +80,66 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
 
   uint32_t q[row_tiles][D / 16][4];
   float acc[row_tiles][D / 8][4] = {};
-  float top[row_tiles][2], total[row_tiles][2], scale[row_tiles][2];
+  float top[row_tiles][2], total[row_tiles][2];
   const float k_scale = fp8 ? p.k_scale[p.k_scale_per_head ? w.kv_head : 0] : 1.0f;
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m) {
+    float scale[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       top[m][h] = kMinusInfinity, total[m][h] = 0;
-      scale[m][h] = p.softmax_scale * kLog2e * k_scale;
+      scale[h] = p.softmax_scale * kLog2e * k_scale;
     }
-    load_queries<C, fp8, D>(p, plan, w, first_row + 16 * m, rows, q[m], scale[m]);
+    load_queries<C, fp8, D>(p, plan, w, first_row + 16 * m, rows, q[m], scale);
+    if (fp8 && lane % 4 == 0)
+      for (int h = 0; h < 2; ++h) shared.scale[warp][16 * m + lane / 4 + 8 * h] = scale[h];
   }
+  const auto scale_of = [&](int m, int h) {
+    return fp8 ? shared.scale[warp][16 * m + lane / 4 + 8 * h] : p.softmax_scale * kLog2e;
+  };
   const int all_see = limit_of(first_row);  // keys up to here
 
-  const int keys_lane = keys_offset<S::chunks>(), rows_lane = rows_offset<S::chunks>();
   int stage = 0;
 #pragma unroll 1
-  for (int t = 0; t < count; ++t) {
+  for (int left = count; left > 0; --left) {
     ptx::cp_async_wait<S::stages - 2>();
-    __syncwarp();  // tile t is there; every lane is done with tile t - 1
-    if (t + S::stages - 1 < count) {
-      seen[S::stages - 1] = stream.copy(stage == 0 ? S::stages - 1 : stage - 1);
+    __syncwarp();  // the tile is there; every lane is done with the last
+    if (left >= S::stages) {
+      stream.copy(stage == 0 ? S::stages - 1 : stage - 1);
       stream.look_up(first_key + S::stages * plan.tile_keys);
     }
     ptx::cp_async_commit();
 
     float s[row_tiles][keys / 8][4] = {};
-    scores<C, fp8, D, keys, row_tiles>(s, q, stream.keys_at(stage), ptx::opaque(keys_lane));
-    if (seen[0] != 0xffffffffu || first_key + keys - 1 > all_see) {
+    scores<C, fp8, D, keys, row_tiles>(s, q, stream.keys_at(stage),
+                                       keys_offset<S::chunks>(ptx::opaque(lane)));
+    const unsigned seen = stream.seen(stage);
+    if (seen != 0xffffffffu || first_key + keys - 1 > all_see) {
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int limit = limit_of(first_row + 16 * m + lane / 4 + 8 * h) - first_key;
+          const int limit =
+              limit_of(kept.row_tile * 16 * row_tiles + 16 * m + lane / 4 + 8 * h) - first_key;
 #pragma unroll
           for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int key = 8 * n + lane % 4 * 2 + e;
-              if (!(seen[0] >> key & 1) || key > limit) s[m][n][2 * h + e] = kMinusInfinity;
+              if (!(seen >> key & 1) || key > limit) s[m][n][2 * h + e] = kMinusInfinity;
             }
         }
     }
+    uint32_t probability[row_tiles][keys / 16][4];
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m)
-      softmax_step(s[m], top[m], total[m], acc[m], scale[m][0], scale[m][1]);
-    add_values<C, fp8, D, keys, row_tiles>(acc, s, stream.values_at(stage), ptx::opaque(rows_lane));
+    for (int m = 0; m < row_tiles; ++m) {
+      softmax_step(s[m], top[m], total[m], acc[m], scale_of(m, 0), scale_of(m, 1));
 #pragma unroll
-    for (int i = 0; i + 1 < S::stages; ++i) seen[i] = seen[i + 1];
+      for (int n = 0; n < keys / 16; ++n)
+        probabilities<C>(probability[m][n], s[m][2 * n], s[m][2 * n + 1]);
+    }
+    add_values<C, fp8, D, keys, row_tiles>(acc, probability, stream.values_at(stage),
+                                           rows_offset<S::chunks>(ptx::opaque(lane)));
     stage = stage + 1 == S::stages ? 0 : stage + 1;
     first_key += plan.tile_keys;
   }
@@ -245,7 +257,7 @@ __global__ void __launch_bounds__(128)
 }
 
 template <class Cache>
-__global__ void __launch_bounds__(32 * kFp32Warps)
+__global__ void __launch_bounds__(32 * kFp32Warps, 4)
     decode_fp32_kernel(const KvCacheAttentionParams p, const DecodePlan plan, int64_t parts) {
   LF_DYNAMIC_SHARED(memory);
   const int64_t part = static_cast<int64_t>(blockIdx.x) * kFp32Warps + threadIdx.x / 32;
@@ -290,47 +302,6 @@ __global__ void __launch_bounds__(32 * kFp32Warps)
 }
 
 // ---- the host ----
-
-// Into how many splits the `parts` of one sequence fill a chip that holds `slots` at a time: the
-// fewest whose last wave is nearly (19 in 20) as full as any choice's, within four waves.
-int64_t filling(int64_t parts, int64_t slots) {
-  const auto full = [&](int64_t splits) {
-    const int64_t blocks = parts * splits;
-    return static_cast<double>(blocks) / static_cast<double>((blocks + slots - 1) / slots * slots);
-  };
-  const int64_t most = 4 * slots / parts < 1 ? 1 : 4 * slots / parts;
-  double best = 0;
-  for (int64_t s = 1; s <= most; ++s) best = full(s) > best ? full(s) : best;
-  for (int64_t s = 1;; ++s)
-    if (full(s) >= 0.95 * best) return s;
-}
-
-DecodePlan plan_of(const KvCacheAttentionParams& p, const Device& device, int tile_rows,
-                   int tile_keys, size_t shared_bytes, int parts_per_block) {
-  constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
-  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  DecodePlan plan{};
-  plan.capacity = smaller(p.block_size * (p.block_table ? p.table_blocks : 1), kMostKeys);
-  const int64_t rows = p.seqlen_q * (p.heads / p.kv_heads);
-  plan.tile_rows = tile_rows;
-  plan.tile_keys = tile_keys;
-  plan.row_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
-  const int64_t tiles = (plan.capacity + tile_keys - 1) / tile_keys;
-  // Two blocks on a multiprocessor where its shared memory has room.
-  const int64_t resident = device.shared_bytes >= 2 * shared_bytes ? 2 : 1;
-  int64_t most = p.num_splits;
-  if (most == 0)
-    most =
-        filling(p.kv_heads * plan.row_tiles, device.multiprocessors * resident * parts_per_block);
-  most = smaller(most, tiles < 1 ? 1 : tiles);
-  plan.most = static_cast<int>(most);
-  plan.forced = static_cast<int>(smaller(p.num_splits, plan.most));
-  return plan;
-}
-
-bool rows_aligned(const void* base, const int64_t (&stride)[3], int64_t to) {
-  return is_aligned(base) && stride[0] % to == 0 && stride[1] % to == 0 && stride[2] % to == 0;
-}
 
 template <class Kernel>
 void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePlan plan,

@@ -50,16 +50,16 @@ LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k
         w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
       }
   } else {
-    constexpr int per = 4 / sizeof(T);
+    constexpr int per = 4 / sizeof(T), bits = 8 * sizeof(T);
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (k + i < k_end) {
-        if constexpr (sizeof(T) == 1)
-          w[i / per] |= static_cast<uint32_t>(row[k + i]) << 8 * (i % per);
-        else
-          w[i / per] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(row + k + i))
-                        << 16 * (i % per);
-      }
+    for (int i = 0; i < words; ++i)
+#pragma unroll 1  // or as many loads in flight as spill
+      for (int j = 0; j < per; ++j)
+        if (k + i * per + j < k_end) {
+          using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+          const T* at = row + k + i * per + j;
+          w[i] |= static_cast<uint32_t>(*reinterpret_cast<const Bits*>(at)) << j * bits;
+        }
   }
 }
 
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kWarps * 32)
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r) {
         uint32_t low[x_words], high[x_words];  // rows group and group + 8
-        const int64_t m = row0 + r * 16 + group;
+        // Looked up anew: eight rows' addresses would take 16 registers.
+        const int64_t m = row0 + ptx::opaque(r * 16 + group);
         const X* x = static_cast<const X*>(p.x);
         load_run<X, aligned>(low, x + m * p.x_stride, k, k_end, m < p.m);
         load_run<X, aligned>(high, x + (m + 8) * p.x_stride, k, k_end, m + 8 < p.m);
@@ -139,24 +140,32 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
     if constexpr (blockwise) {
       const int64_t block = k0 / kScaleBlock;
+      float of_feature[kTiles][2];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int64_t n = n0 + tile * 8 + quarter * 2 + i;
+          const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
+          of_feature[tile][i] =
+              n < p.n ? scale_at(p.weight_scale, p.weight_granularity, row, block, blocks) : 0.0f;
+        }
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r)
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
+        for (int half = 0; half < 2; ++half) {
+          const int64_t m = row0 + r * 16 + group + half * 8;
+          float of_row = 1;
+          if (p.x_scale && m < p.m) of_row = scale_at(p.x_scale, p.x_granularity, m, block, blocks);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int64_t m = row0 + r * 16 + group + i / 2 * 8;
-            const int64_t n = n0 + tile * 8 + quarter * 2 + i % 2;
-            if (m < p.m && n < p.n) {
-              float scale =
-                  p.x_scale ? scale_at(p.x_scale, p.x_granularity, m, block, blocks) : 1.0f;
-              const int64_t row =
-                  p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
-              scale *= scale_at(p.weight_scale, p.weight_granularity, row, block, blocks);
-              sum[r][tile][i] += part[r][tile][i] * scale;
+          for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              sum[r][tile][2 * half + i] +=
+                  part[r][tile][2 * half + i] * (of_row * of_feature[tile][i]);
+              part[r][tile][2 * half + i] = 0;
             }
-            part[r][tile][i] = 0;
-          }
+        }
     }
   }
   // A NaN code makes its feature NaN in every row: any number plus NaN.

@@ -4,8 +4,9 @@
 //   out = n * weight                  rounded to dtype; quantised by row when scale is set
 //
 // Fused because each step alone is a pass over memory. A row is read once and stays in registers:
-// a block holds up to 32,768 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
-// of more than 8,192. Wider still, the second pass reads the row again, out of L2.
+// a block holds up to 16,384 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
+// of more than 8,192. Wider still, the second pass reads the row again, out of L2: beside 1,024
+// threads a second pair of vectors each would spill.
 //
 // Cost in bf16: 4 bytes an element, 8 with residual, 1 less with FP8 out; bound by memory. Threads,
 // and with them the order of the sum, depend on the row's width alone.
@@ -153,8 +154,8 @@ void run(const RmsNormParams& p, const Where& where) {
   const int64_t all = (width + size - 1) / size;  // vectors of a block
   // Two a thread: enough bytes in flight, and several rows on a multiprocessor.
   const int64_t most = kMostThreads;
-  const int64_t per_thread = all <= 2 * most ? 2 : all <= 4 * most ? 4 : 0;
-  const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : most;
+  const bool held = all <= 2 * most;
+  const int64_t wanted = held ? (all + 1) / 2 : most;
   const unsigned threads = static_cast<unsigned>((wanted + 31) / 32 * 32);
   const LaunchShape shape{fp8 ? "rms_norm_fp8" : "rms_norm",
                           {p.rows, p.hidden},
@@ -166,8 +167,7 @@ void run(const RmsNormParams& p, const Where& where) {
     launch(where, shape, rms_norm_kernel<T, aligned, decltype(vectors)::value, fp8>, p, width,
            blocks);
   };
-  if (per_thread == 2) return go(std::integral_constant<int, 2>{});
-  if (per_thread == 4) return go(std::integral_constant<int, 4>{});
+  if (held) return go(std::integral_constant<int, 2>{});
   go(std::integral_constant<int, 0>{});
 }
 

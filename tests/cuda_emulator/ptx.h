@@ -102,6 +102,11 @@ inline void ldmatrix(const char* what, uint32_t (&r)[4], const void* row, bool t
 
 namespace lf::ptx {
 
+inline void store_16(void* to, const uint4& v) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) emu::fail("store_16: target not 16-byte aligned");
+  std::memcpy(to, &v, 16);
+}
+
 // Poisons what it will fill: whoever still reads the old data, or reads before the wait, gets NaN.
 inline void cp_async_16(void* to, const void* from, int valid = 16) {
   emu::check_shared("cp.async", to, 16, 16);

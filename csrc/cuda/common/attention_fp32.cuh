@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tile.cuh"
+#include "fp8.cuh"
 
 namespace lf::cuda {
 
@@ -17,7 +18,8 @@ struct Fp32Row {
 
 LF_DEVICE float cache_value(const float* row, int d) { return row[d]; }
 LF_DEVICE float cache_value(const uint8_t* row, int d) {
-  return __half2float(__half(__nv_cvt_fp8_to_halfraw(row[d], __NV_E4M3)));
+  const uint32_t pair = from_e4m3x2(row[d]);
+  return __low2float(*reinterpret_cast<const __half2*>(&pair));
 }
 
 // Keys [first, last). at(key, k, v) sets the addresses of a key's rows and says whether it exists.

@@ -24,12 +24,12 @@ LF_DEVICE int swizzled(int row, int chunk) {
 // Where in a tile this lane's row of an ldmatrix of 16 rows and two chunks is: of queries and
 // values, or of keys (see load_keys).
 template <int chunks>
-LF_DEVICE int rows_offset() {
-  return swizzled<chunks>(lane_id() % 16, lane_id() / 16);
+LF_DEVICE int rows_offset(int lane) {
+  return swizzled<chunks>(lane % 16, lane / 16);
 }
 template <int chunks>
-LF_DEVICE int keys_offset() {
-  return swizzled<chunks>(lane_id() / 16 * 8 + lane_id() % 8, lane_id() / 8 % 2);
+LF_DEVICE int keys_offset(int lane) {
+  return swizzled<chunks>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 // `row` rows, a multiple of 16, and `pair` pairs of chunks further.
 template <int chunks>

@@ -93,14 +93,11 @@ LF_DEVICE void scores(float (&s)[row_tiles][keys / 8][4], const uint32_t (&q)[ro
 // tile 2 n and the odd ones in tile 2 n + 1.
 template <class C, bool fp8, int D, int keys, int row_tiles>
 LF_DEVICE void add_values(float (&acc)[row_tiles][D / 8][4],
-                          const float (&s)[row_tiles][keys / 8][4], const unsigned char* tile,
+                          const uint32_t (&a)[row_tiles][keys / 16][4], const unsigned char* tile,
                           int offset) {
   constexpr int chunks = fp8 ? D / 16 : D / 8;
 #pragma unroll
   for (int n = 0; n < keys / 16; ++n) {
-    uint32_t a[row_tiles][4];
-#pragma unroll
-    for (int m = 0; m < row_tiles; ++m) probabilities<C>(a[m], s[m][2 * n], s[m][2 * n + 1]);
 #pragma unroll
     for (int c = 0; c < chunks; c += 2) {
       uint32_t b[4];
@@ -117,12 +114,12 @@ LF_DEVICE void add_values(float (&acc)[row_tiles][D / 8][4],
             const uint32_t b1 = from_e4m3x2(high >> 16 * odd & 0xffff);
 #pragma unroll
             for (int m = 0; m < row_tiles; ++m)
-              ptx::mma_16816(acc[m][columns + odd], a[m], b0, b1, C{});
+              ptx::mma_16816(acc[m][columns + odd], a[m][n], b0, b1, C{});
           }
         } else {
 #pragma unroll
           for (int m = 0; m < row_tiles; ++m)
-            ptx::mma_16816(acc[m][columns], a[m], b[j], b[j + 1], C{});
+            ptx::mma_16816(acc[m][columns], a[m][n], b[j], b[j + 1], C{});
         }
       }
     }

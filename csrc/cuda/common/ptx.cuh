@@ -95,6 +95,14 @@ __device__ inline void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// 16 bytes to global memory at a multiple of 16, by one instruction: an assignment the compiler may
+// split into four, and does beside divisions.
+__device__ inline void store_16(void* to, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // ---- for the compiler ----
 
 // x, of which the compiler then knows nothing: what is computed from it in a loop is not kept in

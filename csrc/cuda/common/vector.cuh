@@ -61,7 +61,7 @@ LF_DEVICE Vector<T> load_vector(const T* row, int64_t first, int64_t n) {
 template <bool aligned, class T>
 LF_DEVICE void store_vector(T* row, int64_t first, int64_t n, const Vector<T>& v) {
   if constexpr (aligned) {
-    if (first < n) *reinterpret_cast<uint4*>(row + first) = *reinterpret_cast<const uint4*>(&v);
+    if (first < n) ptx::store_16(row + first, *reinterpret_cast<const uint4*>(&v));
   } else {
 #pragma unroll
     for (int i = 0; i < Vector<T>::size; ++i)

@@ -1,0 +1,61 @@
+"""What is wrong with compiled CUDA kernels, by the plans in static_cuda_plans.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llama_fast.kernels import common
+
+from .occupancy import Occupancy, occupancy
+from .static_cuda_binary import Kernel
+from .static_cuda_plans import Plan, chip
+
+
+def fits(plan: Plan, kernel: Kernel) -> Occupancy:
+    shared = kernel.shared + plan.shared(kernel.arguments)
+    return occupancy(chip(kernel.arch), kernel.registers, shared, plan.threads(kernel.arguments))
+
+
+def problems(plan: Plan, kernel: Kernel) -> list[str]:
+    """What is wrong with an instance, in words; nothing, if all is well."""
+    wrong = []
+    if kernel.stack or "local memory" in kernel.instructions:
+        wrong.append(f"{kernel.stack} bytes of local memory a thread: spills, or an array")
+    if not plan.launched(kernel.arguments, kernel.arch):
+        return wrong
+    if kernel.shared:
+        wrong.append(f"{kernel.shared} bytes of static shared memory: it is planned as dynamic")
+    limit, shared = common.CHIPS[chip(kernel.arch)].shared_memory, plan.shared(kernel.arguments)
+    if shared > limit:
+        wrong.append(f"{shared} bytes of shared memory, the chip has {limit}")
+    missing = set(plan.needs(kernel.arguments, kernel.arch)) - set(kernel.instructions)
+    if missing:
+        wrong.append(f"no {', '.join(sorted(missing))}")
+    if kernel.wgmmas < 2 * kernel.wgmma_groups:
+        wrong.append(
+            f"wgmma is serialised: {kernel.wgmma_groups} groups of {kernel.wgmmas} instructions"
+        )
+    resident, wanted = fits(plan, kernel), plan.wanted_blocks(kernel.arguments, kernel.arch)
+    if resident.blocks < wanted:
+        wrong.append(
+            f"{kernel.registers} registers: {resident.blocks} blocks a multiprocessor for want of "
+            f"{resident.limit}, planned {wanted} ({plan.why})"
+        )
+    return wrong
+
+
+def unexpected(kernels: Iterable[Kernel], plans: Iterable[Plan]) -> list[str]:
+    """Instances that are planned and missing, or there and not planned."""
+    there = {(k.file, k.name, k.arguments, k.arch) for k in kernels}
+    planned = {
+        (p.file, p.kernel, arguments, arch)
+        for p in plans
+        for arguments in p.instances
+        for arch in p.archs
+    }
+    text = "{0}.cu: {1}<{2}> on {3}".format
+    return [
+        f"{text(file, kernel, ', '.join(arguments), arch)}: {what}"
+        for those, what in ((planned - there, "missing"), (there - planned, "not planned"))
+        for file, kernel, arguments, arch in sorted(those)
+    ]

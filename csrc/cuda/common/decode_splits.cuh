@@ -1,0 +1,50 @@
+// decode_attention on the host: into how many splits a call's keys go.
+#pragma once
+
+#include "decode_plan.cuh"
+
+namespace lf::cuda {
+
+// Into how many splits the `parts` of one sequence fill a chip that holds `slots` at a time: the
+// fewest whose last wave is nearly (19 in 20) as full as any choice's, within four waves.
+inline int64_t filling(int64_t parts, int64_t slots) {
+  const auto full = [&](int64_t splits) {
+    const int64_t blocks = parts * splits;
+    return static_cast<double>(blocks) / static_cast<double>((blocks + slots - 1) / slots * slots);
+  };
+  const int64_t most = 4 * slots / parts < 1 ? 1 : 4 * slots / parts;
+  double best = 0;
+  for (int64_t s = 1; s <= most; ++s) best = full(s) > best ? full(s) : best;
+  for (int64_t s = 1;; ++s)
+    if (full(s) >= 0.95 * best) return s;
+}
+
+inline DecodePlan plan_of(const KvCacheAttentionParams& p, const Device& device, int tile_rows,
+                          int tile_keys, size_t shared_bytes, int parts_per_block) {
+  constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  DecodePlan plan{};
+  plan.capacity = smaller(p.block_size * (p.block_table ? p.table_blocks : 1), kMostKeys);
+  const int64_t rows = p.seqlen_q * (p.heads / p.kv_heads);
+  plan.tile_rows = tile_rows;
+  plan.tile_keys = tile_keys;
+  plan.row_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
+  const int64_t tiles = (plan.capacity + tile_keys - 1) / tile_keys;
+  // Two blocks on a multiprocessor where its shared memory has room.
+  const int64_t resident = device.shared_bytes >= 2 * shared_bytes ? 2 : 1;
+  int64_t most = p.num_splits;
+  if (most == 0)
+    most =
+        filling(p.kv_heads * plan.row_tiles, device.multiprocessors * resident * parts_per_block);
+  most = smaller(most, tiles < 1 ? 1 : tiles);
+  plan.most = static_cast<int>(most);
+  plan.forced = static_cast<int>(smaller(p.num_splits, plan.most));
+  return plan;
+}
+
+// Whether every row starts at a multiple of `to` elements from an aligned base.
+inline bool rows_aligned(const void* base, const int64_t (&stride)[3], int64_t to) {
+  return is_aligned(base) && stride[0] % to == 0 && stride[1] % to == 0 && stride[2] % to == 0;
+}
+
+}  // namespace lf::cuda

@@ -1,0 +1,79 @@
+// Kernels with one fault each, and one without: what bench.static_cuda must and must not report.
+#include <cstdint>
+
+namespace {
+
+// 96 values that all live at once, in 64 registers: 1,024 threads leave no more.
+__global__ void __launch_bounds__(1024) spills_kernel(const float* x, float* out, int n) {
+  float held[96] = {};
+  for (int step = 0; step < n; ++step) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) held[i] = held[i] * held[(i + 1) % 96] + x[step];
+  }
+#pragma unroll
+  for (int i = 0; i < 96; ++i) out[threadIdx.x * 96 + i] = held[i];
+}
+
+// The same where they have room, for fewer blocks than planned.
+__global__ void __launch_bounds__(256) wide_kernel(const float* x, float* out, int n) {
+  float held[96] = {};
+  for (int step = 0; step < n; ++step) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) held[i] = held[i] * held[(i + 1) % 96] + x[step];
+  }
+#pragma unroll
+  for (int i = 0; i < 96; ++i) out[threadIdx.x * 96 + i] = held[i];
+}
+
+__global__ void indexed_kernel(const int* at, float* out, int n) {
+  float held[32];
+  for (int i = 0; i < n; ++i) held[at[i]] = static_cast<float>(i);
+  out[threadIdx.x] = held[at[n]];
+}
+
+__global__ void static_shared_kernel(float* out) {
+  __shared__ float held[64];
+  held[threadIdx.x] = out[threadIdx.x];
+  __syncthreads();
+  out[threadIdx.x] = held[63 - threadIdx.x];
+}
+
+// 16 bytes a thread, or four times four.
+template <bool vectors>
+__global__ void copy_kernel(const uint4* x, uint4* out) {
+  if (vectors) {
+    out[threadIdx.x] = x[threadIdx.x];
+  } else {
+    for (int i = 0; i < 4; ++i)
+      reinterpret_cast<volatile uint32_t*>(out)[4 * threadIdx.x + i] =
+          reinterpret_cast<const volatile uint32_t*>(x)[4 * threadIdx.x + i];
+  }
+}
+
+// Four wgmma a group; touching the sums between them makes ptxas wait for each.
+template <bool touched>
+__global__ void __launch_bounds__(128) wgmma_kernel(float* out, uint64_t a, uint64_t b, int n) {
+  float d[4] = {};
+  for (int i = 0; i < n; ++i) {
+    asm volatile("wgmma.fence.sync.aligned;");
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+          "{%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 0;"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "l"(a + k), "l"(b + k));
+      if (touched) d[0] += 1;
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    asm volatile("wgmma.wait_group.sync.aligned 0;");
+  }
+  for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
+}
+
+template __global__ void copy_kernel<true>(const uint4*, uint4*);
+template __global__ void copy_kernel<false>(const uint4*, uint4*);
+template __global__ void wgmma_kernel<true>(float*, uint64_t, uint64_t, int);
+template __global__ void wgmma_kernel<false>(float*, uint64_t, uint64_t, int);
+
+}  // namespace
