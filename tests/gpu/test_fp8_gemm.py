@@ -193,6 +193,17 @@ def test_a_nan_stays_in_its_row_and_column(m: int, k: int, device: torch.device)
     assert torch.equal(out[rows][:, cols], clean[rows][:, cols])
 
 
+@pytest.mark.parametrize("at", [0, 17, 33, 50, 127])
+def test_a_nan_anywhere_in_a_weight(at: int, device: torch.device) -> None:
+    """16-bit activations: codes become 16 bits by arithmetic that makes a number of NaN, so each
+    place of a row's 128 values must be looked at."""
+    x, b = integers(3, 128, device, torch.bfloat16), integers(20, 128, device)
+    x[:, at] = 1.0
+    b.view(torch.uint8)[13, at] = 0x7F
+    out = lf.fp8_linear(x, b, torch.ones(1, device=device), quantize_activation=False)
+    assert out[:, 13].isnan().all() and not out[:, [j for j in range(20) if j != 13]].isnan().any()
+
+
 @pytest.mark.parametrize("m", [5, 70])
 def test_f27_zero_rows(m: int, device: torch.device) -> None:
     x = torch.randn(m, 256).to(device)
@@ -251,7 +262,7 @@ def test_f30_odd_width_leaves_neighbours_alone(n: int, device: torch.device) -> 
         assert torch.equal(out.double(), exact(a, b, one, one))
 
 
-@pytest.mark.parametrize("m", [2, 66])
+@pytest.mark.parametrize("m", [2, 12, 66])
 def test_f02_row_stride_past_2_to_31(m: int, device: torch.device) -> None:
     """The last rows lie past byte 2^31; on a CPU, pages that nobody touches cost nothing."""
     stride = 2**31 // (m - 1) // 16 * 16 + 64
