@@ -3,7 +3,7 @@
 # make gpu-report PYTHON=python3   all about this machine's GPU in 9 minutes, into $(REPORT), with
 #              what that Python has installed: no environment is made, nothing is downloaded.
 #              GPU="--only ops --case attention" passes options
-# make emulate   the CUDA kernels through the GPU tests, on the CPU (part of make test)
+# make emulate   the CUDA kernels through the GPU tests and their own, on the CPU (part of make test)
 # make lint | format | sanitize | clean
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 
@@ -54,7 +54,8 @@ emulate: $(READY)
 	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
 	LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
-	    "$(BIN)/python" -m pytest tests/gpu -m "not gpu and not triton" $(PYTEST)
+	    "$(BIN)/python" -m pytest tests/gpu tests/cuda_emulator -m "not gpu and not triton" \
+	    --ignore tests/cuda_emulator/test_emulator.py $(PYTEST)
 
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:
