@@ -252,8 +252,10 @@ inline void run() {
   std::vector<Thread*> order, warp;
   for (Block& b : s.blocks)
     for (Thread& t : b.threads) order.push_back(&t);
+  // Background work ends now and then, or as late as it can: one piece when all threads wait.
+  const bool late = s.random() % 2;
   // Lets each of them go on to where it has to wait. Whether one did.
-  const auto advance = [&s](std::vector<Thread*>& threads) {
+  const auto advance = [&s, late](std::vector<Thread*>& threads) {
     std::shuffle(threads.begin(), threads.end(), s.random);
     bool moved = false;
     for (Thread* t : threads) {
@@ -270,7 +272,7 @@ inline void run() {
       // A block that has ended leaves its shared memory to others.
       if (t->done && ++t->block->finished == t->block->threads.size())
         std::memset(t->block->shared, 0xff, t->block->shared_bytes);
-      if (s.random() % 64 == 0) finish_one(s);  // hardware in the background, now and then
+      if (!late && s.random() % 64 == 0) finish_one(s);
     }
     return moved;
   };

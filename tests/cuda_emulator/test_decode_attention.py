@@ -262,6 +262,17 @@ def test_f41_alone_or_in_a_batch(cuda: Any, dtype: torch.dtype) -> None:
         assert torch.equal(run(cuda, q, *more, seqlens), whole)
 
 
+@pytest.mark.parametrize("key", [3, 60, 4159], ids=["first warp", "last warp", "last split"])
+@pytest.mark.parametrize("splits", [1, 64])
+def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> None:
+    """184 above the others in base 2: weights relative to a maximum without it would overflow."""
+    q, k = torch.full((1, 1, 2, 64), 8.0).to(BF16), torch.full((1, 4160, 1, 64), -1.0).to(BF16)
+    v = torch.randn(1, 4160, 1, 64).to(BF16)
+    k[:, key] = 1.0
+    out = run(cuda, q, k, v, lengths(4160), num_splits=splits)
+    assert torch.equal(out, v[:, key : key + 1].expand_as(out))
+
+
 def test_many_splits_of_a_long_sequence(cuda: Any) -> None:
     q, k, v = make(1, 1, 9000, (2, 1), 16, BF16)
     for seqlen in (9000, 2100, 500):
