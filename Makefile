@@ -5,7 +5,7 @@
 #              GPU="--only ops --case attention" passes options
 # make sanitize-gpu PYTHON=python3   compute-sanitizer over the small GPU tests, likewise with what
 #              is installed. SANITIZE="--tool racecheck --backend cuda" passes options
-# make emulate   the CUDA kernels through the GPU tests, on the CPU (part of make test)
+# make emulate   the CUDA kernels through the GPU tests and their own, on the CPU (part of make test)
 # make lint | format | sanitize | clean
 # JOBS=8      processes of the tests that run side by side; default: the cores, 4 at most
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
@@ -69,7 +69,8 @@ emulate: $(READY)
 	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
 	OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
-	    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile tests/gpu -m "not gpu and not triton" $(PYTEST)
+	    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile tests/gpu tests/cuda_emulator \
+	    -m "not gpu and not triton" --ignore tests/cuda_emulator/test_emulator.py $(PYTEST)
 
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:

@@ -1,4 +1,5 @@
-"""python -m bench.cost_model: what the Triton kernels should take, before anybody measures.
+"""python -m bench.cost_model: what the Triton kernels should take, before anybody measures; with
+--write, what CUDA's should (cuda_model.py).
 
 Each op states its bytes, flops and arithmetic; roofline.py makes a time of them. Tiles and how many
 programs a multiprocessor holds come from the static table (bench.static).
@@ -13,6 +14,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from .roofline import GPUS, H200, Gpu, Prediction, Work, time
 from .static_table import resident
@@ -75,6 +77,16 @@ def _rope(op: str, tokens: int, heads: int, kv_heads: int, d: int) -> Work:
     return Work(bytes=4 * values + 4 * tokens * d, flops=3 * values, fp32=6 * values)
 
 
+def scores_of_tiles(seqlen_q: int, seqlen_k: int, m: int, n: int, causal: bool) -> int:
+    """What a head computes in tiles of m queries by n keys; rows past the end count."""
+    scores = 0
+    for first in range(0, seqlen_q, m):
+        last = min(first + m, seqlen_q) - 1
+        keys = min(max(last + 1 + seqlen_k - seqlen_q, 0), seqlen_k) if causal else seqlen_k
+        scores += m * -(-keys // n) * n
+    return scores
+
+
 def _attention(
     op: str,
     batch: int,
@@ -89,11 +101,7 @@ def _attention(
     is as full as the average."""
     r = resident("_attention", "causal" if causal else "full")
     m, n = r.constants.get("BLOCK_M", 128), r.constants.get("BLOCK_N", 128)
-    scores = useful = 0
-    for first in range(0, seqlen_q, m):
-        last = min(first + m, seqlen_q) - 1
-        keys = min(max(last + 1 + seqlen_k - seqlen_q, 0), seqlen_k) if causal else seqlen_k
-        scores += m * -(-keys // n) * n
+    scores = scores_of_tiles(seqlen_q, seqlen_k, m, n, causal)
     if causal:
         seen = (seqlen_k - seqlen_q + 1, seqlen_k)
         useful = seqlen_q * (max(seen[0], 0) + seen[1]) / 2
@@ -182,14 +190,19 @@ _OPS: dict[str, Callable[..., Work]] = {
 }
 
 
-def predict(op: str, gpu: Gpu = H200, **shape: int | bool) -> Prediction:
-    """An op at a shape, named as in the functions above; unknown ones are a ValueError."""
+def work_of(op: str, **shape: int | bool) -> Work:
+    """What an op asks for at a shape, named as in the functions above."""
     if op not in _OPS:
         raise ValueError(f"op: got {op!r}, want one of {', '.join(_OPS)}")
+    return _OPS[op](op, **shape)
+
+
+def predict(op: str, gpu: Gpu = H200, **shape: int | bool) -> Prediction:
+    """Triton's kernel for an op; unknown ops are a ValueError."""
     if op == "fp8_linear" and shape.pop("quantised", False):  # one kernel after the other
         quantise = predict("quantize_fp8", gpu, rows=shape["m"], hidden=shape["k"])
         return predict("fp8_gemm", gpu, **shape).after(quantise)
-    return time(op, _OPS[op](op, **shape), gpu)
+    return time(op, work_of(op, **shape), gpu)
 
 
 def predict_decode(fp8: bool, context: int = 1024, gpu: Gpu = H200) -> float:
@@ -292,7 +305,16 @@ def figure(p: Prediction, unit: str, gpu: Gpu) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cost_model", description=__doc__)
     parser.add_argument("--gpu", choices=GPUS, default="H200")
-    gpu = GPUS[parser.parse_args(argv).gpu]
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="put the CUDA kernels' table between its markers"
+    )
+    args = parser.parse_args(argv)
+    if args.write:
+        from . import cuda_model, report  # which build on this module
+
+        report.insert(args.write, cuda_model.markdown(), "cuda model")
+        return 0
+    gpu = GPUS[args.gpu]
     print(
         f"{gpu.name}: copy {gpu.bandwidth / 1e12:.1f} TB/s, bf16 {gpu.bf16 / 1e12:.0f} TFLOP/s, "
         f"FP8 {gpu.fp8 / 1e12:.0f} (assumed); predicted, not measured"

@@ -1,10 +1,10 @@
 """What a GPU can do at most, and how long a piece of work takes it at least.
 
 A kernel's time is its launch and the longest of what its multiprocessors do side by side: move
-bytes, multiply matrices, take exponentials and do fp32 arithmetic. Matrices and arithmetic overlap
-only in part. Rates are ceilings measured on the GPU. Two losses come from how many programs a
-multiprocessor holds: too few bytes in flight to hide the latency of memory, and a last round of
-programs that leaves multiprocessors idle.
+bytes, read shared memory, multiply matrices, take exponentials and do fp32 arithmetic. Matrices and
+arithmetic overlap only in part. Rates are ceilings measured on the GPU. Two losses come from how
+many programs a multiprocessor holds: too few bytes in flight to hide the latency of memory, and a
+last round of programs that leaves multiprocessors idle.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class Gpu:
         """Instructions, 128 a clock and SM; same source."""
         return 128 * self.clock * self.sms
 
+    @property
+    def shared(self) -> float:
+        """Bytes a second out of shared memory, 128 a clock and SM; same guide, "Shared Memory"."""
+        return 128 * self.clock * self.sms
+
 
 H200 = Gpu("H200", 4.3e12, 790e12, 1.7e9)
 H100 = Gpu("H100", 3.0e12, 798e12, 1.7e9)
@@ -49,7 +54,8 @@ LATENCY = 0.8e-6  # assumed: of memory under load
 
 @dataclass(frozen=True)
 class Work:
-    """What one op asks of the chip. executed: matrix flops, with the padding of tiles."""
+    """What one op asks of the chip. executed: matrix flops, with the padding of tiles. workspace:
+    bytes beside the op's own; shared: bytes that matrix instructions read there."""
 
     bytes: float
     flops: float = 0.0
@@ -62,6 +68,9 @@ class Work:
     programs: int = 0  # 0: persistent, or too many to matter
     per_sm: int = 1  # programs resident at once
     in_flight: float = math.inf  # bytes under way per program
+    workspace: float = 0.0
+    shared: float = 0.0
+    matrix_share: float = 1.0  # of the matrix rate, what these instructions can reach
 
 
 @dataclass(frozen=True)
@@ -101,18 +110,22 @@ def time(op: str, work: Work, gpu: Gpu = H200) -> Prediction:
     flying = min(1.0, work.per_sm * work.in_flight / enough)
     matrix = gpu.fp8 if work.fp8 else gpu.bf16
     parts = {
-        "memory": work.bytes / (gpu.bandwidth * flying),
-        "matrix": work.executed / matrix,
+        "memory": (work.bytes + work.workspace) / (gpu.bandwidth * flying),
+        "shared memory": work.shared / gpu.shared,
+        "matrix": work.executed / (matrix * work.matrix_share),
         "arithmetic": work.exponentials / gpu.exponentials + work.fp32 / gpu.fp32,
     }
     computing = sorted((parts["matrix"], parts["arithmetic"]))
-    busy = max(parts["memory"], computing[1] + (1 - work.overlap) * computing[0])
+    computed = computing[1] + (1 - work.overlap) * computing[0]
+    busy = max(parts["memory"], parts["shared memory"], computed)
     slots = gpu.sms * work.per_sm
     rounds = work.programs / slots
     idle = math.ceil(rounds) / rounds if work.programs > 0 else 1.0
     parts["last round"] = busy * (idle - 1)
     parts["launch"] = LAUNCH * work.launches
     seconds = busy + parts["last round"] + parts["launch"]
-    bound = max(("memory", "matrix", "arithmetic", "launch"), key=lambda name: parts[name])
-    ideal = work.flops / matrix if bound == "matrix" else work.bytes / gpu.bandwidth
+    limits = ("memory", "matrix", "arithmetic", "launch", "shared memory")
+    bound = max(limits, key=lambda name: parts[name])
+    products = bound in ("matrix", "shared memory")
+    ideal = work.flops / matrix if products else work.bytes / gpu.bandwidth
     return Prediction(op, seconds, bound, work.bytes, work.flops, ideal / seconds, parts)

@@ -19,7 +19,7 @@
 //
 // Cost: 4 * D FLOPs a score, an exponential, and about 12 other instructions; causal: half the
 // scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024 of exponentials, which
-// overlap. Limit on H200 790 TFLOP/s; predicted 0.75 of it.
+// overlap. What that is predicted to reach on H200 and H100: docs/kernels.md.
 //
 // Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
 #include "common/tensor_map.h"

@@ -17,9 +17,8 @@
 // the precision.
 //
 // Cost: 2 M N K FLOPs. Limit on H200 about 1,580 TFLOP/s: a stage of 128 x 256 x 128 is 1,024
-// cycles of wgmma against 48 KB from L2, 47 bytes a cycle. Predicted 0.9 of it for 8192^3 by rows;
-// by blocks the promotion adds 64 fma for each four wgmma a thread, hidden behind the other
-// consumer: 0.8.
+// cycles of wgmma against 48 KB from L2, 47 bytes a cycle. By blocks the promotion adds 64 fma for
+// each four wgmma a thread, beside the other consumer's products. Predicted: docs/kernels.md.
 //
 // An output's sums do not depend on the tile, M or the number of multiprocessors.
 #include "common/tensor_map.h"

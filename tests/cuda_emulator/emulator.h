@@ -3,7 +3,9 @@
 // by an ordinary C++ compiler with -DLF_CUDA_EMULATOR.
 //
 // What it is for is finding bugs, so it is as unkind as the hardware may be:
-//  - between two synchronisations the threads of a block run in an order shuffled by a seed;
+//  - between two synchronisations the threads of a block run in an order shuffled by a seed, and
+//  now
+//    and then one warp runs ahead of the others as far as it can;
 //  - shared memory starts as NaN, and ends at a page that faults;
 //  - asynchronous copies poison their destination and land only when waited for (ptx.h);
 //  - a barrier that not all threads reach, or lanes that meet in different warp instructions, end
@@ -27,6 +29,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -79,8 +82,9 @@ struct Thread {
   std::vector<std::vector<AsyncCopy>> groups;  // committed cp.async groups, oldest first
   std::vector<std::vector<std::function<void()>>> stores;  // hopper.h: TMA stores, committed
   std::vector<std::function<void()>> stores_open;
-  std::shared_ptr<void> wgmma;  // hopper.h
-  std::vector<AsyncCopy> open;  // issued, not yet committed
+  std::shared_ptr<void> wgmma;                                          // hopper.h
+  bool proxy_fenced = false, wgmma_fenced = false, inits_open = false;  // likewise
+  std::vector<AsyncCopy> open;                                          // issued, not yet committed
 };
 
 struct Block {
@@ -91,6 +95,8 @@ struct Block {
   Barrier barriers[16];
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
+  std::set<const void*> mbarriers;  // those initialised
+  size_t finished = 0;              // threads
 };
 
 // What runs at the same time: the blocks of one cluster, usually one.
@@ -168,6 +174,7 @@ inline uint64_t warp_mask(uint32_t mask) {  // a last warp may be short of lanes
 }
 
 inline void barrier(Barrier& b, int count, bool wait, const char* what) {
+  if (self().inits_open) fail(std::string(what) + ": no fence after mbarrier.init");
   const uint64_t before = b.generation;
   if (++b.arrived == count) {
     b.arrived = 0;
@@ -242,28 +249,47 @@ inline void start(Thread& t, unsigned char* stack) {
 // Runs the threads of all blocks in state() until they are done, or one has failed.
 inline void run() {
   State& s = state();
-  std::vector<Thread*> order;
+  std::vector<Thread*> order, warp;
   for (Block& b : s.blocks)
     for (Thread& t : b.threads) order.push_back(&t);
-  while (s.error.empty()) {
-    std::shuffle(order.begin(), order.end(), s.random);
-    bool moved = false, left = false;
-    for (Thread* t : order) {
+  // Background work ends now and then, or as late as it can: one piece when all threads wait.
+  const bool late = s.random() % 2;
+  // Lets each of them go on to where it has to wait. Whether one did.
+  const auto advance = [&s, late](std::vector<Thread*>& threads) {
+    std::shuffle(threads.begin(), threads.end(), s.random);
+    bool moved = false;
+    for (Thread* t : threads) {
       if (t->done) continue;
-      left = true;
+      s.thread = t;
       if (t->ready) {
-        s.thread = t;
         if (!t->ready()) continue;
         t->ready = nullptr;
         t->waiting = nullptr;
       }
       moved = true;
-      s.thread = t;
       lf_emu_switch(&s.scheduler, t->stack_pointer);
-      if (!s.error.empty()) return;
-      if (s.random() % 64 == 0) finish_one(s);  // hardware in the background, now and then
+      if (!s.error.empty()) return moved;
+      // A block that has ended leaves its shared memory to others.
+      if (t->done && ++t->block->finished == t->block->threads.size())
+        std::memset(t->block->shared, 0xff, t->block->shared_bytes);
+      if (!late && s.random() % 64 == 0) finish_one(s);
     }
-    if (!left) return;
+    return moved;
+  };
+  while (s.error.empty()) {
+    if (s.random() % 2) {
+      Block& b = s.blocks[s.random() % s.blocks.size()];
+      const size_t first = s.random() % b.threads.size() / 32 * 32;
+      warp.clear();
+      for (size_t i = first; i < b.threads.size() && i < first + 32; ++i)
+        warp.push_back(&b.threads[i]);
+      while (advance(warp) && s.error.empty()) {
+      }
+      if (!s.error.empty()) return;
+    }
+    const bool moved = advance(order);
+    if (!s.error.empty()) return;
+    if (std::all_of(order.begin(), order.end(), [](Thread* t) { return t->done; })) return;
     if (!moved && !finish_one(s)) break;
   }
   if (!s.error.empty()) return;

@@ -20,6 +20,7 @@ static_assert(sizeof(MBarrier) == 8);
 
 inline MBarrier& mbarrier(uint64_t* bar) {
   check_shared("mbarrier", bar, 8, 8);
+  if (!block().mbarriers.count(bar)) fail("mbarrier: used before its init");
   return *reinterpret_cast<MBarrier*>(bar);
 }
 inline void settle(MBarrier& b) {
@@ -156,17 +157,19 @@ struct Wgmma {
   float (*load)(const void*);              // an element of a or b
   float (*extract)(uint32_t, int);         // element e of a register of a
   int size;                                // bytes of an element
+  std::vector<float> rows, columns;        // of a and b; empty: not read yet
   bool done = false;
 
-  void execute(const Block& b) {
-    if (done) return;
-    done = true;
+  // The hardware reads its operands at some time between the issue and the wait.
+  void read_operands(const Block& b) {
+    if (!columns.empty()) return;
     const auto read = [&](const Operand& o, int mn, int k) {
       const void* p = o.element(mn, k, size, b);
       if (!p) fail("wgmma: operand outside shared memory");
       return load(p);
     };
-    std::vector<float> rows(64 * depth), columns(static_cast<size_t>(n) * depth);
+    rows.resize(64 * depth);
+    columns.resize(static_cast<size_t>(n) * depth);
     const Operand b_memory(b_descriptor, b_mn_major);
     for (int column = 0; column < n; ++column)
       for (int k = 0; k < depth; ++k) columns[column * depth + k] = read(b_memory, column, k);
@@ -183,6 +186,12 @@ struct Wgmma {
       for (int row = 0; row < 64; ++row)
         for (int k = 0; k < depth; ++k) rows[row * depth + k] = read(a_memory, row, k);
     }
+  }
+
+  void execute(const Block& b) {
+    if (done) return;
+    done = true;
+    read_operands(b);
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < n / 2; ++i) {
         const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
@@ -224,6 +233,7 @@ void wgmma(int n, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b
     const uint32_t* a;
     uint64_t a_descriptor, b_descriptor;
   } argument{&self(), d, a, a_descriptor, b_descriptor};
+  if (!self().wgmma_fenced) fail("wgmma: no wgmma.fence since the last wait");
   constexpr int size = sizeof(T);
   meet("wgmma.mma_async", self().linear / 128 * 128, 128, 0, &argument,
        [=](std::vector<void*>& all) {
@@ -256,11 +266,13 @@ void wgmma(int n, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b
            op->d[t] = &shadow.values;  // a std::map's nodes stay where they are
            mine.open.push_back({op, x.d});
          }
+         if (state().random() % 2) op->read_operands(block());
        });
 }
 
 inline void wgmma_wait(size_t pending) {
   WgmmaThread& mine = wgmma_of(self());
+  self().wgmma_fenced = false;  // registers may change from here on
   while (mine.groups.size() > pending) {
     for (const WgmmaThread::Item& item : mine.groups.front()) {
       item.op->execute(block());
@@ -283,12 +295,14 @@ inline uint32_t shared_address(const void* p) {
 }
 
 inline void mbarrier_init(uint64_t* bar, int arrivals) {
+  emu::block().mbarriers.insert(bar);
+  emu::self().inits_open = true;
   emu::MBarrier& b = emu::mbarrier(bar);
   b.phase = 0;
   b.expected = b.left = static_cast<uint32_t>(arrivals);
   b.bytes = 0;
 }
-inline void mbarrier_init_fence() {}
+inline void mbarrier_init_fence() { emu::self().inits_open = false; }
 inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
   emu::MBarrier& b = emu::mbarrier(bar);
   if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
@@ -316,6 +330,8 @@ inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, 
 // Reads its shared memory at the latest moment that the program allows: in tma_store_wait.
 inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
   const emu::TensorMap m = emu::tensor_map(map);
+  // Of what other threads wrote nothing is known here: each fences its own, as this one does.
+  if (!emu::self().proxy_fenced) emu::fail("TMA store: no fence.proxy.async since the last group");
   emu::check_shared("TMA store", from, static_cast<size_t>(emu::box_bytes(m)), 128);
   const std::array<int, 5> at{x, y, z, w, 0};
   emu::self().stores_open.push_back([=] {
@@ -330,6 +346,7 @@ inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y)
 inline void tma_store_commit() {
   emu::self().stores.push_back(std::move(emu::self().stores_open));
   emu::self().stores_open.clear();
+  emu::self().proxy_fenced = false;
 }
 template <int pending>
 void tma_store_wait() {
@@ -340,7 +357,7 @@ void tma_store_wait() {
   }
 }
 inline void tma_prefetch(const CUtensorMap*) {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async() { emu::self().proxy_fenced = true; }
 
 inline unsigned cluster_rank() { return emu::block().rank; }
 inline void cluster_sync() {
@@ -360,7 +377,7 @@ void registers_increase() {}
 
 // ---- wgmma.cuh ----
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emu::self().wgmma_fenced = true; }
 inline void wgmma_commit() {
   emu::WgmmaThread& mine = emu::wgmma_of(emu::self());
   mine.groups.push_back(std::move(mine.open));

@@ -237,7 +237,8 @@ CUtensorMap map_of(const std::vector<T>& data, int rows, int columns, int box_ro
                           "");
 }
 
-void tma(bool wait) {
+void tma(const std::string& without = "") {
+  const bool wait = without != "wait";
   std::vector<uint16_t> from(100 * 64), to(100 * 64, 7);
   for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
   const CUtensorMap source_map = map_of(from, 100, 64, 64, DType::bf16);
@@ -245,7 +246,8 @@ void tma(bool wait) {
   run(32, 8192 + 8, [&] {
     LF_DYNAMIC_SHARED(memory);
     auto* bar = reinterpret_cast<uint64_t*>(memory + 8192);
-    if (lane() == 0) ptx::mbarrier_init(bar, 1);
+    if (lane() == 0 && without != "init") ptx::mbarrier_init(bar, 1);
+    if (lane() == 0 && without != "init fence") ptx::mbarrier_init_fence();
     __syncthreads();
     for (int phase = 0; phase < 2; ++phase) {
       if (lane() == 0) {
@@ -263,6 +265,7 @@ void tma(bool wait) {
         }
       __syncthreads();
       if (lane() == 0) {
+        if (without != "proxy fence") ptx::fence_proxy_async();
         ptx::tma_store_2d(&target_map, memory, 0, phase * 64);
         ptx::tma_store_commit();
         ptx::tma_store_wait<0>();
@@ -276,7 +279,8 @@ void tma(bool wait) {
 // [64, depth * steps] x [n, depth * steps]^T; a from shared memory or registers, b k-major or
 // mn-major. Tiles lie in shared memory as TMA would put them.
 template <class T, int registers>
-void wgmma(bool a_in_registers, bool mn_major, bool wait = true) {
+void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") {
+  const bool wait = without != "wait";
   constexpr int n = 2 * registers, size = sizeof(T), depth = 32 / size, all_k = 128 / size;
   const auto store = [](unsigned char* p, int value) {
     if constexpr (size == 1)
@@ -305,7 +309,7 @@ void wgmma(bool a_in_registers, bool mn_major, bool wait = true) {
     __syncthreads();
     float d[registers];
     for (float& x : d) x = 100;
-    ptx::wgmma_fence();
+    if (without != "fence") ptx::wgmma_fence();
     for (int k0 = 0; k0 < all_k; k0 += depth) {
       const uint64_t b_at = mn_major ? ptx::wgmma_descriptor(b + k0 * 128, 1024, all_k * 128)
                                      : ptx::wgmma_descriptor(b + k0 * size);
@@ -341,7 +345,7 @@ void wgmma(bool a_in_registers, bool mn_major, bool wait = true) {
 }
 
 // Each block of a cluster leaves a number where the others read it.
-void cluster(bool barrier) {
+void cluster(bool barrier, bool last = true) {
   run(
       32, 16,
       [=] {
@@ -351,9 +355,25 @@ void cluster(bool barrier) {
         if (barrier) ptx::cluster_sync();
         for (unsigned rank = 0; rank < 4; ++rank)
           EXPECT(ptx::cluster_load(mine, rank) == static_cast<float>(blockIdx.x / 4 * 4 + rank));
-        ptx::cluster_sync();
+        if (last) ptx::cluster_sync();
       },
       8, 4);
+}
+
+// Sums over a block through one scratch: a warp that runs ahead writes the next one while others
+// still read.
+void scratch_used_again() {
+  run(256, 32, [] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* scratch = reinterpret_cast<int*>(memory);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    for (int round = 0; round < 20; ++round) {
+      if (lane() == 0) scratch[warp] = round;
+      __syncthreads();
+      for (int other = 0; other < 8; ++other) EXPECT(scratch[other] == round);
+      __syncwarp();
+    }
+  });
 }
 
 struct Case {
@@ -369,15 +389,21 @@ const Case cases[] = {
     {"cp_async", [] { cp_async(true); }},
     {"block_sum", [] { block_sum(true); }},
     {"named_barriers", named_barriers},
-    {"tma", [] { tma(true); }},
+    {"tma", [] { tma(); }},
     {"cluster", [] { cluster(true); }},
     {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
     {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
     {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
     {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
-    {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, false); }},
-    {"bug_tma_missing_wait", [] { tma(false); }},
+    {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, "wait"); }},
+    {"bug_wgmma_missing_fence", [] { wgmma<__half, 64>(false, false, "fence"); }},
+    {"bug_tma_missing_wait", [] { tma("wait"); }},
+    {"bug_tma_missing_init", [] { tma("init"); }},
+    {"bug_tma_missing_init_fence", [] { tma("init fence"); }},
+    {"bug_tma_missing_proxy_fence", [] { tma("proxy fence"); }},
     {"bug_cluster_missing_barrier", [] { cluster(false); }},
+    {"bug_cluster_early_end", [] { cluster(true, false); }},
+    {"bug_scratch_used_again", scratch_used_again},
     {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
     {"bug_missing_wait", [] { cp_async(false); }},
     {"bug_missing_barrier", [] { block_sum(false); }},

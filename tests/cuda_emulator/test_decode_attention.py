@@ -12,7 +12,7 @@ from torch import Tensor
 from llama_fast import reference
 
 from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
-from .native import SEEDS, emulated
+from .native import emulated
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 dtypes = pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def check(cuda: Any, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options
 @dtypes
 @fp8_or_not
 @pytest.mark.parametrize("d", [8, 64, 72, 128, 136, 256])
-def test_every_instance_on_every_order_of_threads(
+def test_every_instance_in_two_orders_of_threads(
     cuda: Any, dtype: torch.dtype, fp8: bool, d: int
 ) -> None:
     for sq in (1, 9):  # 16 rows of queries a warp, or 32
@@ -112,14 +112,13 @@ def test_every_instance_on_every_order_of_threads(
             options = to_fp8(k, v, per_head=sq == 1)
             k, v = options.pop("k_cache"), options.pop("v_cache")
         first = check(cuda, q, k, v, lengths(150, 77), num_splits=2, **options)
-        for seed in SEEDS[1:]:
-            cuda.set_seed(seed)
-            assert torch.equal(run(cuda, q, k, v, lengths(150, 77), num_splits=2, **options), first)
+        cuda.set_seed(1)  # test_seeds.py has more, and longer caches
+        assert torch.equal(run(cuda, q, k, v, lengths(150, 77), num_splits=2, **options), first)
 
 
 @dtypes
 def test_f09_ragged_lengths_and_queries(cuda: Any, dtype: torch.dtype) -> None:
-    for sq in (1, 5, 17, 40):
+    for sq in (1, 5, 17):
         for causal in (True, False):
             q, k, v = make(6, sq, 260, (2, 1), 32, dtype)
             check(cuda, q, k, v, lengths(1, 15, 64, 65, 129, 257), causal=causal)
@@ -261,6 +260,17 @@ def test_f41_alone_or_in_a_batch(cuda: Any, dtype: torch.dtype) -> None:
             assert torch.equal(alone, whole[i : i + 1])
         more = torch.cat([k, k, k], 1), torch.cat([v, v, v], 1)  # a larger cache
         assert torch.equal(run(cuda, q, *more, seqlens), whole)
+
+
+@pytest.mark.parametrize("key", [3, 60, 4159], ids=["first warp", "last warp", "last split"])
+@pytest.mark.parametrize("splits", [1, 64])
+def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> None:
+    """184 above the others in base 2: weights relative to a maximum without it would overflow."""
+    q, k = torch.full((1, 1, 2, 64), 8.0).to(BF16), torch.full((1, 4160, 1, 64), -1.0).to(BF16)
+    v = torch.randn(1, 4160, 1, 64).to(BF16)
+    k[:, key] = 1.0
+    out = run(cuda, q, k, v, lengths(4160), num_splits=splits)
+    assert torch.equal(out, v[:, key : key + 1].expand_as(out))
 
 
 def test_many_splits_of_a_long_sequence(cuda: Any) -> None:

@@ -29,8 +29,14 @@ CASES = [
 # A planted bug, and what the emulator says of it; "line": the result is wrong instead.
 BUGS = {
     "wgmma_missing_wait": "line",
+    "wgmma_missing_fence": "no wgmma.fence since the last wait",
     "tma_missing_wait": "line",
+    "tma_missing_init": "used before its init",
+    "tma_missing_init_fence": "no fence after mbarrier.init",
+    "tma_missing_proxy_fence": "no fence.proxy.async",
     "cluster_missing_barrier": "line",
+    "cluster_early_end": "line",
+    "scratch_used_again": "line",
     "wrong_fragment": "line",
     "missing_wait": "",
     "missing_barrier": "line",

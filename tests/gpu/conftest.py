@@ -93,6 +93,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
         # Another order of threads for every test: its own, so that a failure repeats.
         from llama_fast import _cuda_emulated
 
+        request.getfixturevalue("one_thread")  # the kernels run on one anyway
         _cuda_emulated.set_seed(zlib.crc32(request.node.nodeid.encode()))
     with lf.use_backend(BACKEND):
         yield

@@ -11,6 +11,7 @@ from llama_fast import reference, triton_backend
 from llama_fast.kernels import activation, common
 
 from ..tolerances import SILU_FP32_ULPS, SILU_TIES, ulps
+from .conftest import launcher
 
 HALVES = (torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 16, 257, 2049, 16500)  # to FP8, the last goes in pieces
@@ -73,8 +74,8 @@ def test_f29_f30_f31_strides_offsets_and_canaries(width: int, device: torch.devi
     out = torch.full((5, width), 7.0, dtype=torch.bfloat16, device=device)
     q = torch.full((5, width), 7, dtype=torch.uint8, device=device)
     scale = torch.full((5, 1), 7.0, device=device)
-    triton_backend.silu_and_mul(out[1:4], gate_up)
-    triton_backend.silu_and_mul(q[1:4].view(torch.float8_e4m3fn), gate_up, scale[1:4])
+    launcher("silu_and_mul").silu_and_mul(out[1:4], gate_up)
+    launcher("silu_and_mul").silu_and_mul(q[1:4].view(torch.float8_e4m3fn), gate_up, scale[1:4])
     for t in (out, q, scale):
         assert (t[[0, 4]] == 7).all()
     assert torch.equal(out[1:4], lf.silu_and_mul(dense))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference, triton_backend
+from llama_fast import reference
 from llama_fast.kernels import common, decode_attention
 
 from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
@@ -342,7 +342,7 @@ def test_f19_f22_blocks_that_do_not_exist_are_not_seen(
         before = paged_k.clone(), paged_v.clone()
         for splits in (1, 3) if sq == 1 else (1,):
             out = torch.empty_like(q)
-            triton_backend.attention_with_kvcache(
+            launcher("attention_with_kvcache").attention_with_kvcache(
                 out, q, paged_k, paged_v, lengths(384), ids, False, 32**-0.5, splits
             )
             kept = [torch.cat((t[:, :128], t[:, 256:]), 1) for t in (k, v)]

@@ -11,6 +11,7 @@ from llama_fast import reference, triton_backend
 from llama_fast.kernels import common, rms_norm
 
 from ..tolerances import RMS_NORM_ULPS, ulps
+from .conftest import launcher
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN = (1, 7, 33, 64, 769, 4096, 5125, 16384, 20001)  # the last goes in pieces
@@ -70,8 +71,8 @@ def test_f30_odd_width_leaves_neighbours_alone(hidden: int, device: torch.device
     x, residual, w = make(3, hidden, torch.bfloat16, device)
     out, total = torch.full((2, 5, hidden), 7.0, dtype=x.dtype, device=device)
     q, scale = torch.full_like(out, 7, dtype=torch.uint8), torch.full((5, 1), 7.0, device=device)
-    triton_backend.rms_norm(out[1:4], x, w, 1e-5, residual, total[1:4])
-    triton_backend.rms_norm(q[1:4].view(torch.float8_e4m3fn), x, w, 1e-5, scale=scale[1:4])
+    launcher("rms_norm").rms_norm(out[1:4], x, w, 1e-5, residual, total[1:4])
+    launcher("rms_norm").rms_norm(q[1:4].view(torch.float8_e4m3fn), x, w, 1e-5, scale=scale[1:4])
     for t in (out, total, q, scale):
         assert (t[[0, 4]] == 7).all() and not (t[1:4] == 7).all()
 

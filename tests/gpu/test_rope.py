@@ -10,6 +10,8 @@ import llama_fast as lf
 from llama_fast import reference, triton_backend
 from llama_fast.kernels import common, rope
 
+from .conftest import launcher
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(1, 1, 1, 2), (5, 3, 1, 6), (3, 8, 8, 128), (2, 5, 2, 80), (2, 40, 8, 128)]
 SCALING = lf.RopeScaling(
@@ -93,7 +95,7 @@ def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch
     slots = torch.tensor([3, -1, 0, 5, 7], device=device)
     caches = torch.full((2, 2, 4, 3, 48), 7, dtype=torch.uint8, device=device)
     q_out = torch.empty(5, 6, 48, dtype=q.dtype, device=device)
-    triton_backend.rope(
+    launcher("apply_rope").rope(
         q_out, None, q, k, positions, table, interleaved, v, *caches, slots, k_scale, v_scale
     )
     want_q, want_k = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
@@ -132,7 +134,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     caches = pool[:, 1:3]  # a block before them and one after
     slots = torch.tensor([0, 1, 16, far, -far, 15], dtype=index, device=device)
     q_out = torch.empty(6, 4, 32, dtype=q.dtype, device=device)
-    triton_backend.rope(q_out, None, q, k, positions, table, False, v, *caches, slots)
+    launcher("apply_rope").rope(q_out, None, q, k, positions, table, False, v, *caches, slots)
     bad = torch.tensor([True, True, False, True, True, False], device=device)
     assert q_out[bad].isnan().all()
     want_q, want_k = reference.apply_rope(q[~bad].clone(), k[~bad].clone(), positions[~bad], table)
@@ -142,7 +144,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
     assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
-    triton_backend.rope(q_out, k_out, q, k, positions, table, False)
+    launcher("apply_rope").rope(q_out, k_out, q, k, positions, table, False)
     assert k_out[bad].isnan().all() and torch.equal(k_out[~bad], want_k)
 
 
@@ -160,7 +162,7 @@ def test_f29_f30_f31_offsets_strides_and_canaries(
         fenced = poisoned(5, x.shape[1] + 2, d + 3, x)
         views.append(fenced[1:4, 1:-1, 1 : 1 + d].copy_(x))
     outs = [torch.full((5, x.shape[1], d), 7.0, dtype=x.dtype, device=device) for x in (q, k)]
-    triton_backend.rope(outs[0][1:4], outs[1][1:4], *views, positions, table, interleaved)
+    launcher("apply_rope").rope(outs[0][1:4], outs[1][1:4], *views, positions, table, interleaved)
     for out, expected in zip(outs, want, strict=True):
         assert (out[[0, 4]] == 7).all() and torch.equal(out[1:4], expected)
 
