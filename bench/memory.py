@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux), in steps of 4 KiB, so that
-    what the allocator had kept from before does not count."""
+    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux), in steps of 4 KiB. What the
+    allocator has kept of memory freed before is given back first, or using it again would not show.
+    """
     found = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -30,6 +32,9 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim:
+        trim(0)
     _RESET.write_text("5")  # the peak is now what is resident now
     before = _resident("VmRSS")
     yield found
