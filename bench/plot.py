@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,31 +10,39 @@ from typing import Any
 from . import plot_curves, plot_roofline
 from .plot_style import FAINT, INK, called, colour, machine, save, short, style, title
 
-__all__ = ["all_of", "bars", "save", "speedups"]
+__all__ = ["all_of", "bars", "named", "planned", "save", "speedups"]
 
 BAR, GAP = 0.135, 0.09  # inches: a bar's height, and what is between two cases
 LABELS = 0.165  # of the width: a column's cases
 WIDTH, HEAD, PANEL_HEAD = 10.0, 0.72, 0.36  # inches
 
 
-def all_of(results: dict[str, Any], path: Path) -> list[Path]:
-    """Every plot that a run has the figures for, beside path: itself, -roofline, -context and
-    -scaling, each as PNG and SVG."""
-
-    def beside(name: str) -> Path:
-        return path.with_name(f"{path.stem}-{name}{path.suffix}")
-
-    written = []
+def planned(results: dict[str, Any]) -> dict[str, Callable[[Path], list[Path]]]:
+    """What a run has the figures for: "speed-ups", "roofline", "context" and "scaling", each with
+    what draws it."""
     rows = results.get("end_to_end", {}).get("rows", [])
     where = machine(results["environment"])
-    if results["ops"]:
-        written += speedups(results, path)
-        written += plot_roofline.draw(results["ops"], where, beside("roofline"))
+    ops, scaling = results["ops"], results.get("scaling", {})
+    found: dict[str, Callable[[Path], list[Path]]] = {}
+    if any(r["times"] for r in ops):
+        found["speed-ups"] = lambda path: speedups(results, path)
+    if any(r.get("flops") and r.get("bytes") for r in ops):
+        found["roofline"] = lambda path: plot_roofline.draw(ops, where, path)
     if plot_curves.contexts(rows):
-        written += plot_curves.draw_contexts(rows, where, beside("context"))
-    if results.get("scaling", {}).get("curves"):
-        written += plot_curves.draw_scaling(results["scaling"], where, beside("scaling"))
-    return written
+        found["context"] = lambda path: plot_curves.draw_contexts(rows, where, path)
+    if scaling.get("curves"):
+        found["scaling"] = lambda path: plot_curves.draw_scaling(scaling, where, path)
+    return found
+
+
+def named(path: Path, plot: str) -> Path:
+    """Where a run's plot goes: speed-ups to path itself, the others beside it."""
+    return path if plot == "speed-ups" else path.with_name(f"{path.stem}-{plot}{path.suffix}")
+
+
+def all_of(results: dict[str, Any], path: Path) -> list[Path]:
+    """Every plot that a run has the figures for, as PNG and SVG."""
+    return [file for name, draw in planned(results).items() for file in draw(named(path, name))]
 
 
 def speedups(results: dict[str, Any], path: Path) -> list[Path]:

@@ -89,15 +89,15 @@ def _scaling_panel(axes: Any, curve: dict[str, Any], what: str) -> None:
             lines[name] = ([x for x, _ in points], [y for _, y in points])
             fitted = line.get(f"{what}_fit")
             labels[name] = name + (f"  n^{fitted['exponent']:.2f}" if fitted else "")
-    _lines(axes, lines, labels)
     memory = what == "bytes"
+    _lines(axes, lines, labels, base=2 if memory else 10)
     axes.set_title(f"{curve['name']}: {'memory' if memory else 'time'}", pad=16)
     axes.text(0, 1.03, curve["what"], transform=axes.transAxes, size=7.5, color=FAINT)
     axes.set_xlabel(curve["axis"], labelpad=2)
     axes.yaxis.set_major_formatter(_bytes if memory else _seconds)
 
 
-def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str]) -> None:
+def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int = 10) -> None:
     """Both axes logarithmic; each line named at its end, the names pushed apart."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -119,20 +119,28 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str]) -> None:
     axes.grid(True, which="major")
     axes.tick_params(which="minor", length=0)
     low, high = axes.get_ylim()
-    if high / low < 100:  # decades alone would be one label or two
+    if base == 2:
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_locator(LogLocator(base=2, numticks=8))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif high / low < 100:  # decades alone would be one label or two
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.figure.canvas.draw()
+    end = max(xs[-1] for xs, _ in lines.values())
     heights = {n: axes.transData.transform((xs[-1], ys[-1]))[1] for n, (xs, ys) in lines.items()}
     apart = 11 * axes.figure.dpi / 72
     placed = apart_by(heights, apart)
     for name, (xs, ys) in lines.items():
         shift = (placed[name] - heights[name]) * 72 / axes.figure.dpi
+        early = xs[-1] < end  # others go on: above the point, not in their way
         axes.annotate(
             labels[name],
             (xs[-1], ys[-1]),
-            xytext=(6, shift),
+            xytext=(4, shift + 8) if early else (6, shift),
             textcoords="offset points",
+            ha="right" if early else "left",
             va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             size=8,
             color=colour(name),
             weight="bold" if name in ("ours", "FP8") else "normal",

@@ -36,7 +36,7 @@ def draw(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
     for r in rows:
         scale = 1e12 if r["limit"] == "matmul" else 1e9
         roofs[r["limit"]] = max(roofs.get(r["limit"], 0.0), r["limit_rate"] * scale)
-    rows = [r for r in rows if r["bytes"] and r["flops"]]
+    rows = [r for r in rows if r.get("bytes") and r.get("flops")]
     points = [_point(r, label) for r, label in zip(rows, _names(rows), strict=True)]
     if not points:
         return []

@@ -51,7 +51,7 @@ class Level:
 
 LEVELS = {
     "quick": Level(16384, 32768, 16, 2048, 5.0, 1.0),
-    "default": Level(131072, 131072, 64, 8192, 150.0, 4.0),
+    "default": Level(131072, 131072, 64, 8192, 240.0, 4.0),
     "full": Level(131072, 131072, 64, 65536, 400.0, 40.0),
 }
 FIRST_TOKENS, FIRST_CONTEXT, FIRST_PROMPT = 128, 1024, 256
@@ -225,9 +225,9 @@ def _measured(
         "lines": {n: {"points": p, **_fits(p)} for n, p in lines.items()},
         "left_out": out,
     }
-    verdict = linear_memory([(p["size"], p["bytes"]) for p in lines["ours"]])
-    if curve.linear and verdict:
-        found["linear_memory"] = verdict
+    memory = linear_memory([(p["size"], p["bytes"]) for p in lines["ours"]])
+    if curve.linear and memory:
+        found["linear_memory"] = memory
     for line in fitted(found):
         say(f"  {line}")
     return found
@@ -297,21 +297,24 @@ def fitted(curve: dict[str, Any]) -> list[str]:
         for key, what in (("seconds_fit", "time"), ("bytes_fit", "memory")):
             if key in line and (what == "time" or curve["axis"] == "tokens"):
                 lines.append(f"{what}, {name}: {Fit(**line[key])}")
-    verdict = curve.get("linear_memory")
-    if verdict:
-        first, last = (f"{b / 1024:.2f}" for b in verdict["bytes_per_token"])
-        lines.append(
-            f"linear memory to {verdict['to']} tokens: {'yes' if verdict['linear'] else 'NO'} "
-            f"({first} KiB a token at {verdict['from']}, {last} at {verdict['to']})"
-        )
+    if "linear_memory" in curve:
+        lines.append(verdict(curve["linear_memory"]))
     return lines
 
 
+def verdict(found: dict[str, Any]) -> str:
+    first, last = (f"{b / 1024:.2f}" for b in found["bytes_per_token"])
+    return (
+        f"linear memory to {found['to']} tokens: {'yes' if found['linear'] else 'NO'} "
+        f"({first} KiB a token at {found['from']}, {last} at {found['to']})"
+    )
+
+
 def _problems(curve: dict[str, Any]) -> list[str]:
-    verdict = curve.get("linear_memory", {"linear": True})
+    memory = curve.get("linear_memory", {"linear": True})
     lines = []
-    if not verdict["linear"]:
-        lines.append(f"{curve['name']}: memory is not linear to {verdict['to']} tokens")
+    if not memory["linear"]:
+        lines.append(f"{curve['name']}: memory is not linear to {memory['to']} tokens")
     ours, others = (
         {p["size"]: p["error"] for n in names for p in curve["lines"][n]["points"] if "error" in p}
         for names in (["ours"], [n for n in curve["lines"] if n != "ours"])
