@@ -119,6 +119,9 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int 
     axes.grid(True, which="major")
     axes.tick_params(which="minor", length=0)
     low, high = axes.get_ylim()
+    end = max(xs[-1] for xs, _ in lines.values())
+    if any(xs[-1] < end for xs, _ in lines.values()):
+        axes.set_ylim(low, high * (high / low) ** 0.14)  # room for the names of who ends before
     if base == 2:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=8))
@@ -126,7 +129,6 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int 
     elif high / low < 100:  # decades alone would be one label or two
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.figure.canvas.draw()
-    end = max(xs[-1] for xs, _ in lines.values())
     heights = {n: axes.transData.transform((xs[-1], ys[-1]))[1] for n, (xs, ys) in lines.items()}
     apart = 11 * axes.figure.dpi / 72
     placed = apart_by(heights, apart)
