@@ -5,6 +5,7 @@
 #              GPU="--only ops --case attention" passes options
 # make emulate   the CUDA kernels through the GPU tests, on the CPU (part of make test)
 # make lint | format | sanitize | clean
+# JOBS=8      processes of the tests that run side by side; default: the cores, 4 at most
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 
 VENV ?= .venv
@@ -27,6 +28,9 @@ STDCXX_LIBRARY = $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED := build/sanitize/site
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+SIDE_BY_SIDE := tests/gpu tests/static tests/cuda_emulator
+
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -40,9 +44,18 @@ say = { echo "error: $(1)" >&2; exit 1; }
 bench: $(READY)
 	"$(BIN)/python" -m bench
 
+# Kernels that are interpreted, compiled or emulated keep one core busy each: they run side by side,
+# one thread to a process. The rest has the machine to itself: CPU kernels use all of its cores.
 test: $(READY)
+ifeq ($(PYTEST),)
+	@status=0; set -x; \
+	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile $(SIDE_BY_SIDE) || status=1; \
+	$(MAKE) --no-print-directory emulate || status=1; \
+	exit $$status
+else
 	"$(BIN)/python" -m pytest $(PYTEST)
-	$(if $(PYTEST),,@$(MAKE) --no-print-directory emulate)
+endif
 
 # Of the CUDA toolkit it takes the headers only.
 emulate: $(READY)
@@ -53,8 +66,8 @@ emulate: $(READY)
 	    -DCUDAToolkit_ROOT="$(CUDA_HOME)" -DLLAMA_FAST_EMULATE=ON \
 	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
-	LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
-	    "$(BIN)/python" -m pytest tests/gpu -m "not gpu and not triton" $(PYTEST)
+	OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
+	    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile tests/gpu -m "not gpu and not triton" $(PYTEST)
 
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:

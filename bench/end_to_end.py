@@ -276,12 +276,16 @@ def table(found: dict[str, Any]) -> str:
             f"time to first token, {PREFILL} tokens: "
             + ", ".join(f"{n} {1e3 * s:.0f} ms" for n, s in shown.items())
         )
-    for r in found["rows"]:
-        if "all_layers_tokens_per_s" in r:
-            lines.append(
-                f"all of 8B's layers and vocabulary, extrapolated, not run: {r['op']} {r['shape']} "
-                f"{r['all_layers_tokens_per_s']:.2f} tokens/s"
-            )
+    whole = {
+        f"{r['op']} {r['shape']}": r["all_layers_tokens_per_s"]
+        for r in found["rows"]
+        if "all_layers_tokens_per_s" in r
+    }
+    if whole:
+        lines.append(
+            "extrapolated, not run, to all of 8B's layers and vocabulary, tokens/s: "
+            + ", ".join(f"{name} {rate:.3g}" for name, rate in whole.items())
+        )
     if "memory" in found:
         lines.append(
             "memory, weights + a prompt's peak: "

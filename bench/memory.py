@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,7 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux), in steps of 4 KiB. What the
-    allocator has kept of memory freed before is given back first, or using it again would not show.
-    """
+    """On a GPU what PyTorch allocated; on a CPU resident pages (Linux)."""
     found = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -32,13 +31,19 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim:
-        trim(0)
+    _trim()
     _RESET.write_text("5")  # the peak is now what is resident now
     before = _resident("VmRSS")
     yield found
     found.bytes = max(0.0, _resident("VmHWM") - before)
+
+
+def _trim() -> None:
+    """Freed memory goes back to the system, where the C library can do that: what it keeps would
+    be taken again unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(name: str) -> float:

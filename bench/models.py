@@ -123,7 +123,7 @@ class Transformers:
         past = self._past(context)
 
         def run(_: int) -> Tensor:
-            past.crop(context.shape[1])
+            _rewind(past, context.shape[1])
             return self._call(tokens, logits_to_keep=1, use_cache=True, past_key_values=past).logits
 
         return run
@@ -133,7 +133,7 @@ class Transformers:
         token = torch.zeros(1, 1, dtype=torch.int64, device=context.device)
 
         def run(_: int) -> None:
-            past.crop(context.shape[1])
+            _rewind(past, context.shape[1])
             for _ in range(steps):
                 self._call(token, use_cache=True, past_key_values=past)
 
@@ -177,12 +177,23 @@ def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -
 
 def same_weights(hf: Any, device: torch.device) -> dict[str, lf.Llama]:
     """Ours, loaded from what transformers saves."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
         hf.save_pretrained(folder, safe_serialization=True)
         return {
             "bf16": lf.Llama.from_pretrained(folder, device=device, progress=False),
             "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", device=device, progress=False),
         }
+
+
+def _rewind(past: Any, tokens: int) -> None:
+    """Of a transformers cache, all but the first tokens go. Negative counts mean the same in every
+    version."""
+    beyond = past.get_seq_length() - tokens
+    if beyond > 0:
+        past.crop(-beyond)
 
 
 def prompt(config: lf.LlamaConfig, tokens: int) -> Tensor:

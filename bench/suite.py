@@ -135,8 +135,8 @@ class Session:
         self.args = args
         self.device = torch.device(args.device)
         self.spec = cases.spec(args.model, DTYPES[args.dtype], self.device, args.level, args.tp)
-        wanted = [] if args.peers == ["none"] else args.peers
-        self.peers, absent = peers.wanted(wanted, args.device)
+        named = args.peers and [name for name in args.peers if name != "none"]
+        self.peers, absent = peers.wanted(named, args.device)
         self.plans = cases.plan(self.spec, args.op)
         options = ("model", "tp", "dtype", "backend", "device", "level", "baseline")
         self.results: dict[str, Any] = {
@@ -172,7 +172,7 @@ class Session:
     def measure(self, plan: Plan) -> dict[str, Any] | None:
         """None where the case does not fit into memory."""
         if plan.memory > free_memory(self.device):
-            self.skip(plan.name, f"needs about {plan.memory / 2**30:.1f} GiB of memory")
+            self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
             return None
         case = cases.on(self.spec, plan.make())
         found = self._implementations(case)
@@ -194,11 +194,13 @@ class Session:
         for peer in self.peers:
             try:
                 runs = peer.ops(case.op, case.inputs)
-            except peers.Unsupported as why:
-                found.skipped[peer.name] = str(why)
-                continue
-            for name, run in runs.items():
-                found.offer(name, run)
+                for run in runs.values():
+                    run(0)
+            except Exception as why:  # a peer that fails costs its own columns only
+                kind = "" if isinstance(why, peers.Unsupported) else f"{type(why).__name__}: "
+                found.skipped[peer.name] = f"{kind}{why}"
+            else:
+                found.runs.update(runs)
         return found
 
     def _wants(self, baseline: str) -> bool:
@@ -287,24 +289,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.publish:
         return publish.main()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        _check(args)
-        session = Session(args)
-        old = compare.load(args.compare) if args.compare else None
-        if old is not None:
-            compare.check(old, session.results)
-    except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return USAGE
-    if args.list:
-        print("\n".join(f"{plan.op:<24}{plan.shape}" for plan in session.plans))
-        return RAN
     before = torch.get_num_threads()
-    torch.set_num_threads(args.threads or before)
-    session.results["environment"]["threads"] = torch.get_num_threads()
-    backend = lf.use_backend(args.backend) if args.backend else contextlib.nullcontext()
     try:
-        with backend:
+        try:
+            _check(args)
+            torch.set_num_threads(args.threads or before)
+            session = Session(args)
+            old = compare.load(args.compare) if args.compare else None
+            if old is not None:
+                compare.check(old, session.results)
+        except ValueError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return USAGE
+        if args.list:
+            print("\n".join(f"{plan.op:<24}{plan.shape}" for plan in session.plans))
+            return RAN
+        with lf.use_backend(args.backend) if args.backend else contextlib.nullcontext():
             return _run(session, old)
     finally:
         torch.set_num_threads(before)

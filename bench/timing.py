@@ -18,7 +18,7 @@ from typing import Any
 Run = Callable[[int], object]  # called with the round's number, to rotate buffers by
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 240
-SLOW_ROUNDS = 3  # for who takes more than half of the budget each time
+SLOW_ROUNDS = 3  # for who takes more than the budget each time
 BLOCKS = 8  # of consecutive rounds: a slow drift shows between them
 
 
@@ -105,11 +105,9 @@ def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
         if began - start < budget / 4:  # the first call compiles, allocates, touches pages
             run(1)
             start, began = began, time.perf_counter()
-        if began - start > budget / 2:
+        if began - start > budget:
             slow.add(name)
-    if len(slow) == len(runs):
-        slow = set()
-    rounds = MIN_ROUNDS if len(slow) < len(runs) - 1 else SLOW_ROUNDS
+    rounds = SLOW_ROUNDS if next(iter(runs)) in slow else MIN_ROUNDS
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
     gc.disable()
