@@ -9,7 +9,7 @@ from typing import Any
 
 Points = Sequence[tuple[float, float]]  # (size, cost)
 
-UPPER = 16  # the exponent is fitted from a sixteenth of the largest size on: below, overheads rule
+UPPER = 8  # the exponent is fitted from an eighth of the largest size on: below, overheads rule
 LEAST = 3  # points; two always lie on a line
 
 # Of memory that counts as linear in the tokens:

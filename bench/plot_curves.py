@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .fit import UPPER
 from .plot_style import FAINT, colour, save, style, title
 
 _JOB = re.compile(r"(pp|tg)(\d+)(?: @ d(\d+))?")
 _KINDS = {"tg": "generating, one by one", "pp": "reading a prompt"}
+LEAST_SPAN = 16.0  # between the ends of a vertical axis
 Line = tuple[list[float], list[float]]
 
 
@@ -72,7 +74,7 @@ def draw_scaling(scaling: dict[str, Any], where: str, path: Path) -> list[Path]:
             hspace=0.55,
             wspace=0.5,
         )
-        subtitle = "n^x: the exponent fitted to the upper part of the curve"
+        subtitle = f"n^x: the exponent, fitted from 1/{UPPER} of the largest size on"
         title(figure, f"Growth with size: {where}", subtitle)
         for axes, (curve, what) in zip(grid.flat, panels, strict=False):
             _scaling_panel(axes, curve, what)
@@ -119,6 +121,10 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int 
     axes.grid(True, which="major")
     axes.tick_params(which="minor", length=0)
     low, high = axes.get_ylim()
+    if high / low < LEAST_SPAN:  # or noise would look like growth
+        widen = (LEAST_SPAN * low / high) ** 0.5
+        low, high = low / widen, high * widen
+        axes.set_ylim(low, high)
     end = max(xs[-1] for xs, _ in lines.values())
     if any(xs[-1] < end for xs, _ in lines.values()):
         axes.set_ylim(low, high * (high / low) ** 0.14)  # room for the names of who ends before

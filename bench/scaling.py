@@ -32,7 +32,7 @@ from .timing import Run, Timing, measure
 
 ONCE = 1.0  # seconds: who takes longer is timed once
 ROUNDS = 0.4  # seconds of rounds a point
-MEMORY = 2 << 30  # bytes that a point may take
+MEMORY = 3 << 30  # bytes that a point may take
 STEPS = 4  # tokens decoded one by one at each context
 
 

@@ -1,132 +1,18 @@
-"""The pages that are cut from committed runs, and the plots."""
+"""The pages that are cut from committed runs."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from llama_fast.bench import plot, plot_curves, publish, results_page
-from llama_fast.bench.plot_style import colour, short
+from llama_fast.bench import publish, results_page
+
+from .bench_runs import example
 
 ROOT = Path(__file__).resolve().parent.parent
-Pages = Callable[[], dict[str, str]]
-
-
-def seconds(median: float, ours: float) -> dict[str, Any]:
-    log = {"log": math.log(median / ours), "error": 0.01}
-    return {"median": median, "p10": median, "p90": median, "rounds": 5, "ratio": log}
-
-
-def op(name: str, shape: str, times: dict[str, float], limit: str = "copy") -> dict[str, Any]:
-    ours = 1e-3
-    return {
-        "op": name,
-        "shape": shape,
-        "axes": {},
-        "unit": "GB/s",
-        "bytes": 4e6,
-        "flops": 8e6,
-        "rate": 4.0,
-        "limit": limit,
-        "limit_rate": 5.0,
-        "of_limit": 0.8,
-        "times": times,
-        "targets": {"limit": 0.9},
-        "met": {"limit": False},
-        "error": 1e-3,
-        "errors": {"ours": 1e-3, "eager": 2e-3, "llama.cpp Q8_0": 0.03},
-        "eager_error": 2e-3,
-        "wrong": False,
-        "seconds": {
-            "ours": {"median": ours},
-            **{n: seconds(x * ours, ours) for n, x in times.items()},
-        },
-    }
-
-
-def job(name: str, tokens: int, whose: str) -> dict[str, Any]:
-    times = {"bf16": 2.0, "transformers": 4.0} if whose == "FP8" else {"FP8": 0.5}
-    took = {"FP8": {"median": 1.0}, "bf16": {"median": 2.0}, "transformers": {"median": 4.0}}
-    return {
-        "op": name,
-        "shape": whose,
-        "ours": whose,
-        "tokens_per_s": float(tokens),
-        "limit": "read",
-        "of_limit": 0.9,
-        "times": times,
-        "targets": {},
-        "met": {},
-        "all_layers_tokens_per_s": tokens / 8,
-        "seconds": took,
-    }
-
-
-def example() -> dict[str, Any]:
-    """A small run with everything in it."""
-    return {
-        "schema": 2,
-        "environment": {
-            "cpu": "a CPU",
-            "threads": 2,
-            "isa": "avx2",
-            "torch": "2.13.0",
-            "gpu": None,
-            "commit": "abc",
-        },
-        "options": {"model": "8b", "tp": 1, "dtype": "bf16", "level": "default"},
-        "peers": {"llama.cpp": "0.3"},
-        "complete": True,
-        "ops": [
-            op("rms_norm", "1 x 4096", {"eager": 8.0, "torch.compile": 0.5}),
-            op("rms_norm", "16 x 4096", {"eager": 9.0, "torch.compile": 0.99}),
-            op("linear", "M=1, 8 x 4", {"F.linear": 2.0, "llama.cpp Q8_0": 3.0}, "read"),
-        ],
-        "end_to_end": {
-            "what": "two layers",
-            "rows": [
-                job(name, 16, whose)
-                for name in ("tg16 @ d512", "tg16 @ d4096")
-                for whose in ("bf16", "FP8")
-            ],
-            "logits": {"FP8": 0.01, "transformers": 0.002},
-            "memory": {"FP8": {"weights_gib": 1.0, "prompt_gib": 0.25}},
-        },
-        "scaling": {
-            "curves": [
-                {
-                    "name": "prefill attention",
-                    "what": "4/1 x 128",
-                    "axis": "tokens",
-                    "lines": {
-                        "ours": {
-                            "points": [
-                                {"size": n, "seconds": 1e-9 * n**2, "bytes": 1024.0 * n}
-                                for n in (1024, 2048, 4096)
-                            ],
-                            "seconds_fit": FIT,
-                            "bytes_fit": {**FIT, "exponent": 1.0},
-                        }
-                    },
-                    "linear_memory": {
-                        "linear": True,
-                        "to": 4096,
-                        "from": 2048,
-                        "bytes_per_token": [1024.0, 1024.0],
-                    },
-                }
-            ]
-        },
-    }
-
-
-FIT = {"exponent": 2.0, "error": 0.01, "local": 2.0, "start": 1024, "points": 3}
 
 
 @pytest.fixture
@@ -250,77 +136,6 @@ def test_broken_run_is_named(checkout: Path, capsys: pytest.CaptureFixture[str])
     assert publish.main(checkout) == publish.USAGE
     assert "bench.json: not JSON" in capsys.readouterr().err
     assert publish.main(checkout / "docs") == publish.USAGE
-
-
-def test_same_figures_same_bytes(tmp_path: Path) -> None:
-    """A plot drawn again does not show up in a diff."""
-    files = [plot.all_of(example(), tmp_path / name / "x.svg") for name in ("a", "b")]
-    assert [p.name for p in files[0]] == [
-        f"x{name}.{kind}"
-        for name in ("", "-roofline", "-context", "-scaling")
-        for kind in ("png", "svg")
-    ]
-    for one, other in zip(*files, strict=True):
-        assert one.read_bytes() == other.read_bytes(), one.name
-
-
-def test_every_kernel_is_on_the_roofline(tmp_path: Path) -> None:
-    _, svg = plot.planned(example())["roofline"](tmp_path / "x.svg")
-    text = svg.read_text()
-    for label in ("rms_norm 1", "rms_norm 16", "linear", "copy 5 GB/s", "read 5 GB/s"):
-        assert f"<!-- {label} -->" in text, label
-
-
-def test_bars_leave_out_our_own_other_weights() -> None:
-    panels = plot._panels(example()["ops"] + example()["end_to_end"]["rows"])
-    assert [p.name for p in panels] == ["rms_norm   n x 4096", "linear", "forward pass"]
-    assert panels[0].cases[0] == ("1", {"eager": 8.0, "torch.compile": 0.5})
-    assert panels[-1].cases == [
-        ("tg16 @ d512, FP8", {"transformers": 4.0}),
-        ("tg16 @ d4096, FP8", {"transformers": 4.0}),
-    ]
-
-
-def test_one_colour_an_implementation() -> None:
-    names = ("ours", "eager", "torch.compile", "SDPA", "F.rms_norm", "F.linear", "transformers")
-    assert len({colour(name) for name in names}) == len(names)
-    assert colour("FP8") == colour("ours") and colour("bf16 F.linear") == colour("F.linear")
-    assert colour("somebody's kernel") == colour("somebody's kernel")
-
-
-@pytest.mark.parametrize(
-    "shapes, labels, rest",
-    [
-        (["512 x 4096"], ["512 x 4096"], ""),
-        (["1 x 4096", "16 x 4096"], ["1", "16"], "n x 4096"),
-        (["M=1, 8 x 4", "M=2, 8 x 4"], ["M=1", "M=2"], "8 x 4"),
-        (["M=1, 8 x 4", "M=1, 6 x 4"], ["M=1, 8", "M=1, 6"], "n x 4"),
-        (["a, b", "a, c"], ["a, b", "a, c"], ""),
-    ],
-)
-def test_shapes_without_what_they_share(shapes: list[str], labels: list[str], rest: str) -> None:
-    assert short(shapes) == (labels, rest)
-
-
-def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
-    rows = example()["end_to_end"]["rows"]
-    found = plot_curves.contexts(rows)
-    assert found == {
-        "tg": {
-            "FP8": ([520.0, 4104.0], [16.0, 16.0]),
-            "bf16": ([520.0, 4104.0], [8.0, 8.0]),
-            "transformers": ([520.0, 4104.0], [4.0, 4.0]),
-        }
-    }
-    assert plot_curves.contexts(rows[:2]) == {}  # one context is no curve
-
-
-def test_labels_are_pushed_apart() -> None:
-    assert plot_curves.apart_by({"a": 5.0, "b": 0.0, "c": 6.0}, 4.0) == {
-        "b": 0.0,
-        "a": 5.0,
-        "c": 9.0,
-    }
 
 
 def test_noise_decides_who_is_surely_faster() -> None:

@@ -15,7 +15,6 @@ import llama_fast as lf
 from llama_fast import reference
 from llama_fast.bench import models, plot, scaling
 from llama_fast.bench.fit import fit, linear_memory
-from llama_fast.bench.memory import peak_memory
 
 CPU = torch.device("cpu")
 SIZES = [2**i for i in range(7, 18)]  # 128 to 131,072
@@ -27,7 +26,7 @@ def test_exponent_is_found(exponent: float) -> None:
     found = fit([(n, 3.0 * n**exponent) for n in SIZES])
     assert found is not None and found.exponent == pytest.approx(exponent, abs=1e-9)
     assert found.local == pytest.approx(exponent, abs=1e-9) and found.error < 1e-6
-    assert (found.start, found.points) == (8192, 5)  # the upper sixteenth
+    assert (found.start, found.points) == (16384, 4)  # from an eighth on
 
 
 def test_overhead_of_small_sizes_does_not_count() -> None:
@@ -38,12 +37,12 @@ def test_overhead_of_small_sizes_does_not_count() -> None:
 
 
 def test_error_is_as_large_as_the_exponent_is_off() -> None:
-    """Over many noisy curves the fitted exponents scatter as the errors say: with five points two
-    errors hold 86 % of a t distribution with three degrees of freedom."""
+    """Over many noisy curves the fitted exponents scatter as the errors say: with four points two
+    errors hold 82 % of a t distribution with two degrees of freedom."""
     noise = random.Random(0)
     fits = [fit([(n, n * noise.lognormvariate(0, 0.1)) for n in SIZES]) for _ in range(400)]
     inside = [abs(f.exponent - 1) < 2 * f.error for f in fits if f is not None]
-    assert len(inside) == 400 and 0.78 < sum(inside) / 400 < 0.94
+    assert len(inside) == 400 and 0.74 < sum(inside) / 400 < 0.89
 
 
 @pytest.mark.parametrize("points", [[], [(1, 1), (2, 2)], [(1, 1), (2, 2), (4, 0)]])
@@ -67,16 +66,6 @@ def test_linear_memory(cost: Callable[[float], float], linear: bool) -> None:
     assert found is not None and found["linear"] is linear and found["to"] == 131072
     first, last = found["bytes_per_token"]
     assert (first, last) == (cost(4096) / 4096, cost(131072) / 131072)
-
-
-def test_memory_used_again_is_seen() -> None:
-    """What the allocator kept of freed memory counts anew."""
-    size = 1 << 23
-    kept = [torch.ones(1 << 20, dtype=torch.uint8) for _ in range(32)]
-    del kept
-    with peak_memory(CPU) as peak:
-        torch.ones(size, dtype=torch.uint8)
-    assert 0.9 * size < peak.bytes < 1.5 * size
 
 
 @pytest.fixture
@@ -169,4 +158,4 @@ def test_who_would_take_too_much_leaves() -> None:
     assert scaling._too_much([], 2048, 1.0) == ""
     assert scaling._too_much([point], 2048, 4.0) == ""
     assert scaling._too_much([point], 2048, 3.9) == "more than 3.9 s"
-    assert scaling._too_much([{**point, "bytes": 6e8}], 2048, 4.0) == "more than 2 GiB"
+    assert scaling._too_much([{**point, "bytes": 9e8}], 2048, 4.0) == "more than 3 GiB"
