@@ -3,6 +3,8 @@
 # make gpu-report PYTHON=python3   all about this machine's GPU in 9 minutes, into $(REPORT), with
 #              what that Python has installed: no environment is made, nothing is downloaded.
 #              GPU="--only ops --case attention" passes options
+# make sanitize-gpu PYTHON=python3   compute-sanitizer over the small GPU tests, likewise with what
+#              is installed. SANITIZE="--tool racecheck --backend cuda" passes options
 # make emulate   the CUDA kernels through the GPU tests, on the CPU (part of make test)
 # make lint | format | sanitize | clean
 # JOBS=8      processes of the tests that run side by side; default: the cores, 4 at most
@@ -39,7 +41,7 @@ CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(comman
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 say = { echo "error: $(1)" >&2; exit 1; }
 
-.PHONY: bench test emulate gpu-report lint format sanitize clean preflight
+.PHONY: bench test emulate gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -72,6 +74,9 @@ emulate: $(READY)
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:
 	"$(PYTHON)" -m bench --gpu-report "$(REPORT)" $(GPU)
+
+sanitize-gpu:
+	"$(PYTHON)" -m tests.gpu.sanitize $(SANITIZE)
 
 lint: $(READY)
 	"$(BIN)/ruff" check .

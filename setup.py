@@ -97,9 +97,10 @@ class CMakeBuild(build_ext):
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
 # with the PyPI package of that name, which transformers looks for.
+folders = ("bench", "bench/peers", "kernels")
 mapped = {
     f"llama_fast.{name.replace('/', '.')}": name
-    for name in ("bench", "bench/peers", "kernels")
+    for name in folders
     if any(ROOT.glob(f"{name}/*.py"))
 }
 

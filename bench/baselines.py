@@ -37,13 +37,13 @@ class Baselines:
                 warnings.simplefilter("ignore")
                 run(0)
         except REFUSALS as error:
-            self.skipped[name] = _first_line(error)
+            self.skipped[name] = first_line(error)
             return False
         self.runs[name] = run
         return True
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -20,9 +20,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .files import write
+from .files import commit, write
 
 ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("triton", "cuda")
 WORKERS = 6  # of pytest-xdist, where that is installed: compiling kernels is what takes the time
 
 
@@ -58,39 +59,87 @@ def _tool(name: str) -> str | None:
 
 
 def test(path: Path, seconds: float, tests: tuple[str, ...] = ("tests/gpu",)) -> None:
-    """Writes path. Whatever has ended when the time is over counts."""
-    content: dict[str, Any] = {"part": "tests", "complete": False, "failed": {}, "skipped": {}}
+    """Writes path: what tests/gpu says of each GPU backend, one after the other. Whatever has ended
+    when the time is over counts."""
+    content: dict[str, Any] = {"part": "tests", "complete": False, "commit": commit()}
+    content.update(counts={}, failed={}, skipped={}, backends={})
     if not all((ROOT / t.split("::")[0]).exists() for t in tests):
         write(path, {**content, "complete": True, "what": "no tests in this installation"})
         return
+    end = time.monotonic() + seconds
+    for i, backend in enumerate(BACKENDS):
+        missing = _missing(backend)
+        if missing:
+            content["backends"][backend] = {"complete": True, "what": missing}
+            print(f"{backend}: not tested, {missing}", flush=True)
+            continue
+        left = (end - time.monotonic()) / (len(BACKENDS) - i)
+        try:
+            _test(backend, left, tests, content["backends"])
+        finally:
+            write(path, {**content, **_together(content["backends"])})
+    content.update(_together(content["backends"]))
+    content["complete"] = all(found["complete"] for found in content["backends"].values())
+    write(path, content)
+
+
+def _missing(backend: str) -> str | None:
+    built = any((ROOT / "llama_fast").glob("_cuda.*so"))
+    return None if backend == "triton" or built else "llama_fast._cuda was not built"
+
+
+def _together(backends: dict[str, Any]) -> dict[str, Any]:
+    """All backends' results as one; a test's name is followed by its backend."""
+    counts: Counter[str] = Counter()
+    merged: dict[str, Any] = {"failed": {}, "skipped": {}}
+    errors = [f"{name}: {found['error']}" for name, found in backends.items() if "error" in found]
+    for name, found in backends.items():
+        counts.update(found.get("counts", {}))
+        for key, into in merged.items():
+            into.update({f"{test} on {name}": why for test, why in found.get(key, {}).items()})
+    return {"counts": dict(counts), **merged, **({"error": "; ".join(errors)} if errors else {})}
+
+
+def _test(backend: str, seconds: float, tests: tuple[str, ...], into: dict[str, Any]) -> None:
+    """into[backend]: complete, counts, passed (a number for each test function), failed, skipped,
+    slowest; error and output where pytest itself failed or the time ran out."""
+    content: dict[str, Any] = {"complete": False}
+    into[backend] = content
     with tempfile.TemporaryDirectory(prefix="llama_fast-tests-") as folder:
         results = Path(folder) / "results.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", f"{__package__}.pytest_results"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.pytest_results"]
         command += ["--timeout", "120", *tests]
         if importlib.util.find_spec("xdist"):
             command += ["-n", str(WORKERS), "--dist", "worksteal"]
+        environment = {
+            "LLAMA_FAST_RESULTS": str(results),
+            "LLAMA_FAST_TEST_BACKEND": backend,
+            "PYTHONUNBUFFERED": "1",
+        }
+        began = time.monotonic()
         try:
-            output, code = _limited(
-                command, seconds, ROOT, LLAMA_FAST_RESULTS=str(results), PYTHONUNBUFFERED="1"
-            )
+            output, code = _limited(command, seconds, ROOT, **environment)
         finally:
             lines = results.read_text().splitlines() if results.exists() else []
-            ended = [json.loads(line) for line in lines]
-            content["counts"] = dict(Counter(r["outcome"] for r in ended))
-            content["failed"] = {
-                r["test"]: r["why"] for r in ended if r["outcome"] in ("failed", "error")
-            }
-            content["skipped"] = {r["test"]: r["why"] for r in ended if r["outcome"] == "skipped"}
-            slowest = sorted(ended, key=lambda r: -r["seconds"])[:10]
-            content["slowest"] = {r["test"]: r["seconds"] for r in slowest}
-            write(path, content)
+            content.update(_counted([json.loads(line) for line in lines]))
+            content["seconds"] = round(time.monotonic() - began, 1)
     content["complete"] = code in (0, 1)
     if code is None:
         content["error"] = f"not done within {seconds:.0f} s; counted is what was"
     elif code not in (0, 1):
         content.update(error=f"pytest ended with {code}", output=output[-4000:])
-    write(path, content)
-    print("\n".join(output.splitlines()[-12:]), flush=True)
+    print(f"{backend}:", "\n".join(output.splitlines()[-12:]), flush=True)
+
+
+def _counted(ended: list[dict[str, Any]]) -> dict[str, Any]:
+    slowest = sorted(ended, key=lambda r: -r["seconds"])[:10]
+    return {
+        "counts": dict(Counter(r["outcome"] for r in ended)),
+        "passed": dict(Counter(r["test"].split("[")[0] for r in ended if r["outcome"] == "passed")),
+        "failed": {r["test"]: r["why"] for r in ended if r["outcome"] in ("failed", "error")},
+        "skipped": {r["test"]: r["why"] for r in ended if r["outcome"] == "skipped"},
+        "slowest": {r["test"]: r["seconds"] for r in slowest},
+    }
 
 
 def _limited(

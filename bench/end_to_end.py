@@ -93,7 +93,7 @@ def run(
                 say(f"  {model.label} loaded")
         except Exception as error:  # a peer that fails costs its own columns only
             skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
-    prompt = models.prompt(config, max(j.depth + j.tokens for j in JOBS[level]))
+    prompt = models.prompt(config, max(PREFILL, *(j.depth + j.tokens for j in JOBS[level])))
     try:
         with torch.inference_mode():
             errors = _errors(hf, running, prompt[:, :64])
@@ -124,7 +124,9 @@ def _job(
     skip: Callable[[str, str], None],
 ) -> list[dict[str, Any]]:
     """A row for each of ours; the rest are in each row's seconds."""
-    context, tokens = prompt[:, : job.depth], prompt[:, job.depth :][:, : job.tokens]
+    # One token at least to go on from: nothing is generated from nothing.
+    context = prompt[:, : max(job.depth, 1 if job.kind == "tg" else 0)]
+    tokens = prompt[:, job.depth :][:, : job.tokens]
     runs: dict[str, Run] = {}
     for name, model in running.items():
         if name == "transformers eager" and job.depth > 4096:

@@ -4,6 +4,8 @@ Imports nothing of llama_fast, which may not be built yet."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ def read(path: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: want a JSON object; delete it")
     return found
+
+
+def commit() -> str | None:
+    """The checkout's, with a + when files differ from it; elsewhere what LLAMA_FAST_COMMIT says."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("LLAMA_FAST_COMMIT")
+    return described.stdout.strip()
 
 
 def unreached(content: dict[str, Any]) -> list[str]:

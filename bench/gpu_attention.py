@@ -85,6 +85,7 @@ def _prefill(p: Place, seqlen: int, causal: bool) -> GpuCase:
         to.runs,
         _attention_errors(lambda: lf.attention(q, k, v, causal=causal), q, k, v, causal),
         to.skipped,
+        arguments=(q,),
         predict=_attention_shape(p, batch=1, seqlen_q=seqlen, seqlen_k=seqlen, causal=causal),
     )
 
@@ -127,6 +128,7 @@ def _packed(p: Place) -> GpuCase:
         to.runs,
         _attention_errors(lambda: ours()[None, last], *(t[None, last] for t in (q, k, v)), True),
         to.skipped,
+        arguments=(q,),
     )
 
 
@@ -187,6 +189,7 @@ def _decode(p: Place, batch: int, keys: int, queries: int = 1, paged: bool = Fal
         _decode_errors(lambda: ours(0), q, k, v, lengths, table),
         to.skipped,
         uncapturable=("eager",),  # it asks for the lengths
+        arguments=(q, k),
         predict=_attention_shape(p, batch=batch, seqlen_q=queries, seqlen_k=keys),
     )
 
@@ -247,5 +250,6 @@ def _decode_fp8(p: Place, batch: int, keys: int) -> GpuCase:
         _decode_errors(lambda: run(lf.attention_with_kvcache), q, k, v, lengths, None, scales),
         to.skipped,
         uncapturable=("eager",),
+        arguments=(q, k),
         predict=_attention_shape(p, batch=batch, seqlen_q=1, seqlen_k=keys, cache_bytes=1),
     )

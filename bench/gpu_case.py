@@ -27,6 +27,7 @@ class Sizes:
     """Llama 3.1's shapes: 8B's layer, and the hidden sizes of all three."""
 
     tokens: int = 32768
+    step_tokens: int = 1  # a decode step's, for the ops between the products
     hidden: tuple[int, ...] = (4096, 8192, 16384)
     inner: int = 14336
     inner_tokens: tuple[int, ...] = (8192, 32768)
@@ -58,6 +59,7 @@ FULL = Sizes()
 # Every line of the report's code in seconds on a CPU: what is found there costs no GPU time.
 TINY = Sizes(
     tokens=16,
+    step_tokens=2,
     hidden=(128, 256),
     inner=256,
     inner_tokens=(8, 16),
@@ -88,6 +90,7 @@ class GpuCase:
     uncapturable: tuple[str, ...] = ()
     copies: int = 1
     predict: dict[str, Any] = field(default_factory=dict)  # cost_model.predict's keywords
+    arguments: tuple[Any, ...] = ()  # what choices.shape_class decides by
 
     @property
     def unit(self) -> str:
@@ -114,6 +117,7 @@ class Place:
     device: torch.device
     sizes: Sizes
     compiler: Compiler
+    rivals: tuple[str, ...] = ()  # backends that every case is measured on, the serving one too
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=BF16)

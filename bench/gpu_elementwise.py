@@ -21,20 +21,21 @@ from .timing import Run
 
 
 def norms(p: Place) -> Iterator[Spec]:
-    for hidden in p.sizes.hidden:
-        first = hidden == p.sizes.hidden[0]
-        shape = f"{p.sizes.tokens} x {hidden}"
-        yield Spec(f"rms_norm {shape}", lambda h=hidden: _rms_norm(p, h), "norm" if first else "")
+    s = p.sizes
+    for tokens, hidden in [*((s.tokens, h) for h in s.hidden), (s.step_tokens, s.hidden[0])]:
+        first = (tokens, hidden) == (s.tokens, s.hidden[0])
+        shape = f"{tokens} x {hidden}"
+        at = (p, tokens, hidden)
+        yield Spec(f"rms_norm {shape}", lambda at=at: _rms_norm(*at), "norm" if first else "")
         yield Spec(
             f"rms_norm_fp8 + residual {shape}",
-            lambda h=hidden: _add_rms_norm_fp8(p, h),
+            lambda at=at: _add_rms_norm_fp8(*at),
             "norm_fp8" if first else "",
         )
-        yield Spec(f"add_rms_norm {shape}", lambda h=hidden: _add_rms_norm(p, h))
+        yield Spec(f"add_rms_norm {shape}", lambda at=at: _add_rms_norm(*at))
 
 
-def _rms_norm(p: Place, hidden: int) -> GpuCase:
-    tokens = p.sizes.tokens
+def _rms_norm(p: Place, tokens: int, hidden: int) -> GpuCase:
     size = 4.0 * tokens * hidden
     xs = [p.randn(tokens, hidden) for _ in range(p.copies(size))]
     w, x = p.randn(hidden), ends(xs[0])
@@ -60,21 +61,23 @@ def _rms_norm(p: Place, hidden: int) -> GpuCase:
         ),
         to.skipped,
         copies=len(xs),
+        arguments=(xs[0],),
         predict={"rows": tokens, "hidden": hidden},
     )
 
 
-def _pairs(p: Place, hidden: int, size: float) -> Callable[[int], tuple[Tensor, Tensor]]:
+def _pairs(
+    p: Place, tokens: int, hidden: int, size: float
+) -> Callable[[int], tuple[Tensor, Tensor]]:
     """x and residual."""
-    tokens = p.sizes.tokens
     pairs = [(p.randn(tokens, hidden), p.randn(tokens, hidden)) for _ in range(p.copies(size))]
     return lambda i: pairs[i % len(pairs)]
 
 
-def _add_rms_norm(p: Place, hidden: int) -> GpuCase:
-    tokens, w = p.sizes.tokens, p.randn(hidden)
+def _add_rms_norm(p: Place, tokens: int, hidden: int) -> GpuCase:
+    w = p.randn(hidden)
     size = 8.0 * tokens * hidden
-    at = _pairs(p, hidden, size)
+    at = _pairs(p, tokens, hidden, size)
     x, residual = (ends(t) for t in at(0))
     to = Baselines(lambda i: lf.add_rms_norm(*at(i), w))
     to.add("eager", lambda i: reference.add_rms_norm(*at(i), w))
@@ -93,14 +96,15 @@ def _add_rms_norm(p: Place, hidden: int) -> GpuCase:
         ),
         to.skipped,
         copies=p.copies(size),
+        arguments=(x,),
         predict={"rows": tokens, "hidden": hidden},
     )
 
 
-def _add_rms_norm_fp8(p: Place, hidden: int) -> GpuCase:
-    tokens, w = p.sizes.tokens, p.randn(hidden)
+def _add_rms_norm_fp8(p: Place, tokens: int, hidden: int) -> GpuCase:
+    w = p.randn(hidden)
     size = 7.0 * tokens * hidden + 4.0 * tokens
-    at = _pairs(p, hidden, size)
+    at = _pairs(p, tokens, hidden, size)
     x, residual = (ends(t) for t in at(0))
 
     def ours(i: int) -> tuple[Tensor, ...]:
@@ -126,32 +130,38 @@ def _add_rms_norm_fp8(p: Place, hidden: int) -> GpuCase:
         ),
         to.skipped,
         copies=p.copies(size),
+        arguments=(x,),
         predict={"rows": tokens, "hidden": hidden, "residual": True},
     )
 
 
 def ropes(p: Place) -> Iterator[Spec]:
     s = p.sizes
-    shape = f"{s.tokens} x {s.heads}/{s.kv_heads} x {s.head_dim}"
-    yield Spec(f"apply_rope {shape}", lambda: _rope(p, shape), "rope")
-    yield Spec(f"apply_rope_and_append {shape}", lambda: _append(p, shape), "append")
+    for tokens in (s.tokens, s.step_tokens):
+        shape = f"{tokens} x {s.heads}/{s.kv_heads} x {s.head_dim}"
+        at, whole = (p, tokens, shape), tokens == s.tokens
+        yield Spec(f"apply_rope {shape}", lambda at=at: _rope(*at), "rope" if whole else "")
+        name = f"apply_rope_and_append {shape}"
+        yield Spec(name, lambda at=at: _append(*at), "append" if whole else "")
 
 
-def _qkv(p: Place, size: float) -> tuple[Callable[[int], list[Tensor]], Tensor, Tensor]:
+def _qkv(
+    p: Place, tokens: int, size: float
+) -> tuple[Callable[[int], list[Tensor]], Tensor, Tensor]:
     """q, k and v as views of one product's output, as in the model; positions; table."""
     s = p.sizes
     heads = (s.heads, s.kv_heads, s.kv_heads)
-    fused = [p.randn(s.tokens, sum(heads), s.head_dim) for _ in range(p.copies(size))]
-    positions = torch.arange(s.tokens, device=p.device)
-    table = lf.rope_table(5e5, s.tokens, head_dim=s.head_dim, device=p.device)
+    fused = [p.randn(tokens, sum(heads), s.head_dim) for _ in range(p.copies(size))]
+    positions = torch.arange(tokens, device=p.device)
+    table = lf.rope_table(5e5, tokens, head_dim=s.head_dim, device=p.device)
     return (lambda i: list(fused[i % len(fused)].split(heads, 1))), positions, table
 
 
-def _rope(p: Place, shape: str) -> GpuCase:
+def _rope(p: Place, tokens: int, shape: str) -> GpuCase:
     s = p.sizes
-    values = s.tokens * (s.heads + s.kv_heads) * s.head_dim
-    size = 4.0 * values + 4.0 * s.tokens * s.head_dim
-    at, positions, table = _qkv(p, size)
+    values = tokens * (s.heads + s.kv_heads) * s.head_dim
+    size = 4.0 * values + 4.0 * tokens * s.head_dim
+    at, positions, table = _qkv(p, tokens, size)
     to = Baselines(lambda i: lf.apply_rope(*at(i)[:2], positions, table))
     to.add("eager", lambda i: reference.apply_rope(*at(i)[:2], positions, table))
     p.compiler.offer(to, reference.apply_rope, lambda i: (*at(i)[:2], positions, table))
@@ -170,18 +180,19 @@ def _rope(p: Place, shape: str) -> GpuCase:
         ),
         to.skipped,
         copies=p.copies(size),
-        predict={"tokens": s.tokens, "heads": s.heads, "kv_heads": s.kv_heads, "d": s.head_dim},
+        arguments=(at(0)[0],),
+        predict={"tokens": tokens, "heads": s.heads, "kv_heads": s.kv_heads, "d": s.head_dim},
     )
 
 
-def _append(p: Place, shape: str) -> GpuCase:
+def _append(p: Place, tokens: int, shape: str) -> GpuCase:
     s = p.sizes
-    values = s.tokens * (s.heads + 2 * s.kv_heads) * s.head_dim
-    size = 4.0 * values + 4.0 * s.tokens * s.head_dim
-    at, positions, table = _qkv(p, size)
-    blocks = -(-s.tokens // BLOCK_SIZE) + 1
+    values = tokens * (s.heads + 2 * s.kv_heads) * s.head_dim
+    size = 4.0 * values + 4.0 * tokens * s.head_dim
+    at, positions, table = _qkv(p, tokens, size)
+    blocks = -(-tokens // BLOCK_SIZE) + 1
     caches = [p.randn(2, blocks, BLOCK_SIZE, s.kv_heads, s.head_dim) for _ in range(p.copies(size))]
-    slots = torch.randperm(blocks * BLOCK_SIZE, device=p.device)[: s.tokens]
+    slots = torch.randperm(blocks * BLOCK_SIZE, device=p.device)[:tokens]
 
     def run(f: Callable[..., Tensor]) -> Run:
         return lambda i: f(*at(i), positions, table, *caches[i % len(caches)], slots)
@@ -207,18 +218,20 @@ def _append(p: Place, shape: str) -> GpuCase:
         errors(lambda: written(ours), lambda: written(eager), exact),
         uncapturable=("eager",),  # it picks the slots that are not -1, and asks how many
         copies=p.copies(size),
-        predict={"tokens": s.tokens, "heads": s.heads, "kv_heads": s.kv_heads, "d": s.head_dim},
+        arguments=(at(0)[0],),
+        predict={"tokens": tokens, "heads": s.heads, "kv_heads": s.kv_heads, "d": s.head_dim},
     )
 
 
 def activations(p: Place) -> Iterator[Spec]:
-    for tokens in p.sizes.inner_tokens[::-1]:
-        shape = f"{tokens} x 2*{p.sizes.inner}"
+    s = p.sizes
+    for tokens in (*s.inner_tokens[::-1], s.step_tokens):
+        shape = f"{tokens} x 2*{s.inner}"
         yield Spec(f"silu_and_mul {shape}", lambda t=tokens: _silu(p, t, False))
         yield Spec(f"silu_and_mul_fp8 {shape}", lambda t=tokens: _silu(p, t, True))
-    for hidden in p.sizes.hidden:
-        shape = f"{p.sizes.tokens} x {hidden} by row"
-        yield Spec(f"quantize_fp8 {shape}", lambda h=hidden, s=shape: _quantize(p, h, s))
+    for tokens, hidden in [*((s.tokens, h) for h in s.hidden), (s.step_tokens, s.hidden[0])]:
+        at = (p, tokens, hidden, f"{tokens} x {hidden} by row")
+        yield Spec(f"quantize_fp8 {at[-1]}", lambda at=at: _quantize(*at))
 
 
 def _silu(p: Place, tokens: int, fp8: bool) -> GpuCase:
@@ -252,12 +265,12 @@ def _silu(p: Place, tokens: int, fp8: bool) -> GpuCase:
         ),
         to.skipped,
         copies=len(xs),
+        arguments=(xs[0],),
         predict={"rows": tokens, "inner": inner},
     )
 
 
-def _quantize(p: Place, hidden: int, shape: str) -> GpuCase:
-    tokens = p.sizes.tokens
+def _quantize(p: Place, tokens: int, hidden: int, shape: str) -> GpuCase:
     size = 3.0 * tokens * hidden + 4.0 * tokens
     xs = [p.randn(tokens, hidden) for _ in range(p.copies(size))]
     to = Baselines(lambda i: lf.quantize_fp8(xs[i % len(xs)]))
@@ -278,5 +291,6 @@ def _quantize(p: Place, hidden: int, shape: str) -> GpuCase:
         ),
         to.skipped,
         copies=len(xs),
+        arguments=(xs[0],),
         predict={"rows": tokens, "hidden": hidden},
     )

@@ -78,6 +78,7 @@ def _gemm(p: Place, m: int, n: int, k: int, blocks: bool = False) -> GpuCase:
         ),
         to.skipped,
         copies=copies,
+        arguments=(a, scale_b, BF16),
         predict={"m": m, "n": n, "k": k},
     )
 
@@ -113,5 +114,6 @@ def _linear(p: Place, m: int, n: int, k: int, quantise: bool | None = None) -> G
         ),
         to.skipped,
         copies=copies,
+        arguments=(xs[0], weights[0][1], quantise),
         predict={"m": m, "n": n, "k": k, **({"quantised": True} if quantise else {})},
     )

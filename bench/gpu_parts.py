@@ -10,16 +10,27 @@ import functools
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llama_fast import backends
+from llama_fast import backends, choices
+from llama_fast.backends import choose
 from llama_fast.kernels import common
 
-from . import end_to_end, gpu_attention, gpu_elementwise, gpu_gemm, gpu_model, limits, report
+from . import (
+    end_to_end,
+    gpu_attention,
+    gpu_elementwise,
+    gpu_gemm,
+    gpu_model,
+    gpu_rivals,
+    limits,
+    report,
+    targets,
+)
 from . import tasks as running
 from .baselines import Compiler
 from .files import WRONG, read
@@ -30,6 +41,7 @@ from .timing import Timing
 
 BUDGETS = {"limits": 1.0, "ops": 0.4, "tune": 0.2, "model": 1.5, "profile": 0.0}  # seconds a case
 COMPILING = 45.0  # seconds of all cases together, for torch.compile
+RIVALS = ("triton", "cuda")  # measured in turn wherever both can serve
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     gc.freeze()  # a capture collects garbage first: what was imported is none
     device = torch.device(args.device)
     sizes = TINY if args.tiny else FULL
-    place = Place(device, sizes, Compiler(0.0 if args.tiny else COMPILING))
+    rivals = RIVALS if device.type == "cuda" else ()
+    place = Place(device, sizes, Compiler(0.0 if args.tiny else COMPILING), rivals)
     environment = {**report.environment(device), "backends": _backends(device)}
     store = running.Store(args.out / f"{args.part}.json", environment, args.resume)
-    store.save()
+    store.save(case=args.case)
     with torch.inference_mode():
         try:
             tasks = PARTS[args.part](place, args, store)
@@ -64,8 +77,14 @@ def main(argv: list[str] | None = None) -> int:
             return 130
     if device.type == "cuda":
         store.save(state_at_end=report.gpu_state())
-    wrong = store.content["failed"] or any(row.get("wrong") for row in store.content["rows"])
+    rows = store.content["rows"]
+    wrong = store.content["failed"] or any(row.get("wrong") or _rival_is_bad(row) for row in rows)
     return WRONG if wrong else 0
+
+
+def _rival_is_bad(row: Mapping[str, Any]) -> bool:
+    entries = row.get("backends", {}).values()
+    return any(entry.get("wrong") or "failed" in entry for entry in entries)
 
 
 def _backends(device: torch.device) -> dict[str, str]:
@@ -87,7 +106,8 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['op']:<34}{row['shape']:<6}{row['tokens_per_s']:>9.1f} tokens/s"
     if "tokens_per_s" in row:
         return end_to_end.line(row)
-    return report.line(row if row["of_limit"] is not None else {**row, "of_limit": math.nan})
+    whole = row if row["of_limit"] is not None else {**row, "of_limit": math.nan}
+    return report.line(whole) + targets.compared(row["backends"])
 
 
 def specs(place: Place) -> list[Spec]:
@@ -131,18 +151,24 @@ def op_tasks(
 ) -> dict[str, Callable[[], Rows]]:
     rates = _limits(place, args, store)
     return {
-        spec.name: functools.partial(_measured, place, spec, rates, store.content["environment"])
-        for spec in specs(place)
+        spec.name: functools.partial(_measured, place, spec, rates, store) for spec in specs(place)
     }
 
 
-def _measured(
-    place: Place, spec: Spec, rates: dict[str, float], environment: dict[str, Any]
-) -> Rows:
+def _measured(place: Place, spec: Spec, rates: dict[str, float], store: running.Store) -> Rows:
     case = spec.build()
-    errors = case.error()  # first: a wrong kernel's time is of no interest, but still told
-    timings = _times(place, case, case.runs, BUDGETS["ops"])
-    return [op_row(spec, case, timings, errors, rates, environment)]
+    served = choose(case.op, place.device, *case.arguments)
+    # First: a wrong kernel's time is of no interest, but still told.
+    entries = {served: dict(zip(("error", "eager_error"), case.error(), strict=True))}
+    for rival in place.rivals:
+        if rival != served:
+            entries[rival] = gpu_rivals.try_out(rival, case, place.device, store)
+    others = {n: gpu_rivals.on(n, case) for n in entries if n != served and "error" in entries[n]}
+    timings = _times(place, case, {**case.runs, **others}, BUDGETS["ops"])
+    for name in entries:
+        if timing := timings["ours"] if name == served else timings.pop(name, None):
+            entries[name]["timing"] = timing
+    return [op_row(spec, case, timings, entries, rates, store.content["environment"])]
 
 
 def _times(place: Place, case: GpuCase, runs: Any, budget: float) -> dict[str, Timing]:
@@ -153,39 +179,65 @@ def op_row(
     spec: Spec,
     case: GpuCase,
     timings: dict[str, Timing],
-    errors: tuple[float, float],
+    entries: dict[str, dict[str, Any]],
     rates: dict[str, float],
     environment: dict[str, Any],
 ) -> dict[str, Any]:
-    """report.row's counterpart, with what a roofline and a target need."""
-    ours = timings["ours"].median
-    scale = 1e9 if case.unit == "GB/s" else 1e12
+    """report.row's counterpart, with what a roofline, a target and a choice need. entries: of each
+    backend, the one that serves first, its error and timing, or what became of it."""
+    served = next(iter(entries))
+    ours, eager_error = timings["ours"].median, entries[served].pop("eager_error")
     limit = rates.get(case.limit)
     guess = predicted(case.op, case.predict, environment["gpu"])
     if guess and "seconds" in guess:
         guess["of_time"] = guess["seconds"] / ours
+    found = {n: _figures(case, e, eager_error, limit) for n, e in entries.items()}
+    mine = found[served]
     return {
         "op": case.op,
         "shape": case.shape,
+        "class": choices.shape_class(case.op, *case.arguments) if case.arguments else None,
         "tag": spec.tag,
-        "backend": environment["backends"].get(case.op, ""),
+        "backend": served,
         "unit": case.unit,
         "work": case.work,
         "bytes": case.bytes,
         "flops": case.flops,
-        "rate": case.work / ours / scale,
+        "rate": mine["rate"],
         "limit": case.limit,
-        "limit_rate": limit / scale if limit else None,
-        "of_limit": case.work / ours / limit if limit else None,
+        "limit_rate": limit / _scale(case) if limit else None,
+        "of_limit": mine["of_limit"],
         "times": {n: t.median / ours for n, t in timings.items() if n != "ours"},
         "targets": {},
         "met": {},
-        "error": errors[0],
-        "eager_error": errors[1],
-        "wrong": not errors[0] <= 2 * errors[1] + report.WRONG,  # NaN is wrong too
+        "error": mine["error"],
+        "eager_error": eager_error,
+        "wrong": mine["wrong"],
         "seconds": {name: t.to_json() for name, t in timings.items()},
+        "backends": found,
         "skipped": case.skipped,
         "predicted": guess,
+    }
+
+
+def _scale(case: GpuCase) -> float:
+    return 1e9 if case.unit == "GB/s" else 1e12
+
+
+def _figures(
+    case: GpuCase, entry: dict[str, Any], eager_error: float, limit: float | None
+) -> dict[str, Any]:
+    """Of one backend; what could not be measured stays as it is."""
+    timing = entry.get("timing")
+    if timing is None:
+        return entry
+    rate = case.work / timing.median
+    return {
+        "rate": rate / _scale(case),
+        "of_limit": rate / limit if limit else None,
+        "error": entry["error"],
+        "wrong": not entry["error"] <= 2 * eager_error + report.WRONG,  # NaN is wrong too
+        "seconds": timing.to_json(),
     }
 
 

@@ -250,13 +250,21 @@ def problems(found: dict[str, Any], parts: list[str]) -> list[str]:
             lines.append(f"{part}: {content['error'].strip().splitlines()[-1]}")
         for name, error in content.get("failed", {}).items():
             lines.append(f"{part}: {name}: {error.strip().splitlines()[-1][:200]}")
-        lines += [
-            f"{part}: {row['op']} {row['shape']}: WRONG, error {row.get('error')}, eager's "
-            f"{row.get('eager_error')}"
-            for row in content.get("rows", [])
-            if row.get("wrong")
-        ]
+        for row in content.get("rows", []):
+            lines += [f"{part}: {row['op']} {row['shape']}: {what}" for what in _faults(row)]
     return lines
+
+
+def _faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, of the backend that serves and of the other one."""
+    eager = f"eager's {row.get('eager_error')}"
+    found = [f"WRONG, error {row.get('error')}, {eager}"] if row.get("wrong") else []
+    for name, entry in row.get("backends", {}).items():
+        if name != row["backend"] and entry.get("wrong"):
+            found.append(f"WRONG on {name}, error {entry['error']}, {eager}")
+        if "failed" in entry:
+            found.append(f"failed on {name}: {entry['failed']}")
+    return found
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -277,6 +285,8 @@ def summary(found: dict[str, Any]) -> str:
         if content.get("unreached"):
             names_left = ", ".join(content["unreached"])
             lines.append(f"    out of time: {names_left[:300]}")
+    ops = found["parts"].get("ops", {}).get("rows", [])
+    lines += targets.side_by_side(ops)
     lines += [f"growth of {what}: n^{value:.2f}" for what, value in targets.growth(found).items()]
     if any(entry["got"] is not None for entry in found["targets"]):
         lines.append(targets.table(found["targets"]))

@@ -24,7 +24,7 @@ class Target:
     wanted: float
     unit: str = ""
     gpus: tuple[str, ...] = ()  # (): a ratio, which holds anywhere
-    backend: str = ""  # only when this one served
+    backend: str = ""  # this one's figures, where it was measured
 
 
 TARGETS = (
@@ -68,14 +68,29 @@ def value(row: dict[str, Any], metric: str) -> float | None:
     return found.get(baseline) if baseline and found else found
 
 
+def of_backend(row: dict[str, Any], backend: str) -> dict[str, Any] | None:
+    """The row with that backend's figures for the serving one's; None where it was not measured."""
+    entry = row.get("backends", {}).get(backend, {})
+    if "seconds" not in entry:
+        return row if row.get("backend") == backend else None
+    factor = row["seconds"]["ours"]["median"] / entry["seconds"]["median"]
+    times = {name: value * factor for name, value in row["times"].items()}
+    guess = dict(row.get("predicted") or {})
+    if "of_time" in guess:
+        guess["of_time"] *= factor
+    return {**row, **entry, "times": times, "predicted": guess, "backend": backend}
+
+
 def compare(rows: Iterable[dict[str, Any]], gpu: str) -> list[dict[str, Any]]:
     """One entry a target that this run can speak about: got, and the verdict."""
     rows = list(rows)
     found = []
     for target in TARGETS:
         mine = [row for row in rows if row.get("tag") == target.tag]
-        if target.backend and not any(row.get("backend") == target.backend for row in mine):
-            continue
+        if target.backend:
+            mine = [its for row in mine if (its := of_backend(row, target.backend))]
+            if not mine:
+                continue
         values = [v for row in mine if (v := value(row, target.metric)) is not None]
         got = min(values, default=None)
         guesses = [(row.get("predicted") or {}).get("of_time") for row in mine]
@@ -152,3 +167,40 @@ def growth(found: dict[str, Any]) -> dict[str, float]:
     }
     fitted = {what: exponent(points) for what, points in families.items()}
     return {what: value for what, value in fitted.items() if value is not None}
+
+
+# ---- both GPU backends side by side ----
+
+
+def compared(backends: dict[str, dict[str, Any]]) -> str:
+    """A line's end: every other backend beside the one that serves, which comes first."""
+    parts = []
+    served, *others = backends.items()
+    for name, entry in others:
+        if "seconds" in entry:
+            ratio = served[1]["seconds"]["median"] / entry["seconds"]["median"]
+            parts.append(f"{name} {ratio:.2f}x as fast{' WRONG' if entry['wrong'] else ''}")
+        elif "failed" in entry:
+            parts.append(f"{name} FAILED")
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def side_by_side(rows: list[dict[str, Any]]) -> list[str]:
+    """A line an op: how fast the CUDA kernels are beside Triton's, in how many cases."""
+    lines = []
+    for op in dict.fromkeys(row["op"] for row in rows if "cuda" in row.get("backends", {})):
+        mine = [row.get("backends", {}) for row in rows if row["op"] == op]
+        ratios = [
+            b["triton"]["seconds"]["median"] / b["cuda"]["seconds"]["median"]
+            for b in mine
+            if all("seconds" in b.get(name, {}) for name in ("cuda", "triton"))
+        ]
+        speed = f"{min(ratios):.2f} to {max(ratios):.2f}x triton" if ratios else "not compared"
+        entries = [b["cuda"] for b in mine if "cuda" in b]
+        counts = {
+            "WRONG": sum(bool(entry.get("wrong")) for entry in entries),
+            "FAILED": sum("failed" in entry for entry in entries),
+        }
+        bad = "".join(f", {n} {what}" for what, n in counts.items() if n)
+        lines.append(f"cuda {op:<24}{speed} in {len(ratios)} of {len(mine)} cases{bad}")
+    return lines

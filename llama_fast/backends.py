@@ -2,8 +2,8 @@
 
 "cpu" is the compiled extension, "triton" the kernels of kernels/, "cuda" those of csrc/cuda,
 "reference" eager PyTorch. Asking for one that this machine lacks is an error, never a quiet
-substitute. A CUDA kernel becomes a default once a committed report shows it right and fastest on
-that GPU (bench/results); until then Triton serves.
+substitute. On a GPU Triton serves, but for the shapes at which a committed report (bench/results)
+shows the CUDA kernels right and faster on that chip: choices.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import _cpu, cpu, cuda
+from . import _cpu, choices, cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
@@ -130,6 +131,7 @@ def _from_environment() -> dict[str, str]:
 _environment = _from_environment()
 if _isa := os.environ.get("LLAMA_FAST_CPU_ISA"):
     _cpu.set_isa(_isa)
+choices.load()  # a broken file is told now, not at the first call on a GPU
 _override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default=_environment)
 
 
@@ -156,8 +158,8 @@ def _cannot(backend: str, device: str, index: int | None) -> str | None:
         return f"cannot serve tensors on {device}"
     if backend == "triton" and device == "cpu" and not _interpreted():
         return "cannot serve tensors on cpu (TRITON_INTERPRET=1 interprets, slowly)"
-    if backend == "cuda" and device == "cpu" and not cuda.EMULATED:
-        return "cannot serve tensors on cpu"
+    if backend == "cuda" and device != ("cpu" if cuda.EMULATED else "cuda"):
+        return f"cannot serve tensors on {device}{' (emulated)' if cuda.EMULATED else ''}"
     if backend in ("triton", "cuda") and device == "cuda" and index is not None:
         return _no_chip(index)
     return None
@@ -168,31 +170,93 @@ def _default(op: str, device: str, index: int | None) -> Choice:
         return Choice("cpu", f"compiled kernels, {_cpu.isa()}")
     if device != "cuda":
         return Choice("reference", f"no kernels for {device}: eager PyTorch")
+    return _on_gpu(op, index).choice
+
+
+class _Served(NamedTuple):
+    """choice: for the table. A call is served by by_class[its class], or else by otherwise."""
+
+    choice: Choice
+    otherwise: str
+    by_class: Mapping[str, str]
+
+
+@functools.lru_cache
+def _on_gpu(op: str, index: int | None) -> _Served:
+    """index None: no particular GPU."""
     if op in _TORCH_ON_CUDA:
-        return Choice("reference", _TORCH_ON_CUDA[op])
+        return _Served(Choice("reference", _TORCH_ON_CUDA[op]), "reference", {})
     missing = _no_triton() or (_no_chip(index) if index is not None else None)
     if missing:
-        return Choice("reference", f"eager PyTorch: {missing}")
-    return Choice("triton", "Triton kernels, the default on GPUs; not yet measured on hardware")
+        return _Served(Choice("reference", f"eager PyTorch: {missing}"), "reference", {})
+    by_chip = choices.load().by_chip
+    chip = _chip(index) if index is not None else None
+    entries = by_chip.get(chip, {}).get(op, {}) if chip else {}
+    if not entries:
+        others = [sm for sm, by_op in by_chip.items() if op in by_op and sm != chip]
+        where = f"{chip or 'this GPU'} (but on {', '.join(others)})" if others else "hardware"
+        why = f"Triton kernels, the default on GPUs; not yet measured on {where}"
+        return _Served(Choice("triton", why), "triton", {})
+    unbuilt = cuda.missing() or ("cuda is emulated on the CPU" if cuda.EMULATED else None)
+    taken = {name: e.backend for name, e in entries.items() if e.backend == "cuda"}
+    if taken and unbuilt:
+        why = f"Triton kernels: {unbuilt}; {_reasons(entries)}"
+        return _Served(Choice("triton", why), "triton", {})
+    backend = "triton" if not taken else "cuda" if len(taken) == len(entries) else "cuda, triton"
+    return _Served(Choice(backend, _reasons(entries)), "triton", taken)
 
 
-def choose(op: str, device: torch.device) -> str:
-    """The backend that serves op on a device now."""
+def _chip(index: int) -> str | None:
+    """A GPU is known by its instruction set: H100 and H200 share their choices. AMD's numbers would
+    be taken for NVIDIA's."""
+    if torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def _reasons(entries: Mapping[str, choices.Entry]) -> str:
+    """Every measured class with its backend, what decided, and the reports that show it."""
+    parts = []
+    for name, entry in entries.items():
+        other = "triton" if entry.backend == "cuda" else "cuda"
+        speed = f" {entry.times:.2f}x {other}" if entry.times is not None else ""
+        parts.append(f"{entry.backend}{speed} for {name} ({entry.why})")
+    reports = dict.fromkeys(r for entry in entries.values() for r in entry.reports)
+    shown = "; ".join(f"{r.gpu} in bench/results/{r.folder}, commit {r.commit}" for r in reports)
+    rest = ", other shapes: triton" if any(e.backend == "cuda" for e in entries.values()) else ""
+    return f"measured on {shown}: {'; '.join(parts)}{rest}"
+
+
+def choose(op: str, device: torch.device, *arguments: Any) -> str:
+    """The backend that serves op on a device now. arguments: what decides its class of shapes
+    (choices.shape_class), as handed to kernels(); none: shapes that nobody has measured."""
     kind, index = device.type, device.index
     backend = _override.get().get(op)
-    if backend is None:
-        choice = _default(op, kind, index)
-        if choice.backend == "reference" and kind == "cuda" and op not in _TORCH_ON_CUDA:
-            _warn_once(choice.why)
-        return choice.backend
-    if why := _cannot(backend, kind, index):
-        raise ValueError(f"{op}: the {backend} backend {why}")
-    return backend
+    if backend is not None:
+        if why := _cannot(backend, kind, index):
+            raise ValueError(f"{op}: the {backend} backend {why}")
+        return backend
+    if kind != "cuda":
+        return "cpu" if kind == "cpu" else "reference"
+    choice, otherwise, by_class = _on_gpu(op, index)
+    if otherwise == "reference" and op not in _TORCH_ON_CUDA:
+        _warn_once(choice.why)
+    if by_class and arguments:
+        name = choices.shape_class(op, *arguments)
+        return by_class.get(name, otherwise) if name else otherwise
+    return otherwise
 
 
-def kernels(op: str, device: torch.device) -> Any:
-    """The module whose functions launch op's kernels on a device, or None: eager PyTorch."""
-    backend = choose(op, device)
+def kernels(op: str, x: Tensor, *shape: Any) -> Any:
+    """The module whose functions launch op's kernels for x and its like, or None: eager PyTorch.
+
+    shape: what else decides the class of shapes. A call on a CPU pays for none of it.
+    """
+    device = x.device
+    if device.type == "cpu" and op not in _override.get():
+        return cpu
+    backend = choose(op, device, x, *shape)
     if backend == "reference":
         return None
     if backend == "cpu":

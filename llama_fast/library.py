@@ -56,7 +56,7 @@ def _in_range(name: str, t: Tensor, low: int, high: int) -> None:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    on = kernels("rms_norm", x.device)
+    on = kernels("rms_norm", x)
     if on is None:
         return reference.rms_norm(x, weight, eps)
     out = _new(x)
@@ -66,7 +66,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    on = kernels("add_rms_norm", x.device)
+    on = kernels("add_rms_norm", x)
     if on is None:
         return reference.add_rms_norm(x, residual, weight, eps)
     out, residual_out = _new(x), _new(x)
@@ -78,7 +78,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
 def _rms_norm_fp8(
     x: Tensor, weight: Tensor, eps: float, scale_ub: float | None
 ) -> tuple[Tensor, Tensor]:
-    on = kernels("rms_norm_fp8", x.device)
+    on = kernels("rms_norm_fp8", x)
     if on is None:
         q, scale = reference.rms_norm_fp8(x, weight, eps, scale_ub=scale_ub)
         return q, scale
@@ -91,7 +91,7 @@ def _rms_norm_fp8(
 def _add_rms_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale_ub: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    on = kernels("rms_norm_fp8", x.device)
+    on = kernels("rms_norm_fp8", x)
     if on is None:
         q, scale, total = reference.rms_norm_fp8(
             x, weight, eps, residual=residual, scale_ub=scale_ub
@@ -104,7 +104,7 @@ def _add_rms_norm_fp8(
 
 
 def _silu_and_mul(gate_up: Tensor) -> Tensor:
-    on = kernels("silu_and_mul", gate_up.device)
+    on = kernels("silu_and_mul", gate_up)
     if on is None:
         return reference.silu_and_mul(gate_up)
     out = _fake_silu_and_mul(gate_up)
@@ -118,7 +118,7 @@ def _fake_silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 def _silu_and_mul_fp8(gate_up: Tensor, scale_ub: float | None) -> tuple[Tensor, Tensor]:
-    on = kernels("silu_and_mul_fp8", gate_up.device)
+    on = kernels("silu_and_mul_fp8", gate_up)
     if on is None:
         return reference.silu_and_mul_fp8(gate_up, scale_ub=scale_ub)
     q, scale = _fake_silu_and_mul_fp8(gate_up, scale_ub)
@@ -168,7 +168,7 @@ def _apply_rope(
 ) -> tuple[Tensor, Tensor]:
     positions = positions.contiguous()
     _in_range("positions", positions, 0, table.shape[0] - 1)
-    on = kernels("apply_rope", q.device)
+    on = kernels("apply_rope", q)
     if on is None:
         return reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     q_out, k_out = _new(q), _new(k)
@@ -193,7 +193,7 @@ def _apply_rope_and_append(
     positions, slots = positions.contiguous(), slots.contiguous()
     _in_range("positions", positions, 0, table.shape[0] - 1)
     _in_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
-    on = kernels("apply_rope_and_append", q.device)
+    on = kernels("apply_rope_and_append", q)
     if on is None:
         return reference.apply_rope_and_append(
             q,
@@ -269,7 +269,7 @@ def _attention(
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
         _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
-    on = kernels("attention", q.device)
+    on = kernels("attention", q)
     if on is None:
         return reference.attention(
             q,
@@ -326,7 +326,7 @@ def _attention_with_kvcache(
     if block_table is not None and block_table.shape[1] > 1 and block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     _check_cache(cache_seqlens, block_table, k_cache)
-    on = kernels("attention_with_kvcache", q.device)
+    on = kernels("attention_with_kvcache", q, k_cache)
     if on is None:
         return reference.attention_with_kvcache(
             q,
@@ -375,7 +375,7 @@ _register(
 
 
 def _quantize_fp8(x: Tensor, granularity: str, scale_ub: float | None) -> tuple[Tensor, Tensor]:
-    on = kernels("quantize_fp8", x.device)
+    on = kernels("quantize_fp8", x)
     if on is None:
         return reference.quantize_fp8(x, granularity, scale_ub=scale_ub)
     q, scale = _fake_quantize_fp8(x, granularity, scale_ub)
@@ -407,7 +407,7 @@ def _fp8_gemm(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    on = kernels("fp8_gemm", a.device)
+    on = kernels("fp8_gemm", a, scale_b, out_dtype)
     if on is None:
         return reference.fp8_gemm(a, b, scale_a, scale_b, bias=bias, out_dtype=out_dtype)
     out = _fake_fp8_gemm(a, b, scale_a, scale_b, bias, out_dtype)
@@ -433,7 +433,7 @@ def out_features(weight: Tensor) -> int:
 
 def prefers_fp8_activations(weight: Tensor) -> bool:
     """What quantize_activation=None means for fp8_linear on weight's device."""
-    on = kernels("fp8_linear", weight.device)
+    on = kernels("fp8_linear", weight, weight, None)  # a chip's, whatever the shape
     return on is not None and on.prefers_fp8_activations(weight)
 
 
@@ -445,7 +445,7 @@ def _fp8_linear(
     quantize_activation: bool | None,
     scale_ub: float | None,
 ) -> Tensor:
-    on = kernels("fp8_linear", x.device)
+    on = kernels("fp8_linear", x, weight_scale, quantize_activation)
     if on is None:
         return reference.fp8_linear(
             x,
@@ -474,7 +474,7 @@ def _fp8_linear(
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    on = kernels("linear", x.device)
+    on = kernels("linear", x)
     if on is None:
         return reference.linear(x, weight, bias)
     out = x.new_empty((*x.shape[:-1], out_features(weight)))
@@ -484,7 +484,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pack_weight(weight: Tensor) -> Tensor:
-    on = kernels("pack_weight", weight.device)
+    on = kernels("pack_weight", weight)
     if on is None:
         return reference.pack_weight(weight)
     packed = _fake_pack_weight(weight)

@@ -40,6 +40,8 @@ from llama_fast.bench import (
 from llama_fast.bench.__main__ import main
 from llama_fast.bench.files import BROKEN, WRONG, read, write
 
+from .test_gpu_build_and_test import tool
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -445,10 +447,21 @@ def test_verdicts() -> None:
 
 
 def test_absolute_figures_belong_to_their_gpu() -> None:
-    rows = [op("prefill 16384", rate=500.0, backend="cuda"), op("decode batch", rate=2000.0)]
+    cuda = {"seconds": {"median": 2e-3}, "rate": 500.0, "wrong": False}
+    rows = [
+        op("prefill 16384", rate=1000.0, backends={"cuda": cuda}),
+        op("decode batch", rate=2000.0),
+    ]
     on_h100 = verdicts(rows, "NVIDIA H100 80GB HBM3")
     assert on_h100["prefill attention, causal 16k"] == "met"
     assert on_h100["prefill attention, causal 16k, CUDA"] == "missed by 19%"
+    rows[0]["backends"]["cuda"]["wrong"] = True
+    assert verdicts(rows)["prefill attention, causal 16k, CUDA"] == "WRONG"
+    rows[0]["backends"]["cuda"] = {"failed": "hung"}
+    assert "prefill attention, causal 16k, CUDA" not in verdicts(rows)
+    assert verdicts([op("prefill 16384", rate=500.0, backend="cuda")])[
+        "prefill attention, causal 16k, CUDA"
+    ].startswith("missed")
     assert on_h100["decode attention, B32 x 4k"] == "H200's"
     assert verdicts(rows)["decode attention, B32 x 4k"] == "missed by 50%"
 
@@ -520,94 +533,6 @@ def test_no_matplotlib(
     assert "llama_fast[bench]" in capsys.readouterr().err
 
 
-# ---- build and tests ----
-
-
-def tool(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.mark.parametrize(
-    "body, wanted",
-    [
-        ("echo called $@ >>calls", None),
-        ("echo 'no compiler'; exit 4", "cmake ended with 4"),
-        ("sleep 30", "not built within 1 s"),
-    ],
-    ids=["built", "broken", "slow"],
-)
-def test_build(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, wanted: str | None
-) -> None:
-    (tmp_path / "setup.py").touch()
-    tool(tmp_path / "bin", "cmake", body)
-    tool(tmp_path / "bin", "ninja", "")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("CMAKE_CUDA_ARCHITECTURES", "90a")
-    found = build_and_test.build(1.0, tmp_path)
-    assert found.get("error") == wanted and found["complete"] == (wanted is None)
-    if wanted is None:
-        configure, make = (tmp_path / "calls").read_text().splitlines()
-        assert f"-DPython_EXECUTABLE={sys.executable}" in configure and "-G Ninja" in configure
-        assert "-DCMAKE_CUDA_ARCHITECTURES=90a" in configure and "--build" in make
-
-
-def test_build_without_cmake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "setup.py").touch()
-    monkeypatch.setattr(build_and_test, "_tool", lambda name: None)
-    assert build_and_test.build(1.0, tmp_path)["error"] == "cmake is not installed"
-
-
-def test_an_installation_has_nothing_to_build_or_test(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_and_test, "ROOT", tmp_path)
-    assert build_and_test.build(1.0, tmp_path)["complete"]
-    build_and_test.test(tmp_path / "tests.json", 1.0)
-    assert (read(tmp_path / "tests.json") or {})["what"] == "no tests in this installation"
-
-
-TESTS = """
-import time
-import pytest
-
-@pytest.fixture
-def broken():
-    raise OSError("no fixture")
-
-def test_good(): pass
-def test_bad(): assert 1 == 2
-@pytest.mark.skip(reason="one GPU")
-def test_left_out(): pass
-def test_error(broken): pass
-"""
-
-
-def run_tests(tmp_path: Path, text: str, seconds: float) -> dict[str, Any]:
-    (tmp_path / "test_them.py").write_text(text)
-    build_and_test.test(tmp_path / "tests.json", seconds, (str(tmp_path / "test_them.py"),))
-    return read(tmp_path / "tests.json") or {}
-
-
-def test_tests_are_counted_one_by_one(tmp_path: Path) -> None:
-    found = run_tests(tmp_path, TESTS, 100.0)
-    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "error": 1}
-    assert found["complete"] and "error" not in found
-    (bad, error), (skipped,) = sorted(found["failed"].items()), found["skipped"].items()
-    assert bad[0].endswith("::test_bad") and "assert 1 == 2" in bad[1]
-    assert error[0].endswith("::test_error") and "no fixture" in error[1]
-    assert "one GPU" in skipped[1] and len(found["slowest"]) == 4
-
-
-def test_tests_that_do_not_end_are_stopped(tmp_path: Path) -> None:
-    text = "import time, pathlib\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n"
-    found = run_tests(tmp_path, text, 12.0)
-    assert found["counts"].get("passed") == 1 and not found["complete"]
-    assert found["error"].startswith("not done within 12 s")
-
-
 # ---- the cases themselves, in tiny shapes ----
 
 
@@ -662,7 +587,7 @@ def test_every_case_runs(
         label = f"{r['op']} {r['shape']}"
         assert r["rate"] > 0 and r["of_limit"] > 0 and not r["wrong"], label
         assert r["backend"] == "cpu" and r["bytes"] > 0 and r["flops"] > 0, label
-        assert len(r["seconds"]) == len(r["times"]) + 1, label
+        assert len(r["seconds"]) == len(r["times"]) + 1 and list(r["backends"]) == ["cpu"], label
         if r["op"] in ("rms_norm", "add_rms_norm", "apply_rope", "silu_and_mul", "quantize_fp8"):
             assert "torch.compile" in r["times"], label
     assert len(capsys.readouterr().out.splitlines()) == len(specs) + 4
@@ -686,7 +611,7 @@ def test_part_takes_limits_from_the_report(place: gpu_case.Place, tmp_path: Path
     write(tmp_path / "report.json", {"parts": {"limits": stored}})
     if not torch.cuda.is_available():
         _, found = part("ops", tmp_path, "--case", "add_rms_norm")
-        assert [r["limit_rate"] for r in found["rows"]] == [1e21] * 2
+        assert [r["limit_rate"] for r in found["rows"]] == [1e21] * 3
         _, found = part("ops", tmp_path, "--case", "attention packed")
         assert found["rows"][0]["of_limit"] is None  # no such limit
 

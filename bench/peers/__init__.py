@@ -25,6 +25,13 @@ PEERS = {
             {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
             at_least="0.3.36",
         ),
+        Peer(
+            "openvino",
+            "openvino",
+            ("cpu",),
+            "openvino_model",
+            {"openvino": "openvino", "nncf": "nncf"},
+        ),
         Peer("liger-kernel", "liger-kernel", _CUDA, "liger", {"liger_kernel": "liger-kernel"}),
         Peer(
             "flash-attn",
@@ -40,6 +47,7 @@ PEERS = {
             _CUDA,
             "flash_infer",
             {"flashinfer": "flashinfer-python"},
+            install="pip install 'llama_fast[peers-gpu]'",
         ),
         Peer("torchao", "torchao", ("cpu", "cuda"), "ao", {"torchao": "torchao"}),
     )

@@ -29,10 +29,11 @@ class ModelPeer(Protocol):
         """[1, S, vocab] fp32, on the CPU: to state the error as everybody's."""
 
     def prefill(self, tokens: Tensor) -> Run:
-        """Processes the prompt from an empty cache, up to the last token's logits."""
+        """Processes the prompt from an empty cache; each run returns the last token's logits."""
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Decodes `steps` single tokens after context, then rewinds to it: each round alike."""
+        """Decodes `steps` single tokens after context, its last one again and again, then rewinds
+        to the context: each round alike. Returns the last step's logits."""
 
     def weight_bytes(self) -> int:
         """Of the weights that every token passes through; the embedding is only looked up."""
@@ -95,16 +96,15 @@ def no_models(hf_model: Any, config: Any, device: torch.device) -> Iterator[Mode
     return iter(())
 
 
-def refusing(run: Run, *refusals: type[Exception]) -> Run:
+# Raised by what a version, a shape or a chip does not offer.
+REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
+
+
+def refusing(run: Run) -> Run:
     """run, tried once: what it raises becomes Unsupported, with its first line as the reason."""
     try:
         run(0)
-    except refusals or (
-        RuntimeError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-        AssertionError,
-    ) as e:
-        raise Unsupported((str(e).strip() or type(e).__name__).splitlines()[0][:200]) from e
+    except REFUSALS as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise Unsupported(why) from error
     return run

@@ -1,0 +1,109 @@
+"""flashinfer: the elementwise ops, and attention over a prompt and over a paged cache. Written
+against 0.7.2's interface. It compiles its kernels on first use, which the first, untimed run does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .peer import Inputs, Run, Unsupported, no_models, refusing
+
+models = no_models
+PAGE = 16  # tokens: the size of its own benchmarks
+WORKSPACE = 128 << 20  # bytes, what its documentation recommends
+
+
+def _library(t: Tensor) -> Any:
+    if t.device.type != "cuda":
+        raise Unsupported(f"flashinfer runs on cuda only, not on {t.device}")
+    import flashinfer
+
+    return flashinfer
+
+
+def rms_norm(inputs: Inputs) -> dict[str, Run]:
+    x, weight, eps = inputs["x"], inputs["weight"], inputs["eps"]
+    f = _library(x).rmsnorm
+    return {"flashinfer": refusing(lambda _: f(x, weight, eps))}
+
+
+def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
+    """Both operands are overwritten: x by the result, the residual by the sum. On copies, so that
+    the case's own stay; the sums grow from round to round, the work does not change."""
+    x, residual = inputs["x"].clone(), inputs["residual"].clone()
+    weight, eps = inputs["weight"], inputs["eps"]
+    f = _library(x).fused_add_rmsnorm
+    return {"flashinfer, in place": refusing(lambda _: f(x, residual, weight, eps))}
+
+
+def apply_rope(inputs: Inputs) -> dict[str, Run]:
+    q, k, positions, table = (inputs[name] for name in ("q", "k", "positions", "table"))
+    f, head_dim = _library(q).apply_rope_with_cos_sin_cache, q.shape[-1]
+    flat_q, flat_k = q.flatten(1), k.flatten(1)
+    return {
+        "flashinfer": refusing(
+            lambda _: f(positions, flat_q, flat_k, head_dim, table, is_neox=True)
+        )
+    }
+
+
+def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
+    gate_up = inputs["gate_up"]
+    f = _library(gate_up).silu_and_mul
+    return {"flashinfer": refusing(lambda _: f(gate_up))}
+
+
+def attention(inputs: Inputs) -> dict[str, Run]:
+    q, k, v = (inputs[name] for name in "qkv")
+    f = _library(q).single_prefill_with_kv_cache
+    if q.shape[0] != 1:
+        raise Unsupported(f"flashinfer's single_prefill takes one prompt, not {q.shape[0]}")
+    return {"flashinfer": refusing(lambda _: f(q[0], k[0], v[0], causal=True))}
+
+
+def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
+    """The contiguous caches as pages one after the other; planned outside of the time, as a model
+    plans once for all its layers."""
+    q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
+    wrapper_of = _library(q).BatchDecodeWithPagedKVCacheWrapper
+    batch, queries, heads, head_dim = q.shape
+    _, room, kv_heads, _ = ks[0].shape
+    if queries != 1:
+        raise Unsupported(f"flashinfer's decode takes one query a sequence, not {queries}")
+    if room % PAGE:
+        raise Unsupported(f"a cache of {room} tokens does not divide into pages of {PAGE}")
+    lengths = inputs["cache_seqlens"].tolist()
+    if min(lengths) < 1:
+        raise Unsupported("an empty cache: flashinfer's last page holds a token at least")
+    used = [-(-length // PAGE) for length in lengths]
+    indices = torch.cat([torch.arange(n) + b * (room // PAGE) for b, n in enumerate(used)])
+    indptr = torch.tensor([0, *used]).cumsum(0)
+    last = torch.tensor([(length - 1) % PAGE + 1 for length in lengths])
+    plan = [t.to(q.device, torch.int32) for t in (indptr, indices, last)]
+    paged = [
+        tuple(t.view(-1, PAGE, kv_heads, head_dim) for t in kv) for kv in zip(ks, vs, strict=True)
+    ]
+    flat = q[:, 0]
+
+    def over(tensor_cores: bool) -> Run:
+        workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=q.device)
+        wrapper = wrapper_of(workspace, "NHD", use_tensor_cores=tensor_cores)
+        wrapper.plan(
+            *plan, heads, kv_heads, head_dim, PAGE, q_data_type=q.dtype, kv_data_type=ks[0].dtype
+        )
+        return refusing(lambda i: wrapper.run(flat, paged[i % len(paged)]))
+
+    return {"flashinfer": over(False), "flashinfer, tensor cores": over(True)}
+
+
+OPS = {
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "apply_rope": apply_rope,
+    "silu_and_mul": silu_and_mul,
+    "attention": attention,
+    "attention_with_kvcache": attention_with_kvcache,
+}

@@ -1,0 +1,126 @@
+"""A transformers Llama's weights as a GGUF file, which llama.cpp loads.
+
+Rotary embedding there pairs neighbouring dimensions, where transformers pairs each dimension of a
+head's first half with its twin in the second: the rows of the query and key projections move, and
+every dot product of a query with a key stays the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_fast import LlamaConfig
+from llama_fast.rope import inv_freq
+
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """[heads * D, K] with the rows i and i + D/2 of each head next to each other, at 2i, 2i + 1."""
+    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def tensors(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each of the file's tensors under its name there."""
+    config, model = LlamaConfig.from_hf(hf_model.config), hf_model.model
+    yield "token_embd.weight", model.embed_tokens.weight
+    yield "output_norm.weight", model.norm.weight
+    yield "output.weight", hf_model.lm_head.weight
+    if config.rope_scaling is not None:
+        # From the configuration: a model that went through .bfloat16() has rounded frequencies.
+        plain, scaled = (
+            inv_freq(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling)
+        )
+        yield "rope_freqs.weight", plain / scaled  # the frequencies are divided by it
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for i, layer in enumerate(model.layers):
+        for name, path in LAYER.items():
+            weight = layer.get_submodule(path).weight
+            if name in heads:
+                weight = interleaved(weight, heads[name])
+            yield f"blk.{i}.{name}.weight", weight
+
+
+def write(path: Path, hf_model: Any, kind: str) -> int:
+    """Writes path with the matrices in `kind`, "BF16" or "Q8_0", and the vectors in fp32.
+
+    Returns the bytes of the matrices that every token passes through, all but the embedding. No
+    vocabulary is written, only its size: tokens go in and logits come out as numbers. Raises
+    ValueError where rows do not divide into the kind's blocks.
+    """
+    import gguf
+
+    config = LlamaConfig.from_hf(hf_model.config)
+    matrix = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[matrix]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    streamed = 0
+    for name, t in tensors(hf_model):
+        if t.dim() == 1:
+            writer.add_tensor_info(name, t.shape, np.dtype(np.float32), 4 * t.numel())
+            continue
+        if t.shape[1] % block:
+            raise ValueError(f"{name}: rows of {t.shape[1]} do not divide into blocks of {block}")
+        row = t.shape[1] // block * size
+        writer.add_tensor_info(
+            name, (t.shape[0], row), np.dtype(np.uint8), t.shape[0] * row, raw_dtype=matrix
+        )
+        streamed += t.shape[0] * row if name != "token_embd.weight" else 0
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, t in tensors(hf_model):  # one at a time: the file is as large as the model
+        writer.write_tensor_data(_bytes(t.detach().cpu(), matrix))
+    writer.close()
+    return streamed
+
+
+def _bytes(t: Tensor, matrix: Any) -> np.ndarray:
+    if t.dim() == 1:
+        return t.float().numpy()
+    if matrix.name == "Q8_0":
+        return q8_0(t).numpy()
+    return t.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+
+
+def q8_0(t: Tensor) -> Tensor:
+    """[N, K] as Q8_0, uint8 [N, K / 32 * 34]: an fp16 scale, then 32 int8, for each 32 of a row.
+    The same bytes as gguf.quants.quantize, which takes minutes for a model's weights."""
+    blocks = t.float().view(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)
+    rounded = (scaled.abs() + 0.5).floor().copysign(scaled)  # halves away from zero
+    parts = scale.half().view(torch.uint8), rounded.to(torch.int8).view(torch.uint8)
+    return torch.cat(parts, 1).view(t.shape[0], -1)

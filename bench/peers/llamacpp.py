@@ -1,0 +1,164 @@
+"""llama.cpp, through llama-cpp-python's bindings of its C API.
+
+The same weights, written as a GGUF file: in bf16, and in Q8_0, llama.cpp's own 8-bit form (blocks
+of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). Everything else is
+llama.cpp's default: a cache in fp16, flash attention, activations quantised as it sees fit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ggml, gguf_file
+from .peer import ModelPeer, Run, Unsupported
+
+KINDS = {"llama.cpp Q8_0": "Q8_0", "llama.cpp bf16": "BF16"}
+OPS = ggml.OPS
+
+
+def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+    if device.type != "cpu":
+        raise Unsupported(f"llama.cpp is driven on the CPU only, not on {device}")
+    for label, kind in KINDS.items():
+        yield _Model(label, hf_model, kind)
+
+
+class _Model:
+    def __init__(self, label: str, hf_model: Any, kind: str) -> None:
+        self.label = label
+        self._vocab = hf_model.config.vocab_size
+        self._contexts: list[Any] = []
+        self._model = None
+        self._api = api = _api()
+        params = api.llama_model_default_params()
+        # Into memory of its own, as ours: no page of the file has to be mapped while it runs.
+        _set(params, load_mode=api.LLAMA_LOAD_MODE_NONE, n_gpu_layers=0)
+        with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
+            path = Path(folder, "model.gguf")
+            try:
+                self._weight_bytes = gguf_file.write(path, hf_model, kind)
+            except ValueError as why:
+                raise Unsupported(str(why)) from why
+            self._model = api.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise Unsupported(f"llama.cpp does not load this model in {kind}")
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        ids = _ids(tokens)
+        context = self._context(len(ids))
+        every = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
+        batch = self._api.llama_batch_get_one(ids, len(ids))
+        batch.logits = every
+        return self._decode(context, batch, len(ids))[None].clone()
+
+    def prefill(self, tokens: Tensor) -> Run:
+        ids = _ids(tokens)
+        context = self._context(len(ids))
+        memory = self._api.llama_get_memory(context)
+        batch = self._api.llama_batch_get_one(ids, len(ids))  # the last token's logits only
+
+        def run(_: int) -> Tensor:
+            self._api.llama_memory_clear(memory, False)
+            return self._decode(context, batch)
+
+        run.keep = ids  # type: ignore[attr-defined]  # batch points to them
+        return run
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        ids = _ids(context)
+        handle = self._context(len(ids) + steps, batch=len(ids))
+        memory = self._api.llama_get_memory(handle)
+        self._decode(handle, self._api.llama_batch_get_one(ids, len(ids)))
+        last = (ctypes.c_int32 * 1)(ids[-1])
+        batch = self._api.llama_batch_get_one(last, 1)
+
+        def run(_: int) -> Tensor:
+            for _ in range(steps):
+                logits = self._decode(handle, batch)
+            if not self._api.llama_memory_seq_rm(memory, 0, len(ids), -1):
+                raise RuntimeError("llama.cpp did not rewind its cache")
+            return logits
+
+        run.keep = last  # type: ignore[attr-defined]
+        return run
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def close(self) -> None:
+        while self._contexts:
+            self._api.llama_free(self._contexts.pop())
+        if self._model:
+            self._api.llama_model_free(self._model)
+        self._model = None
+
+    def _context(self, length: int, batch: int | None = None) -> Any:
+        """A cache for `length` tokens, whose prompt is processed in one piece."""
+        api, threads = self._api, torch.get_num_threads()
+        params = api.llama_context_default_params()
+        _set(
+            params,
+            n_ctx=length,
+            n_batch=batch or length,
+            n_ubatch=batch or length,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn_type=api.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+            no_perf=True,
+        )
+        context = api.llama_init_from_model(self._model, params)
+        if not context:
+            raise Unsupported(f"llama.cpp makes no context of {length} tokens")
+        self._contexts.append(context)
+        return context
+
+    def _decode(self, context: Any, batch: Any, rows: int = 1) -> Tensor:
+        """The logits [rows, vocab] in the library's own memory, until the next call."""
+        failed = self._api.llama_decode(context, batch)
+        if failed:
+            raise RuntimeError(f"llama_decode: {failed}")
+        found = self._api.llama_get_logits(context)  # waits for them
+        return torch.from_numpy(np.ctypeslib.as_array(found, shape=(rows, self._vocab)))
+
+
+def _ids(tokens: Tensor) -> Any:
+    (row,) = tokens.tolist()
+    return (ctypes.c_int32 * len(row))(*row)
+
+
+def _set(params: Any, **values: Any) -> None:
+    """A ctypes structure takes any attribute: one that this version has not would go unheeded."""
+    names = {name for name, *_ in params._fields_}
+    for name, value in values.items():
+        if name not in names:
+            raise Unsupported(f"this version of llama-cpp-python has no {name}")
+        setattr(params, name, value)
+
+
+_log: Any = None
+
+
+def _api() -> Any:
+    """The bindings, with the library's log cut down to its errors."""
+    global _log
+    import llama_cpp
+
+    if _log is None:
+        error = 4  # ggml_log_level
+
+        def log(level: int, text: bytes, _: Any) -> None:
+            if level == error:
+                print(text.decode(errors="replace"), end="")
+
+        _log = llama_cpp.llama_log_callback(log)
+        llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+    return llama_cpp

@@ -1,0 +1,220 @@
+"""OpenVINO on the CPU: hf_model's weights in a plain forward pass, traced, with its cache inside.
+
+bf16, and int8 weights by NNCF (symmetric, one scale a row). Its converter does not take
+transformers' own forward pass with a cache; `_Forward` computes the same, in the patterns that
+OpenVINO fuses: the cache gathered by a beam index, then joined with the new rows, then attention.
+Everything else is OpenVINO's default for its latency mode, a cache in u8 among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_fast import LlamaConfig
+from llama_fast.rope import inv_freq
+
+from .peer import Inputs, ModelPeer, Run, Unsupported
+
+OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
+
+
+def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+    if device.type != "cpu":
+        raise Unsupported(f"OpenVINO is driven on the CPU only, not on {device}")
+    for int8 in (True, False):
+        yield _Model(hf_model, int8)
+
+
+class _Model:
+    def __init__(self, hf_model: Any, int8: bool) -> None:
+        import nncf
+        import openvino
+
+        self.label = f"openvino {'int8' if int8 else 'bf16'}"
+        rows, size = _linears(hf_model)
+        self._weight_bytes = size + 2 * rows if int8 else 2 * size  # a scale is fp16
+        model = _convert(hf_model)
+        if int8:
+            nncf.set_log_level("ERROR")
+            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+        options = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": "bf16",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._compiled: Any = openvino.Core().compile_model(model, "CPU", options)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        return _step(self._compiled.create_infer_request(), tokens, 0, np.arange(length)).clone()
+
+    def prefill(self, tokens: Tensor) -> Run:
+        request = self._compiled.create_infer_request()
+        last = np.array([tokens.shape[1] - 1])
+
+        def run(_: int) -> Tensor:
+            request.reset_state()
+            return _step(request, tokens, 0, last)[:, -1]
+
+        return run
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        """Rewinding writes the cache anew from a copy; it is timed along with the steps."""
+        import openvino
+
+        request = self._compiled.create_infer_request()
+        length, token, last = context.shape[1], context[:, -1:], np.array([0])
+        _step(request, context, 0, last)
+        states = request.query_state()
+        kept = []
+        for state in states:  # not through numpy, which would take bf16 for fp16
+            kept.append(openvino.Tensor(state.state.element_type, state.state.shape))
+            state.state.copy_to(kept[-1])
+
+        def run(_: int) -> Tensor:
+            for i in range(steps):
+                logits = _step(request, token, length + i, last)
+            for state, tensor in zip(states, kept, strict=True):
+                state.state = tensor
+            return logits[:, -1]
+
+        return run
+
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def close(self) -> None:
+        self._compiled = None
+
+
+def _step(request: Any, tokens: Tensor, start: int, rows: np.ndarray) -> Tensor:
+    """The logits [1, len(rows), vocab] of those rows of tokens, in the request's own memory."""
+    positions = np.arange(start, start + tokens.shape[1])
+    request.infer([tokens.numpy(), positions, rows, np.zeros(1, np.int32)])
+    return torch.from_numpy(request.get_output_tensor(0).data)
+
+
+def _linears(hf_model: Any) -> tuple[int, int]:
+    """The rows and the elements of all linear layers."""
+    weights = [m.weight for m in hf_model.modules() if isinstance(m, nn.Linear)]
+    return sum(w.shape[0] for w in weights), sum(w.numel() for w in weights)
+
+
+class _Forward(nn.Module):
+    """Llama's forward pass with the cache as arguments: for each layer k and v [1, Hkv, P, D]."""
+
+    def __init__(self, hf_model: Any) -> None:
+        super().__init__()
+        self.config = LlamaConfig.from_hf(hf_model.config)
+        self.model, self.head = hf_model.model, hf_model.lm_head
+        c = self.config
+        frequencies = inv_freq(c.rope_theta, c.head_dim, c.rope_scaling)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, rows: Tensor, beam: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """ids [1, S], positions [S], rows: whose logits are wanted, beam [1]: zero. Returns the
+        logits in fp32 (numpy has no bf16) and the caches, S tokens longer."""
+        x = self.model.embed_tokens(ids)
+        angles = positions.float()[:, None] * self.frequencies[None]
+        angles = torch.cat((angles, angles), -1)[None, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        before = past[0].shape[2]
+        query = torch.arange(ids.shape[1])[:, None] + before
+        key = torch.arange(ids.shape[1] + before)[None]
+        lowest = torch.finfo(x.dtype).min
+        mask = torch.where(key <= query, 0.0, lowest).to(x.dtype)[None, None]
+        caches: list[Tensor] = []
+        for i, layer in enumerate(self.model.layers):
+            normed = self._norm(x, layer.input_layernorm.weight)
+            attended, *grown = self._attend(
+                layer.self_attn, normed, cos, sin, mask, beam, past[2 * i], past[2 * i + 1]
+            )
+            caches += grown
+            x = x + attended
+            normed, mlp = self._norm(x, layer.post_attention_layernorm.weight), layer.mlp
+            x = x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+        x = self._norm(x.index_select(1, rows), self.model.norm.weight)
+        return (self.head(x).float(), *caches)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        mean = wide.pow(2).mean(-1, keepdim=True)
+        return (wide * torch.rsqrt(mean + self.config.rms_norm_eps)).to(x.dtype) * weight
+
+    def _attend(
+        self,
+        layer: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        beam: Tensor,
+        k_past: Tensor,
+        v_past: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        c, length = self.config, x.shape[1]
+        q, k, v = (
+            project(x).view(1, length, -1, c.head_dim).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        q, k = (t * cos + _turned(t) * sin for t in (q, k))
+        k = torch.cat((k_past.index_select(0, beam), k), 2)
+        v = torch.cat((v_past.index_select(0, beam), v), 2)
+        group = c.num_attention_heads // c.num_key_value_heads
+        wide = (1, c.num_key_value_heads, group, k.shape[2], c.head_dim)
+        all_heads = (1, c.num_attention_heads, k.shape[2], c.head_dim)
+        out = F.scaled_dot_product_attention(
+            q, *(t[:, :, None].expand(wide).reshape(all_heads) for t in (k, v)), attn_mask=mask
+        )
+        return layer.o_proj(out.transpose(1, 2).reshape(1, length, -1)), k, v
+
+
+def _turned(t: Tensor) -> Tensor:
+    a, b = t.chunk(2, -1)
+    return torch.cat((-b, a), -1)
+
+
+def _convert(hf_model: Any) -> Any:
+    """An openvino.Model whose caches are its state, empty at first."""
+    import openvino
+    from openvino import opset13
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    module = _Forward(hf_model).eval()
+    c = module.config
+    cache = torch.zeros(1, c.num_key_value_heads, 3, c.head_dim, dtype=hf_model.dtype)
+    example = (
+        torch.zeros(1, 2, dtype=torch.int64),
+        torch.arange(2),
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int32),
+        *[cache] * (2 * c.num_hidden_layers),
+    )
+    with torch.inference_mode():
+        model = openvino.convert_model(module, example_input=example)
+    caches = [1, c.num_key_value_heads, -1, c.head_dim]
+    shapes = [[1, -1], [-1], [-1], [1], *[caches] * (2 * c.num_hidden_layers)]
+    for port, shape in zip(model.inputs, shapes, strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape(shape))
+    pairs = {}
+    for i, (port, out) in enumerate(zip(model.inputs[4:], model.outputs[1:], strict=True)):
+        port.get_tensor().set_names({f"past.{i}"})
+        out.get_tensor().set_names({f"present.{i}"})
+        pairs[f"past.{i}"] = f"present.{i}"
+    model.validate_nodes_and_infer_types()
+    apply_make_stateful_transformation(model, pairs)
+    empty = np.array([1, c.num_key_value_heads, 0, c.head_dim], dtype=np.int64)
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":  # it asks for a value to start from
+            zero = opset13.constant(0.0, dtype=node.get_output_element_type(0))
+            node.set_arguments([opset13.broadcast(zero, opset13.constant(empty))])
+    model.validate_nodes_and_infer_types()
+    return model

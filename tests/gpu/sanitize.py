@@ -1,0 +1,282 @@
+"""compute-sanitizer over tests/gpu's small cases: python -m tests.gpu.sanitize, from the checkout.
+
+Needs a GPU, compute-sanitizer (CUDA's toolkit has it) and, for the cuda backend, a built extension.
+The cases are those marked `sanitize`: the smallest of each op and of each kernel's path. A run is
+one tool on one backend; it passes when the tool saw nothing, its summary says so, pytest passed and
+at least one case ran: a tool that reports no errors may have outlived the tests that crashed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BACKENDS = ("triton", "cuda")
+FOUND = 66  # the tool's exit code where it found something, which pytest never has
+SECONDS = 280.0  # a run's limit: two fit a command of ten minutes
+SUMMARY = re.compile(r"^=+ ERROR SUMMARY: (\d+) errors?", re.MULTILINE)
+RACES = re.compile(
+    r"^=+ RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)",
+    re.MULTILINE,
+)
+VERSION = re.compile(r"Version (\d+)\.(\d+)")
+OPTIONS = {
+    # PyTorch asks CUDA for what may be absent, and handles the answer: no errors of a kernel.
+    "memcheck": ("--report-api-errors", "no"),
+    "racecheck": ("--racecheck-report", "all"),
+    "initcheck": (),
+    "synccheck": (),
+}
+
+
+class Doubt(NamedTuple):
+    """What a tool's release notes say it gets wrong before a version, on sm_90 and later. Errors
+    count all the same: the note only says which version to ask again."""
+
+    tool: str
+    before: tuple[int, int]
+    what: str
+
+
+DOUBTS = (
+    Doubt("memcheck", (2026, 2), "does not check TMA loads"),
+    Doubt("racecheck", (2026, 1), "reports races between warpgroups that are synchronised"),
+    Doubt("racecheck", (2026, 3), "may report races where an mbarrier counts a TMA load's bytes"),
+    Doubt("initcheck", (2026, 1), "takes what TMA stores wrote for uninitialised"),
+    Doubt("synccheck", (2025, 2), "mistakes arrivals at barriers that count bytes"),
+)
+
+
+class Excluded(NamedTuple):
+    """A kernel that a tool does not look at, by a part of its name, and why not."""
+
+    tool: str
+    kernel: str
+    why: str
+
+
+# Empty until a run on a GPU shows a false alarm; nothing of ours belongs here.
+EXCLUDED: tuple[Excluded, ...] = ()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m tests.gpu.sanitize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--tool", action="append", choices=TOOLS, help="repeatable; default: all")
+    p.add_argument("--backend", action="append", choices=BACKENDS, help="repeatable; default: both")
+    p.add_argument("-k", default="", metavar="EXPR", help="pytest's, to split what takes too long")
+    p.add_argument(
+        "--seconds", type=float, default=SECONDS, help="of each run, default %(default)g"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    p.add_argument("--logs", type=Path, metavar="DIR", help="keep each run's whole output there")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: nothing found. 1: something was, or a run did not end. 2: it cannot run here."""
+    args = parser().parse_args(argv)
+    sanitizer = find()
+    if sanitizer is None:
+        return _refuse(
+            "compute-sanitizer was not found on PATH, in $CUDA_HOME/bin or beside nvcc: install "
+            "CUDA's toolkit (package cuda-sanitizer), or set CUDA_HOME"
+        )
+    if not _has_gpu():
+        return _refuse("torch sees no GPU here")
+    version = _version(sanitizer)
+    print(f"{sanitizer}, version {'.'.join(map(str, version)) if version else 'unknown'}")
+    results = []
+    for backend in args.backend or BACKENDS:
+        if backend == "cuda" and not any((ROOT / "llama_fast").glob("_cuda.*so")):
+            print("cuda      not run: llama_fast._cuda was not built", flush=True)
+            results.append({"backend": backend, "tool": None, "passed": bool(not args.backend)})
+            continue
+        for tool in args.tool or TOOLS:
+            results.append(run(sanitizer, version, tool, backend, args))
+            print(line(results[-1]), flush=True)
+            if args.json:  # after each: what a longer command's limit cuts off is not lost
+                args.json.write_text(json.dumps({"runs": results}, indent=1) + "\n")
+    return 0 if all(result["passed"] for result in results) else 1
+
+
+def _refuse(message: str) -> int:
+    print(f"sanitize: {message}", file=sys.stderr)
+    return 2
+
+
+def find() -> str | None:
+    folders = [Path(os.environ[n]) / "bin" for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        folders.append(Path(nvcc).resolve().parent)
+    folders.append(Path("/usr/local/cuda/bin"))
+    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _version(sanitizer: str) -> tuple[int, int] | None:
+    out = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout
+    found = VERSION.search(out)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def command(sanitizer: str, tool: str, k: str) -> list[str]:
+    excluded = [f"kernel_substring={e.kernel}" for e in EXCLUDED if e.tool == tool]
+    return [
+        *(sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"),
+        *OPTIONS[tool],
+        *(option for name in excluded for option in ("--kernel-name-exclude", name)),
+        *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "0"),
+        *("-p", "bench.pytest_results", "-m", "sanitize", "tests/gpu"),
+        *(("-k", k) if k else ()),
+    ]
+
+
+def run(
+    sanitizer: str,
+    version: tuple[int, int] | None,
+    tool: str,
+    backend: str,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """One tool on one backend: what was found, and whether that passes."""
+    print(f"{backend:<8}{tool:<10} ...", flush=True)
+    with tempfile.TemporaryDirectory(prefix="llama_fast-sanitize-") as folder:
+        results, log = Path(folder) / "results.jsonl", Path(folder) / "output"
+        environment = {
+            **os.environ,
+            "LLAMA_FAST_TEST_BACKEND": backend,
+            "LLAMA_FAST_RESULTS": str(results),
+            "PYTHONUNBUFFERED": "1",
+            # A cached block is larger than its tensor, and hides a read past the end; segments that
+            # grow are taken for writes out of bounds.
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
+        }
+        began = time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command(sanitizer, tool, args.k),
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            code = _wait(process, results, began + args.seconds)
+        seconds = time.monotonic() - began
+        text = log.read_text(errors="replace")
+        lines = results.read_text().splitlines() if results.exists() else []
+    if args.logs:
+        args.logs.mkdir(parents=True, exist_ok=True)
+        (args.logs / f"{backend}-{tool}.log").write_text(text)
+    cases = Counter(json.loads(row)["outcome"] for row in lines)
+    found = judge(tool, text, code, cases, args.seconds)
+    notes = doubts(tool, version) if found["errors"] else []
+    if not found["passed"]:
+        print("\n".join(_excerpt(text)), flush=True)
+    return {
+        "backend": backend,
+        "tool": tool,
+        **found,
+        "cases": dict(cases),
+        "seconds": round(seconds, 1),
+        "notes": notes,
+        "excluded": [e._asdict() for e in EXCLUDED if e.tool == tool],
+    }
+
+
+def _wait(process: subprocess.Popen[bytes], results: Path, end: float) -> int | None:
+    """The exit code; None when the time was over: all of its processes are ended."""
+    told = time.monotonic()
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+            if time.monotonic() - told > 30:
+                told = time.monotonic()
+                done = len(results.read_text().splitlines()) if results.exists() else 0
+                print(f"         {done} cases so far", flush=True)
+    finally:
+        code = process.poll()
+        if code is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code
+
+
+def judge(
+    tool: str, text: str, code: int | None, cases: Counter[str], limit: float
+) -> dict[str, Any]:
+    """errors: the tool's count, warnings of races included; None without its summary. passed, and
+    why not."""
+    pattern = RACES if tool == "racecheck" else SUMMARY
+    counts = [int(found[1]) for found in pattern.finditer(text)]  # one for each process
+    errors = sum(counts) if counts else None
+    why = []
+    if code is None:
+        why.append(f"not done within {limit:.0f} s; split it with -k")
+    elif code not in (0, FOUND):
+        why.append(f"ended with {code}")
+    if errors is None:
+        why.append(f"no summary of {tool}")
+    elif errors or code == FOUND:
+        why.append(f"{errors} {'hazards' if tool == 'racecheck' else 'errors'}")
+    bad = cases["failed"] + cases["error"]
+    if bad:
+        why.append(f"{bad} cases failed")
+    elif not cases["passed"]:
+        why.append("no case ran")
+    return {"errors": errors, "passed": not why, "why": "; ".join(why)}
+
+
+def doubts(tool: str, version: tuple[int, int] | None) -> list[str]:
+    return [
+        f"on sm_90 and later, {tool} before {d.before[0]}.{d.before[1]} {d.what}"
+        for d in DOUBTS
+        if d.tool == tool and (version is None or version < d.before)
+    ]
+
+
+def _excerpt(text: str) -> list[str]:
+    """The first report of the tool, and the end."""
+    lines = text.splitlines()
+    reports = [row for row in lines if row.startswith("=========")]
+    return [*reports[:25], "...", *lines[-8:]]
+
+
+def line(result: dict[str, Any]) -> str:
+    cases = sum(n for outcome, n in result["cases"].items() if outcome != "skipped")
+    state = "passed" if result["passed"] else f"FAILED: {result['why']}"
+    notes = "".join(f"\n         note: {note}" for note in result["notes"])
+    errors = "?" if result["errors"] is None else result["errors"]
+    return (
+        f"{result['backend']:<8}{result['tool']:<10}{errors:>5} errors {cases:>4} cases "
+        f"{result['seconds']:>6.0f} s  {state}{notes}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
