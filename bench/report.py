@@ -14,7 +14,7 @@ import torch
 import llama_fast as lf
 from llama_fast import _cpu
 
-from .cases import Case
+from .case import Case
 from .files import write
 from .timing import Timing, figures
 

@@ -58,8 +58,10 @@ def test_too_few_points_are_no_curve(points: list[tuple[float, float]]) -> None:
         (lambda n: 1024 * n + n**2 / 64, False),  # a bit for every eight scores
         (lambda n: 1024 * n**1.2, False),
         (lambda n: 1024 * n * (2 if n > 65536 else 1), False),  # the far end alone
+        (lambda n: 1024 * n * (1.6 if n > 8192 else 1), False),  # linear wherever it is fitted
+        (lambda n: 1024 * n * max(1, n / 16384) ** 0.15, False),  # 1.4 times as much a token
     ],
-    ids=["linear", "with a constant", "a little quadratic", "n^1.2", "a jump"],
+    ids=["linear", "with a constant", "a little quadratic", "n^1.2", "a jump", "a step", "late"],
 )
 def test_linear_memory(cost: Callable[[float], float], linear: bool) -> None:
     found = linear_memory([(n, cost(n)) for n in SIZES])
