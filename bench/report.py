@@ -14,11 +14,11 @@ import torch
 import llama_fast as lf
 from llama_fast import _cpu
 
-from .cases import Case
+from .case import Case
 from .files import write
 from .timing import Timing, figures
 
-__all__ = ["environment", "insert", "line", "markdown", "row", "summary", "write"]
+__all__ = ["environment", "insert", "line", "row", "summary", "write"]
 
 # Beyond twice eager's error: an ulp of bf16, for where eager happens to be exact.
 WRONG = 2.0**-7
@@ -208,39 +208,18 @@ def _misses(r: dict[str, Any]) -> str:
     )
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The README's table: every op and the forward pass, from a run's JSON."""
-    env = results["environment"]
-    lines = [
-        f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}; "
-        f"commit {env['commit']}.",
-        "",
-        "| op | shape | ours | rate | of the limit | times faster than |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in results["ops"]:
-        against = ", ".join(f"{name} {value:.1f}x" for name, value in r["times"].items())
-        lines.append(
-            f"| {r['op']} | {r['shape']} | {r['seconds']['ours']['median'] * 1e3:.2f} ms "
-            f"| {r['rate']:.3g} {r['unit']} | {r['of_limit']:.0%} of {r['limit']} | {against} |"
-        )
-    end_to_end = results.get("end_to_end")
-    if end_to_end:
-        lines += ["", f"{end_to_end['what']}:", "", "| | weights | tokens/s | transformers | |"]
-        lines.append("|---|---|---|---|---|")
-        for r in end_to_end["rows"]:
-            lines.append(
-                f"| {r['op']} | {r['shape']} | {r['tokens_per_s']:.1f} "
-                f"| {r['transformers_tokens_per_s']:.1f} | {r['times']['transformers']:.2f}x |"
-            )
-    return "\n".join(lines)
-
-
 def insert(readme: Path, table: str, name: str = "bench") -> None:
     """Puts the table between the file's markers of that name."""
-    text = readme.read_text()
+    try:
+        readme.write_text(inserted(readme.read_text(), table, name))
+    except ValueError as error:
+        raise ValueError(f"{readme}: {error}") from None
+
+
+def inserted(text: str, table: str, name: str = "bench") -> str:
+    """text with the table between its markers. Raises ValueError where it has none."""
     head, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
     _, end, tail = rest.partition(f"<!-- {name}:end -->")
     if not begin or not end:
-        raise ValueError(f"{readme}: no <!-- {name}:begin --> and <!-- {name}:end -->")
-    readme.write_text(head + begin + table + "\n" + end + tail)
+        raise ValueError(f"no <!-- {name}:begin --> and <!-- {name}:end -->")
+    return head + begin + table + "\n" + end + tail

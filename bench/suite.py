@@ -370,4 +370,5 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
         except ImportError as error:
             print(f"no plot: {error}; pip install 'llama_fast[bench]'", file=sys.stderr)
     print("written: " + "  ".join(str(path) for path in written))
-    return WRONG if any(r["wrong"] for r in results["ops"]) and status == RAN else status
+    wrong = any(r["wrong"] for r in results["ops"]) or results.get("scaling", {}).get("wrong")
+    return WRONG if wrong and status == RAN else status

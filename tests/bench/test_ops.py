@@ -1,0 +1,79 @@
+"""Every op of the suite as a pytest-benchmark, to be tracked over commits.
+
+    pytest tests/bench --benchmark-only --bench-model 8b --benchmark-autosave
+    pytest tests/bench --benchmark-only --bench-model 8b --benchmark-compare
+
+Without --bench-model each case runs at tiny shapes, and only its error is looked at. Ours alone is
+timed; extra_info says how it stands to the limit, measured in the same rounds, which is what can be
+compared between machines. `python -m bench` measures ours beside everybody else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from llama_fast.bench import cases, gpu_timing, timing
+from llama_fast.bench.case import Case, Plan, free_memory, relative_error
+from llama_fast.bench.linear_cases import kept
+from llama_fast.bench.report import WRONG
+
+from .conftest import spec
+
+pytest.importorskip("pytest_benchmark")
+SECONDS = 0.5  # of rounds beside the limit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def weights_are_let_go() -> Iterator[None]:
+    yield
+    kept.fresh()
+
+
+def errors(case: Case) -> tuple[float, float]:
+    """Of ours and of PyTorch's, against fp64."""
+    exact = case.exact()
+    eager = case.baselines.get("eager") or next(iter(case.baselines.values()))
+    ours, theirs = (relative_error(case.value(run(0)), exact) for run in (case.ours, eager))
+    return ours, theirs
+
+
+def of_limit(case: Case, seconds: float) -> tuple[float, float]:
+    """Work a second of ours, and the same over the limit's."""
+    runs = {"ours": case.ours, "limit": case.limit}
+    if case.device.type == "cuda":
+        found = gpu_timing.measure(runs, seconds, copies=8)
+    else:
+        found = timing.measure(runs, seconds)
+    rate = case.work / found["ours"].median
+    return rate, rate / (case.limit_work / found["limit"].median)
+
+
+def test_op(plan: Plan, benchmark: Any, timed: bool, pytestconfig: pytest.Config) -> None:
+    where = spec(pytestconfig)
+    if plan.memory > free_memory(where.device):
+        pytest.skip(f"needs about {plan.memory / 2**30:.1f} GiB of memory")
+    with torch.inference_mode():
+        case = cases.on(where, plan.make())
+        error, eager_error = errors(case)
+        assert error <= 2 * eager_error + WRONG  # false for NaN too
+        rate, share = of_limit(case, SECONDS if timed else 0.0)
+        benchmark.group = plan.op
+        benchmark.extra_info.update(
+            shape=plan.shape,
+            rate=rate / (1e9 if case.unit == "GB/s" else 1e12),
+            unit=case.unit,
+            of_limit=share,
+            limit=case.limit_name,
+            error=error,
+            eager_error=eager_error,
+        )
+        rounds = itertools.count()  # rotates the buffers
+        run = gpu_timing.waited(lambda: case.ours(next(rounds)), where.device)
+        if not timed:
+            benchmark.disabled = True  # runs once, and no table is printed
+        benchmark(run, 0)
