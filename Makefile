@@ -52,7 +52,8 @@ test: $(READY)
 ifeq ($(PYTEST),)
 	@status=0; set -x; \
 	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile $(SIDE_BY_SIDE) || status=1; \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile \
+	    tests/gpu tests/static tests/cuda_emulator/test_emulator.py || status=1; \
 	$(MAKE) --no-print-directory emulate || status=1; \
 	exit $$status
 else

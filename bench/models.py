@@ -62,6 +62,7 @@ class Ours:
 
     def __init__(self, label: str, model: lf.Llama) -> None:
         self.label, self.model = label, model
+        self._caches: dict[tuple[int, ...], KVCache] = {}
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
@@ -91,18 +92,28 @@ class Ours:
         return run
 
     def _cache(self, context: Tensor, room: int) -> KVCache:
-        model = self.model
-        cache = KVCache(
-            model.config, context.shape[1] + room, 1, dtype=model.dtype, device=model.device
-        )
-        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
-            model.hidden(part, cache=cache)
+        """Holds the context, which takes minutes when it is long: the jobs after it share one.
+        Each of their rounds begins by truncating it to the context."""
+        model, key = self.model, tuple(context.flatten().tolist())
+        cache = self._caches.get(key)
+        if cache is None or cache.block_table.shape[1] * cache.block_size < len(key) + room:
+            cache = KVCache(
+                model.config,
+                len(key) + max(room, CHUNK),
+                1,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            for part in context.split(CHUNK, dim=1) if key else ():
+                model.hidden(part, cache=cache)
+            self._caches[key] = cache
         return cache
 
     def weight_bytes(self) -> int:
         return self.model.weights.embedding.nbytes + sum(w.nbytes for w in linears(self.model))
 
     def close(self) -> None:
+        self._caches.clear()
         del self.model
 
 
@@ -112,6 +123,7 @@ class Transformers:
     def __init__(self, model: Any, attention: str = "sdpa") -> None:
         self.label = "transformers" if attention == "sdpa" else f"transformers {attention}"
         self.model, self.attention = model, attention
+        self._contexts: dict[tuple[int, ...], Any] = {}
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self._call(tokens, use_cache=False).logits.float()
@@ -140,12 +152,15 @@ class Transformers:
         return run
 
     def _past(self, context: Tensor) -> Any:
+        """As Ours._cache."""
         from transformers import DynamicCache
 
-        past = DynamicCache(config=self.model.config)
-        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
-            self._call(part, use_cache=True, past_key_values=past, logits_to_keep=1)
-        return past
+        key = tuple(context.flatten().tolist())
+        if key not in self._contexts:
+            past = self._contexts[key] = DynamicCache(config=self.model.config)
+            for part in context.split(CHUNK, dim=1) if key else ():
+                self._call(part, use_cache=True, past_key_values=past, logits_to_keep=1)
+        return self._contexts[key]
 
     def _call(self, tokens: Tensor, **options: Any) -> Any:
         self.model.config._attn_implementation = self.attention
@@ -155,6 +170,7 @@ class Transformers:
         return sum(p.nbytes for p in self.model.parameters())
 
     def close(self) -> None:
+        self._contexts.clear()
         del self.model
 
 
