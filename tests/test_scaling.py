@@ -18,7 +18,7 @@ from llama_fast.bench.fit import fit, linear_memory
 
 CPU = torch.device("cpu")
 SIZES = [2**i for i in range(7, 18)]  # 128 to 131,072
-TINY = scaling.Level(tokens=4096, context=2048, batch=4, prompt=512, ours=60.0, others=0.3)
+TINY = scaling.Level(tokens=4096, context=1024, batch=4, prompt=512, ours=60.0, others=0.05)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 1.5])
@@ -144,9 +144,11 @@ def test_quadratic_memory_is_noticed(narrow: None, monkeypatch: pytest.MonkeyPat
     assert line == "prefill attention: memory is not linear to 4096 tokens"
 
 
-def test_wrong_result_is_noticed(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = reference.attention
-    monkeypatch.setattr(lf, "attention", lambda q, k, v: right(q, k, v, causal=False)[:, :1024])
+@pytest.mark.parametrize("factor", [1.05, float("nan")], ids=["five percent off", "NaN"])
+def test_wrong_result_is_noticed(
+    narrow: None, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lf, "attention", lambda q, k, v: reference.attention(q, k, v) * factor)
     monkeypatch.setitem(scaling.LEVELS, "quick", replace(TINY, tokens=512))
     monkeypatch.setattr(scaling, "FIRST_TOKENS", 256)
     lines = only_attention(monkeypatch)["wrong"]
