@@ -71,8 +71,9 @@ def test_linear_memory(cost: Callable[[float], float], linear: bool) -> None:
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough for a test: narrow layers, short curves, few rounds."""
+def narrow(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small enough for a test: narrow layers, short curves, few rounds, one thread."""
+    torch.set_num_threads(1)
     config = replace(
         models.shape(layers=1, vocab=256),
         hidden_size=128,
