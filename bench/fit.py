@@ -15,6 +15,7 @@ LEAST = 3  # points; two always lie on a line
 # Of memory that counts as linear in the tokens:
 EXPONENT = 1.1  # at most
 PER_TOKEN = 1.5  # times as many bytes a token at the far end as at FROM, at most
+FLOOR = 1 << 20  # bytes: what is less counts as this much, pages and buffers come and go
 FROM = 4096  # tokens: what a call needs anyway (a thread's buffers) no longer shows
 
 
@@ -62,7 +63,7 @@ def linear_memory(points: Points) -> dict[str, Any] | None:
     times as many bytes at the far end as at FROM tokens (or the middle size of a shorter curve).
     None where there are too few points to say.
     """
-    known = sorted(points)
+    known = sorted((size, max(cost, FLOOR)) for size, cost in points)
     fitted = fit(known)
     if fitted is None:
         return None
