@@ -76,17 +76,25 @@ class Point:
     steps: int = 1  # a run's: what is told is the time of one
 
 
-def run(device: torch.device, level: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """Every curve, fitted; "wrong": what must not be, in words, empty where all is well."""
+def run(
+    device: torch.device,
+    level: str,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
+    """Every curve, fitted; "wrong": what must not be, in words, empty where all is well. keep is
+    handed what there is after each curve."""
     sizes = LEVELS[level]
-    found: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"curves": [], "wrong": []}
     with torch.inference_mode():
         for curve, points in _curves(device, sizes):
-            found.append(_measured(curve, points, sizes, device, say))
-    wrong = [line for c in found for line in _problems(c)]
-    for line in wrong:
-        say(f"WRONG: {line}")
-    return {"curves": found, "wrong": wrong}
+            measured = _measured(curve, points, sizes, device, say)
+            found["curves"].append(measured)
+            for line in _problems(measured):
+                found["wrong"].append(line)
+                say(f"WRONG: {line}")
+            keep(found)
+    return found
 
 
 def _doubling(first: int, last: int) -> tuple[int, ...]:

@@ -152,6 +152,10 @@ class Session:
     def write(self) -> None:
         report.write(self.args.json, self.results)
 
+    def keep_scaling(self, found: dict[str, Any]) -> None:
+        self.results["scaling"] = found
+        self.write()
+
     def skip(self, what: str, why: str) -> None:
         self.results["skipped"][what] = why
 
@@ -341,7 +345,7 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
         if args.whole:
             results["whole"] = end_to_end.whole(_say, device=session.device)
         elif args.scaling:
-            results["scaling"] = scaling.run(session.device, args.level, _say)
+            scaling.run(session.device, args.level, _say, session.keep_scaling)
         else:
             with torch.inference_mode():
                 session.run_ops()

@@ -4,8 +4,8 @@ the CPU, every case that it measures."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
-import inspect
 import json
 import operator
 import os
@@ -22,6 +22,7 @@ from llama_fast import _cpu, reference
 from llama_fast.bench import (
     baselines,
     build_and_test,
+    case,
     cases,
     gpu_attention,
     gpu_case,
@@ -29,9 +30,11 @@ from llama_fast.bench import (
     gpu_parts,
     gpu_report,
     gpu_timing,
+    models,
     prediction,
     read_probe,
     report,
+    shapes,
     suite,
     targets,
     tasks,
@@ -474,7 +477,7 @@ def test_the_slowest_of_several_counts() -> None:
 def test_every_target_has_a_case(place: gpu_case.Place) -> None:
     full = gpu_case.Place(place.device, gpu_case.FULL, place.compiler)
     tags = {spec.tag for spec in gpu_parts.specs(full)}
-    bench = gpu_model.Work(suite.end_to_end.shape())
+    bench = gpu_model.Work(models.shape())
     tags |= {f"decode {n} {b}" for n in ("bf16", "FP8") for b in bench.batches}
     tags |= {f"prefill {n} {s}" for n in ("bf16", "FP8") for s in bench.prompts}
     assert {target.tag for target in targets.TARGETS} <= tags
@@ -769,7 +772,7 @@ def test_gpu_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert "driver" not in report.environment()
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert report.gpu_state() == {}
-    assert cases.cache_bytes(torch.device("cuda")) == 200 << 20
+    assert case.cache_bytes(torch.device("cuda")) == 200 << 20
 
 
 def test_as_many_layers_as_fit() -> None:
@@ -782,19 +785,19 @@ def test_as_many_layers_as_fit() -> None:
 
 
 def test_suite_times_by_the_gpus_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = cases.GROUPS["attention"]
-    assert "device" in inspect.signature(group).parameters
-    cpu = torch.device("cpu")
-    made = list(group(cases.SHAPES["tiny"], torch.bfloat16, False, cpu))
-    monkeypatch.setitem(cases.GROUPS, "attention", lambda *_: iter(made))
-    on_gpu = list(cases.on(torch.device("cuda"), "attention", "tiny", torch.bfloat16, False))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    spec = cases.spec("tiny", device=cpu)
+    made = [plan.make() for plan in cases.plan(spec, ["attention", "attention_with_kvcache"])]
+    on_gpu = [cases.on(dataclasses.replace(spec, device=cuda), case) for case in made]
     assert [c.uncapturable for c in on_gpu] == [(), ("eager",)]
-    assert not any(c.targets for c in on_gpu) and all(c.targets for c in made)
+    assert all(c.device == cuda and not c.targets for c in on_gpu)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(gpu_timing, "measure", lambda runs, budget, **options: seen.update(options))
-    suite._times({}, 1.0, on_gpu[1])
+    session = argparse.Namespace(device=cuda, args=argparse.Namespace(level="default"))
+    suite.Session._times(session, {}, on_gpu[1])  # type: ignore[arg-type]
     assert seen["uncapturable"] == ("eager",)
-    assert cases.shapes("8b", torch.device("cuda")).tokens > cases.shapes("8b", cpu).tokens
+    tokens = [shapes.sweep("8b", device, "default").tokens for device in (cpu, cuda)]
+    assert tokens[0] < tokens[1]
 
 
 def test_suite_runs_the_model_on_a_gpu(place: gpu_case.Place) -> None:
