@@ -103,10 +103,13 @@ def test_equal_scores_give_the_exact_mean(cuda: Any, dtype: torch.dtype) -> None
 
 @dtypes
 @pytest.mark.parametrize("size", [8.0, 4096.0])
-def test_a_winning_score_copies_its_value(cuda: Any, dtype: torch.dtype, size: float) -> None:
+@pytest.mark.parametrize("d", [64, 72], ids=["wgmma", "mma"])
+def test_a_winning_score_copies_its_value(
+    cuda: Any, dtype: torch.dtype, d: int, size: float
+) -> None:
     """Up to scores of 2^30, whose rounding in base 2 is beyond what exp2 can take."""
-    k = size * torch.randint(0, 2, (1, 150, 2, 64)).mul(2).sub(1).to(dtype)
-    v = torch.randn(1, 150, 2, 64).to(dtype)
+    k = size * torch.randint(0, 2, (1, 150, 2, d)).mul(2).sub(1).to(dtype)
+    v = torch.randn(1, 150, 2, d).to(dtype)
     chosen = (torch.rand(150) * (torch.arange(150) + 1)).long()
     assert torch.equal(run(cuda, k[:, chosen], k, v, softmax_scale=1.0), v[:, chosen])
 
@@ -141,6 +144,14 @@ def test_offsets_that_are_none_stay_in_bounds(cuda: Any, dtype: torch.dtype) -> 
     for bad in ([-5, 30, 10], [0, 50, -3], [7, 7, 2**30]):
         cu = torch.tensor(bad, dtype=torch.int32)
         run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+@dtypes
+def test_tokens_of_no_sequence_are_not_written(cuda: Any, dtype: torch.dtype) -> None:
+    q, k, v = (t[0] for t in qkv((20, 20), (2, 1), 64, dtype))
+    cu = cu_seqlens([5, 7])
+    out = run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    assert out[:12].isfinite().all() and out[12:].isnan().all()
 
 
 @dtypes

@@ -108,6 +108,15 @@ def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch
         assert (cache == 7).all(-1).all(-1).sum() == 8 - kept.sum()
 
 
+def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> None:
+    q, k, v, positions, table = make(5, 4, 2, 32, torch.bfloat16, device)
+    view = poisoned(5, 4, 43, v)[:, 1:3, 8:40].copy_(v)
+    caches = torch.zeros(2, 2, 4, 2, 32, dtype=q.dtype, device=device)
+    slots = torch.tensor([5, 0, 2, 7, 3], device=device)
+    lf.apply_rope_and_append(q, k, view, positions, table, *caches, slots)
+    assert torch.equal(caches[1].flatten(0, 1)[slots], v)
+
+
 def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
     q, k, v, positions, table = make(4, 4, 2, 32, torch.bfloat16, device)
     caches = torch.randn(2, 2, 8, 2, 32).bfloat16().to(device)
