@@ -213,11 +213,11 @@ def check_model(model: peers.ModelPeer, tokens: Tensor, exact: Tensor, allowed: 
         assert error(decode(i).float(), exact[:, -1]) < allowed, model.label
 
 
-# The bounds: twice what was found. Q8_0 and int8 round each weight to 1/254 of the largest in its
-# block or row; OpenVINO rounds its cache to u8 as well.
+# Found: 0.017 and 0.003, 0.016 and 0.007. Q8_0 and int8 round each weight to 1/254 of the largest
+# in its block or row; OpenVINO rounds its cache to u8 as well.
 MODELS = {
-    "llama.cpp": {"llama.cpp Q8_0": 0.03, "llama.cpp bf16": 0.012},
-    "openvino": {"openvino int8": 0.04, "openvino bf16": 0.03},
+    "llama.cpp": {"llama.cpp Q8_0": 0.03, "llama.cpp bf16": 0.006},
+    "openvino": {"openvino int8": 0.03, "openvino bf16": 0.015},
 }
 
 

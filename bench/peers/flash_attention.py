@@ -1,4 +1,5 @@
-"""flash-attn: attention over a prompt and over a cache. Written against 2.8.3's interface.
+"""flash-attn: attention over a prompt and over a cache. Written against its repository of
+August 2026 (PyPI then had 2.8.3), and never run: so far there was no GPU to run it on.
 
 The package needs an Ampere GPU or later and bf16 or fp16. FlashAttention-3, which its repository
 keeps apart and PyPI does not have, is offered beside it where it is installed.

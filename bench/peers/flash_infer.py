@@ -1,5 +1,6 @@
 """flashinfer: the elementwise ops, and attention over a prompt and over a paged cache. Written
-against 0.7.2's interface. It compiles its kernels on first use, which the first, untimed run does.
+against 0.7.2's source, and never run: so far there was no GPU to run it on. It compiles its
+kernels on first use, which the first, untimed run does.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from torch import Tensor
 from .peer import Inputs, Run, Unsupported, no_models, refusing
 
 models = no_models
-PAGE = 16  # tokens: the size of its own benchmarks
-WORKSPACE = 128 << 20  # bytes, what its documentation recommends
+PAGE = 16  # tokens: as in its documentation
+WORKSPACE = 128 << 20  # bytes, as in its documentation
 
 
 def _library(t: Tensor) -> Any:

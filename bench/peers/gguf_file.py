@@ -117,7 +117,7 @@ def _bytes(t: Tensor, matrix: Any) -> np.ndarray:
 
 def q8_0(t: Tensor) -> Tensor:
     """[N, K] as Q8_0, uint8 [N, K / 32 * 34]: an fp16 scale, then 32 int8, for each 32 of a row.
-    The same bytes as gguf.quants.quantize, which takes minutes for a model's weights."""
+    The same bytes as gguf.quants.quantize, which is one thread of numpy."""
     blocks = t.float().view(-1, 32)
     scale = blocks.abs().amax(1, keepdim=True) / 127
     scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)

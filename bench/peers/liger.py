@@ -1,5 +1,6 @@
 """Liger-Kernel: Triton kernels for training, of which the forward passes count here, and
-transformers with them in it. Written against 0.8.5's interface."""
+transformers with them in it. Written against 0.8.5's source, and never run: so far there was no
+GPU to run it on."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """llama.cpp, through llama-cpp-python's bindings of its C API.
 
 The same weights, written as a GGUF file: in bf16, and in Q8_0, llama.cpp's own 8-bit form (blocks
-of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). Everything else is
-llama.cpp's default: a cache in fp16, flash attention, activations quantised as it sees fit.
+of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). The
+cache is in fp16, its default; flash attention is on; activations are quantised as it sees fit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """OpenVINO on the CPU: hf_model's weights in a plain forward pass, traced, with its cache inside.
 
-bf16, and int8 weights by NNCF (symmetric, one scale a row). Its converter does not take
-transformers' own forward pass with a cache; `_Forward` computes the same, in the patterns that
-OpenVINO fuses: the cache gathered by a beam index, then joined with the new rows, then attention.
+bf16, and int8 weights by NNCF (symmetric, one scale a row). `_Forward` computes what
+transformers does with the cache as plain tensors, in the pattern that OpenVINO fuses: the cache
+gathered by a beam index, then joined with the new rows, then attention.
 Everything else is OpenVINO's default for its latency mode, a cache in u8 among it.
 """
 
