@@ -11,6 +11,7 @@ generated one by one, "@ d16384" means that so many tokens are in the cache alre
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import resource
 import time
@@ -194,8 +195,8 @@ def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
 def _errors(hf: Any, running: dict[str, Any], tokens: Tensor) -> dict[str, float]:
     """max |logit - exact| / max |exact| of everybody; exact: the same bf16 weights, in fp32."""
     logits = {name: model.logits(tokens) for name, model in running.items()}
-    exact = hf.float()(tokens).logits
-    hf.bfloat16()
+    # A copy: rotary frequencies that have been to bf16 and back are not what they were.
+    exact = copy.deepcopy(hf).float()(tokens).logits
     return {n: relative_error(found, exact) for n, found in logits.items() if found is not None}
 
 

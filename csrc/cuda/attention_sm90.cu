@@ -87,14 +87,24 @@ LF_DEVICE float2 softmax(float (&s)[kKeys / 2], Rows& rows, float scale) {
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
     // A row that has seen nothing yet: any finite offset will do.
     const float offset = largest == -INFINITY ? 0.0f : largest * scale;
-    factor[half] = ptx::exp2_approx(rows.largest[half] * scale - offset);
+    factor[half] = ptx::exp2_approx(__fmul_rn(rows.largest[half], scale) - offset);
     rows.largest[half] = largest;
+    // As in attention_tile.cuh: one FMA a score, unless a maximum is so large that its product,
+    // rounded before, and the FMA, rounded once, would differ by more than a little.
+    float multiplier = scale;
+    if (__any_sync(0xffffffffu, fabsf(offset) > 0x1p20f)) {
+#pragma unroll
+      for (int j = half * 2; j < kKeys / 2; j += 4)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) s[j + i] = __fmul_rn(s[j + i], scale);
+      multiplier = 1.0f;
+    }
     float sum = 0;
 #pragma unroll
     for (int j = half * 2; j < kKeys / 2; j += 4)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        s[j + i] = ptx::exp2_approx(s[j + i] * scale - offset);
+        s[j + i] = ptx::exp2_approx(fmaf(s[j + i], multiplier, -offset));
         sum += s[j + i];
       }
     rows.sum[half] = rows.sum[half] * factor[half] + sum;
