@@ -54,16 +54,18 @@ ifeq ($(PYTEST),)
 	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile \
 	    tests/gpu tests/static tests/cuda_emulator/test_emulator.py || status=1; \
-	$(MAKE) --no-print-directory emulate || status=1; \
+	{ $(EMULATE); } || status=1; \
 	exit $$status
 else
 	"$(BIN)/python" -m pytest $(PYTEST)
 endif
 
-# Of the CUDA toolkit it takes the headers only.
 emulate: $(READY)
-	@test -e "$(CUDA_HOME)/include/cuda_bf16.h" || \
-	    { echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; exit 0; }; \
+	@$(EMULATE)
+
+# Of the CUDA toolkit it takes the headers only.
+define EMULATE
+if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	"$(BIN)/cmake" -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
 	    -DCUDAToolkit_ROOT="$(CUDA_HOME)" -DLLAMA_FAST_EMULATE=ON \
@@ -71,7 +73,9 @@ emulate: $(READY)
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
 	OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
 	    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile tests/gpu tests/cuda_emulator \
-	    -m "not gpu and not triton" --ignore tests/cuda_emulator/test_emulator.py $(PYTEST)
+	    -m "not gpu and not triton" --ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
+else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
+endef
 
 # Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:

@@ -101,7 +101,7 @@ class CMakeBuild(build_ext):
         check_cuda()
         jobs = parallel()
         cmake, ninja = tool("cmake"), tool("ninja")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        self.output = output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # In the checkout, not in setuptools' throw-away folder, so that a second install compiles
         # only what changed. The cache goes: an isolated build's cmake, ninja and pybind11 lie in
         # a new temporary folder each time. Objects stay.
@@ -120,6 +120,15 @@ class CMakeBuild(build_ext):
         run(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options)
         run(cmake, "--build", str(build), *jobs)
         report(build, start, jobs[-1] if jobs else "ninja's choice of")
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install's last step: with _cuda, of which setuptools knows nothing. One from
+        before goes, or LLAMA_FAST_CUDA=off would leave it there."""
+        super().copy_extensions_to_source()
+        name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+        (ROOT / "llama_fast" / name).unlink(missing_ok=True)
+        if (self.output / name).exists():
+            self.copy_file(str(self.output / name), str(ROOT / "llama_fast" / name))
 
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide

@@ -203,7 +203,7 @@ KERNELS = (
         elementwise("add_rms_norm", 1 / 2, rows=ROWS, hidden=HIDDEN), 4 * HIDDEN,
     ),
     Kernel(
-        "rms_norm.cu", "add + norm + FP8, 32k x 4096", "a row", 256, 46, 132,
+        "rms_norm.cu", "add + norm + FP8, 32k x 4096", "a row", 256, 44, 132,
         elementwise("rms_norm_fp8", 4 / 7, rows=ROWS, hidden=HIDDEN, residual=True), 4 * HIDDEN,
     ),
     Kernel(
@@ -227,11 +227,11 @@ KERNELS = (
         quantize_tensor(ROWS, HIDDEN), 256 * 16,
     ),
     Kernel(
-        "rope.cu", "q and k, 32k tokens", "256 x 8 pairs", 256, 37, 0,
+        "rope.cu", "q and k, 32k tokens", "256 x 8 pairs", 256, 38, 0,
         elementwise("apply_rope", 1 / 2, tokens=ROWS, heads=32, kv_heads=8, d=128), 256 * 32,
     ),
     Kernel(
-        "rope.cu", "with append, 32k tokens", "256 x 8 pairs", 256, 37, 0,
+        "rope.cu", "with append, 32k tokens", "256 x 8 pairs", 256, 38, 0,
         elementwise("apply_rope_and_append", 1 / 2, tokens=ROWS, heads=32, kv_heads=8, d=128),
         256 * 32,
     ),
@@ -246,23 +246,23 @@ KERNELS = (
         prefill(128, 128, 81920 / (64 * 128), PING_PONG_OVERLAP, 1.0),
     ),
     Kernel(
-        "decode_attention.cu", "32 x 4k", "16 rows x 64", 128, 173, 98352,
+        "decode_attention.cu", "32 x 4k", "16 rows x 64", 128, 156, 98656,
         decode(32, 4096), 4 * 2 * 8192,
     ),
     Kernel(
-        "decode_attention.cu", "1 x 128k", "16 rows x 64", 128, 173, 98352,
+        "decode_attention.cu", "1 x 128k", "16 rows x 64", 128, 156, 98656,
         decode(1, 131072), 4 * 2 * 8192,
     ),
     Kernel(
-        "decode_attention.cu", "FP8, 32 x 4k", "16 rows x 128", 128, 168, 98352,
+        "decode_attention.cu", "FP8, 32 x 4k", "16 rows x 128", 128, 159, 98656,
         decode(32, 4096, 1), 4 * 2 * 8192,
     ),
     Kernel(
-        "fp8_gemm.cu", "16 rows, gate and up", "16 x 32", 256, 110, 16384,
+        "fp8_gemm.cu", "16 rows, gate and up", "16 x 32", 256, 106, 16384,
         few_rows("fp8_gemm", 16, 2 * INNER, HIDDEN), 256 * 128,
     ),
     Kernel(
-        "fp8_gemm.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 121, 16384,
+        "fp8_gemm.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 122, 16384,
         few_rows("fp8_linear", 1, 2 * INNER, HIDDEN), 256 * 128,
     ),
     Kernel(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.bench import static_cuda, static_cuda_binary, static_cuda_plans
+from llama_fast.bench import cuda_model, static_cuda, static_cuda_binary, static_cuda_plans
 from llama_fast.bench.static_cuda_binary import Kernel
 from llama_fast.bench.static_cuda_plans import PLANS, Plan, fixed
 
@@ -67,6 +67,49 @@ def test_table_in_the_docs_is_current(kernels: list[Kernel]) -> None:
     assert kept
     current = static_cuda.markdown(static_cuda.check(kernels)[0])
     assert stable(kept[1]) == stable(current), "python -m bench.static_cuda --write docs/kernels.md"
+
+
+# What bench/cuda_model.py predicts by: file and kernel, then the instance's template arguments.
+BF16 = "__nv_bfloat16"
+MODELLED = {
+    "add + norm, 32k x 4096": ("rms_norm_kernel", BF16, "true", "2", "false"),
+    "add + norm + FP8, 32k x 4096": ("rms_norm_kernel", BF16, "true", "2", "true"),
+    "SwiGLU, 8k x 14336": ("silu_and_mul_kernel", BF16, "true"),
+    "SwiGLU + FP8, 8k x 14336": ("silu_and_mul_fp8_kernel", BF16, "true", "2"),
+    "by row, 32k x 4096": ("by_row_kernel", BF16, "true", "2"),
+    "by 1 x 128, 32k x 4096": ("by_block_kernel", BF16, "true"),
+    "q and k, 32k tokens": ("rope_kernel", BF16, "8", "false"),
+    "with append, 32k tokens": ("rope_kernel", BF16, "8", "false"),
+    "causal, 16k, D = 128": ("attention_kernel", BF16, "128"),
+    "32 x 4k": ("decode_kernel", BF16, BF16, "128", "1"),
+    "1 x 128k": ("decode_kernel", BF16, BF16, "128", "1"),
+    "FP8, 32 x 4k": ("decode_kernel", "__half", "unsigned char", "128", "1"),
+    "16 rows, gate and up": ("few_rows_kernel", "unsigned char", BF16, "1", "true", "false"),
+    "1 row of 16 bits, gate and up": ("few_rows_kernel", BF16, BF16, "1", "true", "false"),
+    "rows, 8192^3": ("many_rows_kernel", BF16, "256", "false"),
+    "blocks, 4096 x 7168 x 16384": ("many_rows_kernel", BF16, "128", "true"),
+}
+
+
+@pytest.mark.parametrize("model", cuda_model.KERNELS, ids=lambda k: f"{k.file} {k.case}")
+def test_cost_model_knows_what_was_compiled(
+    kernels: list[Kernel], model: cuda_model.Kernel
+) -> None:
+    """Its registers, but for a few from one nvcc to the next, and shared memory: they decide how
+    many blocks fit."""
+    wanted = MODELLED.get(model.case)
+    if wanted is None:
+        assert model.case.startswith("by tensor")  # two kernels, and both as light
+        return
+    file, arch = model.file.removesuffix(".cu"), "sm_90a" if "sm90" in model.file else "sm_90"
+    rows = [
+        row
+        for row in static_cuda.check(kernels)[0]
+        if (row.kernel.file, row.kernel.arch) == (file, arch)
+        and (row.kernel.name, *row.kernel.arguments)[: len(wanted)] == wanted
+    ]
+    assert rows and all(row.shared == model.shared for row in rows)
+    assert any(abs(row.kernel.registers - model.registers) <= 8 for row in rows)
 
 
 @pytest.mark.parametrize("file", sorted({plan.file for plan in PLANS if plan.cpp}))
