@@ -53,7 +53,7 @@ ifeq ($(PYTEST),)
 	@status=0; set -x; \
 	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile \
-	    tests/gpu tests/static tests/cuda_emulator/test_emulator.py || status=1; \
+	    tests/static tests/gpu tests/cuda_emulator/test_emulator.py || status=1; \
 	{ $(EMULATE); } || status=1; \
 	exit $$status
 else
