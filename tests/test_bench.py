@@ -435,11 +435,14 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
     assert (once.float() - from_scratch).abs().max() <= 2**-5 * from_scratch.abs().max()
 
 
-def row(*ratios: tuple[float, float]) -> dict[str, Any]:
+def row(*ratios: tuple[float, float], limit: float | None = None) -> dict[str, Any]:
     """A case whose ours took 1 s, with (how many times longer, error of the logarithm)."""
+    named = {f"other {i}": r for i, r in enumerate(ratios)}
+    if limit is not None:
+        named["limit"] = (limit, 0.02)
     seconds: dict[str, Any] = {"ours": {"median": 1.0}}
-    for i, (times, error) in enumerate(ratios):
-        seconds[f"other {i}"] = {"ratio": {"log": math.log(times), "error": error}}
+    for name, (times, error) in named.items():
+        seconds[name] = {"ratio": {"log": math.log(times), "error": error}}
     return {"op": "op", "shape": "shape", "seconds": seconds}
 
 
@@ -452,11 +455,24 @@ def row(*ratios: tuple[float, float]) -> dict[str, Any]:
         (row((2.0 / 1.02, 0.02), (3.0 / 1.02, 0.02)), "same"),
         (row((2.0 / 1.2, 0.15), (3.0 / 1.2, 0.15)), "too noisy to tell"),
         (row((2.0 / 1.5, 0.02), (3.0, 0.02), (4.0, 0.02)), "same"),  # one baseline became faster
+        (row((2.0 / 1.5, 0.02), (3.0 / 1.5, 0.02), (4.0 / 1.5, 0.02), limit=0.5), "same"),
+        (row((2.0 / 1.2, 0.02), (3.0 / 1.2, 0.02), (4.0 / 1.2, 0.02), limit=0.5 / 1.2), "slower"),
+        (row((2.0 / 1.2, 0.02), (3.0 / 1.2, 0.02), (4.0 / 1.2, 0.02), limit=0.5 * 1.2), "same"),
     ],
-    ids=["same", "20 % slower", "20 % faster", "2 %", "noisy", "a faster baseline"],
+    ids=[
+        "same",
+        "20 % slower",
+        "20 % faster",
+        "2 %",
+        "noisy",
+        "a faster baseline",
+        "memory became slower",
+        "20 % slower, and than the limit",
+        "no agreement",
+    ],
 )
 def test_change(new: dict[str, Any], verdict: str) -> None:
-    old = row((2.0, 0.02), (3.0, 0.02), (4.0, 0.02))
+    old = row((2.0, 0.02), (3.0, 0.02), (4.0, 0.02), limit=0.5)
     found = compare.change("op shape", old, new)
     assert found is not None and found.verdict == verdict and "noise" in str(found)
 
