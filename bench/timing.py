@@ -19,6 +19,10 @@ Run = Callable[[int], object]  # called with the round's number, to rotate buffe
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 240
 SLOW_ROUNDS = 3  # for who takes more than the budget each time
+# Before each turn: threads of whoever ran before may spin for milliseconds, waiting for more work,
+# on the cores that the next one needs; then one's own threads have to wake up, and caches to fill.
+SETTLE = 3e-3  # seconds
+WARM, SHORT = 1e-3, 2e-2  # seconds of untimed calls before a run that is shorter than SHORT
 BLOCKS = 8  # of consecutive rounds: a slow drift shows between them
 
 
@@ -97,7 +101,7 @@ def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
     rounds of all. The order turns round every other round, so that nobody always runs on a
     neighbour's caches. On the host's clock; gpu_timing.measure is a GPU's.
     """
-    slow = set()
+    slow, short = set(), set()
     for name, run in runs.items():
         start = time.perf_counter()
         run(0)
@@ -105,8 +109,11 @@ def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
         if began - start < budget / 4:  # the first call compiles, allocates, touches pages
             run(1)
             start, began = began, time.perf_counter()
-        if began - start > budget:
+        took = began - start
+        if took > budget:
             slow.add(name)
+        if took < SHORT:
+            short.add(name)
     rounds = SLOW_ROUNDS if next(iter(runs)) in slow else MIN_ROUNDS
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
@@ -118,12 +125,22 @@ def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
             for name in names:
                 if i >= SLOW_ROUNDS and name in slow:
                     continue
-                start = time.perf_counter()
-                runs[name](i)
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_turn(runs[name], i, name in short))
             if i + 1 >= rounds and time.perf_counter() - began > budget:
                 break
     finally:
         if collecting:
             gc.enable()
     return {name: summarise(times) for name, times in seconds.items()}
+
+
+def _turn(run: Run, i: int, short: bool) -> float:
+    """Seconds of one call. What warms up takes another buffer, where buffers rotate."""
+    time.sleep(SETTLE)
+    begun = time.perf_counter()
+    while short:
+        run(i + 1)
+        short = time.perf_counter() - begun < WARM
+    start = time.perf_counter()
+    run(i)
+    return time.perf_counter() - start

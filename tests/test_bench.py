@@ -319,12 +319,29 @@ def test_no_matplotlib(
 
 
 def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each warmed up on another buffer, which is not timed."""
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(timing, "WARM", 0.0)
     order: list[tuple[str, int]] = []
     runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
     result = timing.measure(runs, 1.0)
-    assert order[4:8] == [("b", 0), ("a", 0), ("a", 1), ("b", 1)]
+    assert order[4:12] == [(n, i) for i, n in enumerate("baab") for i in (i // 2 + 1, i // 2)]
     assert {t.rounds for t in result.values()} == {timing.MIN_ROUNDS}
+
+
+def test_threads_of_the_one_before_are_waited_for() -> None:
+    """Somebody's threads that spin on for 2 ms are done when the next one is timed."""
+    until = [0.0]
+
+    def spinner(i: int) -> None:
+        until[0] = time.perf_counter() + 2e-3
+
+    def late(i: int) -> None:
+        while time.perf_counter() < until[0]:
+            pass
+
+    result = timing.measure({"ours": late, "spinner": spinner}, 0.1)
+    assert result["ours"].median < 5e-4
 
 
 def test_a_slow_baseline_costs_few_rounds() -> None:
