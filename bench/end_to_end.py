@@ -31,7 +31,7 @@ from .memory import peak_memory
 from .timing import Run, figures, measure
 
 PREFILL = 512  # tokens
-BUDGETS = {"quick": 1.0, "default": 5.0, "full": 12.0}  # seconds of rounds
+BUDGETS = {"quick": 1.0, "default": 5.0, "full": 8.0}  # seconds of rounds
 
 
 @dataclasses.dataclass(frozen=True)

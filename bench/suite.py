@@ -37,7 +37,7 @@ from .shapes import MODELS
 from .timing import Run, Timing, measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BUDGETS = {"quick": 0.3, "default": 1.5, "full": 4.0}  # seconds a case
+BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
 RAN, WRONG, USAGE, SLOWER, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 EPILOG = """examples:
   python -m bench                          every op, then prefill and decode (under 5 minutes)
