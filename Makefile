@@ -31,7 +31,7 @@ SANITIZED := build/sanitize/site
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-SIDE_BY_SIDE := tests/gpu tests/static tests/cuda_emulator
+SIDE_BY_SIDE := tests/gpu tests/static tests/cuda_emulator tests/test_gpu_sanitizer.py
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -53,7 +53,7 @@ ifeq ($(PYTEST),)
 	@status=0; set -x; \
 	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile \
-	    tests/static tests/gpu tests/cuda_emulator/test_emulator.py || status=1; \
+	    tests/static tests/gpu tests/test_gpu_sanitizer.py tests/cuda_emulator/test_emulator.py || status=1; \
 	{ $(EMULATE); } || status=1; \
 	exit $$status
 else

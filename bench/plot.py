@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ __all__ = ["all_of", "bars", "named", "planned", "save", "speedups"]
 BAR, GAP = 0.135, 0.09  # inches: a bar's height, and what is between two cases
 LABELS = 0.165  # of the width: a column's cases
 WIDTH, HEAD, PANEL_HEAD = 10.0, 0.72, 0.36  # inches
+LETTER, HANDLE = 0.068, 0.42  # inches of a legend: a letter, and what is beside a name
 
 
 def planned(results: dict[str, Any]) -> dict[str, Callable[[Path], list[Path]]]:
@@ -72,7 +73,8 @@ def bars(rows: list[dict[str, Any]], heading: str, path: Path) -> list[Path]:
     low, high = min(0.97, *everything), max(2.5, *everything) * 1.5
     names = list(dict.fromkeys(called(n) for p in panels for _, times in p.cases for n in times))
     with style() as plt:
-        legend_rows = -(-len(names) // 7)
+        legend_columns = _legend_columns(names)
+        legend_rows = -(-len(names) // legend_columns)
         height = body + HEAD + 0.2 * legend_rows + 0.12
         figure = plt.figure(figsize=(WIDTH, height))
         title(
@@ -84,7 +86,7 @@ def bars(rows: list[dict[str, Any]], heading: str, path: Path) -> list[Path]:
         figure.legend(
             handles,
             names,
-            ncols=min(7, len(names)),
+            ncols=legend_columns,
             loc="upper left",
             bbox_to_anchor=(0.0, 1 - 0.48 / height),
             handlelength=1.0,
@@ -100,6 +102,16 @@ def bars(rows: list[dict[str, Any]], heading: str, path: Path) -> list[Path]:
                 _draw(axes, panel, low, high)
                 top -= panel.height
         return save(figure, path)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as the figure is wide enough for; a legend's entries go down its columns."""
+    for columns in range(min(7, len(names)), 1, -1):
+        rows = -(-len(names) // columns)
+        longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
+        if sum(LETTER * n + HANDLE for n in longest) <= WIDTH:
+            return columns
+    return 1
 
 
 def _panels(rows: list[dict[str, Any]]) -> list[_Panel]:
