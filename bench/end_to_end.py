@@ -71,10 +71,12 @@ def run(
     peers: Sequence[Any] = (),
     wants: Callable[[str], bool] = lambda name: True,
     skip: Callable[[str, str], None] = lambda name, why: None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Every job, ours in FP8 and bf16 beside transformers and the peers; and the logits' errors.
 
-    wants: whether a baseline is asked for; skip: is told who is left out, and why.
+    wants: whether a baseline is asked for; skip: is told who is left out, and why; keep: is handed
+    what there is after each job.
     """
     config = models.shape()
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
@@ -95,24 +97,23 @@ def run(
         except Exception as error:  # a peer that fails costs its own columns only
             skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
     prompt = models.prompt(config, max(PREFILL, *(j.depth + j.tokens for j in JOBS[level])))
+    found: dict[str, Any] = {
+        "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
+        "random weights; baseline: transformers, sdpa, bf16",
+        "rows": [],
+    }
     try:
         with torch.inference_mode():
-            errors = _errors(hf, running, prompt[:, :64])
-            rows = []
+            found["logits"] = _errors(hf, running, prompt[:, :64])
             for job in JOBS[level]:
-                rows += _job(job, level, prompt, running, ours, errors, skip)
+                found["rows"] += _job(job, level, prompt, running, ours, found["logits"], skip)
                 say(f"  {job.name} measured")
-            memory = {name: memory_of(m, prompt[:, :PREFILL]) for name, m in running.items()}
+                keep(found)
+            found["memory"] = {n: memory_of(m, prompt[:, :PREFILL]) for n, m in running.items()}
     finally:
         for model in running.values():
             model.close()
-    return {
-        "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
-        f"random weights; baseline: transformers, sdpa, bf16",
-        "rows": rows,
-        "logits": errors,
-        "memory": memory,
-    }
+    return found
 
 
 def _job(

@@ -233,13 +233,19 @@ class Session:
         a = self.args
         return a.level != "quick" and not a.op and (a.model, a.tp, a.dtype) == ("8b", 1, "bf16")
 
-    def end_to_end(self) -> dict[str, Any] | None:
+    def keep_end_to_end(self, found: dict[str, Any]) -> None:
+        self.results["end_to_end"] = found
+        self.write()
+
+    def end_to_end(
+        self, keep: Callable[[dict[str, Any]], None] = lambda found: None
+    ) -> dict[str, Any] | None:
         if importlib.util.find_spec("transformers") is None:
             self.skip("end to end", "transformers is not installed (extra: bench)")
             return None
         say = _say
         if self.device.type == "cpu":
-            return end_to_end.run(self.args.level, say, self.peers, self._wants, self.skip)
+            return end_to_end.run(self.args.level, say, self.peers, self._wants, self.skip, keep)
         return gpu_model.run(self.device, 4 * BUDGETS[self.args.level], say)
 
     def compare(self, old: dict[str, Any]) -> int:
@@ -350,7 +356,7 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
             with torch.inference_mode():
                 session.run_ops()
                 if session.wants_end_to_end():
-                    found = session.end_to_end()
+                    found = session.end_to_end(session.keep_end_to_end)
                     if found:
                         results["end_to_end"] = found
                         _say(end_to_end.table(found))

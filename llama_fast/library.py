@@ -38,6 +38,19 @@ def _new(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device)
 
 
+# From here on the C library maps every allocation anew (glibc's M_MMAP_THRESHOLD at its highest).
+_MAPPED = 32 << 20  # bytes
+
+
+def _out(out: Tensor) -> Tensor:
+    """out, just allocated and not written yet. The system hands out a large one page by page as it
+    is written, at a fault each, which takes longer than the op: on a CPU huge pages are asked for.
+    """
+    if out.is_cpu and out.nbytes >= _MAPPED:
+        _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _new_scale(t: Tensor) -> Tensor:
     return t.new_empty((t.numel() // t.shape[-1], 1), dtype=torch.float32)
 
@@ -59,7 +72,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     on = kernels("rms_norm", x)
     if on is None:
         return reference.rms_norm(x, weight, eps)
-    out = _new(x)
+    out = _out(_new(x))
     if x.numel():
         on.rms_norm(_rows(out), _rows(x), weight, eps)
     return out
@@ -69,7 +82,7 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     on = kernels("add_rms_norm", x)
     if on is None:
         return reference.add_rms_norm(x, residual, weight, eps)
-    out, residual_out = _new(x), _new(x)
+    out, residual_out = _out(_new(x)), _out(_new(x))
     if x.numel():
         on.rms_norm(_rows(out), _rows(x), weight, eps, _rows(residual), _rows(residual_out))
     return out, residual_out
@@ -82,7 +95,7 @@ def _rms_norm_fp8(
     if on is None:
         q, scale = reference.rms_norm_fp8(x, weight, eps, scale_ub=scale_ub)
         return q, scale
-    q, scale = _new(x, FP8_DTYPE), _new_scale(x)
+    q, scale = _out(_new(x, FP8_DTYPE)), _new_scale(x)
     if x.numel():
         on.rms_norm(_rows(q), _rows(x), weight, eps, scale=scale, scale_ub=scale_ub)
     return q, scale
@@ -97,7 +110,7 @@ def _add_rms_norm_fp8(
             x, weight, eps, residual=residual, scale_ub=scale_ub
         )
         return q, scale, total
-    q, scale, total = _new(x, FP8_DTYPE), _new_scale(x), _new(x)
+    q, scale, total = _out(_new(x, FP8_DTYPE)), _new_scale(x), _out(_new(x))
     if x.numel():
         on.rms_norm(_rows(q), _rows(x), weight, eps, _rows(residual), _rows(total), scale, scale_ub)
     return q, scale, total
@@ -107,7 +120,7 @@ def _silu_and_mul(gate_up: Tensor) -> Tensor:
     on = kernels("silu_and_mul", gate_up)
     if on is None:
         return reference.silu_and_mul(gate_up)
-    out = _fake_silu_and_mul(gate_up)
+    out = _out(_fake_silu_and_mul(gate_up))
     if out.numel():
         on.silu_and_mul(_rows(out), _rows(gate_up))
     return out
@@ -171,7 +184,7 @@ def _apply_rope(
     on = kernels("apply_rope", q)
     if on is None:
         return reference.apply_rope(q, k, positions, table, interleaved=interleaved)
-    q_out, k_out = _new(q), _new(k)
+    q_out, k_out = _out(_new(q)), _out(_new(k))
     if positions.numel():
         on.rope(q_out, k_out, q, k, positions, table, interleaved)
     return q_out, k_out
@@ -208,7 +221,7 @@ def _apply_rope_and_append(
             k_scale=k_scale,
             v_scale=v_scale,
         )
-    q_out = _new(q)
+    q_out = _out(_new(q))
     if positions.numel():
         on.rope(
             q_out,
@@ -280,7 +293,7 @@ def _attention(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    out = _new(q)
+    out = _out(_new(q))
     if out.numel():
         on.attention(out, q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
     return out
@@ -339,7 +352,7 @@ def _attention_with_kvcache(
             k_scale=k_scale,
             v_scale=v_scale,
         )
-    out = _new(q)
+    out = _out(_new(q))
     if out.numel():
         on.attention_with_kvcache(
             out,
@@ -410,7 +423,7 @@ def _fp8_gemm(
     on = kernels("fp8_gemm", a, scale_b, out_dtype)
     if on is None:
         return reference.fp8_gemm(a, b, scale_a, scale_b, bias=bias, out_dtype=out_dtype)
-    out = _fake_fp8_gemm(a, b, scale_a, scale_b, bias, out_dtype)
+    out = _out(_fake_fp8_gemm(a, b, scale_a, scale_b, bias, out_dtype))
     if out.numel():
         on.linear(out, a, b, bias, scale_a.contiguous(), scale_b.contiguous())
     return out
@@ -459,7 +472,7 @@ def _fp8_linear(
         raise ValueError(
             f"weight: got a packed weight {list(weight.shape)}, a layout for CPUs; want [N, K]"
         )
-    out = x.new_empty((*x.shape[:-1], out_features(weight)))
+    out = _out(x.new_empty((*x.shape[:-1], out_features(weight))))
     if not out.numel():
         return out
     rows, x_scale = _rows(x), None
@@ -477,7 +490,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     on = kernels("linear", x)
     if on is None:
         return reference.linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], out_features(weight)))
+    out = _out(x.new_empty((*x.shape[:-1], out_features(weight))))
     if out.numel():
         on.linear(_rows(out), _rows(x), weight, bias)
     return out

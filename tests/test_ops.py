@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import cuda, reference
+from llama_fast import cuda, library, reference
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
@@ -519,3 +519,15 @@ def test_f11_zero_rows_then_a_normal_call() -> None:
     for op, replaced in empty.items():
         assert tensors(call(op, **replaced))[0].numel() == 0, op
         assert tensors(call(op))[0].numel() > 0, op
+
+
+@pytest.mark.parametrize("rows, asked", [(4096, True), (4095, False)])
+def test_large_outputs_ask_for_huge_pages(
+    rows: int, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 32 MB on, where each allocation is fresh memory, and before it is written."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(library._cpu, "advise_huge_pages", lambda *a: told.append(a))
+    x = torch.ones(rows, 4096, dtype=torch.bfloat16)
+    out = lf.rms_norm(x, torch.ones(4096, dtype=torch.bfloat16))
+    assert told == ([(out.data_ptr(), out.nbytes)] if asked else [])
