@@ -141,8 +141,8 @@ def row(case: Case, timings: dict[str, Timing], errors: dict[str, float]) -> dic
         for name in case.targets
         if name == "limit" or name in times
     }
-    eager = next((name for name in ("eager", *others) if name in errors), None)
-    eager_error = errors[eager] if eager else 0.0
+    twin = next((name for name in ("eager", *errors) if name in errors and name != "ours"), None)
+    eager_error = errors[twin] if twin else 0.0
     scale = 1e9 if case.unit == "GB/s" else 1e12
     return {
         "op": case.op,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -121,6 +122,10 @@ def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
         raise argparse.ArgumentTypeError(f"got {text!r}, want OP=MODULE:FUNCTION")
     if op not in cases.OPS:
         raise argparse.ArgumentTypeError(f"got op {op!r}, want one of {', '.join(cases.OPS)}")
+    if function in ("ours", "limit", *cases.BASELINES):
+        raise argparse.ArgumentTypeError(
+            f"got a function called {function!r}: a column's name here"
+        )
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -180,7 +185,8 @@ class Session:
             return None
         case = cases.on(self.spec, plan.make())
         found = self._implementations(case)
-        errors = _errors(case, found.runs)
+        yardstick = {n: r for n, r in _yardstick(case).items() if n not in found.skipped}
+        errors = _errors(case, {**yardstick, **found.runs})
         runs = {**found.runs, "limit": case.limit}
         for name, why in found.skipped.items():
             self.skip(f"{plan.name}: {name}", why)
@@ -194,17 +200,9 @@ class Session:
                 found.offer(name, run)
         for op, name, function in self.args.kernel:
             if op == case.op:
-                found.add(name, case.user(function))
+                _add(found, name, {name: case.user(function)}.copy)
         for peer in self.peers:
-            try:
-                runs = peer.ops(case.op, case.inputs)
-                for run in runs.values():
-                    run(0)
-            except Exception as why:  # a peer that fails costs its own columns only
-                kind = "" if isinstance(why, peers.Unsupported) else f"{type(why).__name__}: "
-                found.skipped[peer.name] = f"{kind}{why}"
-            else:
-                found.runs.update(runs)
+            _add(found, peer.name, functools.partial(peer.ops, case.op, case.inputs))
         return found
 
     def _wants(self, baseline: str) -> bool:
@@ -261,8 +259,28 @@ class Session:
         return SLOWER if any(c.verdict == "slower" for c in changes) else RAN
 
 
+def _add(to: Baselines, who: str, runs: Callable[[], dict[str, Run]]) -> None:
+    """Somebody else's runs, each tried once: what fails costs its own columns only."""
+    try:
+        found = runs()
+        for run in found.values():
+            run(0)
+    except Exception as why:
+        kind = "" if isinstance(why, peers.Unsupported) else f"{type(why).__name__}: "
+        to.skipped[who] = f"{kind}{why}"
+    else:
+        to.runs.update(found)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _yardstick(case: Case) -> dict[str, Run]:
+    """Whose error ours is held against, whether or not it is timed: the eager twin where it fits,
+    else PyTorch's own."""
+    name = "eager" if "eager" in case.baselines else next(iter(case.baselines))
+    return {name: case.baselines[name]}
 
 
 def _errors(case: Case, runs: dict[str, Run]) -> dict[str, float]:
@@ -330,6 +348,10 @@ def _check(args: argparse.Namespace) -> None:
         if unknown:
             names = ", ".join(cases.BASELINES)
             raise ValueError(f"--baseline: got {', '.join(unknown)}, want any of {names}, or none")
+    for name in ("json", "csv", "plot"):
+        path = getattr(args, name)
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name}: got a folder, {path}, want a file")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads: got {args.threads}, want at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

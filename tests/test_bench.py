@@ -149,6 +149,7 @@ def test_no_host_name(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         (["--peers", "flash-attn"], "peer flash-attn: "),
         (["--backend", "triton", "--op", "nothing"], "--op: got nothing"),
         (["--compare", "absent.json"], "absent.json: no such file"),
+        (["--csv", "."], "--csv: got a folder, ., want a file"),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
@@ -225,6 +226,7 @@ def test_somebody_elses_kernel(
         ("norm=math:sqrt", "got op 'norm'"),
         ("rms_norm=no_such_module:f", "No module named"),
         ("rms_norm=math:no_such", "no attribute"),
+        ("rms_norm=my.module:ours", "got a function called 'ours'"),
     ],
 )
 def test_somebody_elses_kernel_that_is_not_there(
@@ -235,11 +237,19 @@ def test_somebody_elses_kernel_that_is_not_there(
     assert left.value.code == 2 and wanted in capsys.readouterr().err
 
 
+def test_somebody_elses_kernel_that_fails_costs_its_column(bench: Bench) -> None:
+    status, document = bench("--op", "rms_norm", "--no-plot", "--kernel", "rms_norm=math:sqrt")
+    assert status == 0 and "sqrt" not in document["ops"][0]["times"]
+    assert document["skipped"]["rms_norm 8 x 64: sqrt"].startswith("TypeError: ")
+
+
 def test_baselines_can_be_chosen(bench: Bench) -> None:
     _, document = bench("--op", "rms_norm", "--no-plot", "--baseline", "torch.compile")
     assert list(document["ops"][0]["times"]) == ["torch.compile"]
-    _, document = bench("--op", "rms_norm", "--no-plot", "--baseline", "none")
-    assert not document["ops"][0]["times"] and document["ops"][0]["of_limit"] > 0
+    status, document = bench("--no-plot", "--baseline", "none")
+    assert status == 0 and {r["op"] for r in document["ops"]} == set(cases.OPS)
+    for r in document["ops"]:  # held against eager's error all the same
+        assert not r["times"] and r["of_limit"] > 0 and not r["wrong"] and r["eager_error"] > 0
 
 
 def test_backend_can_be_chosen(bench: Bench) -> None:
