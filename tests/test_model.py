@@ -188,3 +188,16 @@ def test_8b_layers_take_a_byte_a_parameter() -> None:
     model = Llama.from_config(config, quantize="fp8")
     head, embedding = 128256 * 4096, 2 * 128256 * 4096
     assert model.weights.nbytes < 1.01 * (head + embedding + 218_103_808)
+
+
+def test_truncated_cache_forgets_the_rest() -> None:
+    cache = KVCache(TINY, 64, batch_size=2, block_size=32)
+    cache.append(40)
+    cache.advance(40)
+    free = cache.free_blocks
+    cache.truncate([40, 3])
+    assert cache.seqlens == [40, 3] and cache.free_blocks == free
+    for tokens in ([2, 4], [-1, 3]):
+        with pytest.raises(ValueError, match="want 0 to the sequence's"):
+            cache.truncate(tokens)
+        assert cache.seqlens == [40, 3]
