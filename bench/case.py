@@ -4,11 +4,18 @@ The limit is a run of its own, in the same rounds as the rest: a copy of the sam
 activations, a read of the same weights or cache for what streams them, a bf16 matrix product for
 what computes. Weights and caches rotate through more memory than the last-level cache holds;
 activations do not: in a model the op before has just written them.
+
+Where a tensor begins within its page decides a quarter of the time of an op that is bound by a copy
+(loads wait for stores to the same place of another page), and one process differs from the next in
+nothing else as much. So those cases move their tensors about while they are timed, and their noise
+shows what the places make.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +31,7 @@ from .timing import Run
 
 CACHE_BYTES = 96 << 20  # more than the last-level caches of the machines this was tried on
 CPU = torch.device("cpu")
+LINE, PAGE = 64, 4096  # bytes
 CHECKED_ROWS = 32  # from each end of an output: the truth is computed in fp64, which is slow
 
 
@@ -42,6 +50,11 @@ class Spec:
 
     def randn(self, *shape: int) -> Tensor:
         return randn(*shape, dtype=self.dtype, device=self.device)
+
+    def movable(self, *shape: int) -> Tensor:
+        """randn, with room behind it to be moved by up to a page."""
+        whole = self.randn(math.prod(shape) + PAGE // self.size)
+        return whole[: math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)  # baseline or "limit" -> ratio wanted
     device: torch.device = CPU
     uncapturable: tuple[str, ...] = ()  # runs that wait for a GPU: no CUDA graph of them
+    movable: tuple[Tensor, ...] = ()  # those of Spec.movable, moved while runs are timed
 
     @property
     def unit(self) -> str:
@@ -74,6 +88,11 @@ class Case:
     def work(self) -> float:
         """What the rate counts: bytes, or flops where matrices bound."""
         return self.flops if self.unit == "TFLOP/s" else self.bytes
+
+    def move(self) -> None:
+        """Every movable tensor begins at another line of its page; who holds it sees no change."""
+        for t in self.movable:
+            _move(t)
 
     def user(self, function: Callable[..., object]) -> Run:
         """Somebody's own kernel with the op's signature, as one more implementation."""
@@ -154,15 +173,34 @@ def read(tensors: list[Tensor]) -> Run:
     return run
 
 
+_places = random.Random(0)
+
+
+def _move(t: Tensor) -> None:
+    memory, data = t.untyped_storage(), t.clone()
+    lines = (memory.nbytes() - t.nbytes) // LINE
+    offset = _places.randint(0, lines) * LINE // t.itemsize
+    t.set_(memory, offset, t.shape, t.stride()).copy_(data)
+
+
 def copy(t: Tensor) -> Run:
     out = torch.empty_like(t)
     return lambda _: out.copy_(t)
 
 
+def _product(device: torch.device) -> tuple[int, int, int]:
+    return (512, 4096, 2048) if device.type == "cpu" else (8192, 8192, 8192)
+
+
+def matmul_flops(device: torch.device) -> float:
+    """Of one run of matmul_limit."""
+    return 2.0 * math.prod(_product(device))
+
+
 def matmul_limit(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Run, float]:
-    m, n, k = (512, 4096, 2048) if device.type == "cpu" else (8192, 8192, 8192)
+    m, n, k = _product(device)
     a, b = randn(m, k, dtype=dtype, device=device), randn(n, k, dtype=dtype, device=device)
-    return (lambda _: a @ b.t()), 2.0 * m * n * k
+    return (lambda _: a @ b.t()), matmul_flops(device)
 
 
 def cache_bytes(device: torch.device) -> int:

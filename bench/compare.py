@@ -1,48 +1,57 @@
 """Two runs of the suite against each other, beyond the noise that both of them measured.
 
 Machines differ from hour to hour, and so do seconds. What is compared is therefore what ours took
-of the other implementations' time in the same rounds, with the standard error that the rounds show:
-a kernel has become slower when it has against its baselines and its limit, taken together.
+of the other implementations' time in the same rounds: a kernel has become slower when it has
+against its baselines and its limit, taken together.
+
+Noise has one sign: neighbours make a run slower, nobody makes it faster. So the fast end counts,
+the tenth percentile of the best pass, which most runs reach although their medians differ by a
+third. How well they do is told by leaving out one pass after the other (the jackknife): where the
+figure hangs on a single pass it may have missed better ones. A case alone tells that with little
+certainty, so all cases with the same limit have a say in it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .files import read
 
-SCHEMA = 2  # of the suite's JSON; older files hold no errors of ratios
-TOLERATED = math.log(1.03)  # a change that nobody has to hear of
-SIGMAS = 2.0  # of the noise, beyond what is tolerated
+SCHEMA = 3  # of the suite's JSON; older files hold no passes
+TOLERATED = math.log(1.05)  # a change that nobody has to hear of
+SIGMAS = 2.5  # of the noise, beyond what is tolerated
 WANTED = math.log(1.2)  # a change that a comparison should not miss
-# What no single run can see: an op that is bound by a copy takes up to 1.8 times as long in one
-# process as in the next, with where the allocator finds its output (measured, eight runs of one
-# commit on two cores). A standard error, in logarithms, for ops with that limit.
-BETWEEN_PROCESSES = {"copy": 0.25}
 # A comparison across these would not be about the code.
 SAME = ("cpu", "gpu", "isa", "threads")
-SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device")
+SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device", "allocator")
 
 
 @dataclass(frozen=True)
 class Change:
-    """slowdown and noise: logarithms; noise is one standard error."""
+    """slowdown and noise: logarithms; noise is one standard error. agreed: whether the limit and
+    the other implementations see it go the same way."""
 
     name: str
     slowdown: float
     noise: float
+    agreed: bool = True
 
     @property
     def verdict(self) -> str:
-        beyond = abs(self.slowdown) - SIGMAS * self.noise
-        if beyond > TOLERATED:
+        if self.agreed and abs(self.slowdown) - SIGMAS * self.noise > TOLERATED:
             return "slower" if self.slowdown > 0 else "faster"
-        return "same" if SIGMAS * self.noise + TOLERATED < WANTED else "too noisy to tell"
+        return "same" if self.most < WANTED else "too noisy to tell"
+
+    @property
+    def most(self) -> float:
+        """The slowdown that the noise leaves possible."""
+        return self.slowdown + SIGMAS * self.noise
 
     def __str__(self) -> str:
         by, noise = math.expm1(abs(self.slowdown)), math.expm1(SIGMAS * self.noise)
@@ -76,40 +85,85 @@ def rows(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {f"{r['op']} {r['shape']}": r for r in found}
 
 
-def change(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Change | None:
-    """None where the two share nobody to compare with.
+@dataclass(frozen=True)
+class Voice:
+    """What one other implementation says of a case: the logarithm of how many times longer it took
+    than ours, and its standard error; NaN from a single pass."""
 
-    Each implementation that both runs measured says by how much ours fell back against it, and the
-    median counts. The limit is asked apart: on a shared machine memory slows down and arithmetic
-    does not, and whoever computes then seems to gain on whoever streams. What counts is what both
-    say, the smaller change of the two.
+    log: float
+    error: float
+
+
+def voice(row: Mapping[str, Any], other: str) -> Voice | None:
+    """None where it was not measured."""
+    seconds = row["seconds"]
+    if other not in seconds:
+        return None
+    ours, others = (seconds[name]["passes"] for name in (row.get("ours", "ours"), other))
+    log = math.log(min(others) / min(ours))
+    if len(ours) == 1:
+        return Voice(log, math.nan)
+    without = [
+        math.log(min(others[:i] + others[i + 1 :]) / min(ours[:i] + ours[i + 1 :]))
+        for i in range(len(ours))
+    ]
+    return Voice(log, math.sqrt((len(ours) - 1) * statistics.pvariance(without)))
+
+
+def noise(*runs: Mapping[str, Any]) -> dict[str, float]:
+    """By limit: the median standard error of all voices."""
+    found: dict[str, list[float]] = {}
+    for r in itertools.chain(*(rows(run).values() for run in runs)):
+        heard = [voice(r, other) for other in r["seconds"] if other != r.get("ours", "ours")]
+        errors = [v.error for v in heard if v is not None and not math.isnan(v.error)]
+        found.setdefault(r["limit"], []).extend(errors)
+    return {limit: statistics.median(errors) for limit, errors in found.items() if errors}
+
+
+def change(
+    name: str, old: Mapping[str, Any], new: Mapping[str, Any], least: float = 0.0
+) -> Change | None:
+    """None where the two share nobody to compare with. least: every voice's error, at least.
+
+    Each implementation that both runs measured says by how much ours fell back against it. The
+    limit is asked apart: on a shared machine memory slows down and arithmetic does not, and whoever
+    computes then seems to gain on whoever streams. What counts is what both say, the smaller change
+    of the two; where they disagree on the direction there is none but what both leave possible.
     """
     says: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # of limits, of others
     for other in new["seconds"]:
-        was, now = (_ratio(r["seconds"], other) for r in (old, new))
-        if was and now and other in ("limit", f"limit {new['shape']}"):
-            says[True].append((was[0] - now[0], math.hypot(was[1], now[1])))
-        elif was and now and not other.startswith("limit"):
-            says[False].append((was[0] - now[0], math.hypot(was[1], now[1])))
-    unseen = BETWEEN_PROCESSES.get(new.get("limit", ""), 0.0)
-    found = []
-    for group in filter(None, says.values()):
-        slowdown, noise = _together(group)
-        found.append(Change(name, slowdown, math.hypot(noise, unseen)))
-    if len({c.slowdown > 0 for c in found}) > 1:  # they do not agree on the direction
-        return Change(name, 0.0, max(c.noise for c in found))
+        limit = other in ("limit", f"limit {new['shape']}")
+        if other == new.get("ours", "ours") or (other.startswith("limit") and not limit):
+            continue
+        was, now = voice(old, other), voice(new, other)
+        if was and now:
+            # Python's max keeps its first argument where the second is NaN.
+            errors = (max(least, was.error), max(least, now.error))
+            says[limit].append((was.log - now.log, math.hypot(*errors)))
+    found = [Change(name, *_together(group)) for group in says.values() if group]
+    if len({c.slowdown > 0 for c in found}) > 1:
+        return replace(min(found, key=lambda c: c.most), agreed=False)
     return min(found, key=lambda c: abs(c.slowdown), default=None)
 
 
 def _together(says: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """The medians of the changes and of their errors: one baseline that had a bad day has one
-    voice."""
-    return statistics.median(s for s, _ in says), statistics.median(e for _, e in says)
+    """The weighted median of (change, error), and its own error: who is sure of it counts more, and
+    one baseline that had a bad day has one voice."""
+    ordered = sorted(says)
+    weights = [1 / (error * error + 1e-12) for _, error in ordered]
+    half = sum(weights) / 2
+    sums = itertools.accumulate(weights)
+    return next(said for said, so_far in zip(ordered, sums, strict=True) if so_far >= half)
 
 
-def _ratio(seconds: Mapping[str, Any], other: str) -> tuple[float, float] | None:
-    found = seconds.get(other, {}).get("ratio")
-    return (found["log"], found["error"]) if found else None
+def with_passes(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """row with more's passes behind its own, of whoever is in both."""
+    seconds = {
+        name: {**timing, "passes": [*timing["passes"], *more["seconds"][name]["passes"]]}
+        for name, timing in row["seconds"].items()
+        if name in more["seconds"]
+    }
+    return {**row, "seconds": seconds}
 
 
 def compare(
@@ -120,23 +174,25 @@ def compare(
     times: int = 2,
 ) -> list[Change]:
     """Every case of both runs. Who seems slower is measured up to `times` times more, on buffers
-    of its own (again: name -> a new row, or None), and is slower only when it is so each time.
+    of its own (again: name -> a row of one more pass, or None), and is slower if it still is then.
     """
     before, after = rows(old), rows(new)
+    seen = noise(old, new)
     changes = []
-    for name in after:
-        found = change(name, before[name], after[name]) if name in before else None
+    for name, row in after.items():
+        least = seen.get(row["limit"], 0.0)
+        found = change(name, before[name], row, least) if name in before else None
         if found is None:
             continue
         for _ in range(times):
             if found.verdict != "slower":
                 break
             say(f"{found}; measured again")
-            row = again(name)
-            repeated = change(name, before[name], row) if row else None
-            if repeated is None:
+            more = again(name)
+            if more is None:
                 break
-            found = min(found, repeated, key=lambda c: c.slowdown - SIGMAS * c.noise)
+            row = with_passes(row, more)
+            found = change(name, before[name], row, least) or found
         changes.append(found)
     return changes
 

@@ -54,7 +54,7 @@ _NORM_TARGETS = {"eager": 60.0, "F.rms_norm": 15.0, "torch.compile": 2.0}
 
 
 def _rms_norm(s: Spec, rows: int, shape: str) -> Case:
-    x, w = s.randn(rows, s.shapes.hidden), s.randn(s.shapes.hidden)
+    x, w = s.movable(rows, s.shapes.hidden), s.randn(s.shapes.hidden)
     moved = 2.0 * x.nbytes
     twins = _twins("rms_norm", lambda _: (x, w, EPS))
     functional: Run = lambda _: F.rms_norm(x, (s.shapes.hidden,), w, EPS)  # noqa: E731
@@ -73,16 +73,14 @@ def _rms_norm(s: Spec, rows: int, shape: str) -> Case:
         value=checked,
         arguments=lambda _: (x, w, EPS),
         inputs={"x": x, "weight": w, "eps": EPS},
+        movable=(x,),
         targets=_NORM_TARGETS,
     )
 
 
 def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
-    x, residual, w = (
-        s.randn(rows, s.shapes.hidden),
-        s.randn(rows, s.shapes.hidden),
-        s.randn(s.shapes.hidden),
-    )
+    x, residual = (s.movable(rows, s.shapes.hidden) for _ in range(2))
+    w = s.randn(s.shapes.hidden)
     moved = 4.0 * x.nbytes
     twins = _twins("add_rms_norm", lambda _: (x, residual, w, EPS))
 
@@ -105,6 +103,7 @@ def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
         value=checked,
         arguments=lambda _: (x, residual, w, EPS),
         inputs={"x": x, "residual": residual, "weight": w, "eps": EPS},
+        movable=(x, residual),
         targets=_NORM_TARGETS,
     )
 
@@ -124,7 +123,7 @@ def rope(s: Spec) -> Iterator[Plan]:
 
 def _rope(s: Spec, rows: int, shape: str) -> Case:
     m = s.shapes
-    q, k = s.randn(rows, m.heads, m.head_dim), s.randn(rows, m.kv_heads, m.head_dim)
+    q, k = (s.movable(rows, heads, m.head_dim) for heads in (m.heads, m.kv_heads))
     table = lf.rope_table(5e5, max(rows, 8), head_dim=m.head_dim, device=s.device)
     positions = torch.arange(rows, device=s.device)
     moved = 2.0 * (q.nbytes + k.nbytes)
@@ -143,6 +142,7 @@ def _rope(s: Spec, rows: int, shape: str) -> Case:
         value=checked,
         arguments=lambda _: (q, k, positions, table),
         inputs={"q": q, "k": k, "positions": positions, "table": table},
+        movable=(q, k),
         targets={"eager": 8.0},
     )
 
@@ -165,7 +165,7 @@ def activations(s: Spec) -> Iterator[Plan]:
 
 
 def _swiglu(s: Spec, rows: int, shape: str) -> Case:
-    x = s.randn(rows, 2 * s.shapes.inner)
+    x = s.movable(rows, 2 * s.shapes.inner)
     return Case(
         op="silu_and_mul",
         shape=shape,
@@ -181,12 +181,13 @@ def _swiglu(s: Spec, rows: int, shape: str) -> Case:
         value=checked,
         arguments=lambda _: (x,),
         inputs={"gate_up": x},
+        movable=(x,),
         targets={"eager": 3.0},
     )
 
 
 def _quantize(s: Spec, rows: int, shape: str) -> Case:
-    x = s.randn(rows, s.shapes.hidden)
+    x = s.movable(rows, s.shapes.hidden)
     return Case(
         op="quantize_fp8",
         shape=shape,
@@ -202,4 +203,5 @@ def _quantize(s: Spec, rows: int, shape: str) -> Case:
         value=lambda result: reference.dequantize_fp8(*(ends(t) for t in result)),
         arguments=lambda _: (x,),
         inputs={"x": x},
+        movable=(x,),
     )

@@ -62,7 +62,7 @@ def measure(
     finally:
         if collecting:
             gc.enable()
-    return {name: summarise(s, samplers[name].mode) for name, s in seconds.items()}
+    return {name: summarise(s, mode=samplers[name].mode) for name, s in seconds.items()}
 
 
 def _round(

@@ -1,4 +1,5 @@
-"""The most memory that something took while it ran, beyond what was there before."""
+"""The most memory that something took while it ran, beyond what was there before; and whether
+freed memory is kept."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, -1  # of glibc's malloc.h
+_HIGHEST = 32 << 20  # bytes: what glibc takes for _MMAP_THRESHOLD
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -36,6 +40,20 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before = _resident("VmRSS")
     yield found
     found.bytes = max(0.0, _resident("VmHWM") - before)
+
+
+def keep_freed() -> bool:
+    """From here on this process keeps memory that it freed for its next allocations, up to 32 MiB
+    each; whether the C library can do that.
+
+    glibc does so by itself after a while, as far as large blocks were freed before: with luck an op
+    is given its output, else zeroed pages, one fault for each, which take longer than many an op.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _HIGHEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
 
 
 def _trim() -> None:

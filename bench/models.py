@@ -13,9 +13,8 @@ import llama_fast as lf
 from llama_fast.cache import KVCache
 
 from .case import CPU
+from .peers.peer import CHUNK
 from .timing import Run
-
-CHUNK = 512  # tokens of a context that are processed at once
 
 
 def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
@@ -66,9 +65,6 @@ class Ours:
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens)
-
-    def prefill(self, tokens: Tensor) -> Run:
-        return self.extend(tokens[:, :0], tokens)
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
         """The tokens after a context, from where the next round starts again."""
@@ -127,9 +123,6 @@ class Transformers:
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self._call(tokens, use_cache=False).logits.float()
-
-    def prefill(self, tokens: Tensor) -> Run:
-        return lambda _: self._call(tokens, logits_to_keep=1, use_cache=True).logits
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
         past = self._past(context)

@@ -3,11 +3,16 @@ that slows down slows them all; medians and percentiles over the rounds.
 
 What two implementations are to each other is taken within the rounds too, not between medians: the
 median of the rounds' ratios, with a standard error that this run itself shows.
+
+A busy neighbour on the same core or cache stays for seconds or minutes, and slows who computes more
+than who copies: no number of rounds in one go averages that out, or even shows it. So a run goes
+through its cases in several passes, each a share of the rounds, and keeps each pass's fast end.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -17,8 +22,10 @@ from typing import Any
 
 Run = Callable[[int], object]  # called with the round's number, to rotate buffers by
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 240
-SLOW_ROUNDS = 3  # for who takes more than the budget each time
+MIN_ROUNDS, MAX_ROUNDS = 9, 240
+SLOW = 4  # times ours
+SLOW_ROUNDS = 3  # at least, whatever it takes
+STAY = 8  # rounds between two calls of `move`: every block of them is in places of its own
 # Before each turn: threads of whoever ran before may spin for milliseconds, waiting for more work,
 # on the cores that the next one needs; then one's own threads have to wake up, and caches to fill.
 SETTLE = 3e-3  # seconds
@@ -44,36 +51,52 @@ class Timing:
     p90: float
     rounds: int
     mode: str = "clock"  # the host's; or on a GPU "graph" or "events", see gpu_timing.py
-    samples: tuple[float, ...] = field(default=(), repr=False)  # in the order of the rounds
+    passes: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # of rounds, in order
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self)
-        del found["samples"]
+        found = asdict(self) | {"passes": [_low(sorted(seconds)) for seconds in self.passes]}
         if self.mode == "clock":
             del found["mode"]
         return found
 
 
-def summarise(seconds: list[float], mode: str = "clock") -> Timing:
-    ordered = sorted(seconds)
+def summarise(*passes: Sequence[float], mode: str = "clock") -> Timing:
+    """passes: the seconds of the rounds of each, in their order."""
+    ordered = sorted(itertools.chain(*passes))
     last = len(ordered) - 1
     return Timing(
         statistics.median(ordered),
-        ordered[round(0.1 * last)],
+        _low(ordered),
         ordered[round(0.9 * last)],
         len(ordered),
         mode,
-        tuple(seconds),
+        tuple(map(tuple, passes)),
     )
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> Ratio:
+def _low(ordered: Sequence[float]) -> float:
+    """The tenth percentile: how long it takes undisturbed."""
+    return ordered[round(0.1 * (len(ordered) - 1))]
+
+
+def joined(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
+    """Of whoever took part in every pass."""
+    names = [name for name in passes[0] if all(name in p for p in passes)]
+    parts = {name: [p[name] for p in passes] for name in names}
+    return {
+        name: summarise(*itertools.chain(*(t.passes for t in found)), mode=found[0].mode)
+        for name, found in parts.items()
+    }
+
+
+def ratio(one: Timing, other: Timing) -> Ratio:
     """Round by round, as far as both took part.
 
     The error is the larger of two estimates: from the spread of single rounds, by order statistics,
     and from the spread of the medians of BLOCKS blocks, which sees what lasts longer than a round.
     """
-    logs = [math.log(b / a) for a, b in zip(one, other, strict=False)]
+    passes = zip(one.passes, other.passes, strict=True)
+    logs = [math.log(b / a) for x, y in passes for a, b in zip(x, y, strict=False)]
     ordered, n = sorted(logs), len(logs)
     half = math.sqrt(n) / 2
     low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
@@ -90,48 +113,68 @@ def figures(timings: Mapping[str, Timing], base: str) -> dict[str, dict[str, Any
     found = {name: t.to_json() for name, t in timings.items()}
     for name, t in timings.items():
         if name != base:
-            found[name]["ratio"] = asdict(ratio(timings[base].samples, t.samples))
+            found[name]["ratio"] = asdict(ratio(timings[base], t))
     return found
 
 
-def measure(runs: dict[str, Run], budget: float) -> dict[str, Timing]:
-    """Alternates the runs for about `budget` seconds, warm-up aside, at least MIN_ROUNDS rounds.
+def measure(
+    runs: dict[str, Run],
+    budget: float,
+    move: Callable[[], None] = lambda: None,
+    passes: int = 1,
+    least: int = MIN_ROUNDS,
+) -> dict[str, Timing]:
+    """One pass: alternates the runs for about `budget` seconds, warm-up aside, at least `least`
+    rounds; of `passes` passes in all (see joined), each has its share of both.
 
-    Whoever is slow takes part in the first SLOW_ROUNDS only, or one slow baseline would eat the
-    rounds of all. The order turns round every other round, so that nobody always runs on a
-    neighbour's caches. On the host's clock; gpu_timing.measure is a GPU's.
+    Whoever takes SLOW times as long as the first of the runs spends no more than a budget of its
+    own, or one slow baseline would eat the rounds of all. The order turns round every other round,
+    so that nobody always runs on a neighbour's caches. move: is called every STAY rounds, to put
+    tensors elsewhere in memory. On the host's clock; gpu_timing.measure is a GPU's.
     """
-    slow, short = set(), set()
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run(0)
-        began = time.perf_counter()
-        if began - start < budget / 4:  # the first call compiles, allocates, touches pages
-            run(1)
-            start, began = began, time.perf_counter()
-        took = began - start
-        if took > budget:
-            slow.add(name)
-        if took < SHORT:
-            short.add(name)
-    rounds = SLOW_ROUNDS if next(iter(runs)) in slow else MIN_ROUNDS
+    budget /= passes
+    few, least, most = (math.ceil(n / passes) for n in (SLOW_ROUNDS, least, MAX_ROUNDS))
+    took = {name: _warm_up(run, budget / 4) for name, run in runs.items()}
+    ours = next(iter(took.values()))
+    if ours > budget:
+        least = few
+    slow = max(budget / 16, SLOW * ours)
+    rounds = {
+        n: most if t < slow else min(most, max(few, int(budget / t))) for n, t in took.items()
+    }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    spent = 0.0  # by those who are not slow
     collecting = gc.isenabled()
     gc.disable()
     try:
-        began = time.perf_counter()
-        for i in range(MAX_ROUNDS):
-            names = list(runs) if i % 2 else list(runs)[::-1]
-            for name in names:
-                if i >= SLOW_ROUNDS and name in slow:
-                    continue
-                seconds[name].append(_turn(runs[name], i, name in short))
-            if i + 1 >= rounds and time.perf_counter() - began > budget:
+        for i in range(most):
+            if i >= least and spent > budget:
                 break
+            if i % STAY == 0:
+                move()
+            for name in list(runs) if i % 2 else list(runs)[::-1]:
+                if i >= rounds[name]:
+                    continue
+                start = time.perf_counter()
+                seconds[name].append(_turn(runs[name], i, took[name] < SHORT))
+                if rounds[name] == most:
+                    spent += time.perf_counter() - start
     finally:
         if collecting:
             gc.enable()
     return {name: summarise(times) for name, times in seconds.items()}
+
+
+def _warm_up(run: Run, enough: float) -> float:
+    """Seconds of a call; of the second where the first was quick: that compiles, allocates, touches
+    pages."""
+    start = time.perf_counter()
+    run(0)
+    began = time.perf_counter()
+    if began - start >= enough:
+        return began - start
+    run(1)
+    return time.perf_counter() - began
 
 
 def _turn(run: Run, i: int, short: bool) -> float:

@@ -206,11 +206,17 @@ def check_model(model: peers.ModelPeer, tokens: Tensor, exact: Tensor, allowed: 
     logits = model.logits(tokens)
     assert logits.dtype == torch.float32 and logits.shape == exact.shape
     assert error(logits, exact) < allowed, model.label
-    prefill = model.prefill(context)
+    prefill = model.extend(context[:, :0], context)
+    extend = model.extend(context[:, :-2], context[:, -2:])
     decode = model.decode(context, STEPS)
     for i in range(2):  # the second finds what the first left behind
         assert error(prefill(i).float(), exact[:, CONTEXT - 1]) < allowed, model.label
+        assert error(extend(i).float(), exact[:, CONTEXT - 1]) < allowed, model.label
         assert error(decode(i).float(), exact[:, -1]) < allowed, model.label
+    decode = model.decode(context[:, :-2], STEPS)  # on what extend has begun from, too
+    first = decode(0).float().clone()
+    assert error(extend(0).float(), exact[:, CONTEXT - 1]) < allowed, model.label
+    assert error(decode(1).float(), first) < allowed, model.label
 
 
 # Found: 0.017 and 0.003, 0.016 and 0.007. Q8_0 and int8 round each weight to 1/254 of the largest

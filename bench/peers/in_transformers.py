@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from .peer import Run
+from .peer import CHUNK, Run
 
 
 class InTransformers:
@@ -32,20 +33,28 @@ class InTransformers:
     def logits(self, tokens: Tensor) -> Tensor:
         return self._run(tokens, use_cache=False).float().cpu()
 
-    def prefill(self, tokens: Tensor) -> Run:
-        return lambda _: self._run(tokens, use_cache=True, logits_to_keep=1)[:, -1]
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        return self._after(context, lambda step: step(tokens))
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        with torch.inference_mode(), self._around():
-            past = self._model(context, use_cache=True, logits_to_keep=1).past_key_values
         token = context[:, -1:]
+        return self._after(context, lambda step: [step(token) for _ in range(steps)][-1])
+
+    def _after(self, context: Tensor, work: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Run:
+        """A run of work, which is handed what processes more tokens and gives their last logits."""
+        past = DynamicCache(config=self._model.config)
+
+        def step(tokens: Tensor) -> Tensor:
+            return self._run(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)[:, -1]
 
         def run(_: int) -> Tensor:
-            for _ in range(steps):
-                logits = self._run(token, past_key_values=past, use_cache=True)
-            past.crop(-steps)
-            return logits[:, -1]
+            beyond = past.get_seq_length() - context.shape[1]
+            if beyond > 0:
+                past.crop(-beyond)  # a negative count means the same in every version
+            return work(step)
 
+        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+            step(part)
         return run
 
     def weight_bytes(self) -> int:

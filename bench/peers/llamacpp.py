@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import ggml, gguf_file
-from .peer import ModelPeer, Run, Unsupported
+from .peer import CHUNK, ModelPeer, Run, Unsupported
 
 KINDS = {"llama.cpp Q8_0": "Q8_0", "llama.cpp bf16": "BF16"}
 OPS = ggml.OPS
@@ -36,6 +36,7 @@ class _Model:
         self.label = label
         self._vocab = hf_model.config.vocab_size
         self._contexts: list[Any] = []
+        self._shared: dict[tuple[int, ...], tuple[Any, int, int]] = {}  # by what they hold
         self._model = None
         self._api = api = _api()
         params = api.llama_model_default_params()
@@ -53,62 +54,70 @@ class _Model:
 
     def logits(self, tokens: Tensor) -> Tensor:
         ids = _ids(tokens)
-        context = self._context(len(ids))
+        context = self._context(len(ids), len(ids))
         every = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
         batch = self._api.llama_batch_get_one(ids, len(ids))
         batch.logits = every
         return self._decode(context, batch, len(ids))[None].clone()
 
-    def prefill(self, tokens: Tensor) -> Run:
-        ids = _ids(tokens)
-        context = self._context(len(ids))
-        memory = self._api.llama_get_memory(context)
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        return self._after(context, tokens, 1)
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        return self._after(context, context[:, -1:], steps)
+
+    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+        length, ids = context.shape[1], _ids(tokens)
+        handle = self._filled(context, len(ids) * times, len(ids))
+        memory = self._api.llama_get_memory(handle)
         batch = self._api.llama_batch_get_one(ids, len(ids))  # the last token's logits only
 
         def run(_: int) -> Tensor:
-            self._api.llama_memory_clear(memory, False)
-            return self._decode(context, batch)
+            if not self._api.llama_memory_seq_rm(memory, 0, length, -1):
+                raise RuntimeError("llama.cpp did not rewind its cache")
+            for _ in range(times):
+                logits = self._decode(handle, batch)
+            return logits
 
         run.keep = ids  # type: ignore[attr-defined]  # batch points to them
         return run
 
-    def decode(self, context: Tensor, steps: int) -> Run:
+    def _filled(self, context: Tensor, room: int, batch: int) -> Any:
+        """A cache that holds the context and has room for so many tokens more, up to `batch` of
+        them at once. Jobs on the same long context share one: reading it takes minutes."""
         ids = _ids(context)
-        handle = self._context(len(ids) + steps, batch=len(ids))
-        memory = self._api.llama_get_memory(handle)
-        self._decode(handle, self._api.llama_batch_get_one(ids, len(ids)))
-        last = (ctypes.c_int32 * 1)(ids[-1])
-        batch = self._api.llama_batch_get_one(last, 1)
-
-        def run(_: int) -> Tensor:
-            for _ in range(steps):
-                logits = self._decode(handle, batch)
-            if not self._api.llama_memory_seq_rm(memory, 0, len(ids), -1):
-                raise RuntimeError("llama.cpp did not rewind its cache")
-            return logits
-
-        run.keep = last  # type: ignore[attr-defined]
-        return run
+        key, length = tuple(ids), len(ids)
+        handle, free, most = self._shared.get(key, (None, 0, 0))
+        if free < room or most < batch:
+            batch = max(batch, min(CHUNK, length))
+            room = max(room, batch)
+            handle = self._context(length + room, batch)
+            self._shared[key] = handle, room, batch
+            for i in range(0, length, batch):
+                part = (ctypes.c_int32 * min(batch, length - i))(*ids[i : i + batch])
+                self._decode(handle, self._api.llama_batch_get_one(part, len(part)))
+        return handle
 
     def weight_bytes(self) -> int:
         return self._weight_bytes
 
     def close(self) -> None:
+        self._shared.clear()
         while self._contexts:
             self._api.llama_free(self._contexts.pop())
         if self._model:
             self._api.llama_model_free(self._model)
         self._model = None
 
-    def _context(self, length: int, batch: int | None = None) -> Any:
-        """A cache for `length` tokens, whose prompt is processed in one piece."""
+    def _context(self, length: int, batch: int) -> Any:
+        """An empty cache for `length` tokens, up to `batch` of them processed at once."""
         api, threads = self._api, torch.get_num_threads()
         params = api.llama_context_default_params()
         _set(
             params,
             n_ctx=length,
-            n_batch=batch or length,
-            n_ubatch=batch or length,
+            n_batch=batch,
+            n_ubatch=batch,
             n_threads=threads,
             n_threads_batch=threads,
             flash_attn_type=api.LLAMA_FLASH_ATTN_TYPE_ENABLED,

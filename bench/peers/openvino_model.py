@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama_fast import LlamaConfig
 from llama_fast.rope import inv_freq
 
-from .peer import Inputs, ModelPeer, Run, Unsupported
+from .peer import CHUNK, Inputs, ModelPeer, Run, Unsupported
 
 OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
 
@@ -48,49 +48,65 @@ class _Model:
             "INFERENCE_PRECISION_HINT": "bf16",
             "PERFORMANCE_HINT": "LATENCY",
         }
+        self._contexts: dict[tuple[int, ...], tuple[Any, Callable[[], object]]] = {}
         self._compiled: Any = openvino.Core().compile_model(model, "CPU", options)
 
     def logits(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
         return _step(self._compiled.create_infer_request(), tokens, 0, np.arange(length)).clone()
 
-    def prefill(self, tokens: Tensor) -> Run:
-        request = self._compiled.create_infer_request()
-        last = np.array([tokens.shape[1] - 1])
-
-        def run(_: int) -> Tensor:
-            request.reset_state()
-            return _step(request, tokens, 0, last)[:, -1]
-
-        return run
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        return self._after(context, tokens, 1)
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Rewinding writes the cache anew from a copy; it is timed along with the steps."""
-        import openvino
+        return self._after(context, context[:, -1:], steps)
 
-        request = self._compiled.create_infer_request()
-        length, token, last = context.shape[1], context[:, -1:], np.array([0])
-        _step(request, context, 0, last)
-        states = request.query_state()
-        kept = []
-        for state in states:  # not through numpy, which would take bf16 for fp16
-            kept.append(openvino.Tensor(state.state.element_type, state.state.shape))
-            state.state.copy_to(kept[-1])
+    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+        request, rewind = self._filled(context)
+        length, size, last = context.shape[1], tokens.shape[1], np.array([tokens.shape[1] - 1])
 
         def run(_: int) -> Tensor:
-            for i in range(steps):
-                logits = _step(request, token, length + i, last)
-            for state, tensor in zip(states, kept, strict=True):
-                state.state = tensor
+            rewind()
+            for i in range(times):
+                logits = _step(request, tokens, length + i * size, last)
             return logits[:, -1]
 
         return run
+
+    def _filled(self, context: Tensor) -> tuple[Any, Callable[[], object]]:
+        """A request whose cache holds the context, and what makes it so again: by writing the cache
+        anew from a copy, which is timed along. Jobs on the same long context share one."""
+        key = tuple(context.flatten().tolist())
+        if key not in self._contexts:
+            request = self._compiled.create_infer_request()
+            for i in range(0, len(key), CHUNK):
+                _step(request, context[:, i : i + CHUNK], i, np.array([0]))
+            self._contexts[key] = request, _rewinder(request) if key else request.reset_state
+        return self._contexts[key]
 
     def weight_bytes(self) -> int:
         return self._weight_bytes
 
     def close(self) -> None:
+        self._contexts.clear()
         self._compiled = None
+
+
+def _rewinder(request: Any) -> Callable[[], None]:
+    """What brings the request's caches back to what they hold now."""
+    import openvino
+
+    states = request.query_state()
+    kept = []
+    for state in states:  # not through numpy, which would take bf16 for fp16
+        kept.append(openvino.Tensor(state.state.element_type, state.state.shape))
+        state.state.copy_to(kept[-1])
+
+    def rewind() -> None:
+        for state, tensor in zip(states, kept, strict=True):
+            state.state = tensor
+
+    return rewind
 
 
 def _step(request: Any, tokens: Tensor, start: int, rows: np.ndarray) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 Run = Callable[[int], object]  # called with the round's number, as timing.py's
 Inputs = Mapping[str, Any]  # one case's tensors, by name
+CHUNK = 512  # tokens of a context that a model processes at once, where it has a choice
 
 
 class Unsupported(Exception):
@@ -28,12 +29,14 @@ class ModelPeer(Protocol):
     def logits(self, tokens: Tensor) -> Tensor:
         """[1, S, vocab] fp32, on the CPU: to state the error as everybody's."""
 
-    def prefill(self, tokens: Tensor) -> Run:
-        """Processes the prompt from an empty cache; each run returns the last token's logits."""
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        """Each run processes tokens, at once, after the context [1, C], which may be empty and is
+        processed here and now; returns the last token's logits. Rounds are alike, whatever ran on
+        the same context in between."""
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Decodes `steps` single tokens after context, its last one again and again, then rewinds
-        to the context: each round alike. Returns the last step's logits."""
+        """Each run decodes `steps` single tokens after context, its last one again and again, and
+        returns the last step's logits; otherwise as extend."""
 
     def weight_bytes(self) -> int:
         """Of the weights that every token passes through; the embedding is only looked up."""

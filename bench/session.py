@@ -1,0 +1,228 @@
+"""One run of the suite: what was asked for, and what was found so far."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import cases, compare, end_to_end, gpu_model, gpu_timing, peers, report
+from .arguments import DTYPES
+from .baselines import Baselines
+from .case import Case, Plan, free_memory, relative_error
+from .linear_cases import kept
+from .timing import Run, Timing, joined, measure
+
+BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
+PASSES = {"quick": 2, "default": 3, "full": 2}  # through all cases, see timing.py
+
+
+@dataclass
+class Measured:
+    """Of one case, so far."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    passes: list[dict[str, Timing]] = field(default_factory=list)
+
+
+class Session:
+    """results is what becomes the JSON file; it is written after each case."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device(args.device)
+        self.spec = cases.spec(args.model, DTYPES[args.dtype], self.device, args.level, args.tp)
+        named = args.peers and [name for name in args.peers if name != "none"]
+        self.peers, absent = peers.wanted(named, args.device)
+        self.plans = cases.plan(self.spec, args.op)
+        # Nobody else runs on a GPU meanwhile.
+        self.passes = PASSES[args.level] if args.device == "cpu" else 1
+        options = ("model", "tp", "dtype", "backend", "device", "level", "baseline", "allocator")
+        self.results: dict[str, Any] = {
+            "schema": compare.SCHEMA,
+            "environment": report.environment(self.device),
+            "options": {name: getattr(args, name) for name in options},
+            "peers": {peer.name: peer.version() for peer in self.peers},
+            "complete": False,
+            "skipped": absent,
+            "ops": [],
+        }
+
+    def write(self) -> None:
+        report.write(self.args.json, self.results)
+
+    def keep_scaling(self, found: dict[str, Any]) -> None:
+        self.results["scaling"] = found
+        self.write()
+
+    def skip(self, what: str, why: str) -> None:
+        self.results["skipped"][what] = why
+
+    def run_ops(self) -> None:
+        """In passes; the rows are printed in the last, or when somebody interrupts."""
+        found: dict[str, Measured] = {plan.name: Measured() for plan in self.plans}
+        rows: dict[str, dict[str, Any] | None] = {}
+        shown: set[str] = set()
+        print(report.HEADER, flush=True)
+        try:
+            for number in range(1, self.passes + 1):
+                for i, plan in enumerate(self.plans):
+                    what = f"pass {number} of {self.passes}, {i + 1} of {len(self.plans)}"
+                    with _status(f"{what}: {plan.name}"):
+                        rows[plan.name] = self.measure(plan, found[plan.name], self.passes)
+                    self.results["ops"] = [row for row in rows.values() if row is not None]
+                    self.write()
+                    if number == self.passes:
+                        self._show(plan, rows[plan.name])
+                        shown.add(plan.name)
+                kept.fresh()
+        finally:
+            for plan in self.plans:
+                if plan.name in rows and plan.name not in shown:
+                    self._show(plan, rows[plan.name])
+        print(report.LEGEND)
+
+    def _show(self, plan: Plan, row: dict[str, Any] | None) -> None:
+        skipped = f"{plan.name}: skipped, {self.results['skipped'].get(plan.name)}"
+        print(report.line(row) if row else skipped, flush=True)
+
+    def measure(self, plan: Plan, so_far: Measured, passes: int = 1) -> dict[str, Any] | None:
+        """One more pass of `passes`. None where the case does not fit into memory."""
+        if plan.memory > free_memory(self.device):
+            self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
+            return None
+        case = cases.on(self.spec, plan.make())
+        found = self._implementations(case)
+        if not so_far.errors:
+            yardstick = {n: r for n, r in _yardstick(case).items() if n not in found.skipped}
+            so_far.errors = _errors(case, {**yardstick, **found.runs})
+        runs = {**found.runs, "limit": case.limit}
+        for name, why in found.skipped.items():
+            self.skip(f"{plan.name}: {name}", why)
+        so_far.passes.append(self._times(runs, case, passes))
+        return report.row(case, joined(so_far.passes), so_far.errors)
+
+    def _implementations(self, case: Case) -> Baselines:
+        """Ours, and whoever else can be had for this case."""
+        found = Baselines(case.ours)
+        for name, run in case.baselines.items():
+            if self._wants(name):
+                found.offer(name, run)
+        for op, name, function in self.args.kernel:
+            if op == case.op:
+                _add(found, name, {name: case.user(function)}.copy)
+        for peer in self.peers:
+            _add(found, peer.name, functools.partial(peer.ops, case.op, case.inputs))
+        return found
+
+    def _wants(self, baseline: str) -> bool:
+        if self.args.baseline is not None:
+            return baseline in self.args.baseline
+        return baseline != "torch.compile" or self.args.level != "quick"
+
+    def _times(self, runs: dict[str, Run], case: Case, passes: int = 1) -> dict[str, Timing]:
+        budget = BUDGETS[self.args.level]
+        if self.device.type == "cpu":
+            return measure(runs, budget, case.move, passes)
+        return gpu_timing.measure(runs, budget / 4, copies=8, uncapturable=case.uncapturable)
+
+    def again(self, name: str) -> dict[str, Any] | None:
+        """A case measured anew, on other buffers."""
+        kept.fresh()
+        for plan in self.plans:
+            if plan.name == name:
+                return self.measure(plan, Measured())
+        found = self.end_to_end() if "end_to_end" in self.results else None
+        rows = {f"{r['op']} {r['shape']}": r for r in (found or {"rows": ()})["rows"]}
+        return rows.get(name)
+
+    def wants_end_to_end(self) -> bool:
+        """The forward pass comes along where it is what is asked for: everything, at 8B."""
+        a = self.args
+        return a.level != "quick" and not a.op and (a.model, a.tp, a.dtype) == ("8b", 1, "bf16")
+
+    def keep_end_to_end(self, found: dict[str, Any]) -> None:
+        self.results["end_to_end"] = found
+        self.write()
+
+    def end_to_end(
+        self, keep: Callable[[dict[str, Any]], None] = lambda found: None
+    ) -> dict[str, Any] | None:
+        if importlib.util.find_spec("transformers") is None:
+            self.skip("end to end", "transformers is not installed (extra: bench)")
+            return None
+        if self.device.type == "cpu":
+            options = (self.peers, self._wants, self.skip, keep, self.passes)
+            return end_to_end.run(self.args.level, say, *options)
+        return gpu_model.run(self.device, 4 * BUDGETS[self.args.level], say)
+
+    def compare(self, old: dict[str, Any]) -> bool:
+        """Whether anything has become slower."""
+        changes = compare.compare(old, self.results, self.again, say)
+        self.results["compared"] = {
+            "with": old["environment"].get("commit"),
+            "changes": [
+                {"name": c.name, "log": c.slowdown, "noise": c.noise, "verdict": c.verdict}
+                for c in changes
+            ],
+        }
+        print(compare.summary(changes, old, self.results))
+        return any(c.verdict == "slower" for c in changes)
+
+
+def _add(to: Baselines, who: str, runs: Callable[[], dict[str, Run]]) -> None:
+    """Somebody else's runs, each tried once: what fails costs its own columns only."""
+    try:
+        found = runs()
+        for run in found.values():
+            run(0)
+    except Exception as why:
+        kind = "" if isinstance(why, peers.Unsupported) else f"{type(why).__name__}: "
+        to.skipped[who] = f"{kind}{why}"
+    else:
+        to.runs.update(found)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _yardstick(case: Case) -> dict[str, Run]:
+    """Whose error ours is held against, whether or not it is timed: the eager twin where it fits,
+    else PyTorch's own."""
+    name = "eager" if "eager" in case.baselines else next(iter(case.baselines))
+    return {name: case.baselines[name]}
+
+
+def _errors(case: Case, runs: dict[str, Run]) -> dict[str, float]:
+    """Of each implementation, before anything is timed. One whose result has another form than
+    the op's has none."""
+    exact = case.exact()
+    found = {}
+    for name, run in runs.items():
+        result = run(0)
+        try:
+            found[name] = relative_error(case.value(result), exact)
+        except (TypeError, RuntimeError, IndexError, AttributeError):
+            if name == "ours":
+                raise
+    return found
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """What is being measured, on a terminal, while it is."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield

@@ -1,0 +1,164 @@
+"""How the suite measures: turns, passes, ratios and their errors, places in memory, limits."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from llama_fast import _cpu
+from llama_fast.bench import case, cases, memory, timing
+
+
+def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each warmed up on another buffer, which is not timed."""
+    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(timing, "WARM", 0.0)
+    order: list[tuple[str, int]] = []
+    runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
+    result = timing.measure(runs, 1.0)
+    assert order[4:12] == [(n, i) for i, n in enumerate("baab") for i in (i // 2 + 1, i // 2)]
+    assert {t.rounds for t in result.values()} == {timing.MIN_ROUNDS}
+
+
+def test_threads_of_the_one_before_are_waited_for() -> None:
+    """Somebody's threads that spin on for 2 ms are done when the next one is timed."""
+    until = [0.0]
+
+    def spinner(i: int) -> None:
+        until[0] = time.perf_counter() + 2e-3
+
+    def late(i: int) -> None:
+        while time.perf_counter() < until[0]:
+            pass
+
+    result = timing.measure({"ours": late, "spinner": spinner}, 0.1)
+    assert result["ours"].median < 5e-4
+
+
+def test_a_slow_baseline_has_a_budget_of_its_own() -> None:
+    """And takes none of the others' rounds, however slow it is."""
+    pauses = {"ours": 1e-4, "near": 3e-4, "slow": 0.02, "slower": 0.1}
+    runs = {name: lambda i, s=s: time.sleep(s) for name, s in pauses.items()}
+    result = timing.measure(runs, 0.2)
+    assert result["slower"].rounds == timing.SLOW_ROUNDS
+    assert timing.SLOW_ROUNDS < result["slow"].rounds <= 10
+    assert result["ours"].rounds == result["near"].rounds > 2 * result["slow"].rounds
+
+
+def test_where_ours_is_slow_everybody_has_few_rounds() -> None:
+    runs = {"ours": lambda i: time.sleep(0.02), "other": lambda i: time.sleep(0.04)}
+    assert {t.rounds for t in timing.measure(runs, 0.01).values()} == {timing.SLOW_ROUNDS}
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    """A machine that slows down slows both: their ratio has no error then."""
+    drift = [1.0 + 0.1 * i for i in range(40)]
+    found = timing.ratio(timing.summarise(drift), timing.summarise([2 * t for t in drift]))
+    assert found.log == pytest.approx(math.log(2)) and found.error < 1e-12
+
+
+def test_ratio_knows_its_error() -> None:
+    """About nine in ten intervals of two standard errors hold the truth, with heavy tails too."""
+    generator = torch.Generator().manual_seed(0)
+    held, errors = 0, []
+    for _ in range(200):
+        noise = torch.randn(60, generator=generator) * 0.2
+        noise[::7] *= 5
+        other = timing.summarise((1.1 * noise.exp()).tolist())
+        found = timing.ratio(timing.summarise([1.0] * 60), other)
+        held += abs(found.log - math.log(1.1)) < 2 * found.error
+        errors.append(found.error)
+    assert held / 200 > 0.85 and 0.02 < sum(errors) / 200 < 0.08
+
+
+def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    runs = {"ours": lambda i: time.sleep(1e-3), "other": lambda i: time.sleep(2e-3)}
+    passes = [timing.measure(runs, 0.3, passes=3) for _ in range(3)]
+    assert [p["ours"].rounds for p in passes] == [3, 3, 3]  # 9 rounds in 3 passes
+    found = timing.joined(passes)
+    assert found["ours"].rounds == 9
+    assert found["ours"].passes == tuple(p["ours"].passes[0] for p in passes)
+    assert found["ours"].to_json()["passes"] == [p["ours"].p10 for p in passes]
+
+
+def test_who_missed_a_pass_is_left_out() -> None:
+    one, two = timing.summarise([1.0]), timing.summarise([2.0])
+    assert set(timing.joined([{"ours": one, "flaky": one}, {"ours": two}])) == {"ours"}
+
+
+def test_tensors_move_between_rounds_and_stay_the_same() -> None:
+    """By lines, within a page; an op called with them sees the same numbers."""
+    spec = cases.spec("tiny")
+    with torch.inference_mode():
+        for plan in cases.plan(spec, ["rms_norm", "add_rms_norm", "apply_rope", "silu_and_mul"]):
+            made = plan.make()
+            before = [t.clone() for t in made.movable]
+            wanted, places = case.first(made.ours(0)).clone(), set()
+            for _ in range(20):
+                made.move()
+                places.add(tuple(t.data_ptr() for t in made.movable))
+            assert len(places) > 1 and len(made.movable) > 0, plan.name
+            assert all(p % case.LINE == 0 for place in places for p in place), plan.name
+            assert all(map(torch.equal, made.movable, before)), plan.name
+            assert torch.equal(case.first(made.ours(0)), wanted), plan.name
+
+
+def test_moves_come_between_blocks_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 2 * timing.STAY + 1)
+    monkeypatch.setattr(timing, "WARM", 0.0)
+    events: list[str] = []
+    run = lambda i: events.append("run")  # noqa: E731
+    timing.measure({"ours": run}, 60.0, lambda: events.append("move"))
+    timed = events[events.index("move") :]
+    block = ["move", *["run"] * (2 * timing.STAY)]  # each turn warms up once
+    assert timed == [*block, *block, "move", "run", "run"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_kept_memory_costs_no_page_faults() -> None:
+    """In a process of its own, as malloc's options hold for the whole of it: 16 MiB, freed between
+    two large blocks that end at the heap's top and beyond it."""
+    program = """
+import resource, torch
+from llama_fast.bench import memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def cost():
+    torch.ones(4 << 20)
+    before = faults()
+    for _ in range(10):
+        torch.ones(4 << 20)
+    return faults() - before
+lost = cost()
+assert memory.keep_freed()
+print(lost, cost())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lost, kept = map(int, done.stdout.split())
+    assert kept < 100 < lost
+
+
+@pytest.mark.parametrize("words", [0, 1, 7, 8, 9, 63, 64, 65, 32768 + 5, 200_001])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_read_probe_reads_every_word(words: int, threads: int, isa: str) -> None:
+    data = torch.randint(-(2**62), 2**62, (words + 2,))
+    expected = 0
+    for word in data[1:-1].tolist():
+        expected ^= word
+    address = data.data_ptr() + 8
+    assert _cpu.read_bandwidth_probe(address, 8 * words, threads) == expected % 2**64
+
+
+def test_peak_memory_sees_what_is_given_back() -> None:
+    with memory.peak_memory(torch.device("cpu")) as nothing:
+        pass
+    with memory.peak_memory(torch.device("cpu")) as some:
+        torch.ones(16 << 20)
+    assert nothing.bytes < 8 << 20 and 60 << 20 <= some.bytes < 96 << 20

@@ -1,0 +1,84 @@
+"""The suite's forward pass: every implementation of it, job by job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import llama_fast as lf
+from llama_fast.bench import end_to_end, models, timing
+
+
+def narrow() -> lf.LlamaConfig:
+    return replace(
+        lf.LlamaConfig.llama_3_1_8b(),
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_hidden_layers=2,
+        vocab_size=256,
+    )
+
+
+@pytest.mark.parametrize("level", ["default", "full"])
+def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """The main job on two narrow layers."""
+    jobs = {
+        "default": end_to_end.JOBS["default"],
+        "full": (end_to_end.Job("tg", 4), end_to_end.Job("pp", 8, 24), end_to_end.Job("tg", 4, 24)),
+    }
+    monkeypatch.setattr(end_to_end, "JOBS", jobs)
+    monkeypatch.setattr(end_to_end, "BUDGETS", dict.fromkeys(jobs, 0.0))
+    monkeypatch.setattr(models, "shape", narrow)
+    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    found = end_to_end.run(level, lambda text: None, passes=2)
+    rows = {(r["op"], r["shape"]): r for r in found["rows"]}
+    assert set(rows) == {(job.name, w) for job in jobs[level] for w in ("bf16", "FP8")}
+    for r in rows.values():
+        assert r["tokens_per_s"] == pytest.approx(1e3 / r["ms_per_token"]) and r["of_limit"] > 0
+        assert "transformers" in r["times"] and f"of {r['limit']}" in end_to_end.line(r)
+        assert r["all_layers_tokens_per_s"] < r["tokens_per_s"] / 8
+        assert "ratio" not in r["seconds"][r["shape"]]
+        assert "ratio" in r["seconds"]["transformers"]
+        assert all(len(t["passes"]) == 2 for t in r["seconds"].values())
+    logits = found["logits"]
+    assert logits["bf16"] <= 2 * logits["transformers"] + 2**-8
+    assert logits["FP8"] < 0.2
+    text = end_to_end.table(found)
+    assert "extrapolated, not run" in text and ("time to first token" in text) == (
+        level == "default"
+    )
+    for name, m in found["memory"].items():
+        assert m["weights_gib"] > 0 and m["prompt_gib"] >= 0, name
+    memory = found["memory"]
+    assert memory["FP8"]["weights_gib"] < 0.75 * memory["bf16"]["weights_gib"]
+
+
+def test_extrapolation_counts_what_is_not_run() -> None:
+    """32 layers and the whole vocabulary, against 4 and 32,000: by flops, and by bytes."""
+    config = models.shape()
+    whole = end_to_end.whole_config(config)
+    assert (whole.num_hidden_layers, whole.vocab_size) == (32, 128256)
+    layer = 4096 * (4096 * 2 + 1024 * 2 + 3 * 14336)
+    wanted = (4 * layer + 4096 * 32000) / (32 * layer + 4096 * 128256)
+    assert end_to_end._bytes_share(config) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["ours", "transformers"])
+def test_each_round_decodes_from_the_same_context(implementation: str, one_thread: None) -> None:
+    hf = models.transformers_model(narrow())
+    model: Any = models.Transformers(hf)
+    if implementation == "ours":
+        model = models.Ours("bf16", models.same_weights(hf, torch.device("cpu"))["bf16"])
+    prompt = models.prompt(narrow(), 40)
+    with torch.inference_mode():
+        run = model.extend(prompt[:, :30], prompt[:, 30:])
+        once, again = run(0).flatten(), run(1).flatten()
+        from_scratch = model.logits(prompt)[:, -1].flatten()
+    assert torch.equal(once, again)
+    assert (once.float() - from_scratch).abs().max() <= 2**-5 * from_scratch.abs().max()
