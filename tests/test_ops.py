@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import library, reference
+from llama_fast import _cpu, reference
 
 from .op_examples import (
     FP8,
@@ -150,7 +150,7 @@ def test_large_outputs_ask_for_huge_pages(
 ) -> None:
     """From 32 MB on, where each allocation is fresh memory, and before it is written."""
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(library._cpu, "advise_huge_pages", lambda *a: told.append(a))
+    monkeypatch.setattr(_cpu, "advise_huge_pages", lambda *a: told.append(a))
     x = torch.ones(rows, 4096, dtype=torch.bfloat16)
     out = lf.rms_norm(x, torch.ones(4096, dtype=torch.bfloat16))
     assert told == ([(out.data_ptr(), out.nbytes)] if asked else [])
