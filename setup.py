@@ -141,7 +141,7 @@ mapped = {
 }
 
 setup(
-    packages=["llama_fast", *mapped],
+    packages=["llama_fast", "llama_fast.library", *mapped],
     package_dir={"llama_fast": "llama_fast", **mapped},
     ext_modules=[Extension("llama_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

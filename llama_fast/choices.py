@@ -30,7 +30,7 @@ FEW = 64  # rows: where the FP8 kernels of both backends change
 HEAD_DIM = 128  # Llama 3.1's, the one that reports measure
 
 
-# ---- classes: by the arguments that library.py hands to backends.kernels ----
+# ---- classes: by the arguments that library/ hands to backends.kernels ----
 
 
 def _elements(x: Tensor, *_: Any) -> str | None:
@@ -110,7 +110,7 @@ FAMILIES = (
 
 
 def shape_class(op: str, *arguments: Any) -> str | None:
-    """The class of a call, or None. arguments: what library.py hands to backends.kernels."""
+    """The class of a call, or None. arguments: what library/ hands to backends.kernels."""
     return _OPS[op][1](*arguments)
 
 

@@ -1,6 +1,6 @@
 """Tensors -> addresses, sizes and strides -> a compiled extension: the CPU's, or CUDA's.
 
-Arguments are checked and outputs allocated by then (ops.py, library.py). Every function fills its
+Arguments are checked and outputs allocated by then (ops.py, library/). Every function fills its
 outputs in place; the GIL is released while it runs.
 """
 

@@ -1,5 +1,5 @@
 """The public ops. Each checks its arguments once, for every backend, and calls the registered op
-(library.py), which allocates, chooses a backend and launches.
+(library/), which allocates, chooses a backend and launches.
 
 T tokens, H query heads, Hkv key/value heads, D head_dim. Activations are bf16, fp16 or fp32; all
 tensors of a call share one device; rows may have any stride, the last dimension is contiguous.

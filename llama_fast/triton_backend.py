@@ -1,6 +1,6 @@
 """The triton backend: the same functions as cpu.py, from the kernels of kernels/.
 
-Arguments are checked and outputs allocated by then (ops.py, library.py). Every function fills its
+Arguments are checked and outputs allocated by then (ops.py, library/). Every function fills its
 outputs in place and never waits for the device.
 """
 

@@ -19,7 +19,9 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on CPU tensors (tests/gpu).
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from llama_fast import _cpu
+from llama_fast import Llama, _cpu, decode, generate
+
+from .recorded_graph import RecordedGraph
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,6 +59,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch, model: Llama) -> None:
+    """CPU tensors take a GPU's way, with graphs that record; for the test file's own `model`."""
+    monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
+    monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
+    monkeypatch.setattr(decode, "CudaGraph", RecordedGraph)
+    model.decoders.clear()
+    RecordedGraph.made.clear()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import llama_fast as lf
 from llama_fast import choices, cuda, library
 
 from .choices import case, chosen, report
-from .test_ops import call
+from .op_examples import call
 
 backends = importlib.import_module("llama_fast.backends")  # the package's name is a function
 GPU = torch.device("cuda", 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast.cache import KVCache
 
-from .test_ops import HKV, example, fp8, registered_arguments, x
+from .op_examples import HKV, described, example, fp8, registered_arguments, x
 
 FP8 = torch.float8_e4m3fn
 CACHED = ["apply_rope_and_append", "attention_with_kvcache"]
@@ -44,7 +44,7 @@ def fp8_example(op: str, **replaced: Any) -> dict[str, Any]:
         ("v_cache", fp8(2, 9, HKV, 16), ValueError),
         ("k_cache", fp8(2, 8, 16), ValueError),
     ],
-    ids=str,
+    ids=described,
 )
 def test_bad_argument_is_named(op: str, name: str, value: Any, error: type[Exception]) -> None:
     with lf.use_backend("reference"), pytest.raises(error, match=f"^{name}: got .* want "):

@@ -1,0 +1,124 @@
+// simd.h for any C++17 compiler: loops over 8 lanes, and the scalars' own conversions.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "simd_scalar.h"
+
+namespace lf::LF_ISA {
+
+inline constexpr int kLanes = 8;
+struct Vec {
+  float v[kLanes];
+};
+#define LF_EACH for (int i = 0; i < kLanes; ++i)
+inline Vec broadcast(float x) {
+  Vec r;
+  LF_EACH r.v[i] = x;
+  return r;
+}
+inline Vec zeros() { return broadcast(0.0f); }
+inline Vec operator+(Vec a, Vec b) {
+  LF_EACH a.v[i] += b.v[i];
+  return a;
+}
+inline Vec operator-(Vec a, Vec b) {
+  LF_EACH a.v[i] -= b.v[i];
+  return a;
+}
+inline Vec operator*(Vec a, Vec b) {
+  LF_EACH a.v[i] *= b.v[i];
+  return a;
+}
+inline Vec operator/(Vec a, Vec b) {
+  LF_EACH a.v[i] /= b.v[i];
+  return a;
+}
+// Two roundings: a true fma without the instruction is a library call.
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec abs(Vec a) {
+  LF_EACH a.v[i] = bits_float(float_bits(a.v[i]) & 0x7fffffffu);
+  return a;
+}
+inline Vec max(Vec a, Vec b) {
+  LF_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline Vec min(Vec a, Vec b) {
+  LF_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return a;
+}
+inline float reduce_add(Vec a) {
+  for (int step = kLanes / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
+  return a.v[0];
+}
+inline Vec broadcast_pair(const float* p) {
+  Vec r;
+  LF_EACH r.v[i] = p[i % 2];
+  return r;
+}
+inline Vec add_pairs(Vec a, Vec b) {
+  Vec r;
+  for (int i = 0; i < kLanes / 2; ++i) {
+    r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
+    r.v[i + kLanes / 2] = b.v[2 * i] + b.v[2 * i + 1];
+  }
+  return r;
+}
+inline float reduce_max(Vec a) {
+  for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
+  return a.v[0];
+}
+template <class T>
+inline Vec load(const T* p) {
+  Vec r;
+  LF_EACH r.v[i] = to_float(p[i]);
+  return r;
+}
+template <class T>
+inline Vec load_n(const T* p, int n) {
+  Vec r = zeros();
+  for (int i = 0; i < n; ++i) r.v[i] = to_float(p[i]);
+  return r;
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  LF_EACH p[i] = from_float<T>(a.v[i]);
+}
+template <class T>
+inline void store_n(T* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
+}
+template <class T>
+inline Vec round_to(Vec a) {
+  LF_EACH a.v[i] = to_float(from_float<T>(a.v[i]));
+  return a;
+}
+inline bool any_nan(Vec a) {
+  bool nan = false;
+  LF_EACH nan |= a.v[i] != a.v[i];
+  return nan;
+}
+inline float exp2_int(int32_t n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
+inline Vec ldexp(Vec x, Vec n) {  // in two steps: 2^n alone may not fit
+  LF_EACH {
+    const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
+    const int32_t half = whole / 2;
+    x.v[i] = x.v[i] * exp2_int(half) * exp2_int(whole - half);
+  }
+  return x;
+}
+inline Vec swap_pairs(Vec a) {
+  Vec r;
+  LF_EACH r.v[i] = a.v[i ^ 1];
+  return r;
+}
+inline Vec reciprocal(Vec x) { return broadcast(1.0f) / x; }
+inline Vec round_int(Vec a) {
+  LF_EACH a.v[i] = std::nearbyint(a.v[i]);
+  return a;
+}
+#undef LF_EACH
+
+}  // namespace lf::LF_ISA
