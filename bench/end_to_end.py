@@ -14,8 +14,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,14 +22,12 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import _cpu
-from llama_fast.cache import KVCache
 
-from . import models
+from . import model_rows, models
 from .case import CPU, matmul_flops, matmul_limit, relative_error
 from .memory import peak_memory
-from .timing import Run, Timing, figures, joined, measure
+from .timing import Run, Timing, joined, measure
 
-PREFILL = 512  # tokens
 BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds, of all passes
 ROUNDS = 6  # at least: one of a prompt takes everybody together half a minute
 
@@ -50,13 +46,13 @@ class Job:
 
 
 JOBS = {
-    "quick": (Job("pp", PREFILL), Job("tg", 8, PREFILL)),
-    "default": (Job("pp", PREFILL), Job("tg", 16, PREFILL)),
+    "quick": (Job("pp", models.PREFILL), Job("tg", 8, models.PREFILL)),
+    "default": (Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)),
     "full": (
-        Job("pp", PREFILL),
-        Job("tg", 16, PREFILL),
+        Job("pp", models.PREFILL),
+        Job("tg", 16, models.PREFILL),
         Job("tg", 128),
-        Job("pp", PREFILL, 16384),
+        Job("pp", models.PREFILL, 16384),
         Job("tg", 16, 16384),
     ),
 }
@@ -99,7 +95,7 @@ def run(
                 say(f"  {model.label} loaded")
         except Exception as error:  # a peer that fails costs its own columns only
             skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
-    prompt = models.prompt(config, max(PREFILL, *(j.depth + j.tokens for j in JOBS[level])))
+    prompt = models.prompt(config, max(models.PREFILL, *(j.depth + j.tokens for j in JOBS[level])))
     found: dict[str, Any] = {
         "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
         "random weights; baseline: transformers, sdpa, bf16",
@@ -117,7 +113,9 @@ def run(
                 ]
                 say(f"  {job.name} measured")
                 keep(found)
-            found["memory"] = {n: memory_of(m, prompt[:, :PREFILL]) for n, m in running.items()}
+            found["memory"] = {
+                n: memory_of(m, prompt[:, : models.PREFILL]) for n, m in running.items()
+            }
     finally:
         for model in running.values():
             model.close()
@@ -181,7 +179,7 @@ def _rows(
             fastest = timings[f"limit {name}"].median * job.tokens
             whole = _bytes_share(config)
         limit = "matmul" if job.kind == "pp" else "read"
-        found = row(job.name, name, timings, job.tokens, limit, fastest, targets)
+        found = model_rows.row(job.name, name, timings, job.tokens, limit, fastest, targets)
         found["all_layers_tokens_per_s"] = found["tokens_per_s"] * whole  # extrapolated
         rows.append(found)
     return rows
@@ -240,126 +238,3 @@ def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, fl
     for name, model in models.same_weights(hf, device).items():
         running[f"ours {name}"] = models.Ours(name, model)
     return _errors(hf, running, prompt)
-
-
-def row(
-    what: str,
-    name: str,
-    timings: dict[str, Any],
-    tokens: int,
-    limit: str,
-    fastest: float,
-    targets: dict[str, float] | None = None,
-) -> dict[str, Any]:
-    """name: which of timings is ours. fastest: the seconds that the limit alone would take."""
-    t = timings[name]
-    others = {n: v for n, v in timings.items() if n != name and not n.startswith("limit")}
-    times = {n: v.median / t.median for n, v in others.items()}
-    targets = {n: wanted for n, wanted in (targets or {}).items() if n in times}
-    return {
-        "op": what,
-        "shape": name,
-        "ours": name,
-        "tokens_per_s": tokens / t.median,
-        "rate": tokens / t.median,
-        "unit": "tokens/s",
-        "ms_per_token": 1e3 * t.median / tokens,
-        "limit": limit,
-        "of_limit": fastest / t.median,
-        "times": times,
-        "targets": targets,
-        "met": {k: times[k] >= v for k, v in targets.items()},
-        "seconds": figures(timings, name),
-    }
-
-
-def line(r: dict[str, Any]) -> str:
-    against = "  ".join(
-        f"{name} {times:.2f}x"
-        + (
-            ""
-            if name not in r["met"]
-            else "*"
-            if r["met"][name]
-            else f" (>={r['targets'][name]:g})"
-        )
-        for name, times in r["times"].items()
-    )
-    return (
-        f"{r['op']:<16}{r['shape']:<6}{r['rate']:>9.1f} tokens/s"
-        f"{r['ms_per_token']:>10.2f} ms a token {r['of_limit']:>5.0%} of {r['limit']:<8}{against}"
-    )
-
-
-def table(found: dict[str, Any]) -> str:
-    """What a run prints of it."""
-    lines = [found["what"], *map(line, found["rows"])]
-    first = next((r for r in found["rows"] if r["op"] == f"pp{PREFILL}"), None)
-    if first:
-        shown = {n: t["median"] for n, t in first["seconds"].items() if not n.startswith("limit")}
-        lines.append(
-            f"time to first token, {PREFILL} tokens: "
-            + ", ".join(f"{n} {1e3 * s:.0f} ms" for n, s in shown.items())
-        )
-    whole = {
-        f"{r['op']} {r['shape']}": r["all_layers_tokens_per_s"]
-        for r in found["rows"]
-        if "all_layers_tokens_per_s" in r
-    }
-    if whole:
-        lines.append(
-            "extrapolated, not run, to all of 8B's layers and vocabulary, tokens/s: "
-            + ", ".join(f"{name} {rate:.3g}" for name, rate in whole.items())
-        )
-    if "memory" in found:
-        lines.append(
-            "memory, weights + a prompt's peak: "
-            + ", ".join(
-                f"{n} {m['weights_gib']:.2f} + {m['prompt_gib']:.2f} GiB"
-                for n, m in found["memory"].items()
-            )
-        )
-    lines.append(
-        "largest logit error, of the largest logit, against fp32: "
-        + ", ".join(f"{name} {value:.1e}" for name, value in found["logits"].items())
-    )
-    return "\n".join(lines)
-
-
-def whole(
-    say: Callable[[str], None], steps: int = 16, device: torch.device = CPU
-) -> dict[str, Any]:
-    """The 8B preset, all 32 layers, FP8 random weights: prefill, decode, peak memory."""
-    config = lf.LlamaConfig.llama_3_1_8b()
-    start = time.perf_counter()
-    model = lf.Llama.from_config(config, quantize="fp8", device=device)
-    made = time.perf_counter() - start
-    say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
-    prompt = models.prompt(config, PREFILL).to(device)
-    cache = KVCache(config, PREFILL + steps + 1, 1, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    start = time.perf_counter()
-    with torch.inference_mode():
-        logits = model.logits(model.hidden(prompt, cache=cache)[:, -1:])
-        wait()
-        prefill = time.perf_counter() - start
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            logits = model(logits[:, -1:].argmax(-1), cache=cache)
-            wait()
-            seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-    found = {
-        "init_s": made,
-        "prefill_tokens_per_s": PREFILL / prefill,
-        "decode_tokens_per_s": 1 / sorted(seconds)[steps // 2],
-        "peak_gib": peak,
-    }
-    say(
-        f"prefill {PREFILL}: {found['prefill_tokens_per_s']:.1f} tokens/s   decode: "
-        f"{found['decode_tokens_per_s']:.2f} tokens/s   peak memory {peak:.1f} GiB"
-    )
-    return found

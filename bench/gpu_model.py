@@ -21,7 +21,7 @@ from torch import Tensor
 
 import llama_fast as lf
 
-from . import end_to_end, models, timing
+from . import end_to_end, model_rows, models, timing
 from .gpu_case import Place, Unsupported
 from .gpu_timing import captured, waited
 from .tasks import Rows
@@ -106,7 +106,7 @@ class Bench:
         tokens, rows = STEPS * batch, []
         for name, model in self.ours.items():
             seconds = STEPS * self._bytes(model, batch, context) / self.limits["read"]
-            row = end_to_end.row(
+            row = model_rows.row(
                 f"decode batch {batch}, context {context}", name, timings, tokens, "read", seconds
             )
             rows.append(
@@ -126,7 +126,7 @@ class Bench:
         flops, rows = models.prefill_flops(config, seqlen), []
         for name in self.ours:
             limit = "bf16" if name == "bf16" or "fp8" not in self.limits else "fp8"
-            row = end_to_end.row(
+            row = model_rows.row(
                 f"prefill {seqlen}", name, timings, seqlen, limit, flops / self.limits[limit]
             )
             rows.append({**row, "tag": f"prefill {name} {seqlen}"})

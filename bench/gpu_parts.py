@@ -21,13 +21,13 @@ from llama_fast.backends import choose
 from llama_fast.kernels import common
 
 from . import (
-    end_to_end,
     gpu_attention,
     gpu_elementwise,
     gpu_gemm,
     gpu_model,
     gpu_rivals,
     limits,
+    model_rows,
     report,
     targets,
 )
@@ -105,7 +105,7 @@ def line(row: dict[str, Any]) -> str:
     if row["op"].startswith("generate"):
         return f"{row['op']:<34}{row['shape']:<6}{row['tokens_per_s']:>9.1f} tokens/s"
     if "tokens_per_s" in row:
-        return end_to_end.line(row)
+        return model_rows.line(row)
     whole = row if row["of_limit"] is not None else {**row, "of_limit": math.nan}
     return report.line(whole) + targets.compared(row["backends"])
 

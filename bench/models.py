@@ -16,6 +16,8 @@ from .case import CPU
 from .peers.peer import CHUNK
 from .timing import Run
 
+PREFILL = 512  # tokens of the prompt that everybody is measured on
+
 
 def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
     return dataclasses.replace(

@@ -11,7 +11,7 @@ import torch
 
 import llama_fast as lf
 
-from . import arguments, compare, csv_file, end_to_end, plot, publish, report, scaling
+from . import arguments, compare, csv_file, model_rows, plot, publish, report, scaling, whole
 from .memory import keep_freed
 from .session import Session, say
 
@@ -53,7 +53,7 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
     status = RAN
     try:
         if args.whole:
-            results["whole"] = end_to_end.whole(say, device=session.device)
+            results["whole"] = whole.run(say, device=session.device)
         elif args.scaling:
             scaling.run(session.device, args.level, say, session.keep_scaling)
         else:
@@ -63,7 +63,7 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
                     found = session.end_to_end(session.keep_end_to_end)
                     if found:
                         results["end_to_end"] = found
-                        say(end_to_end.table(found))
+                        say(model_rows.table(found))
                 if old is not None:
                     session.write()
                     status = SLOWER if session.compare(old) else RAN

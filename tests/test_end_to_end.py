@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llama_fast as lf
-from llama_fast.bench import end_to_end, models, timing
+from llama_fast.bench import end_to_end, model_rows, models, timing
 
 
 def narrow() -> lf.LlamaConfig:
@@ -41,7 +41,7 @@ def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: Non
     assert set(rows) == {(job.name, w) for job in jobs[level] for w in ("bf16", "FP8")}
     for r in rows.values():
         assert r["tokens_per_s"] == pytest.approx(1e3 / r["ms_per_token"]) and r["of_limit"] > 0
-        assert "transformers" in r["times"] and f"of {r['limit']}" in end_to_end.line(r)
+        assert "transformers" in r["times"] and f"of {r['limit']}" in model_rows.line(r)
         assert r["all_layers_tokens_per_s"] < r["tokens_per_s"] / 8
         assert "ratio" not in r["seconds"][r["shape"]]
         assert "ratio" in r["seconds"]["transformers"]
@@ -49,7 +49,7 @@ def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: Non
     logits = found["logits"]
     assert logits["bf16"] <= 2 * logits["transformers"] + 2**-8
     assert logits["FP8"] < 0.2
-    text = end_to_end.table(found)
+    text = model_rows.table(found)
     assert "extrapolated, not run" in text and ("time to first token" in text) == (
         level == "default"
     )
