@@ -11,7 +11,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference
-from llama_fast.kernels import common, decode_attention
+from llama_fast.kernels import common, decode_plan
 
 from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
 from ..test_decode_attention import make as make_on_cpu
@@ -456,7 +456,7 @@ def test_f33_each_configuration_alone(
         k, v = k.to(FP8), v.to(FP8)
         options = {"k_scale": torch.ones(1).to(q.device), "v_scale": torch.ones(1).to(q.device)}
     k, v, table = paged(k, v, 128)
-    configurations = decode_attention._configs(common.chip_of(q), *key)
+    configurations = decode_plan.configs(common.chip_of(q), *key)
     assert len(set(map(str, configurations))) == len(configurations) > 0
     for config in configurations:
         with common.force("attention_with_kvcache", config):
@@ -466,11 +466,11 @@ def test_f33_each_configuration_alone(
 
 def test_splits_fill_the_chip() -> None:
     """8 key/value heads on 264 slots: 32 splits are 97 % of a wave; one tile too many is two."""
-    assert decode_attention._most_splits(8, 264) == 32
-    assert decode_attention._most_splits(1, 264) == 251
-    assert decode_attention._most_splits(128, 132) == 1
+    assert decode_plan.most_splits(8, 264) == 32
+    assert decode_plan.most_splits(1, 264) == 251
+    assert decode_plan.most_splits(128, 132) == 1
     for programs in range(1, 600):
-        splits = decode_attention._most_splits(programs, 264)
+        splits = decode_plan.most_splits(programs, 264)
         assert splits >= 1 and (splits == 1 or programs * splits <= 4 * 264)
 
 

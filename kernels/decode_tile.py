@@ -1,0 +1,158 @@
+"""What the kernels of decode_attention.py are made of: which keys a program is to see, tiles of
+keys and values as they lie in the cache, and the online softmax over them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import common, fp8
+
+_INTERPRETED = tl.constexpr(common.INTERPRETED)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """acc + a @ b in fp32, exact products."""
+    if _INTERPRETED:  # which multiplies bf16 as the integers it stores it in
+        a, b = fp8.to_fp32(a), fp8.to_fp32(b)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def length_of(cache_seqlens, b, capacity):
+    return tl.minimum(tl.maximum(tl.load(cache_seqlens + b), 0), capacity)
+
+
+@triton.jit
+def keys_seen(
+    length, seqlen_q, tile, GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """How many keys, from the first, the last query of a tile of rows sees."""
+    if not CAUSAL:
+        return length
+    last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
+    return tl.maximum(length - seqlen_q + last + 1, 0)
+
+
+@triton.jit
+def splits_of(keys, shortest, most, BLOCK_N: tl.constexpr):
+    """How many ways `keys` keys are split; shortest in tiles of BLOCK_N keys."""
+    return tl.maximum(tl.minimum(tl.cdiv(keys, BLOCK_N) // shortest, most), 1)
+
+
+@triton.jit
+def _block_ids(table, tile, keys, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The ids of the blocks that a tile of keys lies in: one where no tile crosses a block's end,
+    else one for each key, [BLOCK_N]. -1 past the last key, where the table is not read."""
+    position = tile * BLOCK_N
+    if BLOCK_SIZE % BLOCK_N != 0:
+        position += tl.arange(0, BLOCK_N)
+    return tl.load(table + position // BLOCK_SIZE, mask=position < keys, other=-1)
+
+
+@triton.jit
+def _load_tile(
+    pool,  # [block, token, D] of one head
+    block,  # id, or [BLOCK_N] ids
+    start,  # position of the tile's first key
+    seen,  # [BLOCK_N]: the others are zeros
+    stride_block,
+    stride_token,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Keys or values [BLOCK_N, BLOCK_D] in DTYPE."""
+    rows, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    if BLOCK_SIZE % BLOCK_N != 0:
+        inside = ((start + rows) % BLOCK_SIZE).to(tl.int64)
+        pointers = pool + ((block.to(tl.int64) * stride_block + inside * stride_token)[:, None] + d)
+    else:
+        inside = start % BLOCK_SIZE if BLOCK_SIZE > 0 else start
+        first = pool + block.to(tl.int64) * stride_block + inside.to(tl.int64) * stride_token
+        pointers = first + ((rows.to(tl.int64) * stride_token)[:, None] + d)
+    values = tl.load(pointers, mask=seen[:, None] & (d < HEAD_DIM)[None, :], other=0)
+    if pool.dtype.element_ty == tl.uint8:
+        values = fp8.from_e4m3(values, NATIVE_FP8, DTYPE)
+    return values
+
+
+@triton.jit
+def as_fp16(q):
+    """bf16 [BLOCK_M, BLOCK_D] -> (fp16, fp32 [BLOCK_M]), whose product is q: each row by a power of
+    two of its own. Elements below 2^-14 of their row's largest are off by 2^-25 of it at most.
+
+    e4m3 becomes fp16 by one instruction for two elements; to bf16 it would take two more for each,
+    of those that run at a quarter of the rate, and they would cost more time than the memory."""
+    x = fp8.to_fp32(q)
+    exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (x * inverse[:, None]).to(tl.float16), exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def over_keys(
+    acc,  # fp32 [BLOCK_M, BLOCK_D]
+    top,  # fp32 [BLOCK_M]: largest score so far, in base 2
+    total,  # fp32 [BLOCK_M]: sum of probabilities relative to it
+    q,  # [BLOCK_M, BLOCK_D]
+    k_pool,
+    v_pool,
+    b,
+    table,  # the sequence's [n]
+    first,
+    last,  # tiles of keys [first, last)
+    keys,
+    limit,  # [BLOCK_M]: the last key that each row sees
+    scale,  # [BLOCK_M]: of the scores, to base 2
+    num_blocks,
+    stride_kb,
+    stride_kt,
+    stride_vb,
+    stride_vt,
+    MASK: tl.constexpr,  # whether some row may not see some key of these tiles
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """The online softmax over some tiles of keys."""
+    PAGED: tl.constexpr = BLOCK_SIZE > 0
+    BLOCK_D: tl.constexpr = q.shape[1]
+    following = b
+    if PAGED:
+        following = _block_ids(table, first, keys, BLOCK_SIZE, BLOCK_N)
+    for tile in range(first, last):
+        start = tile * BLOCK_N
+        position = start + tl.arange(0, BLOCK_N)
+        seen = position < keys
+        block = following
+        if PAGED:
+            following = _block_ids(table, tile + 1, keys, BLOCK_SIZE, BLOCK_N)
+            seen &= (block >= 0) & (block < num_blocks)
+        k = _load_tile(
+            k_pool, block, start, seen, stride_kb, stride_kt,
+            HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, NATIVE_FP8, q.dtype,
+        )  # fmt: skip
+        v = _load_tile(
+            v_pool, block, start, seen, stride_vb, stride_vt,
+            HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, NATIVE_FP8, q.dtype,
+        )  # fmt: skip
+        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale[:, None]
+        if MASK:
+            scores = tl.where(seen & (position[None, :] <= limit[:, None]), scores, -float("inf"))
+        elif PAGED:
+            scores = tl.where(seen[None, :], scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
+        p = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(p, 1)
+        acc = _dot(fp8.round_to(p, q.dtype), v, acc * shrink[:, None])
+        top = higher
+    return acc, top, total
