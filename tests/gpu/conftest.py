@@ -19,6 +19,12 @@ import torch
 
 import llama_fast as lf
 from llama_fast import cuda
+from llama_fast.kernels import common
+
+from . import interpreter
+
+if common.INTERPRETED:
+    interpreter.speed_up()
 
 
 @pytest.fixture
