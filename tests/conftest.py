@@ -31,6 +31,7 @@ LONGEST = (
     "tests/static/test_static.py",
     "tests/static/test_cuda.py",
     "tests/test_packaging.py",
+    "tests/test_tuning.py",
 )
 
 
