@@ -31,7 +31,6 @@ SANITIZED := build/sanitize/site
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
-SIDE_BY_SIDE := tests/gpu tests/static tests/cuda_emulator tests/test_gpu_sanitizer.py
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -46,14 +45,18 @@ say = { echo "error: $(1)" >&2; exit 1; }
 bench: $(READY)
 	"$(BIN)/python" -m bench
 
-# Kernels that are interpreted, compiled or emulated keep one core busy each: they run side by side,
-# one thread to a process. The rest has the machine to itself: CPU kernels use all of its cores.
+# Files side by side, those that take longest first (tests/conftest.py). The CPU kernels keep their
+# threads: those of one process sleep while they wait, or they would hold the cores of the others.
+# Byte code is kept whatever the environment says: hundreds of processes would compile it anew.
+SIDE_BY_SIDE := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 \
+    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
+
+EMULATED := $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
+
 test: $(READY)
 ifeq ($(PYTEST),)
 	@status=0; set -x; \
-	"$(BIN)/python" -m pytest $(SIDE_BY_SIDE:%=--ignore=%) || status=1; \
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile \
-	    tests/static tests/gpu tests/test_gpu_sanitizer.py tests/cuda_emulator/test_emulator.py || status=1; \
+	$(SIDE_BY_SIDE) --no-loadscope-reorder --benchmark-disable $(EMULATED:%=--ignore=%) || status=1; \
 	{ $(EMULATE); } || status=1; \
 	exit $$status
 else
@@ -72,7 +75,7 @@ if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
 	OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
-	    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile tests/gpu tests/cuda_emulator \
+	    $(SIDE_BY_SIDE) tests/gpu tests/cuda_emulator \
 	    -m "not gpu and not triton" --ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
 else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 endef

@@ -86,6 +86,8 @@ def run_tests(
     monkeypatch.setattr(
         build_and_test, "_missing", lambda b: None if built or b == "triton" else "was not built"
     )
+    # This process may be a worker of pytest-xdist, which has no results of its own.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     (tmp_path / "test_them.py").write_text(text)
     build_and_test.test(tmp_path / "tests.json", seconds, (str(tmp_path / "test_them.py"),))
     return read(tmp_path / "tests.json") or {}

@@ -19,6 +19,12 @@ import torch
 
 import llama_fast as lf
 from llama_fast import cuda
+from llama_fast.kernels import common
+
+from . import interpreter
+
+if common.INTERPRETED:
+    interpreter.speed_up()
 
 
 @pytest.fixture
@@ -89,11 +95,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if BACKEND != "triton" and request.node.get_closest_marker("triton"):
         pytest.skip("about Triton's kernels")
+    if not torch.cuda.is_available():
+        request.getfixturevalue("one_thread")  # the kernels run on one anyway
     if BACKEND == "cuda" and cuda.EMULATED:
         # Another order of threads for every test: its own, so that a failure repeats.
         from llama_fast import _cuda_emulated
 
-        request.getfixturevalue("one_thread")  # the kernels run on one anyway
         _cuda_emulated.set_seed(zlib.crc32(request.node.nodeid.encode()))
     with lf.use_backend(BACKEND):
         yield
