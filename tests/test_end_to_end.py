@@ -59,6 +59,11 @@ def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: Non
     assert memory["FP8"]["weights_gib"] < 0.75 * memory["bf16"]["weights_gib"]
 
 
+def test_the_longest_job_fits_the_model() -> None:
+    longest = max(job.depth + job.tokens for job in end_to_end.JOBS["full"])
+    assert models.transformers_model(narrow()).config.max_position_embeddings > longest
+
+
 def test_extrapolation_counts_what_is_not_run() -> None:
     """32 layers and the whole vocabulary, against 4 and 32,000: by flops, and by bytes."""
     config = models.shape()
