@@ -71,11 +71,13 @@ def run(
     skip: Callable[[str, str], None] = lambda name, why: None,
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
     passes: int = 1,
+    times: int | None = None,
 ) -> dict[str, Any]:
     """Every job, ours in FP8 and bf16 beside transformers and the peers; and the logits' errors.
 
     wants: whether a baseline is asked for; skip: is told who is left out, and why; keep: is handed
-    what there is after each job; passes: how often all jobs are gone through, see timing.py.
+    what there is after each job; passes: how often all jobs are gone through, see timing.py, of
+    which `times` are wanted.
     """
     config = models.shape()
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
@@ -104,18 +106,19 @@ def run(
     try:
         with torch.inference_mode():
             found["logits"] = _errors(hf, running, prompt[:, :64])
+            # Before the jobs: what they keep, a cache of that length among it, would not be seen.
+            found["memory"] = {
+                n: memory_of(m, prompt[:, : models.PREFILL]) for n, m in running.items()
+            }
             rows: dict[Job, list[dict[str, Any]]] = {}
             make = functools.partial(_runs, prompt=prompt, running=running, ours=ours, skip=skip)
-            for job, timings in _passes(level, passes, make):
+            for job, timings in _passes(level, passes, passes if times is None else times, make):
                 rows[job] = _rows(job, timings, running[ours[0]], ours)
                 found["rows"] = [
                     {**r, "errors": found["logits"]} for rs in rows.values() for r in rs
                 ]
                 say(f"  {job.name} measured")
                 keep(found)
-            found["memory"] = {
-                n: memory_of(m, prompt[:, : models.PREFILL]) for n, m in running.items()
-            }
     finally:
         for model in running.values():
             model.close()
@@ -123,12 +126,12 @@ def run(
 
 
 def _passes(
-    level: str, passes: int, make: Callable[[Job], dict[str, Run]]
+    level: str, passes: int, times: int, make: Callable[[Job], dict[str, Run]]
 ) -> Iterator[tuple[Job, dict[str, Timing]]]:
     """A job whenever it was measured once more, with all that was measured of it."""
     runs: dict[Job, dict[str, Run]] = {}
     taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in JOBS[level]}
-    for _ in range(passes):
+    for _ in range(times):
         for job in JOBS[level]:
             if job not in runs:
                 runs[job] = make(job)
@@ -152,10 +155,19 @@ def _runs(
     for name, model in running.items():
         if name == "transformers eager" and job.depth > 4096:
             skip(f"{job.name}: {name}", "its scores would be larger than all of the weights")
-        elif job.kind == "tg":
-            runs[name] = model.decode(context, job.tokens)
-        else:
-            runs[name] = model.extend(context, tokens)
+            continue
+        try:
+            if job.kind == "tg":
+                runs[name] = model.decode(context, job.tokens)
+            else:
+                runs[name] = model.extend(context, tokens)
+            if name not in ours:
+                runs[name](0)
+        except Exception as error:
+            if name in ours:
+                raise
+            runs.pop(name, None)
+            skip(f"{job.name}: {name}", f"{type(error).__name__}: {error}")
     if job.kind == "pp":
         runs["limit"], _ = matmul_limit(torch.bfloat16)
     else:
@@ -180,6 +192,7 @@ def _rows(
             whole = _bytes_share(config)
         limit = "matmul" if job.kind == "pp" else "read"
         found = model_rows.row(job.name, name, timings, job.tokens, limit, fastest, targets)
+        found["siblings"] = [other for other in ours if other != name]
         found["all_layers_tokens_per_s"] = found["tokens_per_s"] * whole  # extrapolated
         rows.append(found)
     return rows
@@ -205,10 +218,9 @@ def _bytes_share(config: lf.LlamaConfig) -> float:
 
 
 def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
-    """GiB of weights, and what a prompt needs beside them at its peak."""
-    run = model.extend(prompt[:, :0], prompt)
+    """GiB of weights, and what a prompt needs beside them at its peak, its cache included."""
     with peak_memory(prompt.device) as peak:
-        run(0)
+        model.extend(prompt[:, :0], prompt)(0)
     return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
 
 

@@ -109,6 +109,8 @@ def _run(m: Machine, stem: str, run: Row) -> str:
 
     if run["ops"]:
         lines += [_summary(run), *picture("speed-ups"), *ops(run["ops"]), *picture("roofline")]
+    elif run.get("end_to_end"):
+        lines += [_summary(run), *picture("speed-ups")]
     if run.get("end_to_end"):
         lines += [*end_to_end(run["end_to_end"]), *picture("context")]
     if run.get("scaling", {}).get("curves"):
