@@ -105,11 +105,12 @@ def run(
     }
     try:
         with torch.inference_mode():
-            found["logits"] = _errors(hf, running, prompt[:, :64])
+            each = functools.partial(_each, running, ours, skip)
+            logits = each("logits", lambda model: model.logits(prompt[:, :64]))
+            found["logits"] = _errors(hf, logits, prompt[:, :64])
             # Before the jobs: what they keep, a cache of that length among it, would not be seen.
-            found["memory"] = {
-                n: memory_of(m, prompt[:, : models.PREFILL]) for n, m in running.items()
-            }
+            first = prompt[:, : models.PREFILL]
+            found["memory"] = each("memory", lambda model: memory_of(model, first))
             rows: dict[Job, list[dict[str, Any]]] = {}
             make = functools.partial(_runs, prompt=prompt, running=running, ours=ours, skip=skip)
             for job, timings in _passes(level, passes, passes if times is None else times, make):
@@ -122,6 +123,26 @@ def run(
     finally:
         for model in running.values():
             model.close()
+    return found
+
+
+def _each(
+    running: dict[str, Any],
+    ours: list[str],
+    skip: Callable[[str, str], None],
+    what: str,
+    ask: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """What is asked of every model, by name. One of somebody else's that fails runs no more."""
+    found = {}
+    for name, model in list(running.items()):
+        try:
+            found[name] = ask(model)
+        except Exception as error:
+            if name in ours:
+                raise
+            skip(f"{what}: {name}", f"{type(error).__name__}: {error}")
+            running.pop(name).close()
     return found
 
 
@@ -224,12 +245,11 @@ def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
     return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
 
 
-def _errors(hf: Any, running: dict[str, Any], tokens: Tensor) -> dict[str, float]:
+def _errors(hf: Any, logits: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
     """max |logit - exact| / max |exact| of everybody; exact: the same bf16 weights, in fp32."""
-    logits = {name: model.logits(tokens) for name, model in running.items()}
     # A copy: rotary frequencies that have been to bf16 and back are not what they were.
     exact = copy.deepcopy(hf).float()(tokens).logits
-    return {n: relative_error(found, exact) for n, found in logits.items() if found is not None}
+    return {name: relative_error(found, exact) for name, found in logits.items()}
 
 
 def _read_weights(model: lf.Llama) -> Callable[[int], None]:
@@ -246,7 +266,7 @@ def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, fl
     """The errors of a model of that shape, over 64 tokens."""
     hf = models.transformers_model(config, device)
     prompt = models.prompt(config, 64).to(device)
-    running: dict[str, Any] = {"transformers bf16": models.Transformers(hf)}
+    logits = {"transformers bf16": models.Transformers(hf).logits(prompt)}
     for name, model in models.same_weights(hf, device).items():
-        running[f"ours {name}"] = models.Ours(name, model)
-    return _errors(hf, running, prompt)
+        logits[f"ours {name}"] = model(prompt)
+    return _errors(hf, logits, prompt)
