@@ -33,6 +33,7 @@ OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 BIN := $(VENV)/bin
+HERE := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
 READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
@@ -69,8 +70,8 @@ emulate: $(READY)
 # Of the CUDA toolkit it takes the headers only.
 define EMULATE
 if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
-	"$(BIN)/cmake" -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
-	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
+	"$(BIN)/cmake" -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM="$(HERE)$(BIN)/ninja" \
+	    -DPython_EXECUTABLE="$(HERE)$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
 	    -DCUDAToolkit_ROOT="$(CUDA_HOME)" -DLLAMA_FAST_EMULATE=ON \
 	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
 	"$(BIN)/cmake" --build build/emulate >/dev/null && \
@@ -102,8 +103,8 @@ format: $(READY)
 # instrumented extension in place of the ordinary one.
 sanitize: $(READY)
 	@test -e "$(ASAN_LIBRARY)" || $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
-	"$(BIN)/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
-	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
+	"$(BIN)/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(HERE)$(BIN)/ninja" \
+	    -DPython_EXECUTABLE="$(HERE)$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
 	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
 	"$(BIN)/cmake" --build build/sanitize
 	ln -sf "$(CURDIR)"/llama_fast/*.py "$(CURDIR)"/llama_fast/*.json "$(CURDIR)"/llama_fast/library $(SANITIZED)/llama_fast/

@@ -16,9 +16,11 @@ from . import cases, peers
 from .shapes import MODELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FORWARD, FORWARD_SHAPES = "forward", ("8b", 1, "bf16")
 EPILOG = """examples:
   python -m bench                          every op, then prefill and decode (under 5 minutes)
   python -m bench --op attention,linear    these only
+  python -m bench --op forward             prefill and decode only
   python -m bench --quick                  fewer rounds, no torch.compile, no end to end
   python -m bench --full                   every size: M to 16384, contexts to 128k (40 minutes)
   python -m bench --model 405b --tp 8      the shapes of one rank of eight
@@ -44,7 +46,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     what = p.add_argument_group("what is run")
     names = {"action": "extend", "type": _names, "metavar": "NAME"}
-    what.add_argument("--op", help="only these ops (repeatable, or joined by commas)", **names)
+    what.add_argument(
+        "--op",
+        help="only these ops, or forward for the forward pass (repeatable, or joined by commas)",
+        **names,
+    )
     what.add_argument("--model", choices=MODELS, default="8b", help="whose shapes")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -118,9 +124,14 @@ def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError naming the argument that cannot be."""
-    unknown = [op for op in args.op or () if op not in cases.OPS]
+    known = (*cases.OPS, FORWARD)
+    unknown = [op for op in args.op or () if op not in known]
     if unknown:
-        raise ValueError(f"--op: got {', '.join(unknown)}, want any of {', '.join(cases.OPS)}")
+        raise ValueError(f"--op: got {', '.join(unknown)}, want any of {', '.join(known)}")
+    shapes = (args.model, args.tp, args.dtype)
+    if FORWARD in (args.op or ()) and shapes != FORWARD_SHAPES:
+        got, want = (f"--model {m} --tp {n} --dtype {d}" for m, n, d in (shapes, FORWARD_SHAPES))
+        raise ValueError(f"--op {FORWARD}: got {got}, want {want}")
     if args.baseline:
         unknown = [name for name in args.baseline if name not in (*cases.BASELINES, "none")]
         if unknown:

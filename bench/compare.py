@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .files import read
@@ -29,7 +30,7 @@ SIGMAS = 2.5  # of the noise, beyond what is tolerated
 WANTED = math.log(1.2)  # a change that a comparison should not miss
 # A comparison across these would not be about the code.
 SAME = ("cpu", "gpu", "isa", "threads")
-SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device", "allocator")
+SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device", "allocator", "level")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,14 @@ def check(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
 
 def rows(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Everything with times, by name."""
-    found = [*results["ops"], *results.get("end_to_end", {}).get("rows", [])]
+    found = [*results["ops"], *(results.get("end_to_end") or {}).get("rows", [])]
     return {f"{r['op']} {r['shape']}": r for r in found}
 
 
 @dataclass(frozen=True)
 class Voice:
     """What one other implementation says of a case: the logarithm of how many times longer it took
-    than ours, and its standard error; NaN from a single pass."""
+    than ours, and its standard error."""
 
     log: float
     error: float
@@ -101,8 +102,8 @@ def voice(row: Mapping[str, Any], other: str) -> Voice | None:
         return None
     ours, others = (seconds[name]["passes"] for name in (row.get("ours", "ours"), other))
     log = math.log(min(others) / min(ours))
-    if len(ours) == 1:
-        return Voice(log, math.nan)
+    if len(ours) == 1:  # what its rounds show is all there is
+        return Voice(log, seconds[other].get("ratio", {}).get("error", math.inf))
     without = [
         math.log(min(others[:i] + others[i + 1 :]) / min(ours[:i] + ours[i + 1 :]))
         for i in range(len(ours))
@@ -110,20 +111,38 @@ def voice(row: Mapping[str, Any], other: str) -> Voice | None:
     return Voice(log, math.sqrt((len(ours) - 1) * statistics.pvariance(without)))
 
 
-def noise(*runs: Mapping[str, Any]) -> dict[str, float]:
-    """By limit: the median standard error of all voices."""
-    found: dict[str, list[float]] = {}
+def _others(row: Mapping[str, Any]) -> dict[str, bool]:
+    """Who has a voice about a case, and whether it is the limit. Not ours with other weights: what
+    slows one of the two mostly slows both."""
+    ours = {row.get("ours", "ours"), *row.get("siblings", ())}
+    limits = ("limit", f"limit {row['shape']}")
+    return {
+        name: name in limits
+        for name in row["seconds"]
+        if name in limits or not (name in ours or name.startswith("limit "))
+    }
+
+
+def noise(*runs: Mapping[str, Any]) -> dict[tuple[str, bool], float]:
+    """The median standard error of all voices, by what limits the case and whether they are the
+    limit's."""
+    found: dict[tuple[str, bool], list[float]] = {}
     for r in itertools.chain(*(rows(run).values() for run in runs)):
-        heard = [voice(r, other) for other in r["seconds"] if other != r.get("ours", "ours")]
-        errors = [v.error for v in heard if v is not None and not math.isnan(v.error)]
-        found.setdefault(r["limit"], []).extend(errors)
-    return {limit: statistics.median(errors) for limit, errors in found.items() if errors}
+        for other, is_limit in _others(r).items():
+            heard = voice(r, other)
+            if heard and len(r["seconds"][other]["passes"]) > 1:
+                found.setdefault((r["limit"], is_limit), []).append(heard.error)
+    return {group: statistics.median(errors) for group, errors in found.items()}
 
 
 def change(
-    name: str, old: Mapping[str, Any], new: Mapping[str, Any], least: float = 0.0
+    name: str,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    least: Mapping[tuple[str, bool], float] = MappingProxyType({}),
 ) -> Change | None:
-    """None where the two share nobody to compare with. least: every voice's error, at least.
+    """None where the two share nobody to compare with. least: see noise; no voice's error is
+    taken for smaller.
 
     Each implementation that both runs measured says by how much ours fell back against it. The
     limit is asked apart: on a shared machine memory slows down and arithmetic does not, and whoever
@@ -131,15 +150,12 @@ def change(
     of the two; where they disagree on the direction there is none but what both leave possible.
     """
     says: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # of limits, of others
-    for other in new["seconds"]:
-        limit = other in ("limit", f"limit {new['shape']}")
-        if other == new.get("ours", "ours") or (other.startswith("limit") and not limit):
-            continue
+    for other, is_limit in _others(new).items():
         was, now = voice(old, other), voice(new, other)
         if was and now:
-            # Python's max keeps its first argument where the second is NaN.
-            errors = (max(least, was.error), max(least, now.error))
-            says[limit].append((was.log - now.log, math.hypot(*errors)))
+            floor = least.get((new["limit"], is_limit), 0.0)
+            errors = (max(floor, was.error), max(floor, now.error))
+            says[is_limit].append((was.log - now.log, math.hypot(*errors)))
     found = [Change(name, *_together(group)) for group in says.values() if group]
     if len({c.slowdown > 0 for c in found}) > 1:
         return replace(min(found, key=lambda c: c.most), agreed=False)
@@ -151,9 +167,11 @@ def _together(says: Sequence[tuple[float, float]]) -> tuple[float, float]:
     one baseline that had a bad day has one voice."""
     ordered = sorted(says)
     weights = [1 / (error * error + 1e-12) for _, error in ordered]
-    half = sum(weights) / 2
-    sums = itertools.accumulate(weights)
-    return next(said for said, so_far in zip(ordered, sums, strict=True) if so_far >= half)
+    half = sum(weights) / 2 * (1 - 1e-9)
+    low = next(i for i in range(len(says)) if sum(weights[: i + 1]) >= half)
+    high = next(i for i in reversed(range(len(says))) if sum(weights[i:]) >= half)
+    middle = (ordered[low], ordered[high])  # two where they are as sure as each other
+    return statistics.fmean(s for s, _ in middle), statistics.fmean(e for _, e in middle)
 
 
 def with_passes(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,26 +187,25 @@ def with_passes(row: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, An
 def compare(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
-    again: Callable[[str], dict[str, Any] | None],
+    again: Callable[[str, int], dict[str, Any] | None],
     say: Callable[[str], None] = print,
     times: int = 2,
 ) -> list[Change]:
-    """Every case of both runs. Who seems slower is measured up to `times` times more, on buffers
-    of its own (again: name -> a row of one more pass, or None), and is slower if it still is then.
+    """Every case of both runs. Who seems slower, or of whom the noise leaves that open, is measured
+    up to `times` times more (again: name, which time -> a row of one more pass, or None).
     """
     before, after = rows(old), rows(new)
-    seen = noise(old, new)
+    least = noise(old, new)
     changes = []
     for name, row in after.items():
-        least = seen.get(row["limit"], 0.0)
         found = change(name, before[name], row, least) if name in before else None
         if found is None:
             continue
-        for _ in range(times):
-            if found.verdict != "slower":
+        for time in range(times):
+            if found.verdict not in ("slower", "too noisy to tell"):
                 break
             say(f"{found}; measured again")
-            more = again(name)
+            more = again(name, time)
             if more is None:
                 break
             row = with_passes(row, more)

@@ -80,7 +80,7 @@ def _rms_norm(s: Spec, rows: int, shape: str) -> Case:
 
 def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
     x, residual = (s.movable(rows, s.shapes.hidden) for _ in range(2))
-    w = s.randn(s.shapes.hidden)
+    w, both = s.randn(s.shapes.hidden), s.movable(2 * rows, s.shapes.hidden)
     moved = 4.0 * x.nbytes
     twins = _twins("add_rms_norm", lambda _: (x, residual, w, EPS))
 
@@ -96,14 +96,14 @@ def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
         flops=5.0 * x.numel(),
         ours=lambda _: lf.add_rms_norm(x, residual, w, EPS),
         baselines={"eager": twins["eager"], "F.rms_norm": functional, **twins},
-        limit=copy(torch.cat((x, residual))),
+        limit=copy(both),
         limit_work=moved,
         limit_name="copy",
         exact=lambda: norm_fp64(ends(x).double() + ends(residual).double(), w),
         value=checked,
         arguments=lambda _: (x, residual, w, EPS),
         inputs={"x": x, "residual": residual, "weight": w, "eps": EPS},
-        movable=(x, residual),
+        movable=(x, residual, both),
         targets=_NORM_TARGETS,
     )
 
@@ -124,6 +124,7 @@ def rope(s: Spec) -> Iterator[Plan]:
 def _rope(s: Spec, rows: int, shape: str) -> Case:
     m = s.shapes
     q, k = (s.movable(rows, heads, m.head_dim) for heads in (m.heads, m.kv_heads))
+    both = s.movable(rows, m.heads + m.kv_heads, m.head_dim)
     table = lf.rope_table(5e5, max(rows, 8), head_dim=m.head_dim, device=s.device)
     positions = torch.arange(rows, device=s.device)
     moved = 2.0 * (q.nbytes + k.nbytes)
@@ -135,14 +136,14 @@ def _rope(s: Spec, rows: int, shape: str) -> Case:
         flops=3.0 * (q.numel() + k.numel()),
         ours=lambda _: lf.apply_rope(q, k, positions, table),
         baselines=_twins("apply_rope", lambda _: (q, k, positions, table)),
-        limit=copy(torch.cat((q, k), dim=1)),
+        limit=copy(both),
         limit_work=moved,
         limit_name="copy",
         exact=lambda: rope_fp64(ends(q), ends(positions), table),
         value=checked,
         arguments=lambda _: (q, k, positions, table),
         inputs={"q": q, "k": k, "positions": positions, "table": table},
-        movable=(q, k),
+        movable=(q, k, both),
         targets={"eager": 8.0},
     )
 

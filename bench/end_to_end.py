@@ -71,11 +71,13 @@ def run(
     skip: Callable[[str, str], None] = lambda name, why: None,
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
     passes: int = 1,
+    times: int | None = None,
 ) -> dict[str, Any]:
     """Every job, ours in FP8 and bf16 beside transformers and the peers; and the logits' errors.
 
     wants: whether a baseline is asked for; skip: is told who is left out, and why; keep: is handed
-    what there is after each job; passes: how often all jobs are gone through, see timing.py.
+    what there is after each job; passes: how often all jobs are gone through, see timing.py, of
+    which `times` are wanted.
     """
     config = models.shape()
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
@@ -103,14 +105,15 @@ def run(
     }
     try:
         with torch.inference_mode():
-            found["logits"] = _errors(hf, running, prompt[:, :64])
+            each = functools.partial(_each, running, ours, skip)
+            logits = each("logits", lambda model: model.logits(prompt[:, :64]))
+            found["logits"] = _errors(hf, logits, prompt[:, :64])
             # Before the jobs: what they keep, a cache of that length among it, would not be seen.
-            found["memory"] = {
-                n: memory_of(m, prompt[:, : models.PREFILL]) for n, m in running.items()
-            }
+            first = prompt[:, : models.PREFILL]
+            found["memory"] = each("memory", lambda model: memory_of(model, first))
             rows: dict[Job, list[dict[str, Any]]] = {}
             make = functools.partial(_runs, prompt=prompt, running=running, ours=ours, skip=skip)
-            for job, timings in _passes(level, passes, make):
+            for job, timings in _passes(level, passes, passes if times is None else times, make):
                 rows[job] = _rows(job, timings, running[ours[0]], ours)
                 found["rows"] = [
                     {**r, "errors": found["logits"]} for rs in rows.values() for r in rs
@@ -123,13 +126,33 @@ def run(
     return found
 
 
+def _each(
+    running: dict[str, Any],
+    ours: list[str],
+    skip: Callable[[str, str], None],
+    what: str,
+    ask: Callable[[Any], Any],
+) -> dict[str, Any]:
+    """What is asked of every model, by name. One of somebody else's that fails runs no more."""
+    found = {}
+    for name, model in list(running.items()):
+        try:
+            found[name] = ask(model)
+        except Exception as error:
+            if name in ours:
+                raise
+            skip(f"{what}: {name}", f"{type(error).__name__}: {error}")
+            running.pop(name).close()
+    return found
+
+
 def _passes(
-    level: str, passes: int, make: Callable[[Job], dict[str, Run]]
+    level: str, passes: int, times: int, make: Callable[[Job], dict[str, Run]]
 ) -> Iterator[tuple[Job, dict[str, Timing]]]:
     """A job whenever it was measured once more, with all that was measured of it."""
     runs: dict[Job, dict[str, Run]] = {}
     taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in JOBS[level]}
-    for _ in range(passes):
+    for _ in range(times):
         for job in JOBS[level]:
             if job not in runs:
                 runs[job] = make(job)
@@ -153,10 +176,19 @@ def _runs(
     for name, model in running.items():
         if name == "transformers eager" and job.depth > 4096:
             skip(f"{job.name}: {name}", "its scores would be larger than all of the weights")
-        elif job.kind == "tg":
-            runs[name] = model.decode(context, job.tokens)
-        else:
-            runs[name] = model.extend(context, tokens)
+            continue
+        try:
+            if job.kind == "tg":
+                runs[name] = model.decode(context, job.tokens)
+            else:
+                runs[name] = model.extend(context, tokens)
+            if name not in ours:
+                runs[name](0)
+        except Exception as error:
+            if name in ours:
+                raise
+            runs.pop(name, None)
+            skip(f"{job.name}: {name}", f"{type(error).__name__}: {error}")
     if job.kind == "pp":
         runs["limit"], _ = matmul_limit(torch.bfloat16)
     else:
@@ -181,6 +213,7 @@ def _rows(
             whole = _bytes_share(config)
         limit = "matmul" if job.kind == "pp" else "read"
         found = model_rows.row(job.name, name, timings, job.tokens, limit, fastest, targets)
+        found["siblings"] = [other for other in ours if other != name]
         found["all_layers_tokens_per_s"] = found["tokens_per_s"] * whole  # extrapolated
         rows.append(found)
     return rows
@@ -212,12 +245,11 @@ def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
     return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
 
 
-def _errors(hf: Any, running: dict[str, Any], tokens: Tensor) -> dict[str, float]:
+def _errors(hf: Any, logits: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
     """max |logit - exact| / max |exact| of everybody; exact: the same bf16 weights, in fp32."""
-    logits = {name: model.logits(tokens) for name, model in running.items()}
     # A copy: rotary frequencies that have been to bf16 and back are not what they were.
     exact = copy.deepcopy(hf).float()(tokens).logits
-    return {n: relative_error(found, exact) for n, found in logits.items() if found is not None}
+    return {name: relative_error(found, exact) for name, found in logits.items()}
 
 
 def _read_weights(model: lf.Llama) -> Callable[[int], None]:
@@ -234,7 +266,7 @@ def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, fl
     """The errors of a model of that shape, over 64 tokens."""
     hf = models.transformers_model(config, device)
     prompt = models.prompt(config, 64).to(device)
-    running: dict[str, Any] = {"transformers bf16": models.Transformers(hf)}
+    logits = {"transformers bf16": models.Transformers(hf).logits(prompt)}
     for name, model in models.same_weights(hf, device).items():
-        running[f"ours {name}"] = models.Ours(name, model)
-    return _errors(hf, running, prompt)
+        logits[f"ours {name}"] = model(prompt)
+    return _errors(hf, logits, prompt)

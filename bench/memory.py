@@ -35,7 +35,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
-    _trim()
+    trim()
     _RESET.write_text("5")  # the peak is now what is resident now
     before = _resident("VmRSS")
     yield found
@@ -56,7 +56,7 @@ def keep_freed() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, _HIGHEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
 
 
-def _trim() -> None:
+def trim() -> None:
     """Freed memory goes back to the system, where the C library can do that: what it keeps would
     be taken again unseen."""
     gc.collect()

@@ -25,7 +25,7 @@ def planned(results: dict[str, Any]) -> dict[str, Callable[[Path], list[Path]]]:
     where = machine(results["environment"])
     ops, scaling = results["ops"], results.get("scaling", {})
     found: dict[str, Callable[[Path], list[Path]]] = {}
-    if any(r["times"] for r in ops):
+    if any(r["times"] for r in [*ops, *rows]):
         found["speed-ups"] = lambda path: speedups(results, path)
     if any(r.get("flops") and r.get("bytes") for r in ops):
         found["roofline"] = lambda path: plot_roofline.draw(ops, where, path)

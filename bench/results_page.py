@@ -26,8 +26,8 @@ implementations take turns, so a ratio holds where a machine's speed does not. T
 is measured in the same rounds: a copy of the same bytes, a read of the same weights or cache, or a
 bf16 matrix product. Errors are the largest, against fp64, as a share of the largest value.
 
-A run goes through its cases several times, minutes apart, since whoever shares the processor comes
-and goes. Memory that somebody freed is kept for the next output (`--allocator keep`): the page
+Ops and forward pass are gone through several times, minutes apart, since whoever shares the
+processor comes and goes. Memory that somebody freed is kept for the next output (`--allocator keep`): the page
 faults of a fresh one would cost more than many an op, mostly eager PyTorch's with its temporaries,
 and fall on whom the C library pleases. `--allocator system` leaves them in. `--compare` holds two
 runs against each other by the fast end of each case, with the noise that their passes show.
@@ -109,6 +109,8 @@ def _run(m: Machine, stem: str, run: Row) -> str:
 
     if run["ops"]:
         lines += [_summary(run), *picture("speed-ups"), *ops(run["ops"]), *picture("roofline")]
+    elif run.get("end_to_end"):
+        lines += [_summary(run), *picture("speed-ups")]
     if run.get("end_to_end"):
         lines += [*end_to_end(run["end_to_end"]), *picture("context")]
     if run.get("scaling", {}).get("curves"):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from . import cases, compare, end_to_end, gpu_model, gpu_timing, peers, report
-from .arguments import DTYPES
+from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
 from .baselines import Baselines
 from .case import Case, Plan, free_memory, relative_error
 from .linear_cases import kept
+from .memory import trim
 from .timing import Run, Timing, joined, measure
 
 BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
@@ -43,6 +44,7 @@ class Session:
         self.plans = cases.plan(self.spec, args.op)
         # Nobody else runs on a GPU meanwhile.
         self.passes = PASSES[args.level] if args.device == "cpu" else 1
+        self._again: dict[int, dict[str, dict[str, Any]]] = {}
         options = ("model", "tp", "dtype", "backend", "device", "level", "baseline", "allocator")
         self.results: dict[str, Any] = {
             "schema": compare.SCHEMA,
@@ -53,6 +55,14 @@ class Session:
             "skipped": absent,
             "ops": [],
         }
+
+    def listed(self) -> list[tuple[str, str]]:
+        """What would be run: an op and its shape, then the forward pass's jobs."""
+        jobs = [job.name for job in end_to_end.JOBS[self.args.level]]
+        if self.device.type != "cpu":
+            jobs = ["prefill and decode"]
+        names = jobs if self.wants_end_to_end() else []
+        return [(p.op, p.shape) for p in self.plans] + [(FORWARD, name) for name in names]
 
     def write(self) -> None:
         report.write(self.args.json, self.results)
@@ -75,7 +85,9 @@ class Session:
                 for i, plan in enumerate(self.plans):
                     what = f"pass {number} of {self.passes}, {i + 1} of {len(self.plans)}"
                     with _status(f"{what}: {plan.name}"):
-                        rows[plan.name] = self.measure(plan, found[plan.name], self.passes)
+                        row = self.measure(plan, found[plan.name])
+                    if row is not None or plan.name not in rows:
+                        rows[plan.name] = row
                     self.results["ops"] = [row for row in rows.values() if row is not None]
                     self.write()
                     if number == self.passes:
@@ -92,11 +104,15 @@ class Session:
         skipped = f"{plan.name}: skipped, {self.results['skipped'].get(plan.name)}"
         print(report.line(row) if row else skipped, flush=True)
 
-    def measure(self, plan: Plan, so_far: Measured, passes: int = 1) -> dict[str, Any] | None:
-        """One more pass of `passes`. None where the case does not fit into memory."""
+    def measure(self, plan: Plan, so_far: Measured) -> dict[str, Any] | None:
+        """One more pass. None where the case does not fit into memory."""
         if plan.memory > free_memory(self.device):
-            self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
+            trim()  # of what was freed and kept
+        if plan.memory > free_memory(self.device):
+            if not so_far.passes:
+                self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
             return None
+        self.results["skipped"].pop(plan.name, None)
         case = cases.on(self.spec, plan.make())
         found = self._implementations(case)
         if not so_far.errors:
@@ -105,7 +121,7 @@ class Session:
         runs = {**found.runs, "limit": case.limit}
         for name, why in found.skipped.items():
             self.skip(f"{plan.name}: {name}", why)
-        so_far.passes.append(self._times(runs, case, passes))
+        so_far.passes.append(self._times(runs, case))
         return report.row(case, joined(so_far.passes), so_far.errors)
 
     def _implementations(self, case: Case) -> Baselines:
@@ -126,41 +142,50 @@ class Session:
             return baseline in self.args.baseline
         return baseline != "torch.compile" or self.args.level != "quick"
 
-    def _times(self, runs: dict[str, Run], case: Case, passes: int = 1) -> dict[str, Timing]:
+    def _times(self, runs: dict[str, Run], case: Case) -> dict[str, Timing]:
         budget = BUDGETS[self.args.level]
         if self.device.type == "cpu":
-            return measure(runs, budget, case.move, passes)
+            return measure(runs, budget, case.move, self.passes)
         return gpu_timing.measure(runs, budget / 4, copies=8, uncapturable=case.uncapturable)
 
-    def again(self, name: str) -> dict[str, Any] | None:
-        """A case measured anew, on other buffers."""
+    def again(self, name: str, time: int) -> dict[str, Any] | None:
+        """A case measured in one more pass, on other buffers; the forward pass's jobs together,
+        once for each `time` that anybody asks again."""
         kept.fresh()
         for plan in self.plans:
             if plan.name == name:
                 return self.measure(plan, Measured())
-        found = self.end_to_end() if "end_to_end" in self.results else None
-        rows = {f"{r['op']} {r['shape']}": r for r in (found or {"rows": ()})["rows"]}
-        return rows.get(name)
+        if "end_to_end" in self.results and time not in self._again:
+            self._again[time] = compare.rows({"ops": [], "end_to_end": self.end_to_end(times=1)})
+        return self._again.get(time, {}).get(name)
 
     def wants_end_to_end(self) -> bool:
-        """The forward pass comes along where it is what is asked for: everything, at 8B."""
+        """Where it is asked for by name, or everything is, at 8B."""
         a = self.args
-        return a.level != "quick" and not a.op and (a.model, a.tp, a.dtype) == ("8b", 1, "bf16")
+        if a.op:
+            return FORWARD in a.op
+        return a.level != "quick" and (a.model, a.tp, a.dtype) == FORWARD_SHAPES
 
     def keep_end_to_end(self, found: dict[str, Any]) -> None:
         self.results["end_to_end"] = found
         self.write()
 
     def end_to_end(
-        self, keep: Callable[[dict[str, Any]], None] = lambda found: None
+        self,
+        keep: Callable[[dict[str, Any]], None] = lambda found: None,
+        times: int | None = None,
     ) -> dict[str, Any] | None:
+        """times: of all passes; None: all of them."""
         if importlib.util.find_spec("transformers") is None:
-            self.skip("end to end", "transformers is not installed (extra: bench)")
+            why = "transformers is not installed (extra: bench)"
+            self.skip("end to end", why)
+            say(f"without the forward pass: {why}")
             return None
+        level = self.args.level
         if self.device.type == "cpu":
-            options = (self.peers, self._wants, self.skip, keep, self.passes)
-            return end_to_end.run(self.args.level, say, *options)
-        return gpu_model.run(self.device, 4 * BUDGETS[self.args.level], say)
+            options = (self.peers, self._wants, self.skip, keep, self.passes, times)
+            return end_to_end.run(level, say, *options)
+        return gpu_model.run(self.device, 4 * BUDGETS[level], say)
 
     def compare(self, old: dict[str, Any]) -> bool:
         """Whether anything has become slower."""

@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             arguments.check(args)
+            # Peak memory is --scaling's and --whole's own business.
+            if args.scaling or args.whole or not (args.allocator == "keep" and keep_freed()):
+                args.allocator = "system"
             torch.set_num_threads(args.threads or before)
             session = Session(args)
             old = compare.load(args.compare) if args.compare else None
@@ -36,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"bench: {error}", file=sys.stderr)
             return USAGE
         if args.list:
-            print("\n".join(f"{plan.op:<24}{plan.shape}" for plan in session.plans))
+            print("\n".join(f"{name:<24}{shape}" for name, shape in session.listed()))
             return RAN
         with lf.use_backend(args.backend) if args.backend else contextlib.nullcontext():
             return _run(session, old)
@@ -47,8 +50,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(session: Session, old: dict[str, Any] | None) -> int:
     torch.manual_seed(0)
     args, results = session.args, session.results
-    if args.allocator == "keep" and not keep_freed():
-        args.allocator = results["options"]["allocator"] = "system"
     print(report.heading(results))
     status = RAN
     try:
@@ -58,7 +59,8 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
             scaling.run(session.device, args.level, say, session.keep_scaling)
         else:
             with torch.inference_mode():
-                session.run_ops()
+                if session.plans:
+                    session.run_ops()
                 if session.wants_end_to_end():
                     found = session.end_to_end(session.keep_end_to_end)
                     if found:
@@ -73,7 +75,7 @@ def _run(session: Session, old: dict[str, Any] | None) -> int:
         status = INTERRUPTED
     session.write()
     written = [args.json]
-    if results["ops"]:
+    if results["ops"] or "end_to_end" in results:
         print(report.summary(results))
         if args.csv:
             csv_file.write(args.csv, results)

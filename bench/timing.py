@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-Run = Callable[[int], object]  # called with the round's number, to rotate buffers by
+# Called with the round's number, to rotate buffers by; see _turn for its attribute `prepare`.
+Run = Callable[[int], object]
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 240
 SLOW = 4  # times ours
@@ -92,20 +93,28 @@ def joined(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
 def ratio(one: Timing, other: Timing) -> Ratio:
     """Round by round, as far as both took part.
 
-    The error is the larger of two estimates: from the spread of single rounds, by order statistics,
-    and from the spread of the medians of BLOCKS blocks, which sees what lasts longer than a round.
+    The error is the largest of three estimates: from the spread of single rounds, by order
+    statistics; from the medians of BLOCKS blocks, which see what lasts longer than a round; and
+    from those of the passes.
     """
-    passes = zip(one.passes, other.passes, strict=True)
-    logs = [math.log(b / a) for x, y in passes for a, b in zip(x, y, strict=False)]
+    pairs = zip(one.passes, other.passes, strict=True)
+    passes = [[math.log(b / a) for a, b in zip(x, y, strict=False)] for x, y in pairs]
+    logs = list(itertools.chain(*passes))
     ordered, n = sorted(logs), len(logs)
     half = math.sqrt(n) / 2
     low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
     errors = [(ordered[high] - ordered[low]) / 2]
+    if len(passes) > 1:
+        errors.append(_error_of_mean([statistics.median(p) for p in passes]))
     size = n // BLOCKS
     if size:
         medians = [statistics.median(logs[i * size : (i + 1) * size]) for i in range(BLOCKS)]
-        errors.append(statistics.stdev(medians) / math.sqrt(BLOCKS))
+        errors.append(_error_of_mean(medians))
     return Ratio(statistics.median(logs), max(errors))
+
+
+def _error_of_mean(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def figures(timings: Mapping[str, Timing], base: str) -> dict[str, dict[str, Any]]:
@@ -177,8 +186,13 @@ def _warm_up(run: Run, enough: float) -> float:
     return time.perf_counter() - began
 
 
+def _nothing() -> None: ...
+
+
 def _turn(run: Run, i: int, short: bool) -> float:
-    """Seconds of one call. What warms up takes another buffer, where buffers rotate."""
+    """Seconds of one call. What warms up takes another buffer, where buffers rotate. A run with a
+    `prepare` has that called before, off the clock."""
+    getattr(run, "prepare", _nothing)()
     time.sleep(SETTLE)
     begun = time.perf_counter()
     while short:

@@ -114,12 +114,13 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
     """bench(options) -> exit status, the JSON file: a run of the suite at tiny shapes, a few rounds
     of each case."""
-    from llama_fast.bench import timing
+    from llama_fast.bench import suite, timing
     from llama_fast.bench.__main__ import main
 
     from .bench_runs import TINY
 
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it would last for the whole process
 
     def run(*options: str) -> tuple[int, Any]:
         path = tmp_path / "figures.json"

@@ -93,6 +93,16 @@ def test_what_does_not_fit_is_skipped_by_name(
     assert "GiB of memory" in document["skipped"]["linear M=1, 128 x 64"]
 
 
+def test_what_no_longer_fits_keeps_its_figures(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter([1e12] * 2)  # before trimming and after
+    monkeypatch.setattr(session, "free_memory", lambda device: next(asked, 0.0))
+    status, document = bench("--op", "rms_norm", "--no-plot")
+    assert status == 0 and [r["op"] for r in document["ops"]] == ["rms_norm"]
+    assert not any("rms_norm" in name for name in document["skipped"])
+
+
 def test_memory_estimates_hold() -> None:
     """A case takes no more than it says; what it says is within reason."""
     assert case.free_memory(case.CPU) > 1e8
@@ -134,6 +144,10 @@ def test_no_host_name(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         (["--op", "rms_norn"], "--op: got rms_norn, want any of rms_norm, add_rms_norm, "),
         (["--threads", "0"], "--threads: got 0, want at least 1"),
         (["--tp", "3"], "--tp: got 3, want a divisor of tiny's 8 heads"),
+        (
+            ["--op", "forward"],
+            "--op forward: got --model tiny --tp 1 --dtype bf16, want --model 8b ",
+        ),
         (["--baseline", "eagre"], "--baseline: got eagre, want any of eager, torch.compile, "),
         (["--peers", "vllm"], "peers: got vllm, want some of llama.cpp, "),
         (["--peers", "flash-attn"], "peer flash-attn: "),
@@ -251,7 +265,7 @@ def test_backend_can_be_chosen(bench: Bench) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--peers", "none"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert list(dict.fromkeys(line.split()[0] for line in lines)) == list(cases.OPS)
+    assert list(dict.fromkeys(line.split()[0] for line in lines)) == [*cases.OPS, "forward"]
     assert main(["--list", "--peers", "none", "--full"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 2 * len(lines)
 
@@ -274,6 +288,32 @@ def test_interrupted_run_keeps_what_it_has(bench: Bench, monkeypatch: pytest.Mon
     status, document = bench("--no-plot")
     assert status == 130 and not document["complete"]
     assert [r["op"] for r in document["ops"]] == ["rms_norm", "add_rms_norm", "apply_rope"]
+
+
+def test_interrupted_in_a_later_pass(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every case of the first pass is kept, and printed once."""
+    made = []
+    spread = case.Spec.movable
+
+    def movable(spec: case.Spec, *shape: int) -> torch.Tensor:
+        made.append(shape)
+        if len(made) == 4:  # rms_norm makes one, add_rms_norm three
+            monkeypatch.setattr(case.Spec, "movable", interrupted)
+        return spread(spec, *shape)
+
+    def interrupted(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(case.Spec, "movable", movable)
+    status, document = bench("--no-plot", "--op", "rms_norm,add_rms_norm")
+    assert status == 130 and len(document["ops"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "rms_norm " in line[:14]][:2] == [
+        "rms_norm",
+        "add_rms_norm",
+    ]
 
 
 @pytest.mark.parametrize("factor", [1.05, float("nan")], ids=["five percent off", "NaN"])

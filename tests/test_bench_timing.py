@@ -77,6 +77,21 @@ def test_ratio_knows_its_error() -> None:
     assert held / 200 > 0.85 and 0.02 < sum(errors) / 200 < 0.08
 
 
+def test_ratio_sees_what_changes_between_passes() -> None:
+    """Rounds that agree within each pass, passes that do not."""
+    ours = timing.summarise([1.0] * 20, [1.5] * 20, [1.0] * 20)
+    other = timing.summarise(*[[2.0] * 20] * 3)
+    found = timing.ratio(ours, other)
+    assert found.log == pytest.approx(math.log(2)) and found.error > 0.1
+
+
+def test_preparing_is_not_timed() -> None:
+    def run(i: int) -> None: ...
+
+    run.prepare = lambda: time.sleep(5e-3)  # type: ignore[attr-defined]
+    assert timing.measure({"ours": run}, 0.05)["ours"].p90 < 2e-3
+
+
 def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
     runs = {"ours": lambda i: time.sleep(1e-3), "other": lambda i: time.sleep(2e-3)}
@@ -123,20 +138,20 @@ def test_moves_come_between_blocks_of_rounds(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_kept_memory_costs_no_page_faults() -> None:
-    """In a process of its own, as malloc's options hold for the whole of it: 16 MiB, freed between
-    two large blocks that end at the heap's top and beyond it."""
+    """In a process of its own, as malloc's options hold for the whole of it: three times 24 MiB,
+    more than glibc keeps of its own accord when they are freed."""
     program = """
 import resource, torch
 from llama_fast.bench import memory
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def cost():
-    torch.ones(4 << 20)
     before = faults()
-    for _ in range(10):
-        torch.ones(4 << 20)
+    kept = [torch.ones(6 << 20) for _ in range(3)]
     return faults() - before
+cost()
 lost = cost()
 assert memory.keep_freed()
+cost()
 print(lost, cost())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -10,6 +10,9 @@ import torch
 
 import llama_fast as lf
 from llama_fast.bench import end_to_end, model_rows, models, timing
+from llama_fast.bench.__main__ import main
+
+from .bench_runs import TINY, Bench
 
 
 def narrow() -> lf.LlamaConfig:
@@ -57,6 +60,66 @@ def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: Non
         assert m["weights_gib"] > 0 and m["prompt_gib"] >= 0, name
     memory = found["memory"]
     assert memory["FP8"]["weights_gib"] < 0.75 * memory["bf16"]["weights_gib"]
+
+
+def test_forward_alone(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """--op forward: prefill and decode without the ops, to the last file."""
+    jobs = (end_to_end.Job("pp", 8), end_to_end.Job("tg", 2, 8))
+    monkeypatch.setitem(end_to_end.JOBS, "quick", jobs)
+    monkeypatch.setitem(end_to_end.BUDGETS, "quick", 0.0)
+    monkeypatch.setattr(models, "shape", narrow)
+    monkeypatch.setattr(models, "PREFILL", 8)
+    status, document = bench("--model", "8b", "--op", "forward")
+    assert status == 0 and document["complete"] and document["ops"] == []
+    assert {r["op"] for r in document["end_to_end"]["rows"]} == {"pp8", "tg2 @ d8"}
+    out = capsys.readouterr().out
+    assert "targets met" in out and "figures.svg" in out and "rms_norm" not in out
+    assert main([*TINY, "--model", "8b", "--op", "forward", "--list"]) == 0
+    assert capsys.readouterr().out.split("\n")[:2] == [f"{'forward':<24}{j.name}" for j in jobs]
+
+
+class Failing:
+    """A peer's model that works as long as `works` says."""
+
+    def __init__(self, model: Any, works: int) -> None:
+        self.label, self.model, self.works = "failing", model, works
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("logits", "extend", "decode"):
+            self.works -= 1
+            if self.works < 0:
+                raise RuntimeError("out of luck")
+        return getattr(self.model, name)
+
+
+@pytest.mark.parametrize("works", range(4))
+def test_a_failing_peer_costs_its_own_columns(
+    works: int, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    jobs = (end_to_end.Job("pp", 8), end_to_end.Job("tg", 2, 8))
+    monkeypatch.setitem(end_to_end.JOBS, "quick", jobs)
+    monkeypatch.setitem(end_to_end.BUDGETS, "quick", 0.0)
+    monkeypatch.setattr(models, "shape", narrow)
+    monkeypatch.setattr(timing, "MAX_ROUNDS", 1)
+
+    class Peer:
+        name = "peer"
+
+        def models(self, hf: Any, config: Any, device: Any) -> list[Any]:
+            return [Failing(models.Transformers(hf), works)]
+
+    skipped: dict[str, str] = {}
+    found = end_to_end.run("quick", lambda _: None, [Peer()], skip=skipped.__setitem__)
+    asked = ["logits: failing", "memory: failing", "pp8: failing", "tg2 @ d8: failing"]
+    assert asked[works] in skipped and "out of luck" in skipped[asked[works]]
+    with_it = [r["op"] for r in found["rows"] if "failing" in r["times"]]
+    assert with_it == (["pp8", "pp8"] if works == 3 else [])
+    assert all("transformers" in r["times"] for r in found["rows"])
 
 
 def test_the_longest_job_fits_the_model() -> None:

