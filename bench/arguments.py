@@ -22,7 +22,7 @@ EPILOG = """examples:
   python -m bench --op attention,linear    these only
   python -m bench --op forward             prefill and decode only
   python -m bench --quick                  fewer rounds, no torch.compile, no end to end
-  python -m bench --full                   every size: M to 16384, contexts to 128k (40 minutes)
+  python -m bench --full                   every size: M to 16384, contexts to 128k (35 minutes)
   python -m bench --model 405b --tp 8      the shapes of one rank of eight
   python -m bench --compare OLD.json       fails where something has become slower since
   python -m bench --kernel rms_norm=my_package.norms:fast_norm

@@ -27,10 +27,11 @@ is measured in the same rounds: a copy of the same bytes, a read of the same wei
 bf16 matrix product. Errors are the largest, against fp64, as a share of the largest value.
 
 Ops and forward pass are gone through several times, minutes apart, since whoever shares the
-processor comes and goes. Memory that somebody freed is kept for the next output (`--allocator keep`): the page
-faults of a fresh one would cost more than many an op, mostly eager PyTorch's with its temporaries,
-and fall on whom the C library pleases. `--allocator system` leaves them in. `--compare` holds two
-runs against each other by the fast end of each case, with the noise that their passes show.
+processor comes and goes. Memory that somebody freed is kept for the next output
+(`--allocator keep`): the page faults of a fresh one would cost more than many an op, mostly eager
+PyTorch's with its temporaries, and fall on whom the C library pleases. `--allocator system` leaves
+them in. `--compare` holds two runs against each other by the fast end of each case, with the noise
+that their passes show.
 
 ```sh
 python -m bench --json bench/results/MACHINE/bench.json     # the ops and the forward pass
