@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import llama_fast as lf
+from llama_fast.library import activation, attention, linear, quantize, rms_norm, rope
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
+
+
+def watch_kernels(monkeypatch: pytest.MonkeyPatch, look: Callable[..., Any]) -> None:
+    """Every op asks look instead of backends.kernels who serves it."""
+    for family in (activation, attention, linear, quantize, rms_norm, rope):
+        monkeypatch.setattr(family, "kernels", look)
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

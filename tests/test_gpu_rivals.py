@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import choices, cuda, library
+from llama_fast import choices, cuda
 from llama_fast.bench import (
     baselines,
     gpu_attention,
@@ -21,6 +22,10 @@ from llama_fast.bench import (
     timing,
 )
 from llama_fast.bench.files import BROKEN, WRONG, read
+
+from .op_examples import watch_kernels
+
+backends = importlib.import_module("llama_fast.backends")  # the package's name is a function
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -62,7 +67,7 @@ def wrong_rival(monkeypatch: pytest.MonkeyPatch, f: Any) -> None:
 
     def attend(*args: Any, **options: Any) -> torch.Tensor:
         out = right(*args, **options)
-        return f(out) if library.kernels("attention", args[0]) is None else out
+        return f(out) if backends.kernels("attention", args[0]) is None else out
 
     monkeypatch.setattr(gpu_attention.lf, "attention", attend)
 
@@ -178,10 +183,9 @@ def test_every_case_says_its_class(place: gpu_case.Place, monkeypatch: pytest.Mo
     object.__setattr__(sizes, "square", 128)
     object.__setattr__(place, "sizes", sizes)
     seen: list[Any] = []
-    right = library.kernels
-    monkeypatch.setattr(
-        library,
-        "kernels",
+    right = backends.kernels
+    watch_kernels(
+        monkeypatch,
         lambda op, *a: seen.append((op, choices.shape_class(op, *a))) or right(op, *a),
     )
     monkeypatch.setattr(baselines.Baselines, "offer", lambda *_: False)
