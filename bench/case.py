@@ -5,10 +5,9 @@ activations, a read of the same weights or cache for what streams them, a bf16 m
 what computes. Weights and caches rotate through more memory than the last-level cache holds;
 activations do not: in a model the op before has just written them.
 
-Where a tensor begins within its page decides a quarter of the time of an op that is bound by a copy
-(loads wait for stores to the same place of another page), and one process differs from the next in
-nothing else as much. So those cases move their tensors about while they are timed, and their noise
-shows what the places make.
+Where a tensor begins within its page changes the time of an op that is bound by a copy (loads wait
+for stores to the same place of another page), and a process keeps its places. So those cases move
+their tensors about while they are timed, and their noise shows what the places make.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ of the other implementations' time in the same rounds: a kernel has become slowe
 against its baselines and its limit, taken together.
 
 Noise has one sign: neighbours make a run slower, nobody makes it faster. So the fast end counts,
-the tenth percentile of the best pass, which most runs reach although their medians differ by a
-third. How well they do is told by leaving out one pass after the other (the jackknife): where the
-figure hangs on a single pass it may have missed better ones. A case alone tells that with little
-certainty, so all cases with the same limit have a say in it.
+the tenth percentile of the best pass, which most runs reach whatever their medians do. How well
+they do is told by leaving out one pass after the other (the jackknife): where the figure hangs on a
+single pass it may have missed better ones. A case alone tells that with little certainty, so all
+cases with the same limit have a say in it.
 """
 
 from __future__ import annotations

@@ -55,16 +55,7 @@ def fitting(config: lf.LlamaConfig, memory: int) -> lf.LlamaConfig:
 
 def work(device: torch.device, tiny: bool = False) -> Work:
     if tiny:
-        config = dataclasses.replace(
-            lf.LlamaConfig.llama_3_1_8b(),
-            hidden_size=128,
-            intermediate_size=256,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            num_hidden_layers=2,
-            vocab_size=256,
-        )
+        config = models.narrow()
         return Work(config, (1, 2), 16, (24,), (16, 8), 3, config)
     total = torch.cuda.get_device_properties(device).total_memory
     return Work(fitting(lf.LlamaConfig.llama_3_1_8b(), total - RESERVE))

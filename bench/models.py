@@ -25,6 +25,20 @@ def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
     )
 
 
+def narrow() -> lf.LlamaConfig:
+    """Two layers of no size, for a run through every path."""
+    return dataclasses.replace(
+        lf.LlamaConfig.llama_3_1_8b(),
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_hidden_layers=2,
+        vocab_size=256,
+    )
+
+
 def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> Any:
     """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-import llama_fast as lf
 from llama_fast.bench import end_to_end, model_rows, models, timing
 from llama_fast.bench.__main__ import main
+from llama_fast.bench.models import narrow
 
 from .bench_runs import TINY, Bench
-
-
-def narrow() -> lf.LlamaConfig:
-    return replace(
-        lf.LlamaConfig.llama_3_1_8b(),
-        hidden_size=128,
-        intermediate_size=256,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_hidden_layers=2,
-        vocab_size=256,
-    )
 
 
 @pytest.mark.parametrize("level", ["default", "full"])
