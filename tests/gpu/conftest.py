@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.jit import KernelInterface
 
 import llama_fast as lf
 from llama_fast import cuda
@@ -24,7 +25,7 @@ from llama_fast.kernels import common
 from . import interpreter
 
 if common.INTERPRETED:
-    interpreter.speed_up()
+    interpreter.install()
 
 
 @pytest.fixture
@@ -91,10 +92,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("sanitize")
 
 
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton kernel that another backend's test launches is an error: it would show nothing of
+    that backend."""
+
+    def refuse(kernel: Any, grid: Any) -> None:
+        pytest.fail(f"{kernel.__name__} is Triton's, and this is a test of {BACKEND}")
+
+    monkeypatch.setattr(KernelInterface, "__getitem__", refuse)
+
+
 @pytest.fixture(autouse=True)
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if BACKEND != "triton" and request.node.get_closest_marker("triton"):
-        pytest.skip("about Triton's kernels")
+    if BACKEND != "triton":
+        if request.node.get_closest_marker("triton"):
+            pytest.skip("about Triton's kernels")
+        request.getfixturevalue("no_triton")
     if not torch.cuda.is_available():
         request.getfixturevalue("one_thread")  # the kernels run on one anyway
     if BACKEND == "cuda" and cuda.EMULATED:

@@ -1,24 +1,36 @@
-"""Triton's interpreter, without half of its work.
+"""Triton's interpreter as these tests need it: products whose bits repeat, and half of its work.
 
-For a launch it puts its own functions in place of triton.language's, and takes them out again
-afterwards. Which they are it finds by looking at every name there, 4 ms a launch; and before each
-call of a helper inside a kernel it does the same again, to no effect: everything is in place.
+A product goes to numpy's matmul, so to a BLAS, whose kernels for Haswell and Zen give a row other
+bits at another place of its tile. A GPU does not, and tests demand that it does not. Here a product
+is summed in the order of k, wherever it stands.
+
+For a launch the interpreter puts its own functions in place of triton.language's, and takes them
+out again afterwards. Which they are it finds by looking at every name there, 4 ms a launch; and
+before each call of a helper inside a kernel it does the same again, to no effect: everything is in
+place.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
 
+def _matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return a @ b; einsum sums in the order of k as long as both operands lie row by row."""
+    a, b = (np.ascontiguousarray(t, dtype) for t in (a, b))
+    return np.einsum("...mk,...kn->...mn", a, b)
+
+
 @functools.cache
 def _builtins(owner: ModuleType | type) -> list[tuple[str, Any]]:
-    """owner's functions that the interpreter replaces; asked for while none of them is."""
+    """List owner's functions that the interpreter replaces; to be called while none of them is."""
     members = inspect.getmembers(owner)
     return [(name, member) for name, member in members if tl.core.is_builtin(member)]
 
@@ -28,16 +40,17 @@ def _patch_builtin(owner: Any, builder: Any, scope: Any) -> None:
         interpreter._patch_attr(owner, name, member, builder, scope)
 
 
-def speed_up() -> None:
-    """For the rest of the process."""
+def install() -> None:
+    """Change the interpreter for the rest of the process."""
     original = interpreter._patch_lang
 
     def patch_lang(fn: Any) -> Any:
-        """Nothing where all that fn sees of triton.language is in place already."""
+        """Do nothing where all that fn sees of triton.language is in place already."""
         seen = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
         if seen and not any(tl.core.is_builtin(module.load) for module in seen):
             return interpreter._LangPatchScope()
         return original(fn)
 
+    interpreter.np = SimpleNamespace(**{**vars(np), "matmul": _matmul})
     interpreter._patch_builtin = _patch_builtin
     interpreter._patch_lang = patch_lang

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_fast.kernels import common, fp8
 
+pytestmark = pytest.mark.triton
 FP8 = torch.float8_e4m3fn
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 BLOCK = 4096
