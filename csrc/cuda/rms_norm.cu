@@ -1,7 +1,7 @@
 // rms_norm, add_rms_norm and their FP8 forms:
 //   s = x + residual                  rounded to dtype; s = x without residual
 //   n = s * rsqrt(mean(s^2) + eps)    fp32, then rounded to dtype
-//   out = n * weight                  rounded to dtype; quantised by row when scale is set
+//   out = n * weight                  rounded to dtype; quantized by row when scale is set
 //
 // Fused because each step alone is a pass over memory. A row is read once and stays in registers:
 // a block holds up to 16,384 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
@@ -37,15 +37,17 @@ LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Com
 #endif
 }
 
-// A block normalises its part of a row: `width` elements from blockIdx.x % blocks * width on.
-// vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
+// A block normalises its part of a row: `width` elements from its rank in the cluster times width
+// on. vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
 template <class T, bool aligned, int vectors, bool fp8>
 __global__ void __launch_bounds__(kMostThreads)
-    rms_norm_kernel(const RmsNormParams p, int64_t width, unsigned blocks) {
+    rms_norm_kernel(const RmsNormParams p, int64_t width, Divider<uint32_t> cluster) {
   LF_DYNAMIC_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
-  const int64_t row = blockIdx.x / blocks, begin = blockIdx.x % blocks * width;
+  const uint32_t blocks = cluster.divisor;
+  uint32_t rank;
+  const int64_t row = cluster.divide(blockIdx.x, rank), begin = rank * width;
   const int64_t end = begin + width < p.hidden ? begin + width : p.hidden;
   const int64_t step = static_cast<int64_t>(blockDim.x) * size;
   const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * size;
@@ -58,19 +60,22 @@ __global__ void __launch_bounds__(kMostThreads)
   const auto load = [&](int64_t at) {
     Vector<T> v = load_vector<aligned>(x, at, end);
     if (residual) {
-      const Vector<T> r = load_vector<aligned>(residual, at, end);
+      float a[size], b[size];
+      to_floats(v.at, a);
+      to_floats(load_vector<aligned>(residual, at, end).at, b);
 #pragma unroll
-      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(to_float(v.at[i]) + to_float(r.at[i]));
+      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(a[i] + b[i]);
     }
     return v;
   };
-  const int64_t rounds = (end - begin + step - 1) / step;
 
   Vector<T> s[held];
   float sum = 0;
   const auto square = [&](const Vector<T>& v) {
+    float a[size];
+    to_floats(v.at, a);
 #pragma unroll
-    for (int i = 0; i < size; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
+    for (int i = 0; i < size; ++i) sum += a[i] * a[i];
   };
   if constexpr (vectors > 0) {
 #pragma unroll
@@ -81,65 +86,65 @@ __global__ void __launch_bounds__(kMostThreads)
       square(s[k]);
     }
   } else {
-    for (int64_t k = 0; k < rounds; ++k) {
-      const Vector<T> v = load(first + k * step);
-      if (residual_out) store_vector<aligned>(residual_out, first + k * step, end, v);
+    for (int64_t at = first; at < end; at += step) {
+      const Vector<T> v = load(at);
+      if (residual_out) store_vector<aligned>(residual_out, at, end, v);
       square(v);
     }
   }
   sum = reduce_cluster(reduce_block(sum, scratch, Sum{}), scratch, blocks, Sum{});
-  const float rstd = rsqrtf(sum / static_cast<float>(p.hidden) + p.eps);
+  const float hidden = static_cast<float>(p.hidden);
+  const float rstd = rsqrtf(quotient<false>(sum, hidden, reciprocal(hidden)) + p.eps);
 
   const auto normed = [&](const Vector<T>& v, int64_t at) {
-    const Vector<T> w = load_vector<aligned>(weight, at, end);
+    float a[size], w[size];
+    to_floats(v.at, a);
+    to_floats(load_vector<aligned>(weight, at, end).at, w);
     Vector<T> out;
 #pragma unroll
-    for (int i = 0; i < size; ++i)
-      out.at[i] = from_float<T>(round_to<T>(to_float(v.at[i]) * rstd) * to_float(w.at[i]));
+    for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(round_to<T>(a[i] * rstd) * w[i]);
     return out;
   };
-  const auto again = [&](int64_t k) {  // a vector of the sum, out of registers or memory
+  const auto again = [&](int k, int64_t at) {  // a vector of the sum, out of registers or memory
     if constexpr (vectors > 0)
       return s[k];
     else
-      return load(first + k * step);
+      return load(at);
   };
   const auto each = [&](auto&& body) {
     if constexpr (vectors > 0) {
 #pragma unroll
-      for (int k = 0; k < vectors; ++k) body(k);
+      for (int k = 0; k < vectors; ++k) body(k, first + k * step);
     } else {
-      for (int64_t k = 0; k < rounds; ++k) body(k);
+      for (int64_t at = first; at < end; at += step) body(0, at);
     }
   };
   if constexpr (!fp8) {
     T* out = static_cast<T*>(p.out) + row * p.hidden;
-    each([&](auto k) {
-      const int64_t at = first + k * step;
-      store_vector<aligned>(out, at, end, normed(again(k), at));
-    });
+    each([&](int k, int64_t at) { store_vector<aligned>(out, at, end, normed(again(k, at), at)); });
   } else {
     float amax = 0;
-    each([&](auto k) {
-      const Vector<T> v = normed(again(k), first + k * step);
+    each([&](int k, int64_t at) {
+      const Vector<T> v = normed(again(k, at), at);
       if constexpr (vectors > 0) s[k] = v;
+      if constexpr (aligned) {
+        if (at < end) amax = MaxMagnitude{}(amax, largest(v.at));
+      } else {
 #pragma unroll
-      for (int i = 0; i < size; ++i)
-        if (first + k * step + i < end) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+        for (int i = 0; i < size; ++i)
+          if (at + i < end) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+      }
     });
     amax = reduce_block(amax, scratch, MaxMagnitude{});
     amax = reduce_cluster(amax, scratch, blocks, MaxMagnitude{});
     const float scale = fp8_scale(amax, p.scale_ub);
     if (begin == 0 && threadIdx.x == 0) p.scale[row] = scale;
     uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.hidden;
-    each([&](auto k) {
-      const int64_t at = first + k * step;
-      Vector<T> v = again(k);
+    const Fp8Divisor by(scale, amax);
+    each([&](int k, int64_t at) {
+      Vector<T> v = again(k, at);
       if constexpr (vectors == 0) v = normed(v, at);
-      uint8_t q[size];
-#pragma unroll
-      for (int i = 0; i < size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(v.at[i]), scale));
-      store_e4m3<aligned>(out, at, end, q);
+      store_e4m3<aligned>(out, at, end, v.at, by);
     });
   }
 }
@@ -165,7 +170,7 @@ void run(const RmsNormParams& p, const Where& where) {
                           blocks};
   const auto go = [&](auto vectors) {
     launch(where, shape, rms_norm_kernel<T, aligned, decltype(vectors)::value, fp8>, p, width,
-           blocks);
+           Divider<uint32_t>(blocks));
   };
   if (held) return go(std::integral_constant<int, 2>{});
   go(std::integral_constant<int, 0>{});

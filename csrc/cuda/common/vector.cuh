@@ -33,6 +33,20 @@ LF_DEVICE float round_to(float x) {
   return to_float(from_float<T>(x));
 }
 
+// An even count of bf16 by words: a shift or a mask each, where taking halves apart costs two.
+template <class T, int count>
+LF_DEVICE void to_floats(const T (&x)[count], float (&y)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && count % 2 == 0) {
+      const uint32_t pair = reinterpret_cast<const uint32_t*>(x)[i / 2];
+      y[i] = __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+    } else {
+      y[i] = to_float(x[i]);
+    }
+  }
+}
+
 // 16 bytes of a row.
 template <class T>
 struct alignas(16) Vector {
@@ -83,12 +97,18 @@ struct MaxMagnitude {
   }
 };
 
-template <class Combine>
-LF_DEVICE float reduce_warp(float value, Combine combine) {
+// Over each `lanes` neighbours of a warp, all of whose lanes take part.
+template <int lanes, class Combine>
+LF_DEVICE float reduce_lanes(float value, Combine combine) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
+  for (int mask = lanes / 2; mask > 0; mask /= 2)
     value = combine(value, __shfl_xor_sync(0xffffffffu, value, mask));
   return value;
+}
+
+template <class Combine>
+LF_DEVICE float reduce_warp(float value, Combine combine) {
+  return reduce_lanes<32>(value, combine);
 }
 
 // All threads get the result. Threads are a multiple of 32; a barrier at both ends lets the
