@@ -37,9 +37,11 @@ LF_DEVICE Vector<T> multiply(const Vector<T>& gate, const Vector<T>& up) {
     // as far as the divisor is finite. Where it is not, g * 0 is what is left.
     const float part = sizeof(T) == 2 || g[i] < -80.0f ? 0.25f : 1.0f;
     const float d = fmaf(exp_of_minus<T>(g[i]), part, part);
-    const float s = quotient<false>(__fmul_rn(g[i], part), d, reciprocal(d));
-    out.at[i] = from_float<T>(round_to<T>(s) * u[i]);
+    g[i] = quotient<false>(__fmul_rn(g[i], part), d, reciprocal(d));
   }
+  round_to<T>(g);
+#pragma unroll
+  for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(g[i] * u[i]);
   return out;
 }
 

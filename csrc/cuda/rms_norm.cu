@@ -102,7 +102,10 @@ __global__ void __launch_bounds__(kMostThreads)
     to_floats(load_vector<aligned>(weight, at, end).at, w);
     Vector<T> out;
 #pragma unroll
-    for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(round_to<T>(a[i] * rstd) * w[i]);
+    for (int i = 0; i < size; ++i) a[i] *= rstd;
+    round_to<T>(a);
+#pragma unroll
+    for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(a[i] * w[i]);
     return out;
   };
   const auto again = [&](int k, int64_t at) {  // a vector of the sum, out of registers or memory

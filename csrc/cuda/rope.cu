@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(kThreads)
       const Fp8Divisor by((is_v ? p.v_scale : p.k_scale)[per_head ? head : 0]);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-#pragma unroll
-        for (int i = 0; i < step; ++i) x[k][i] = round_to<T>(x[k][i]);
+        round_to<T>(x[k]);
         store_e4m3<true>(to + (k ? high : low), 0, 1, x[k], by);
       }
     }
