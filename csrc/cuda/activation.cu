@@ -26,22 +26,25 @@ LF_DEVICE float exp_of_minus(float g) {
 
 template <class T>
 LF_DEVICE Vector<T> multiply(const Vector<T>& gate, const Vector<T>& up) {
-  constexpr int size = Vector<T>::size;
-  float g[size], u[size];
-  to_floats(gate.at, g);
-  to_floats(up.at, u);
+  constexpr int few = 4;  // registers: no more than four at a time
   Vector<T> out;
 #pragma unroll
-  for (int i = 0; i < size; ++i) {
-    // A quarter of both sides, exact for 16 bits: the divisor's reciprocal is then a normal number
-    // as far as the divisor is finite. Where it is not, g * 0 is what is left.
-    const float part = sizeof(T) == 2 || g[i] < -80.0f ? 0.25f : 1.0f;
-    const float d = fmaf(exp_of_minus<T>(g[i]), part, part);
-    g[i] = quotient<false>(__fmul_rn(g[i], part), d, reciprocal(d));
-  }
-  round_to<T>(g);
+  for (int k = 0; k < Vector<T>::size; k += few) {
+    float g[few], u[few];
+    to_floats(reinterpret_cast<const T(&)[few]>(gate.at[k]), g);
 #pragma unroll
-  for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(g[i] * u[i]);
+    for (int i = 0; i < few; ++i) {
+      // A quarter of both sides, exact for 16 bits: the divisor's reciprocal is then a normal
+      // number as far as the divisor is finite. Where it is not, g * 0 is what is left.
+      const float part = sizeof(T) == 2 || g[i] < -80.0f ? 0.25f : 1.0f;
+      const float d = fmaf(exp_of_minus<T>(g[i]), part, part);
+      g[i] = quotient<false>(__fmul_rn(g[i], part), d, reciprocal(d));
+    }
+    round_to<T>(g);
+    to_floats(reinterpret_cast<const T(&)[few]>(up.at[k]), u);
+#pragma unroll
+    for (int i = 0; i < few; ++i) out.at[k + i] = from_float<T>(g[i] * u[i]);
+  }
   return out;
 }
 
@@ -66,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block takes a row. vectors: how many a thread holds; 0: none, they are computed twice.
 template <class T, bool aligned, int vectors>
-__global__ void __launch_bounds__(kMostThreads) silu_and_mul_fp8_kernel(const SiluAndMulParams p) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    silu_and_mul_fp8_kernel(const SiluAndMulParams p) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
@@ -97,7 +101,8 @@ __global__ void __launch_bounds__(kMostThreads) silu_and_mul_fp8_kernel(const Si
   };
   if constexpr (vectors > 0) {
 #pragma unroll
-    for (int k = 0; k < vectors; ++k) quantize(v[k], first + k * step);
+    for (int k = 0; k < vectors; ++k)
+      quantize(v[k], int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size + k * step);
   } else {
     for (int64_t at = first; at < p.width; at += step)
       quantize(product<T, aligned>(gate, at, p.width), at);

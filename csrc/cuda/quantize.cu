@@ -22,7 +22,7 @@ LF_DEVICE uint8_t* codes_of(const QuantizeFp8Params& p, int64_t row) {
 
 // A block takes a row. vectors: what a thread holds; 0: the second pass reads the row again.
 template <class T, bool aligned, int vectors>
-__global__ void __launch_bounds__(kMostThreads) by_row_kernel(const QuantizeFp8Params p) {
+__global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeFp8Params p) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;

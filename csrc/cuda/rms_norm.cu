@@ -19,6 +19,24 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr int64_t kClusterWidth = 8192;  // elements a block of a cluster takes
 
+// x += y, rounded to T. Of 16 bits two at once, rounded from the exact sum: fp32 in between would
+// make no difference, since a sum that it cannot hold is nowhere near halfway between two of T.
+template <bool aligned, class T>
+LF_DEVICE void add(Vector<T>& x, const Vector<T>& y) {
+  if constexpr (aligned && sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::size / 2; ++i) {
+      auto& pair = reinterpret_cast<Pair*>(x.at)[i];
+      pair = __hadd2_rn(pair, reinterpret_cast<const Pair*>(y.at)[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::size; ++i)
+      x.at[i] = from_float<T>(to_float(x.at[i]) + to_float(y.at[i]));
+  }
+}
+
 // Sums over the cluster's blocks in order of their rank.
 template <class Combine>
 LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Combine combine) {
@@ -40,7 +58,7 @@ LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Com
 // A block normalises its part of a row: `width` elements from its rank in the cluster times width
 // on. vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
 template <class T, bool aligned, int vectors, bool fp8>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     rms_norm_kernel(const RmsNormParams p, int64_t width, Divider<uint32_t> cluster) {
   LF_DYNAMIC_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
@@ -60,11 +78,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const auto load = [&](int64_t at) {
     Vector<T> v = load_vector<aligned>(x, at, end);
     if (residual) {
-      float a[size], b[size];
-      to_floats(v.at, a);
-      to_floats(load_vector<aligned>(residual, at, end).at, b);
-#pragma unroll
-      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(a[i] + b[i]);
+      add<aligned>(v, load_vector<aligned>(residual, at, end));
     }
     return v;
   };
@@ -72,10 +86,8 @@ __global__ void __launch_bounds__(kMostThreads)
   Vector<T> s[held];
   float sum = 0;
   const auto square = [&](const Vector<T>& v) {
-    float a[size];
-    to_floats(v.at, a);
 #pragma unroll
-    for (int i = 0; i < size; ++i) sum += a[i] * a[i];
+    for (int i = 0; i < size; ++i) sum += to_float(v.at[i]) * to_float(v.at[i]);
   };
   if constexpr (vectors > 0) {
 #pragma unroll
@@ -97,15 +109,20 @@ __global__ void __launch_bounds__(kMostThreads)
   const float rstd = rsqrtf(quotient<false>(sum, hidden, reciprocal(hidden)) + p.eps);
 
   const auto normed = [&](const Vector<T>& v, int64_t at) {
-    float a[size], w[size];
-    to_floats(v.at, a);
-    to_floats(load_vector<aligned>(weight, at, end).at, w);
+    const Vector<T> w = load_vector<aligned>(weight, at, end);
     Vector<T> out;
+    constexpr int few = aligned ? size : 1;  // registers: what is loaded one by one is kept so
 #pragma unroll
-    for (int i = 0; i < size; ++i) a[i] *= rstd;
-    round_to<T>(a);
+    for (int k = 0; k < size; k += few) {
+      float a[few], b[few];
+      to_floats(reinterpret_cast<const T(&)[few]>(v.at[k]), a);
 #pragma unroll
-    for (int i = 0; i < size; ++i) out.at[i] = from_float<T>(a[i] * w[i]);
+      for (int i = 0; i < few; ++i) a[i] *= rstd;
+      round_to<T>(a);
+      to_floats(reinterpret_cast<const T(&)[few]>(w.at[k]), b);
+#pragma unroll
+      for (int i = 0; i < few; ++i) out.at[k + i] = from_float<T>(a[i] * b[i]);
+    }
     return out;
   };
   const auto again = [&](int k, int64_t at) {  // a vector of the sum, out of registers or memory
@@ -114,10 +131,12 @@ __global__ void __launch_bounds__(kMostThreads)
     else
       return load(at);
   };
+  // Registers: where each place is in its row, or past it, is not kept over the reduction.
+  const int64_t anew = begin + int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
   const auto each = [&](auto&& body) {
     if constexpr (vectors > 0) {
 #pragma unroll
-      for (int k = 0; k < vectors; ++k) body(k, first + k * step);
+      for (int k = 0; k < vectors; ++k) body(k, anew + k * step);
     } else {
       for (int64_t at = first; at < end; at += step) body(0, at);
     }

@@ -77,23 +77,24 @@ class Fp8Divisor {
   // Codes of x / scale, four to a word, the first lowest.
   template <class T, int count>
   LF_DEVICE void encode(const T (&x)[count], uint32_t (&words)[(count + 3) / 4]) const {
-    float y[count];
-    to_floats(x, y);
-    if (ordinary_) {
+    constexpr int step = count < 4 ? count : 4;  // registers: no more than a word's at a time
 #pragma unroll
-      for (int i = 0; i < count; ++i) y[i] = quotient<true>(y[i], scale_, reciprocal_);
-    } else {
+    for (int k = 0; k < count; k += step) {
+      float y[step];
+      to_floats(reinterpret_cast<const T(&)[step]>(x[k]), y);
+      if (ordinary_) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const float lifted = y[i] * factor_;
-        const float cut = fmaxf(fminf(lifted * reciprocal_, 512.0f), -512.0f);
-        y[i] = fmaf(fmaf(cut, scale_, -lifted), -reciprocal_, cut);
+        for (int i = 0; i < step; ++i) y[i] = quotient<true>(y[i], scale_, reciprocal_);
+      } else {
+#pragma unroll
+        for (int i = 0; i < step; ++i) {
+          const float lifted = y[i] * factor_;
+          const float cut = fmaxf(fminf(lifted * reciprocal_, 512.0f), -512.0f);
+          y[i] = fmaf(fmaf(cut, scale_, -lifted), -reciprocal_, cut);
+        }
       }
-    }
-#pragma unroll
-    for (int i = 0; i < count; i += 2) {
-      const uint32_t pair = to_e4m3x2(y[i], count > 1 ? y[i + 1] : 0.0f);
-      words[i / 4] = i % 4 ? words[i / 4] | pair << 16 : pair;
+      words[k / 4] = to_e4m3x2(y[0], step > 1 ? y[1] : 0.0f);
+      if constexpr (step == 4) words[k / 4] |= to_e4m3x2(y[2], y[3]) << 16;
     }
   }
 
