@@ -4,8 +4,8 @@
 //
 // Cost in bf16: 6 bytes an element of the output (5 with FP8 out), an exponential and a division:
 // bound by memory. Without FP8 a row is cut into pieces, since each element stands alone; with it a
-// block holds the row's products in registers, up to 32,768 of 16 bits, and computes them a second
-// time, out of L2, for wider rows.
+// block holds the row's products in registers, up to 32,768 of bf16 and 16,384 of fp16, and
+// computes them a second time, out of L2, for wider rows.
 #include "common/fp8.cuh"
 
 namespace lf::cuda {
@@ -118,7 +118,8 @@ void run(const SiluAndMulParams& p, const Where& where) {
     return launch(where, {"silu_and_mul", {p.rows, 2 * p.width}, grid, dim3(kThreads)},
                   silu_and_mul_kernel<T, aligned>, p, Divider<uint32_t>(pieces));
   }
-  const int64_t per_thread = all <= 2 * kMostThreads ? 2 : all <= 4 * kMostThreads ? 4 : 0;
+  constexpr bool four = !std::is_same_v<T, __half>;  // whose four vectors spill a register on sm_89
+  const int64_t per_thread = all <= 2 * kMostThreads ? 2 : four && all <= 4 * kMostThreads ? 4 : 0;
   const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : kMostThreads;
   const LaunchShape shape{"silu_and_mul_fp8",
                           {p.rows, 2 * p.width},
@@ -126,7 +127,8 @@ void run(const SiluAndMulParams& p, const Where& where) {
                           dim3(static_cast<unsigned>((wanted + 31) / 32 * 32)),
                           32 * sizeof(float)};
   if (per_thread == 2) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 2>, p);
-  if (per_thread == 4) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 4>, p);
+  if constexpr (four)
+    if (per_thread == 4) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 4>, p);
   launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 0>, p);
 }
 
