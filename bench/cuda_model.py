@@ -211,7 +211,7 @@ KERNELS = (
         elementwise("silu_and_mul", 2 / 3, rows=8192, inner=INNER), 256 * 32,
     ),
     Kernel(
-        "activation.cu", "SwiGLU + FP8, 8k x 14336", "a row", 896, 46, 128,
+        "activation.cu", "SwiGLU + FP8, 8k x 14336", "a row", 896, 60, 128,
         elementwise("silu_and_mul_fp8", 4 / 5, rows=8192, inner=INNER), 4 * INNER,
     ),
     Kernel(
