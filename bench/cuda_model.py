@@ -211,7 +211,7 @@ KERNELS = (
         elementwise("silu_and_mul", 2 / 3, rows=8192, inner=INNER), 256 * 32,
     ),
     Kernel(
-        "activation.cu", "SwiGLU + FP8, 8k x 14336", "a row", 896, 46, 128,
+        "activation.cu", "SwiGLU + FP8, 8k x 14336", "a row", 896, 60, 128,
         elementwise("silu_and_mul_fp8", 4 / 5, rows=8192, inner=INNER), 4 * INNER,
     ),
     Kernel(
@@ -219,21 +219,21 @@ KERNELS = (
         elementwise("quantize_fp8", 2 / 3, rows=ROWS, hidden=HIDDEN), 2 * HIDDEN,
     ),
     Kernel(
-        "quantize.cu", "by 1 x 128, 32k x 4096", "8 x 128 elements", 256, 25, 0,
-        elementwise("quantize_fp8", 2 / 3, rows=ROWS, hidden=HIDDEN), 8 * 128 * 2,
+        "quantize.cu", "by 1 x 128, 32k x 4096", "16 x 128 elements", 256, 30, 0,
+        elementwise("quantize_fp8", 2 / 3, rows=ROWS, hidden=HIDDEN), 16 * 128 * 2,
     ),
     Kernel(
         "quantize.cu", "by tensor, 32k x 4096", "2,048 elements", 256, 26, 128,
         quantize_tensor(ROWS, HIDDEN), 256 * 16,
     ),
     Kernel(
-        "rope.cu", "q and k, 32k tokens", "256 x 8 pairs", 256, 38, 0,
-        elementwise("apply_rope", 1 / 2, tokens=ROWS, heads=32, kv_heads=8, d=128), 256 * 32,
+        "rope.cu", "q and k, 32k tokens", "20 heads", 160, 40, 0,
+        elementwise("apply_rope", 1 / 2, tokens=ROWS, heads=32, kv_heads=8, d=128), 160 * 32,
     ),
     Kernel(
-        "rope.cu", "with append, 32k tokens", "256 x 8 pairs", 256, 38, 0,
+        "rope.cu", "with append, 32k tokens", "24 heads", 192, 54, 0,
         elementwise("apply_rope_and_append", 1 / 2, tokens=ROWS, heads=32, kv_heads=8, d=128),
-        256 * 32,
+        192 * 32,
     ),
     # A warp of 32 rows reads Q's (8 KB), K's and V's 16 KB for 32 x 64 scores.
     Kernel(

@@ -10,9 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import compiled
@@ -25,6 +26,12 @@ SASS = {
     "ldmatrix": r"\bLDSM\.",
     "setmaxnreg": r"\bUSETMAXREG\.",
     "ex2": r"\bMUFU\.EX2",
+}
+# What is counted: name -> pattern of whole operation codes.
+COUNTED = {
+    "divisions": r"FCHK|RET\..*|I2F\.U32\.RP",  # fp32, what is called, 32-bit integers
+    "reciprocals": r"MUFU\.RCP",
+    "4-byte loads": r"LDG\.E",
 }
 RESERVED = (
     1024  # bytes of shared memory that cuobjdump counts as static from sm_90 on: the system's
@@ -45,6 +52,7 @@ class Kernel:
     instructions: tuple[str, ...]  # keys of SASS that occur
     wgmmas: int = 0
     wgmma_groups: int = 0  # that end with something to wait for
+    counts: Mapping[str, int] = field(default_factory=dict)  # of COUNTED
 
     @property
     def text(self) -> str:
@@ -91,10 +99,16 @@ def read(binary: Path) -> list[Kernel]:
         codes, wgmmas, groups = operations[arch, symbol]
         file, name, arguments = _parse(symbol)
         found = tuple(compiled._search(SASS, "\n".join(codes)))
+        counts = {
+            what: sum(n for code, n in codes.items() if re.fullmatch(pattern, code))
+            for what, pattern in COUNTED.items()
+        }
         if int(arch[3:5]) >= 90:
             shared = max(0, shared - RESERVED)
         kernels.append(
-            Kernel(file, name, arguments, arch, registers, stack, shared, found, wgmmas, groups)
+            Kernel(
+                file, name, arguments, arch, registers, stack, shared, found, wgmmas, groups, counts
+            )
         )
     return sorted(kernels, key=lambda k: (k.file, k.name, k.arch, k.arguments))
 
@@ -117,23 +131,23 @@ def _resources(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 _LINE = re.compile(r"        /\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
 
 
-def _operations(arch: str, binary: Path) -> dict[tuple[str, str], tuple[Iterable[str], int, int]]:
-    """(arch, symbol) -> the operations that occur, how many are wgmma, and wgmma that ends a group
-    (gsb0: what a wait waits for)."""
+def _operations(arch: str, binary: Path) -> dict[tuple[str, str], tuple[Counter[str], int, int]]:
+    """(arch, symbol) -> how often each operation occurs, how many are wgmma, and wgmma that ends a
+    group (gsb0: what a wait waits for)."""
     command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
-    found: dict[tuple[str, str], tuple[Iterable[str], int, int]] = {}
-    symbol, codes, wgmmas, groups = "", set[str](), 0, 0
+    found: dict[tuple[str, str], tuple[Counter[str], int, int]] = {}
+    symbol, codes, wgmmas, groups = "", Counter[str](), 0, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("        /*"):
                 if match := _LINE.match(line):
-                    codes.add(match[1])
+                    codes[match[1]] += 1
                     # Without operands it only drains the pipeline.
                     if "GMMA." in match[1] and "gdesc[URZ]" not in match[2]:
                         wgmmas, groups = wgmmas + 1, groups + ("gsb0" in match[2])
             elif line.startswith("\t\tFunction : "):
-                symbol, codes, wgmmas, groups = line.split()[2], set(), 0, 0
+                symbol, codes, wgmmas, groups = line.split()[2], Counter(), 0, 0
             elif line.startswith("\t\t......") and symbol:
                 found[arch, symbol] = codes, wgmmas, groups
     if process.returncode:

@@ -40,6 +40,7 @@ class Plan:
     cpp: str = ""  # the same in C++, {0} ... the template arguments
     archs: tuple[str, ...] = PORTABLE
     launched: Callable[[Arguments, str], bool] = lambda a, arch: True
+    streams: bool = False  # elementwise: nothing but memory should bound it
 
     def wanted_blocks(self, arguments: Arguments, arch: str) -> int:
         m = MULTIPROCESSORS[chip(arch)]
@@ -58,7 +59,7 @@ def _vector_loads(arguments: Arguments, arch: str) -> list[str]:
 
 
 def _rope(a: Arguments, arch: str) -> list[str]:
-    return ["16-byte loads", "16-byte stores"] if a[1] != "1" and a[2] == "false" else []
+    return ["16-byte loads", "16-byte stores"] if a[2] != "1" else []
 
 
 def _attention(a: Arguments, arch: str) -> list[str]:
@@ -118,6 +119,7 @@ PLANS = [
         STREAMS,
         lambda a, arch: _vector_loads(a, arch) if a[3] == "true" else _vector_stores(a, arch),
         fixed(33 * 4),
+        streams=True,
     ),
     Plan(
         "activation",
@@ -127,16 +129,18 @@ PLANS = [
         4,
         STREAMS,
         lambda a, arch: ["ex2", *_vector_stores(a, arch)],
+        streams=True,
     ),
     Plan(
         "activation",
         "silu_and_mul_fp8_kernel",
-        [*product(TYPES, BOTH, "024")],
+        [(t, a, n) for t, a, n in product(TYPES, BOTH, "024") if (t, n) != (HALF, "4")],
         fixed(1024),
         1,
         STREAMS,
         lambda a, arch: ["ex2", *_vector_loads(a, arch)],
         fixed(32 * 4),
+        streams=True,
     ),
     Plan(
         "quantize",
@@ -147,15 +151,17 @@ PLANS = [
         STREAMS,
         _vector_loads,
         fixed(32 * 4),
+        streams=True,
     ),
     Plan(
         "quantize",
         "by_block_kernel",
         [*product(TYPES, BOTH)],
         fixed(256),
-        6,
-        "every warp of sm_89: four elements a lane are 8 bytes in flight",
-        lambda a, arch: _vector_loads(a, arch) if a[0] == F32 else [],
+        4,
+        STREAMS,
+        _vector_loads,
+        streams=True,
     ),
     *(
         Plan(
@@ -167,28 +173,37 @@ PLANS = [
             STREAMS,
             _vector_loads,
             fixed(32 * 4),
+            streams=True,
         )
         for kernel in ("by_square_kernel", "tensor_amax_kernel")
     ),
     Plan(
         "quantize",
-        "tensor_quantise_kernel",
+        "tensor_quantize_kernel",
         [*product(TYPES, BOTH)],
         fixed(256),
         4,
         STREAMS,
         _vector_loads,
+        streams=True,
     ),
     Plan("quantize", "clear_kernel", [()], fixed(1), 1, "one thread", lambda a, arch: []),
     Plan("quantize", "tensor_scale_kernel", [()], fixed(1), 1, "one thread", lambda a, arch: []),
     Plan(
         "rope",
         "rope_kernel",
-        [(t, step, x) for t in TYPES for step in ("1", "4" if t == F32 else "8") for x in BOTH],
+        [
+            (t, cache, step, x)
+            for t in TYPES
+            for cache in ("void", t, E4M3)
+            for step in ("1", "4" if t == F32 else "8")
+            for x in BOTH
+        ],
         fixed(256),
         4,
         STREAMS,
         _rope,
+        streams=True,
     ),
     Plan(
         "attention",

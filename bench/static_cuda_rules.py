@@ -16,6 +16,22 @@ def fits(plan: Plan, kernel: Kernel) -> Occupancy:
     return occupancy(chip(kernel.arch), kernel.registers, shared, plan.threads(kernel.arguments))
 
 
+def slow_steps(plan: Plan, kernel: Kernel) -> list[str]:
+    """Of a kernel that memory should bound: what would bind it to the issue of instructions. A
+    division is ten of them and a branch, of 64-bit integers a call of a hundred; a mean and a scale
+    need a reciprocal each. Of loads, all but two indices and a scale are of 16 bytes."""
+    if not plan.streams:
+        return []
+    vectors = "16-byte loads" in plan.needs(kernel.arguments, kernel.arch)
+    limits = {
+        "divisions": 0,
+        "reciprocals": 99 if "ex2" in kernel.instructions else 2,
+        "4-byte loads": 3 if vectors and kernel.arguments[0] != "float" else 99,
+    }
+    found = {what: kernel.counts.get(what, 0) for what in limits}
+    return [f"{n} {what}, at most {limits[what]}" for what, n in found.items() if n > limits[what]]
+
+
 def problems(plan: Plan, kernel: Kernel) -> list[str]:
     """What is wrong with an instance, in words; nothing, if all is well."""
     wrong = []
@@ -35,6 +51,7 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
         wrong.append(
             f"wgmma is serialised: {kernel.wgmma_groups} groups of {kernel.wgmmas} instructions"
         )
+    wrong += slow_steps(plan, kernel)
     resident, wanted = fits(plan, kernel), plan.wanted_blocks(kernel.arguments, kernel.arch)
     if resident.blocks < wanted:
         wrong.append(

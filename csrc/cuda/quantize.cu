@@ -13,22 +13,6 @@ constexpr int kMostThreads = 1024;
 constexpr int kBlock = 128;  // columns that share a scale
 
 template <class T>
-LF_DEVICE float magnitude(const Vector<T>& v) {  // past a row's end are zeros
-  float amax = 0;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
-  return amax;
-}
-
-template <class T, bool aligned>
-LF_DEVICE void quantise(uint8_t* out, int64_t at, int64_t n, const Vector<T>& v, float scale) {
-  uint8_t q[Vector<T>::size];
-#pragma unroll
-  for (int i = 0; i < Vector<T>::size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(v.at[i]), scale));
-  store_e4m3<aligned>(out, at, n, q);
-}
-
-template <class T>
 LF_DEVICE const T* row_of(const QuantizeFp8Params& p, int64_t row) {
   return static_cast<const T*>(p.x) + row * p.x_stride;
 }
@@ -38,7 +22,7 @@ LF_DEVICE uint8_t* codes_of(const QuantizeFp8Params& p, int64_t row) {
 
 // A block takes a row. vectors: what a thread holds; 0: the second pass reads the row again.
 template <class T, bool aligned, int vectors>
-__global__ void __launch_bounds__(kMostThreads) by_row_kernel(const QuantizeFp8Params p) {
+__global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeFp8Params p) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
@@ -50,77 +34,64 @@ __global__ void __launch_bounds__(kMostThreads) by_row_kernel(const QuantizeFp8P
 #pragma unroll
     for (int k = 0; k < vectors; ++k) v[k] = load_vector<aligned>(x, first + k * step, p.cols);
 #pragma unroll
-    for (int k = 0; k < vectors; ++k) amax = MaxMagnitude{}(amax, magnitude(v[k]));
+    for (int k = 0; k < vectors; ++k) amax = MaxMagnitude{}(amax, largest(v[k].at));
   } else {
     for (int64_t at = first; at < p.cols; at += step)
-      amax = MaxMagnitude{}(amax, magnitude(load_vector<aligned>(x, at, p.cols)));
+      amax = MaxMagnitude{}(amax, largest(load_vector<aligned>(x, at, p.cols).at));
   }
   amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
   const float scale = fp8_scale(amax, p.scale_ub);
+  const Fp8Divisor by(scale, amax);
   if (threadIdx.x == 0) p.scale[row] = scale;
   if constexpr (vectors > 0) {
 #pragma unroll
     for (int k = 0; k < vectors; ++k)
-      quantise<T, aligned>(codes_of(p, row), first + k * step, p.cols, v[k], scale);
+      store_e4m3<aligned>(codes_of(p, row), first + k * step, p.cols, v[k].at, by);
   } else {
     for (int64_t at = first; at < p.cols; at += step)
-      quantise<T, aligned>(codes_of(p, row), at, p.cols, load_vector<aligned>(x, at, p.cols),
-                           scale);
+      store_e4m3<aligned>(codes_of(p, row), at, p.cols, load_vector<aligned>(x, at, p.cols).at, by);
   }
 }
 
-// A warp takes 128 columns of a row: four or eight elements a lane.
+// 128 columns of a row are 16 bytes each of half a warp, or of a warp in fp32.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads) by_block_kernel(const QuantizeFp8Params p) {
-  constexpr int size = kBlock / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t blocks = (p.cols + kBlock - 1) / kBlock;
-  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (item >= p.rows * blocks) return;
-  const int64_t row = item / blocks, at = item % blocks * kBlock + lane * size;
-  const T* x = row_of<T>(p, row);
-  alignas(16) T v[size];
-  if constexpr (aligned && sizeof(T) == 2) {
-    // cols is a multiple of 8, so of a lane's four: all inside or all outside
-    if (at < p.cols) *reinterpret_cast<uint2*>(v) = *reinterpret_cast<const uint2*>(x + at);
-  } else if constexpr (aligned) {
-    if (at < p.cols) *reinterpret_cast<uint4*>(v) = *reinterpret_cast<const uint4*>(x + at);
-  }
-  float amax = 0;
-#pragma unroll
-  for (int i = 0; i < size; ++i) {
-    if constexpr (!aligned) v[i] = at + i < p.cols ? x[at + i] : from_float<T>(0.0f);
-    if (at + i >= p.cols) v[i] = from_float<T>(0.0f);
-    amax = MaxMagnitude{}(amax, fabsf(to_float(v[i])));
-  }
-  amax = reduce_warp(amax, MaxMagnitude{});
+__global__ void __launch_bounds__(kThreads)
+    by_block_kernel(const QuantizeFp8Params p, Divider<uint64_t> blocks) {
+  constexpr int size = Vector<T>::size, lanes = kBlock / size;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  uint64_t block;
+  const int64_t row = static_cast<int64_t>(blocks.divide(item, block));
+  const int64_t at = static_cast<int64_t>(block) * kBlock + threadIdx.x % lanes * size;
+  const int64_t end = row < p.rows ? p.cols : 0;  // past the last row, nothing but the shuffles
+  const Vector<T> v = load_vector<aligned>(row_of<T>(p, row), at, end);
+  const float amax = reduce_lanes<lanes>(largest(v.at), MaxMagnitude{});
   const float scale = fp8_scale(amax, p.scale_ub);
-  if (lane == 0) p.scale[item] = scale;
-  uint8_t q[size];
-#pragma unroll
-  for (int i = 0; i < size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(v[i]), scale));
-  store_e4m3<aligned>(codes_of(p, row), at, p.cols, q);
+  if (threadIdx.x % lanes == 0 && at < end) p.scale[item] = scale;
+  store_e4m3<aligned>(codes_of(p, row), at, end, v.at, Fp8Divisor(scale, amax));
 }
 
 // A block takes 128 x 128 elements, twice: the second time from L1 or L2.
 template <class T, bool aligned>
-__global__ void __launch_bounds__(kThreads) by_square_kernel(const QuantizeFp8Params p) {
+__global__ void __launch_bounds__(kThreads)
+    by_square_kernel(const QuantizeFp8Params p, Divider<uint32_t> blocks) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, across = kBlock / size, down = kThreads / across;
-  const int64_t blocks = (p.cols + kBlock - 1) / kBlock;
-  const int64_t row0 = blockIdx.x / blocks * kBlock, column0 = blockIdx.x % blocks * kBlock;
+  uint32_t block;
+  const int64_t row0 = static_cast<int64_t>(blocks.divide(blockIdx.x, block)) * kBlock;
+  const int64_t column0 = static_cast<int64_t>(block) * kBlock;
   const int64_t at = column0 + static_cast<int64_t>(threadIdx.x % across) * size;
   const int64_t row1 = row0 + kBlock < p.rows ? row0 + kBlock : p.rows;
   const int64_t column1 = column0 + kBlock < p.cols ? column0 + kBlock : p.cols;
   float amax = 0;
   for (int64_t row = row0 + threadIdx.x / across; row < row1; row += down)
-    amax = MaxMagnitude{}(amax, magnitude(load_vector<aligned>(row_of<T>(p, row), at, column1)));
+    amax = MaxMagnitude{}(amax, largest(load_vector<aligned>(row_of<T>(p, row), at, column1).at));
   amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
   const float scale = fp8_scale(amax, p.scale_ub);
+  const Fp8Divisor by(scale, amax);
   if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
   for (int64_t row = row0 + threadIdx.x / across; row < row1; row += down)
-    quantise<T, aligned>(codes_of(p, row), at, column1,
-                         load_vector<aligned>(row_of<T>(p, row), at, column1), scale);
+    store_e4m3<aligned>(codes_of(p, row), at, column1,
+                        load_vector<aligned>(row_of<T>(p, row), at, column1).at, by);
 }
 
 // Per tensor: p.scale holds the largest magnitude's bits until the last kernel.
@@ -128,23 +99,26 @@ __global__ void clear_kernel(const QuantizeFp8Params p) { p.scale[0] = 0.0f; }
 
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    tensor_amax_kernel(const QuantizeFp8Params p, int64_t pieces) {
+    tensor_amax_kernel(const QuantizeFp8Params p, Divider<uint32_t> pieces) {
   LF_DYNAMIC_SHARED(memory);
-  const int64_t row = blockIdx.x / pieces, piece = blockIdx.x % pieces;
-  const int64_t at = (piece * kThreads + threadIdx.x) * Vector<T>::size;
-  float amax = magnitude(load_vector<aligned>(row_of<T>(p, row), at, p.cols));
+  uint32_t piece;
+  const int64_t row = pieces.divide(blockIdx.x, piece);
+  const int64_t at = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * Vector<T>::size;
+  float amax = largest(load_vector<aligned>(row_of<T>(p, row), at, p.cols).at);
   amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
   // A maximum does not depend on the order: the atomic is as deterministic as a tree.
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(p.scale), __float_as_uint(amax));
 }
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    tensor_quantise_kernel(const QuantizeFp8Params p, int64_t pieces) {
-  const int64_t row = blockIdx.x / pieces, piece = blockIdx.x % pieces;
-  const int64_t at = (piece * kThreads + threadIdx.x) * Vector<T>::size;
-  quantise<T, aligned>(codes_of(p, row), at, p.cols,
-                       load_vector<aligned>(row_of<T>(p, row), at, p.cols),
-                       fp8_scale(p.scale[0], p.scale_ub));
+    tensor_quantize_kernel(const QuantizeFp8Params p, Divider<uint32_t> pieces) {
+  uint32_t piece;
+  const int64_t row = pieces.divide(blockIdx.x, piece);
+  const int64_t at = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * Vector<T>::size;
+  const float amax = p.scale[0];
+  store_e4m3<aligned>(codes_of(p, row), at, p.cols,
+                      load_vector<aligned>(row_of<T>(p, row), at, p.cols).at,
+                      Fp8Divisor(fp8_scale(amax, p.scale_ub), amax));
 }
 __global__ void tensor_scale_kernel(const QuantizeFp8Params p) {
   p.scale[0] = fp8_scale(p.scale[0], p.scale_ub);
@@ -171,18 +145,18 @@ void run(const QuantizeFp8Params& p, const Where& where) {
   }
   const int64_t blocks = (p.cols + kBlock - 1) / kBlock;
   if (p.granularity == Scale::block && p.block_rows == 1) {
-    constexpr int64_t warps = kThreads / 32;
-    return launch(where, shape((p.rows * blocks + warps - 1) / warps, kThreads),
-                  by_block_kernel<T, aligned>, p);
+    constexpr int64_t items = kThreads * Vector<T>::size / kBlock;
+    return launch(where, shape((p.rows * blocks + items - 1) / items, kThreads),
+                  by_block_kernel<T, aligned>, p, Divider<uint64_t>(blocks));
   }
   if (p.granularity == Scale::block)
     return launch(where, shape((p.rows + kBlock - 1) / kBlock * blocks, kThreads, scratch),
-                  by_square_kernel<T, aligned>, p);
+                  by_square_kernel<T, aligned>, p, Divider<uint32_t>(blocks));
   const int64_t pieces = (all + kThreads - 1) / kThreads;
   launch(where, shape(1, 1), clear_kernel, p);
-  launch(where, shape(p.rows * pieces, kThreads, scratch), tensor_amax_kernel<T, aligned>, p,
-         pieces);
-  launch(where, shape(p.rows * pieces, kThreads), tensor_quantise_kernel<T, aligned>, p, pieces);
+  const Divider<uint32_t> by(pieces);
+  launch(where, shape(p.rows * pieces, kThreads, scratch), tensor_amax_kernel<T, aligned>, p, by);
+  launch(where, shape(p.rows * pieces, kThreads), tensor_quantize_kernel<T, aligned>, p, by);
   launch(where, shape(1, 1), tensor_scale_kernel, p);
 }
 

@@ -1,7 +1,7 @@
 // rms_norm, add_rms_norm and their FP8 forms:
 //   s = x + residual                  rounded to dtype; s = x without residual
 //   n = s * rsqrt(mean(s^2) + eps)    fp32, then rounded to dtype
-//   out = n * weight                  rounded to dtype; quantised by row when scale is set
+//   out = n * weight                  rounded to dtype; quantized by row when scale is set
 //
 // Fused because each step alone is a pass over memory. A row is read once and stays in registers:
 // a block holds up to 16,384 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
@@ -18,6 +18,24 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr int64_t kClusterWidth = 8192;  // elements a block of a cluster takes
+
+// x += y, rounded to T. Of 16 bits two at once, rounded from the exact sum: fp32 in between would
+// make no difference, since a sum that it cannot hold is nowhere near halfway between two of T.
+template <bool aligned, class T>
+LF_DEVICE void add(Vector<T>& x, const Vector<T>& y) {
+  if constexpr (aligned && sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat162, __half2>;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::size / 2; ++i) {
+      auto& pair = reinterpret_cast<Pair*>(x.at)[i];
+      pair = __hadd2_rn(pair, reinterpret_cast<const Pair*>(y.at)[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::size; ++i)
+      x.at[i] = from_float<T>(to_float(x.at[i]) + to_float(y.at[i]));
+  }
+}
 
 // Sums over the cluster's blocks in order of their rank.
 template <class Combine>
@@ -37,15 +55,17 @@ LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Com
 #endif
 }
 
-// A block normalises its part of a row: `width` elements from blockIdx.x % blocks * width on.
-// vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
+// A block normalises its part of a row: `width` elements from its rank in the cluster times width
+// on. vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
 template <class T, bool aligned, int vectors, bool fp8>
-__global__ void __launch_bounds__(kMostThreads)
-    rms_norm_kernel(const RmsNormParams p, int64_t width, unsigned blocks) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    rms_norm_kernel(const RmsNormParams p, int64_t width, Divider<uint32_t> cluster) {
   LF_DYNAMIC_SHARED(memory);
   auto* scratch = reinterpret_cast<float*>(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
-  const int64_t row = blockIdx.x / blocks, begin = blockIdx.x % blocks * width;
+  const uint32_t blocks = cluster.divisor;
+  uint32_t rank;
+  const int64_t row = cluster.divide(blockIdx.x, rank), begin = rank * width;
   const int64_t end = begin + width < p.hidden ? begin + width : p.hidden;
   const int64_t step = static_cast<int64_t>(blockDim.x) * size;
   const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * size;
@@ -58,13 +78,10 @@ __global__ void __launch_bounds__(kMostThreads)
   const auto load = [&](int64_t at) {
     Vector<T> v = load_vector<aligned>(x, at, end);
     if (residual) {
-      const Vector<T> r = load_vector<aligned>(residual, at, end);
-#pragma unroll
-      for (int i = 0; i < size; ++i) v.at[i] = from_float<T>(to_float(v.at[i]) + to_float(r.at[i]));
+      add<aligned>(v, load_vector<aligned>(residual, at, end));
     }
     return v;
   };
-  const int64_t rounds = (end - begin + step - 1) / step;
 
   Vector<T> s[held];
   float sum = 0;
@@ -81,65 +98,75 @@ __global__ void __launch_bounds__(kMostThreads)
       square(s[k]);
     }
   } else {
-    for (int64_t k = 0; k < rounds; ++k) {
-      const Vector<T> v = load(first + k * step);
-      if (residual_out) store_vector<aligned>(residual_out, first + k * step, end, v);
+    for (int64_t at = first; at < end; at += step) {
+      const Vector<T> v = load(at);
+      if (residual_out) store_vector<aligned>(residual_out, at, end, v);
       square(v);
     }
   }
   sum = reduce_cluster(reduce_block(sum, scratch, Sum{}), scratch, blocks, Sum{});
-  const float rstd = rsqrtf(sum / static_cast<float>(p.hidden) + p.eps);
+  const float hidden = static_cast<float>(p.hidden);
+  const float rstd = rsqrtf(quotient<false>(sum, hidden, reciprocal(hidden)) + p.eps);
 
   const auto normed = [&](const Vector<T>& v, int64_t at) {
     const Vector<T> w = load_vector<aligned>(weight, at, end);
     Vector<T> out;
+    constexpr int few = aligned ? size : 1;  // registers: what is loaded one by one is kept so
 #pragma unroll
-    for (int i = 0; i < size; ++i)
-      out.at[i] = from_float<T>(round_to<T>(to_float(v.at[i]) * rstd) * to_float(w.at[i]));
+    for (int k = 0; k < size; k += few) {
+      float a[few], b[few];
+      to_floats(reinterpret_cast<const T(&)[few]>(v.at[k]), a);
+#pragma unroll
+      for (int i = 0; i < few; ++i) a[i] *= rstd;
+      round_to<T>(a);
+      to_floats(reinterpret_cast<const T(&)[few]>(w.at[k]), b);
+#pragma unroll
+      for (int i = 0; i < few; ++i) out.at[k + i] = from_float<T>(a[i] * b[i]);
+    }
     return out;
   };
-  const auto again = [&](int64_t k) {  // a vector of the sum, out of registers or memory
+  const auto again = [&](int k, int64_t at) {  // a vector of the sum, out of registers or memory
     if constexpr (vectors > 0)
       return s[k];
     else
-      return load(first + k * step);
+      return load(at);
   };
+  // Registers: where each place is in its row, or past it, is not kept over the reduction.
+  const int64_t anew = begin + int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
   const auto each = [&](auto&& body) {
     if constexpr (vectors > 0) {
 #pragma unroll
-      for (int k = 0; k < vectors; ++k) body(k);
+      for (int k = 0; k < vectors; ++k) body(k, anew + k * step);
     } else {
-      for (int64_t k = 0; k < rounds; ++k) body(k);
+      for (int64_t at = first; at < end; at += step) body(0, at);
     }
   };
   if constexpr (!fp8) {
     T* out = static_cast<T*>(p.out) + row * p.hidden;
-    each([&](auto k) {
-      const int64_t at = first + k * step;
-      store_vector<aligned>(out, at, end, normed(again(k), at));
-    });
+    each([&](int k, int64_t at) { store_vector<aligned>(out, at, end, normed(again(k, at), at)); });
   } else {
     float amax = 0;
-    each([&](auto k) {
-      const Vector<T> v = normed(again(k), first + k * step);
+    each([&](int k, int64_t at) {
+      const Vector<T> v = normed(again(k, at), at);
       if constexpr (vectors > 0) s[k] = v;
+      if constexpr (aligned) {
+        if (at < end) amax = MaxMagnitude{}(amax, largest(v.at));
+      } else {
 #pragma unroll
-      for (int i = 0; i < size; ++i)
-        if (first + k * step + i < end) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+        for (int i = 0; i < size; ++i)
+          if (at + i < end) amax = MaxMagnitude{}(amax, fabsf(to_float(v.at[i])));
+      }
     });
     amax = reduce_block(amax, scratch, MaxMagnitude{});
     amax = reduce_cluster(amax, scratch, blocks, MaxMagnitude{});
     const float scale = fp8_scale(amax, p.scale_ub);
     if (begin == 0 && threadIdx.x == 0) p.scale[row] = scale;
     uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.hidden;
-    each([&](auto k) {
-      const int64_t at = first + k * step;
-      Vector<T> v = again(k);
+    const Fp8Divisor by(scale, amax);
+    each([&](int k, int64_t at) {
+      Vector<T> v = again(k, at);
       if constexpr (vectors == 0) v = normed(v, at);
-      uint8_t q[size];
-#pragma unroll
-      for (int i = 0; i < size; ++i) q[i] = to_e4m3(__fdiv_rn(to_float(v.at[i]), scale));
-      store_e4m3<aligned>(out, at, end, q);
+      store_e4m3<aligned>(out, at, end, v.at, by);
     });
   }
 }
@@ -165,7 +192,7 @@ void run(const RmsNormParams& p, const Where& where) {
                           blocks};
   const auto go = [&](auto vectors) {
     launch(where, shape, rms_norm_kernel<T, aligned, decltype(vectors)::value, fp8>, p, width,
-           blocks);
+           Divider<uint32_t>(blocks));
   };
   if (held) return go(std::integral_constant<int, 2>{});
   go(std::integral_constant<int, 0>{});

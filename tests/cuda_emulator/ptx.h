@@ -1,6 +1,8 @@
 // csrc/cuda/common/ptx.cuh, executed on a CPU by the PTX ISA's definitions of each instruction.
 #pragma once
 
+#include <cfloat>
+
 #include "emulator.h"
 
 #define LF_DYNAMIC_SHARED(name) unsigned char* const name = ::lf::emu::block().shared
@@ -162,5 +164,16 @@ inline void named_barrier_arrive(int id, int count) {
 inline int opaque(int x) { return x; }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+
+// rcp.approx.ftz: off by up to an ulp, here by one either way. But not where a Newton step would
+// not mend that (33 of 2^23 mantissas): __frcp_rn is this instruction and that step.
+inline float rcp_approx(float x) {
+  const float exact = 1 / x;
+  if (!(std::fabs(exact) >= FLT_MIN)) return std::copysign(exact == exact ? 0.0f : exact, exact);
+  if (!(std::fabs(x) >= FLT_MIN)) return std::copysign(INFINITY, x);
+  const float off =
+      __uint_as_float(__float_as_uint(exact) + (__float_as_uint(x) * 0x9e3779b9u >> 31 ? 1 : -1));
+  return std::fma(off, std::fma(-x, off, 1.0f), off) == exact ? off : exact;
+}
 
 }  // namespace lf::ptx

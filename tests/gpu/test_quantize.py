@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,6 +56,65 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> Non
     assert torch.equal(q.view(torch.uint8), x.to(FP8).view(torch.uint8))
     assert_same(every.view(128, 512), "row")
     assert_same(every.view(128, 512), "block")
+
+
+def amaxes(dtype: torch.dtype, count: int) -> Tensor:
+    """Of every magnitude that dtype has, subnormal ones and its largest included, none a power."""
+    info = torch.finfo(dtype)
+    smallest = info.tiny * info.eps
+    exponents = torch.linspace(0, 1, count).double() * math.log2(info.max / smallest)
+    values = (smallest * torch.exp2(exponents)).to(dtype)
+    return torch.where(values.isfinite() & (values > 0), values, info.max).to(dtype)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_by_every_magnitude_of_scale(
+    dtype: torch.dtype, bounded: bool, device: torch.device
+) -> None:
+    """Under each scale all values that it can come with, in rows that stay in registers: up to its
+    amax; or, bounded, all there are, the infinities too."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    for amax in amaxes(dtype, 25):
+        x = torch.where(every.isnan() | (~every.isfinite() & (not bounded)), 0, every)
+        if not bounded:
+            x = torch.where(every.abs() <= amax, x, 0)
+        rows = torch.cat((x.view(4, 16384), amax.expand(4, 8)), 1).to(device)
+        assert_same(rows, "row", amax.item() if bounded else None)
+
+
+@pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
+def test_fp32_quotients_at_every_tie(bounded: bool, device: torch.device) -> None:
+    """x / scale halfway between two codes, and up to three ulps of x to either side, where the
+    quotient's last bit decides: the product with 1 / scale, or a quotient that is not rounded
+    correctly, gives other codes."""
+    codes = torch.arange(0x7F).to(torch.uint8).view(FP8).double()
+    ties = (codes[1:] + codes[:-1]) / 2
+    amax = amaxes(torch.float32, 1000)[:, None]
+    scale = amax.clamp(min=2.0**-126) / 448
+    x = (scale.double() * ties).float().repeat_interleave(7, 1)
+    x = (x.view(torch.int32) + torch.arange(-3, 4).repeat(len(ties))).clamp(min=0).int()
+    x = torch.cat((x.view(torch.float32).nan_to_num(posinf=0).minimum(amax), amax), 1)
+    x[:, ::2] *= -1
+    if not bounded:
+        assert_same(x.to(device), "row")
+    else:  # beside values of other magnitudes; rows of one scale_ub
+        far = torch.tensor([[3e38, -float("inf"), 1e-45, -0.0]])
+        for i in range(0, len(x), 40):
+            assert_same(torch.cat((x[i : i + 1], far), 1).to(device), "row", amax[i].item())
+
+
+def test_scales_are_ieee_quotients(device: torch.device) -> None:
+    """amax / 448, subnormal ones too: halfway between two of these, and beside that; all mantissas
+    of a sample; fp32's ends."""
+    units = (torch.arange(2**23, 448 * 2**23, 448 * 5003) // 448 * 448 + 224).double()
+    ties = (units[:, None] + torch.tensor([-1, 0, 1, 224])).flatten() * 2.0**-149
+    sample = torch.arange(2**23, 2**31 - 2**24, 2**31 // 20001).int().view(torch.float32)
+    ends = torch.tensor([2.0**-126, 448 * 2.0**-126, 3.4028235e38, 1e-45, 0.0, float("inf")])
+    amax = torch.cat((ties.float(), sample, ends))
+    x = torch.zeros(len(amax), 8)
+    x[:, 5] = -amax
+    assert_same(x.to(device), "block")
 
 
 def test_f38_ties_round_to_even(device: torch.device) -> None:

@@ -108,6 +108,25 @@ def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch
         assert (cache == 7).all(-1).all(-1).sum() == 8 - kept.sum()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_16_bit_value_to_an_fp8_cache(dtype: torch.dtype, device: torch.device) -> None:
+    """v / v_scale, rounded as IEEE division rounds it, for scales of every magnitude."""
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+    v = every.view(8, 64, 128).to(device)
+    positions, table = torch.arange(8, device=device), lf.rope_table(1e4, 8, head_dim=128)
+    caches = torch.empty(2, 8, 1, 64, 128, dtype=torch.uint8, device=device)
+    q_out, v_scale = torch.empty_like(v), torch.empty(1, device=device)
+    far = [2.0**-149, 3e38, float("inf"), float("nan")]
+    for scale in (*far, *(1.2345 * 2.0**e for e in range(-140, 120, 20))):
+        v_scale.fill_(scale)
+        arguments = (positions, table.to(device), False, v, *caches, positions, v_scale, v_scale)
+        launcher("apply_rope").rope(q_out, None, v, v, *arguments)
+        got = caches[1].cpu().view(torch.float8_e4m3fn).float().flatten()
+        want = (every.float() / v_scale.cpu()).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+        differ = (got != want) | (got.signbit() != want.signbit())
+        assert not (differ & ~(got.isnan() & want.isnan())).any(), scale
+
+
 def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> None:
     q, k, v, positions, table = make(5, 4, 2, 32, torch.bfloat16, device)
     view = poisoned(5, 4, 43, v)[:, 1:3, 8:40].copy_(v)

@@ -50,6 +50,18 @@ __global__ void copy_kernel(const uint4* x, uint4* out) {
   }
 }
 
+// 16 bytes a thread, divided, by indices that are divided too; or neither.
+template <bool divides>
+__global__ void scale_kernel(const float4* x, float4* out, float scale, int64_t pieces) {
+  const int64_t item = divides ? (blockIdx.x + pieces) / pieces * blockDim.x : blockIdx.x;
+  float4 v = x[item + threadIdx.x];
+  if (divides)
+    v.x = __fdiv_rn(v.x, scale);
+  else
+    v.x *= scale;
+  out[item + threadIdx.x] = v;
+}
+
 // Four wgmma a group; touching the sums between them makes ptxas wait for each.
 template <bool touched>
 __global__ void __launch_bounds__(128) wgmma_kernel(float* out, uint64_t a, uint64_t b, int n) {
@@ -73,6 +85,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(float* out, uint64_t a, uint
 
 template __global__ void copy_kernel<true>(const uint4*, uint4*);
 template __global__ void copy_kernel<false>(const uint4*, uint4*);
+template __global__ void scale_kernel<true>(const float4*, float4*, float, int64_t);
+template __global__ void scale_kernel<false>(const float4*, float4*, float, int64_t);
 template __global__ void wgmma_kernel<true>(float*, uint64_t, uint64_t, int);
 template __global__ void wgmma_kernel<false>(float*, uint64_t, uint64_t, int);
 

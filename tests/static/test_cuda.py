@@ -78,8 +78,8 @@ MODELLED = {
     "SwiGLU + FP8, 8k x 14336": ("silu_and_mul_fp8_kernel", BF16, "true", "2"),
     "by row, 32k x 4096": ("by_row_kernel", BF16, "true", "2"),
     "by 1 x 128, 32k x 4096": ("by_block_kernel", BF16, "true"),
-    "q and k, 32k tokens": ("rope_kernel", BF16, "8", "false"),
-    "with append, 32k tokens": ("rope_kernel", BF16, "8", "false"),
+    "q and k, 32k tokens": ("rope_kernel", BF16, "void", "8", "false"),
+    "with append, 32k tokens": ("rope_kernel", BF16, BF16, "8", "false"),
     "causal, 16k, D = 128": ("attention_kernel", BF16, "128"),
     "32 x 4k": ("decode_kernel", BF16, BF16, "128", "1"),
     "1 x 128k": ("decode_kernel", BF16, BF16, "128", "1"),
@@ -220,6 +220,19 @@ def test_planted_faults_are_found(
     else:
         (found,) = wrong
         assert re.search(problem, found), found
+
+
+@pytest.mark.parametrize("divides", ["true", "false"])
+def test_divisions_in_a_stream_are_found(
+    planted: dict[tuple[str, tuple[str, ...]], Kernel], divides: str
+) -> None:
+    kernel = planted["scale_kernel", (divides,)]
+    stream = replace(plan(kernel, 256, needs=["16-byte loads"]), streams=True)
+    wrong = static_cuda.check([kernel], [stream])[1]
+    assert re.search(r"\d+ divisions, at most 0", wrong[0]) if divides == "true" else not wrong
+    scalar = replace(kernel, counts={"4-byte loads": 16, "reciprocals": 8})
+    wrong = static_cuda.check([scalar], [stream])[1]
+    assert "8 reciprocals, at most 2" in wrong[0] and "16 4-byte loads, at most 3" in wrong[1]
 
 
 def test_shared_memory_beyond_the_chip_is_found(

@@ -1,21 +1,107 @@
 // The rule of quantize_fp8, for every kernel that emits FP8:
 //   scale = max(min(amax, scale_ub), tiny) / 448;  q = e4m3(clamp(x / scale, -448, 448))
-// It divides: a product with the reciprocal differs in the last bit and so, at ties, in q.
+// x / scale rounds as IEEE division does: x times 1 / scale differs in the last bit and so, at
+// ties, in q.
 #pragma once
 
-#include "vector.cuh"
+#include "divide.cuh"
 
 namespace lf::cuda {
 
-LF_DEVICE float fp8_scale(float amax, float scale_ub) {
-  constexpr float kTiny = 1.17549435e-38f;  // fp32's smallest normal number
-  if (amax > scale_ub) amax = scale_ub;     // false for NaN, which stays
-  if (amax < kTiny) amax = kTiny;
-  return __fdiv_rn(amax, 448.0f);
+// The largest magnitude, of bits: NaN above infinity.
+template <class T, int count>
+LF_DEVICE float largest(const T (&x)[count]) {
+  if constexpr (sizeof(T) == 2) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(x);
+    uint32_t most = 0;
+#pragma unroll
+    for (int i = 0; i < count / 2; ++i) most = __vmaxu2(most, pairs[i] & 0x7fff7fffu);
+    most = __vmaxu2(most, most >> 16);
+    return to_float(reinterpret_cast<const T*>(&most)[0]);
+  } else {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < count; ++i) most = MaxMagnitude{}(most, fabsf(x[i]));
+    return most;
+  }
 }
 
-// Saturates; NaN stays NaN.
-LF_DEVICE uint8_t to_e4m3(float x) { return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); }
+LF_DEVICE float fp8_scale(float amax, float scale_ub) {
+  constexpr float kTiny = FLT_MIN;       // fp32's smallest normal number
+  if (amax > scale_ub) amax = scale_ub;  // false for NaN, which stays
+  if (amax < kTiny) amax = kTiny;
+  if (amax >= 448 * kTiny || amax != amax) return quotient<false>(amax, 448.0f, 1.0f / 448.0f);
+  // A subnormal scale counts units of 2^-149; so does amax, and fits 32 bits.
+  const auto units = static_cast<uint32_t>(amax * 0x1p75f * 0x1p74f);
+  const uint32_t whole = units / 448, rest = units % 448;
+  return __uint_as_float(whole + (rest > 224 || (rest == 224 && whole % 2)));
+}
+
+// Two codes, a's the low byte; saturates, NaN stays NaN. In hardware from sm_89 on.
+LF_DEVICE uint32_t to_e4m3x2(float a, float b) {
+#if !defined(LF_CUDA_EMULATOR) && __CUDA_ARCH__ >= 890
+  return __nv_cvt_float2_to_fp8x2(float2{a, b}, __NV_SATFINITE, __NV_E4M3);
+#else
+  const auto code = [](float x) {
+    const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+    // Half an ulp less one, and one more where the kept part is odd, carry to nearest even.
+    const uint32_t normal = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
+    // Below 2^-6 e4m3 counts in steps of 2^-9: fp32's ulps at 2^14.
+    const uint32_t counted = __float_as_uint(__fadd_rn(fabsf(x), 0x1p14f)) - 0x46800000u;
+    uint32_t q = magnitude < 0x3c800000u ? counted : normal;
+    q = q < 0x7e ? q : 0x7e;
+    if (magnitude > 0x7f800000u) q = 0x7f;
+    return q | (bits >> 24 & 0x80);
+  };
+  return code(a) | code(b) << 8;
+#endif
+}
+
+// Divides by one scale. Where it is ordinary and no x is far beyond 448 times it, a quotient is a
+// product and two fma; else, uniformly for all who share the scale, x and the scale are moved to
+// where nothing underflows, and quotients beyond 448 are cut off before they overflow.
+class Fp8Divisor {
+ public:
+  LF_DEVICE explicit Fp8Divisor(float scale) {
+    const float size = fabsf(scale);
+    factor_ = size < 0x1p-60f ? 0x1p64f : size > 0x1p64f ? 0x1p-64f : 1.0f;
+    scale_ = scale * factor_;
+    if (size > FLT_MAX) factor_ = 0, scale_ = 1;  // x / Inf: 0, NaN for Inf
+    reciprocal_ = reciprocal(scale_);
+  }
+  // amax: no |x| is larger.
+  LF_DEVICE Fp8Divisor(float scale, float amax) : Fp8Divisor(scale) {
+    ordinary_ = factor_ == 1.0f && amax * reciprocal_ < 0x1p64f;
+  }
+
+  // Codes of x / scale, four to a word, the first lowest.
+  template <class T, int count>
+  LF_DEVICE void encode(const T (&x)[count], uint32_t (&words)[(count + 3) / 4]) const {
+    constexpr int step = count < 4 ? count : 4;  // registers: no more than a word's at a time
+#pragma unroll
+    for (int k = 0; k < count; k += step) {
+      float y[step];
+      to_floats(reinterpret_cast<const T(&)[step]>(x[k]), y);
+      if (ordinary_) {
+#pragma unroll
+        for (int i = 0; i < step; ++i) y[i] = quotient<true>(y[i], scale_, reciprocal_);
+      } else {
+#pragma unroll
+        for (int i = 0; i < step; ++i) {
+          const float lifted = y[i] * factor_;
+          const float cut = fmaxf(fminf(lifted * reciprocal_, 512.0f), -512.0f);
+          y[i] = fmaf(fmaf(cut, scale_, -lifted), -reciprocal_, cut);
+        }
+      }
+      words[k / 4] = to_e4m3x2(y[0], step > 1 ? y[1] : 0.0f);
+      if constexpr (step == 4) words[k / 4] |= to_e4m3x2(y[2], y[3]) << 16;
+    }
+  }
+
+ private:
+  float scale_, reciprocal_, factor_;
+  bool ordinary_ = false;
+};
 
 // Two codes, exactly, as a __half2's bits. In hardware from sm_89 on; before, the code's bits are
 // put where fp16 has them, 2^8 too small, subnormals included, and NaN is put back.
@@ -35,16 +121,20 @@ LF_DEVICE uint32_t from_e4m3x2(uint32_t codes) {
 #endif
 }
 
-// `count` codes at a place of a row of n, 8 or 16 bytes at once where everything is aligned.
-template <bool aligned, int count>
-LF_DEVICE void store_e4m3(uint8_t* row, int64_t first, int64_t n, const uint8_t (&q)[count]) {
-  if constexpr (aligned && (count == 4 || count == 8)) {
-    using Word = std::conditional_t<count == 8, uint2, uint32_t>;
-    if (first < n) *reinterpret_cast<Word*>(row + first) = *reinterpret_cast<const Word*>(q);
+// x / scale as e4m3 at a place of a row of n, 4, 8 or 16 bytes at once where everything is aligned.
+template <bool aligned, class T, int count>
+LF_DEVICE void store_e4m3(uint8_t* row, int64_t first, int64_t n, const T (&x)[count],
+                          const Fp8Divisor& by) {
+  uint32_t words[(count + 3) / 4];
+  by.encode(x, words);
+  if constexpr (aligned && count % 4 == 0) {
+    using Word =
+        std::conditional_t<count == 16, uint4, std::conditional_t<count == 8, uint2, uint32_t>>;
+    if (first < n) *reinterpret_cast<Word*>(row + first) = *reinterpret_cast<const Word*>(words);
   } else {
 #pragma unroll
     for (int i = 0; i < count; ++i)
-      if (first + i < n) row[first + i] = q[i];
+      if (first + i < n) row[first + i] = static_cast<uint8_t>(words[i / 4] >> i % 4 * 8);
   }
 }
 

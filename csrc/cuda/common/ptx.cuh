@@ -120,6 +120,12 @@ __device__ inline float exp2_approx(float x) {  // 2 ulp; -inf gives 0
   return y;
 }
 
+__device__ inline float rcp_approx(float x) {  // 1 ulp; below 2^-126 it gives 0, and takes 0
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace lf::ptx
 
 #endif

@@ -27,10 +27,28 @@ LF_DEVICE T from_float(float x) {
     return x;
 }
 
-// Rounds to T and back: where eager PyTorch stores an intermediate result.
-template <class T>
-LF_DEVICE float round_to(float x) {
-  return to_float(from_float<T>(x));
+// An even count of bf16 by words: a shift or a mask each, where taking halves apart costs two.
+template <class T, int count>
+LF_DEVICE void to_floats(const T (&x)[count], float (&y)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && count % 2 == 0) {
+      const uint32_t pair = reinterpret_cast<const uint32_t*>(x)[i / 2];
+      y[i] = __uint_as_float(i % 2 ? pair & 0xffff0000u : pair << 16);
+    } else {
+      y[i] = to_float(x[i]);
+    }
+  }
+}
+
+// Rounds to T and back: where eager PyTorch stores an intermediate result. Two at a time, which is
+// half an instruction each; one alone goes through the slow unit of the exponentials.
+template <class T, int count>
+LF_DEVICE void round_to(float (&x)[count]) {
+  alignas(4) T y[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) y[i] = from_float<T>(x[i]);
+  to_floats(y, x);
 }
 
 // 16 bytes of a row.
@@ -83,12 +101,18 @@ struct MaxMagnitude {
   }
 };
 
-template <class Combine>
-LF_DEVICE float reduce_warp(float value, Combine combine) {
+// Over each `lanes` neighbours of a warp, all of whose lanes take part.
+template <int lanes, class Combine>
+LF_DEVICE float reduce_lanes(float value, Combine combine) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
+  for (int mask = lanes / 2; mask > 0; mask /= 2)
     value = combine(value, __shfl_xor_sync(0xffffffffu, value, mask));
   return value;
+}
+
+template <class Combine>
+LF_DEVICE float reduce_warp(float value, Combine combine) {
+  return reduce_lanes<32>(value, combine);
 }
 
 // All threads get the result. Threads are a multiple of 32; a barrier at both ends lets the
