@@ -13,13 +13,14 @@
 // fragments of a product's result are those of a left operand.
 //
 // Keys are walked from the last tile to the first: the tiles that need a mask, the diagonal and the
-// sequence's end, come first. The order depends on the query's own tile alone, so a result does not
-// depend on the batch. Blocks with the longest walk start first; the heads of a group are
-// neighbours and find keys and values in L2.
+// sequence's end, come first, in a loop of their own. The order depends on the query's own tile
+// alone, so a result does not depend on the batch. Blocks with the longest walk start first; the
+// heads of a group are neighbours and find keys and values in L2.
 //
-// Cost: 4 * D FLOPs a score, an exponential, and about 12 other instructions; causal: half the
-// scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024 of exponentials, which
-// overlap. What that is predicted to reach on H200 and H100: docs/kernels.md.
+// Cost: 4 * D FLOPs a score, an exponential, and 6 other instructions (8 under a mask), by the
+// SASS; causal: half the scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024
+// of exponentials, which overlap. What that is predicted to reach on H200 and H100:
+// docs/kernels.md.
 //
 // Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
 #include "common/tensor_map.h"
@@ -47,14 +48,15 @@ LF_DEVICE Turn turn(int i) { return {i % kStages, i / kStages % 2}; }
 
 // Which of the queries' tiles, heads and sequences a block has; the longest walks first.
 struct Place {
-  int first, head, batch, tiles;  // first query; tiles of keys that it walks
+  int first, head, kv_head, batch, tiles;  // first query; tiles of keys that it walks
 };
 LF_DEVICE Place place(const AttentionParams& p) {
   const int heads = static_cast<int>(p.heads), batch = static_cast<int>(p.batch);
   const int query_tiles = static_cast<int>((p.seqlen_q + kQueries - 1) / kQueries);
   const int index = static_cast<int>(blockIdx.x);
-  Place at{(query_tiles - 1 - index / (heads * batch)) * kQueries, index % heads,
-           index / heads % batch, 0};
+  const int head = index % heads;
+  Place at{(query_tiles - 1 - index / (heads * batch)) * kQueries, head,
+           head / (heads / static_cast<int>(p.kv_heads)), index / heads % batch, 0};
   int64_t keys = p.seqlen_k;
   if (p.causal) {
     const int64_t last = at.first + kQueries - 1 + p.seqlen_k - p.seqlen_q;  // key it sees
@@ -121,7 +123,9 @@ __global__ void __launch_bounds__(384, 1)
   LF_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<Shared<D>*>(memory);
   constexpr int kTileBytes = kKeys * D * 2;
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+  // From lane 0, so that nvcc knows it for one value a warp: loops over it then count in uniform
+  // registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const Place at = place(p);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.q_full, 1);
@@ -136,9 +140,8 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
 
   if (warpgroup == 2) {
-    ptx::registers_decrease<32>();
+    ptx::registers_decrease<24>();  // 24 + 2 x 240 = 504: what three times 168 are
     if (threadIdx.x % 128 == 0 && at.tiles > 0) {
-      const int kv_head = static_cast<int>(at.head / (p.heads / p.kv_heads));
       ptx::mbarrier_arrive_expect(&shared.q_full, kQueries * D * 2);
       for (int d = 0; d < D / kBox; ++d)
         ptx::tma_load_4d(shared.q[d], &q_map, &shared.q_full, d * kBox, at.head, at.first,
@@ -149,12 +152,12 @@ __global__ void __launch_bounds__(384, 1)
         ptx::mbarrier_wait(&shared.k_empty[stage], parity ^ 1);
         ptx::mbarrier_arrive_expect(&shared.k_full[stage], kTileBytes);
         for (int d = 0; d < D / kBox; ++d)
-          ptx::tma_load_4d(shared.k[stage][d], &k_map, &shared.k_full[stage], d * kBox, kv_head,
+          ptx::tma_load_4d(shared.k[stage][d], &k_map, &shared.k_full[stage], d * kBox, at.kv_head,
                            key, at.batch);
         ptx::mbarrier_wait(&shared.v_empty[stage], parity ^ 1);
         ptx::mbarrier_arrive_expect(&shared.v_full[stage], kTileBytes);
         for (int d = 0; d < D / kBox; ++d)
-          ptx::tma_load_4d(shared.v[stage][d], &v_map, &shared.v_full[stage], d * kBox, kv_head,
+          ptx::tma_load_4d(shared.v[stage][d], &v_map, &shared.v_full[stage], d * kBox, at.kv_head,
                            key, at.batch);
       }
     }
@@ -174,33 +177,45 @@ __global__ void __launch_bounds__(384, 1)
   const auto release = [&](uint64_t* empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
+  // A step of `bytes` in shared memory adds bytes / 16 to a descriptor.
+  const uint64_t q_tile = ptx::wgmma_descriptor(shared.q[0] + warpgroup * kEach * 128);
+  const uint64_t k_tile = ptx::wgmma_descriptor(shared.k[0][0]);
+  const uint64_t v_tile = ptx::wgmma_descriptor(shared.v[0][0], 1024, kKeys * 128);
   const auto multiply_qk = [&](float (&s)[kKeys / 2], int stage) {
+    const uint64_t k_stage = k_tile + stage * (kTileBytes / 16);
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
-      const unsigned char* q = shared.q[k / kBox] + warpgroup * kEach * 128 + k % kBox * 2;
-      ptx::wgmma<T, false>(s, ptx::wgmma_descriptor(q),
-                           ptx::wgmma_descriptor(shared.k[stage][k / kBox] + k % kBox * 2), k > 0);
+      const int inside = k % kBox * 2, box = k / kBox * 128;
+      ptx::wgmma<T, false>(s, q_tile + (box * kQueries + inside) / 16,
+                           k_stage + (box * kKeys + inside) / 16, k > 0);
     }
     ptx::wgmma_commit();
   };
   const auto multiply_pv = [&](const uint32_t (&prob)[kKeys / 16][4], int stage) {
+    const uint64_t v_stage = v_tile + stage * (kTileBytes / 16);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
-      ptx::wgmma<T, true>(
-          out, prob[k], ptx::wgmma_descriptor(shared.v[stage][0] + k * 16 * 128, 1024, kKeys * 128),
-          true);
+      ptx::wgmma<T, true>(out, prob[k], v_stage + k * (16 * 128 / 16), true);
     ptx::wgmma_commit();
   };
+  // Every row sees the tiles from `masked` on; the loop over those has no mask.
+  const int last_key = static_cast<int>(p.seqlen_k) - 1;
+  const auto sees = [&](int query) {  // keys up to here
+    const int diagonal = query + static_cast<int>(p.seqlen_k - p.seqlen_q);
+    return p.causal && diagonal < last_key ? diagonal : last_key;
+  };
+  const int first_row = at.first + warpgroup * kEach;
+  const int whole = (sees(first_row) + 1) / kKeys;
+  const int masked = at.tiles - (whole > 0 ? whole : 0);
   const auto mask = [&](float (&s)[kKeys / 2], int key) {
-    const int64_t shift = p.causal ? p.seqlen_k - p.seqlen_q : p.seqlen_k;
-    // Keys below these are seen by every row of the tile.
-    const int64_t safe = p.causal ? at.first + warpgroup * kEach + shift + 1 : p.seqlen_k;
-    if (key + kKeys <= (safe < p.seqlen_k ? safe : p.seqlen_k)) return;
 #pragma unroll
-    for (int j = 0; j < kKeys / 2; ++j) {
-      const int64_t of = key + j / 4 * 8 + column + j % 2;
-      const int64_t query = at.first + warpgroup * kEach + row + j % 4 / 2 * 8;
-      if (of >= p.seqlen_k || (p.causal && of > query + shift)) s[j] = -INFINITY;
+    for (int half = 0; half < 2; ++half) {
+      const int limit = sees(first_row + row + half * 8) - key - column;
+#pragma unroll
+      for (int j = half * 2; j < kKeys / 2; j += 4)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (j / 4 * 8 + i > limit) s[j + i] = -INFINITY;
     }
   };
   const auto to_operand = [&](const float (&s)[kKeys / 2], uint32_t (&prob)[kKeys / 16][4]) {
@@ -225,7 +240,7 @@ __global__ void __launch_bounds__(384, 1)
     mask(s, (at.tiles - 1) * kKeys);
     softmax(s, rows, scale);
     to_operand(s, prob);
-    for (int i = 1; i < at.tiles; ++i) {
+    const auto step = [&](int i, auto with_mask) {
       const auto [stage, parity] = turn(i);
       const auto [before, v_parity] = turn(i - 1);
       ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // asked for before this tile's keys
@@ -237,14 +252,19 @@ __global__ void __launch_bounds__(384, 1)
       if (warpgroup == 0 || i + 1 < at.tiles) ptx::named_barrier_arrive(other, 256);
       ptx::wgmma_wait<1>();
       release(&shared.k_empty[stage]);
-      mask(s, (at.tiles - 1 - i) * kKeys);
+      if constexpr (with_mask) mask(s, (at.tiles - 1 - i) * kKeys);
       const float2 factor = softmax(s, rows, scale);
       ptx::wgmma_wait<0>();
       release(&shared.v_empty[before]);
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) out[j] *= j % 4 / 2 ? factor.y : factor.x;
       to_operand(s, prob);
-    }
+    };
+    int i = 1;
+#pragma unroll 1
+    for (; i < masked; ++i) step(i, std::true_type{});
+#pragma unroll 1
+    for (; i < at.tiles; ++i) step(i, std::false_type{});
     const auto [last, v_parity] = turn(at.tiles - 1);
     ptx::mbarrier_wait(&shared.v_full[last], v_parity);
     ptx::wgmma_fence();

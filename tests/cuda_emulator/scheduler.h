@@ -123,11 +123,12 @@ inline void run() {
   }
   if (!s.error.empty()) return;
   s.error = "deadlock:";
-  int shown = 0;
+  std::set<std::string> places;  // a thread of each
   for (Thread* t : order)
-    if (!t->done && shown++ < 4)
-      s.error += " thread " + std::to_string(t->linear) + " of block " +
-                 std::to_string(t->block->index.x) + " waits at " + (t->waiting ? t->waiting : "?");
+    if (!t->done && places.insert(t->waiting ? t->waiting : "?").second)
+      s.error += std::string(places.size() > 1 ? ";" : "") + " thread " +
+                 std::to_string(t->linear) + " of block " + std::to_string(t->block->index.x) +
+                 " waits at " + t->waiting;
 }
 
 // A fault inside a kernel ends its fiber with an error instead of the process.
@@ -195,6 +196,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
       b.shared = shared[i]->data();
       b.shared_bytes = shared_bytes;
       shared[i]->poison();
+      b.registers = RegisterPool(count);
       b.threads.resize(count);
       for (int k = 0; k < count; ++k) {
         Thread& t = b.threads[k];

@@ -80,6 +80,18 @@ def test_f09_ragged_tiles_with_and_without_a_mask(
     check(cuda, q, k, v, causal=False)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 129), (64, 384), (129, 129), (130, 513), (200, 447), (256, 256), (300, 200)],
+    ids=lambda n: f"{n[0]}x{n[1]}",
+)
+def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, int]) -> None:
+    """Tiles of 128 keys: none, one or three under a mask, and up to four without."""
+    q, k, v = qkv(lengths, (2, 1), 64, BF16)
+    check(cuda, q, k, v)
+    check(cuda, q, k, v, causal=False)
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_f16_heads_of_a_group_and_sequences(cuda: Any, group: int) -> None:
     check(cuda, *qkv((20, 70), (2 * group, 2), 16, BF16, batch=3))
