@@ -24,6 +24,7 @@ SASS = {
     "e4m3 to fp16": r"\bF2FP\.F16\.E4M3\.UNPACK",
     "ldmatrix": r"\bLDSM\.",
     "setmaxnreg": r"\bUSETMAXREG\.",
+    "griddepcontrol.wait": r"\bACQBULK\b",
     "ex2": r"\bMUFU\.EX2",
 }
 RESERVED = (
@@ -46,6 +47,7 @@ class Kernel:
     wgmmas: int = 0
     wgmma_groups: int = 0  # that end with something to wait for
     wide_compares: int = 0  # of 64 bits, in the loop of wgmma that has most
+    early_loads: int = 0  # from global memory before griddepcontrol.wait
     released: int = 0  # registers per thread that setmaxnreg leaves a producer; 0: there is none
     taken: int = 0  # and gives a consumer
 
@@ -134,6 +136,9 @@ class _Line(NamedTuple):
 _LINE = re.compile(r"        /\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
 
 
+_LOAD = re.compile(r"(LD|LDG|LDGSTS|UTMALDG|UBLKCP)(\.|$)")
+
+
 def _machine_code(arch: str, binary: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """(arch, symbol) -> the Kernel's fields that its machine code tells."""
     command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
@@ -164,11 +169,13 @@ def _fields(code: list[_Line]) -> dict[str, Any]:
         sum(re.match(r"U?ISETP\S*\.EX", line.operation) is not None for line in loop)
         for loop in (_loops(code) if wgmmas else [])
     ]
+    waits = [line.operation for line in code].index("ACQBULK") if "ACQBULK" in operations else 0
     return {
         "instructions": tuple(compiled._search(SASS, operations)),
         "wgmmas": len(wgmmas),
         "wgmma_groups": sum("gsb0" in line.operands for line in wgmmas),
         "wide_compares": max(wide, default=0),
+        "early_loads": sum(bool(_LOAD.match(line.operation)) for line in code[:waits]),
         "released": max(moved["DEALLOC"]),
         "taken": max(moved["TRY_ALLOC"]),
     }

@@ -246,7 +246,7 @@ PLANS = [
         fixed(128),
         8,
         "short blocks: their latency is all there is to hide",
-        lambda a, arch: ["ex2", "16-byte loads"],
+        lambda a, arch: ["ex2", "16-byte loads"] + ["griddepcontrol.wait"] * (arch == "sm_90"),
         fixed(4 * 260 * 4),
     ),
     Plan(

@@ -39,6 +39,8 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
         )
     if kernel.wide_compares > kernel.wgmmas:
         wrong.append(f"{kernel.wide_compares} compares of 64 bits in a loop of wgmma")
+    if kernel.early_loads:
+        wrong.append(f"{kernel.early_loads} loads before griddepcontrol.wait")
     # One warpgroup is the producer; ptxas hands out registers for each thread of all of them.
     groups = plan.threads(kernel.arguments) // 128
     pool, taken = groups * kernel.registers, kernel.released + (groups - 1) * kernel.taken

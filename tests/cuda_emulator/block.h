@@ -60,6 +60,7 @@ struct Thread {
   std::vector<std::function<void()>> stores_open;
   std::shared_ptr<void> wgmma;                                          // hopper.h
   bool proxy_fenced = false, wgmma_fenced = false, inits_open = false;  // likewise
+  bool grid_waited = false;                                             // griddepcontrol.wait
   std::vector<AsyncCopy> open;                                          // issued, not yet committed
 };
 

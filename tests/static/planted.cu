@@ -103,6 +103,17 @@ __global__ void __launch_bounds__(384, 1) pool_kernel(float* out) {
   }
 }
 
+// Reads what a kernel before it may still be writing, or waits first.
+template <bool early>
+__global__ void dependent_kernel(const float* x, float* out) {
+  float first = 0;
+  if (early) first = *reinterpret_cast<const volatile float*>(x);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  out[threadIdx.x] = x[threadIdx.x] + first;
+}
+
+template __global__ void dependent_kernel<true>(const float*, float*);
+template __global__ void dependent_kernel<false>(const float*, float*);
 template __global__ void masked_kernel<int>(float*, uint64_t, int, int);
 template __global__ void masked_kernel<int64_t>(float*, uint64_t, int64_t, int64_t);
 template __global__ void pool_kernel<24>(float*);
