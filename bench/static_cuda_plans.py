@@ -221,7 +221,7 @@ PLANS = [
         1,
         "two consumers and a producer are what a multiprocessor's registers hold",
         lambda a, arch: ["wgmma", "TMA", "TMA stores", "setmaxnreg", "ex2"],
-        lambda a: 5 * 128 * 2 * int(a[1]) + 72,
+        lambda a: 6 * 128 * 2 * int(a[1]) + 80,
         "sizeof(Shared<{1}>)",
         HOPPER,
     ),

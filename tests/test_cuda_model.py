@@ -47,8 +47,8 @@ def test_every_source_has_a_row_and_a_section() -> None:
 def test_shared_memory_is_what_the_sources_ask_for() -> None:
     c = constants("attention_sm90.cu")
     stages, row = c["kStages"], 128 * 2
-    tiles = c["kQueries"] * row + 2 * stages * c["kKeys"] * row
-    assert named("attention_sm90.cu").shared == tiles + 8 * (1 + 4 * stages)
+    tiles = 2 * c["kQueries"] * row + 2 * stages * c["kKeys"] * row
+    assert named("attention_sm90.cu").shared == tiles + 8 * (2 + 4 * stages)
     c = constants("fp8_gemm_sm90.cu")
     for case, tile_n in (("rows", 256), ("blocks", 128)):
         loaded = c["kStages"] * (c["kM"] + tile_n) * c["kK"]
