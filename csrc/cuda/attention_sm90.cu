@@ -1,8 +1,8 @@
 // attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16
 // bits.
 //
-// A persistent block a multiprocessor takes 128 queries of a head, then others. Three warpgroups, in
-// the shape of FlashAttention-3:
+// A persistent block a multiprocessor takes 128 queries of a head, then others. Three warpgroups,
+// in the shape of FlashAttention-3:
 //
 //   producer   | q k3 | v3 k2 | v2 k1 | ...                                 TMA, two stages each
 //   consumer 0 | q k3'| softmax 3 | q k2', p3 v3 | softmax 2 | ...          queries 0 .. 63
