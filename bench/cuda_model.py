@@ -116,8 +116,8 @@ def most_splits(parts: int, slots: int) -> int:
 
 
 def splits_of(keys: int, most: int) -> int:
-    """256 keys a split up to eight of them, then 512, until `most` fill the chip."""
-    return max(1, min(most, max(keys // 512, min(keys // 256, 8))))
+    """128 keys a split up to eight of them, then 512, until `most` fill the chip."""
+    return max(1, min(most, max(keys // 512, min(keys // 128, 8))))
 
 
 def decode(batch: int, keys: int, cache_bytes: int = 2) -> Demand:
@@ -242,19 +242,19 @@ KERNELS = (
     ),
     # A consumer reads 16 KB of Q, K's and V's 32 KB for 64 x 128 scores.
     Kernel(
-        "attention_sm90.cu", "causal, 16k, D = 128", "128 x 128", 384, 168, 163912,
+        "attention_sm90.cu", "causal, 16k, D = 128", "128 x 128", 384, 168, 196688,
         prefill(128, 128, 81920 / (64 * 128), PING_PONG_OVERLAP, 1.0),
     ),
     Kernel(
-        "decode_attention.cu", "32 x 4k", "16 rows x 64", 128, 156, 98656,
+        "decode_attention.cu", "32 x 4k", "16 rows x 64", 128, 159, 98656,
         decode(32, 4096), 4 * 2 * 8192,
     ),
     Kernel(
-        "decode_attention.cu", "1 x 128k", "16 rows x 64", 128, 156, 98656,
+        "decode_attention.cu", "1 x 128k", "16 rows x 64", 128, 159, 98656,
         decode(1, 131072), 4 * 2 * 8192,
     ),
     Kernel(
-        "decode_attention.cu", "FP8, 32 x 4k", "16 rows x 128", 128, 159, 98656,
+        "decode_attention.cu", "FP8, 32 x 4k", "16 rows x 128", 128, 160, 98656,
         decode(32, 4096, 1), 4 * 2 * 8192,
     ),
     Kernel(

@@ -10,11 +10,11 @@ import os
 import re
 import shutil
 import subprocess
-from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from . import compiled
 
@@ -25,6 +25,7 @@ SASS = {
     "e4m3 to fp16": r"\bF2FP\.F16\.E4M3\.UNPACK",
     "ldmatrix": r"\bLDSM\.",
     "setmaxnreg": r"\bUSETMAXREG\.",
+    "griddepcontrol.wait": r"\bACQBULK\b",
     "ex2": r"\bMUFU\.EX2",
 }
 # What is counted: name -> pattern of whole operation codes.
@@ -53,6 +54,10 @@ class Kernel:
     wgmmas: int = 0
     wgmma_groups: int = 0  # that end with something to wait for
     counts: Mapping[str, int] = field(default_factory=dict)  # of COUNTED
+    wide_compares: int = 0  # of 64 bits, in the loop of wgmma that has most
+    early_loads: int = 0  # from global memory before griddepcontrol.wait
+    released: int = 0  # registers per thread that setmaxnreg leaves a producer; 0: there is none
+    taken: int = 0  # and gives a consumer
 
     @property
     def text(self) -> str:
@@ -92,24 +97,14 @@ def read(binary: Path) -> list[Kernel]:
     resources = _resources(_run("--dump-resource-usage", binary))
     archs = sorted({arch for arch, _ in resources})
     with ThreadPoolExecutor(2) as pool:  # the waiting is for cuobjdump, which takes a core
-        dumps = pool.map(lambda arch: _operations(arch, binary), archs)
-        operations = {key: value for dump in dumps for key, value in dump.items()}
+        dumps = pool.map(lambda arch: _machine_code(arch, binary), archs)
+        fields = {key: value for dump in dumps for key, value in dump.items()}
     kernels = []
     for (arch, symbol), (registers, stack, shared) in resources.items():
-        codes, wgmmas, groups = operations[arch, symbol]
-        file, name, arguments = _parse(symbol)
-        found = tuple(compiled._search(SASS, "\n".join(codes)))
-        counts = {
-            what: sum(n for code, n in codes.items() if re.fullmatch(pattern, code))
-            for what, pattern in COUNTED.items()
-        }
         if int(arch[3:5]) >= 90:
             shared = max(0, shared - RESERVED)
-        kernels.append(
-            Kernel(
-                file, name, arguments, arch, registers, stack, shared, found, wgmmas, groups, counts
-            )
-        )
+        kernel = (*_parse(symbol), arch, registers, stack, shared)
+        kernels.append(Kernel(*kernel, **fields[arch, symbol]))
     return sorted(kernels, key=lambda k: (k.file, k.name, k.arch, k.arguments))
 
 
@@ -127,32 +122,89 @@ def _resources(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
     return found
 
 
-# Of one line of a dump: its address, perhaps a predicate, the operation and the operands.
-_LINE = re.compile(r"        /\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
+class _Line(NamedTuple):
+    """Of a dump, without its predicate."""
+
+    address: int
+    operation: str
+    operands: str
+
+    @property
+    def wgmma(self) -> bool:
+        """Without operands it only drains the pipeline."""
+        return "GMMA." in self.operation and "gdesc[URZ]" not in self.operands
+
+    @property
+    def number(self) -> int:
+        """The last operand: where a branch goes, how many registers."""
+        match = re.search(r"0x([0-9a-f]+)$", self.operands.rstrip())
+        return int(match[1], 16) if match else -1
 
 
-def _operations(arch: str, binary: Path) -> dict[tuple[str, str], tuple[Counter[str], int, int]]:
-    """(arch, symbol) -> how often each operation occurs, how many are wgmma, and wgmma that ends a
-    group (gsb0: what a wait waits for)."""
+_LINE = re.compile(r"        /\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
+
+
+_LOAD = re.compile(r"(LD|LDG|LDGSTS|UTMALDG|UBLKCP)(\.|$)")
+
+
+def _machine_code(arch: str, binary: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(arch, symbol) -> the Kernel's fields that its machine code tells."""
     command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
-    found: dict[tuple[str, str], tuple[Counter[str], int, int]] = {}
-    symbol, codes, wgmmas, groups = "", Counter[str](), 0, 0
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
+        symbol, code = "", list[_Line]()
         for line in process.stdout:
-            if line.startswith("        /*"):
-                if match := _LINE.match(line):
-                    codes[match[1]] += 1
-                    # Without operands it only drains the pipeline.
-                    if "GMMA." in match[1] and "gdesc[URZ]" not in match[2]:
-                        wgmmas, groups = wgmmas + 1, groups + ("gsb0" in match[2])
+            if match := _LINE.match(line):
+                code.append(_Line(int(match[1], 16), match[2], match[3]))
             elif line.startswith("\t\tFunction : "):
-                symbol, codes, wgmmas, groups = line.split()[2], Counter(), 0, 0
+                symbol, code = line.split()[2], []
             elif line.startswith("\t\t......") and symbol:
-                found[arch, symbol] = codes, wgmmas, groups
+                found[arch, symbol] = _fields(code)
     if process.returncode:
         raise ToolError(f"cuobjdump --dump-sass -arch {arch} {binary}: exit {process.returncode}")
     return found
+
+
+def _fields(code: list[_Line]) -> dict[str, Any]:
+    operations = "\n".join({line.operation for line in code})
+    wgmmas = [line for line in code if line.wgmma]
+    moved: dict[str, list[int]] = {"DEALLOC": [0], "TRY_ALLOC": [0]}
+    for line in code:
+        if line.operation.startswith("USETMAXREG."):
+            moved[line.operation.split(".")[1]].append(line.number)
+    wide = [
+        sum(re.match(r"U?ISETP\S*\.EX", line.operation) is not None for line in loop)
+        for loop in (_loops(code) if wgmmas else [])
+    ]
+    waits = [line.operation for line in code].index("ACQBULK") if "ACQBULK" in operations else 0
+    return {
+        "instructions": tuple(compiled._search(SASS, operations)),
+        "counts": {
+            what: sum(bool(re.fullmatch(pattern, line.operation)) for line in code)
+            for what, pattern in COUNTED.items()
+        },
+        "wgmmas": len(wgmmas),
+        "wgmma_groups": sum("gsb0" in line.operands for line in wgmmas),
+        "wide_compares": max(wide, default=0),
+        "early_loads": sum(bool(_LOAD.match(line.operation)) for line in code[:waits]),
+        "released": max(moved["DEALLOC"]),
+        "taken": max(moved["TRY_ALLOC"]),
+    }
+
+
+def _loops(code: list[_Line]) -> list[list[_Line]]:
+    """The loops that hold wgmma and no other such loop. A branch back over an exit is none: it
+    ends a wait whose retries lie past the kernel's end."""
+    loops: list[list[_Line]] = []
+    for end, line in enumerate(code):
+        if not (line.operation.startswith("BRA") and 0 <= line.number <= line.address):
+            continue
+        body = [x for x in code[: end + 1] if x.address >= line.number]
+        innermost = not any(body[0].address <= loop[0].address for loop in loops)
+        if innermost and any(x.wgmma for x in body) and all(x.operation != "EXIT" for x in body):
+            loops.append(body)
+    return loops
 
 
 def _parse(symbol: str) -> tuple[str, str, tuple[str, ...]]:

@@ -236,7 +236,7 @@ PLANS = [
         1,
         "two consumers and a producer are what a multiprocessor's registers hold",
         lambda a, arch: ["wgmma", "TMA", "TMA stores", "setmaxnreg", "ex2"],
-        lambda a: 5 * 128 * 2 * int(a[1]) + 72,
+        lambda a: 6 * 128 * 2 * int(a[1]) + 80,
         "sizeof(Shared<{1}>)",
         HOPPER,
     ),
@@ -261,7 +261,7 @@ PLANS = [
         fixed(128),
         8,
         "short blocks: their latency is all there is to hide",
-        lambda a, arch: ["ex2", "16-byte loads"],
+        lambda a, arch: ["ex2", "16-byte loads"] + ["griddepcontrol.wait"] * (arch == "sm_90"),
         fixed(4 * 260 * 4),
     ),
     Plan(

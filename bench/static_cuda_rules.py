@@ -10,6 +10,8 @@ from .occupancy import Occupancy, occupancy
 from .static_cuda_binary import Kernel
 from .static_cuda_plans import Plan, chip
 
+REGISTERS = 65536  # of a multiprocessor
+
 
 def fits(plan: Plan, kernel: Kernel) -> Occupancy:
     shared = kernel.shared + plan.shared(kernel.arguments)
@@ -52,6 +54,18 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
             f"wgmma is serialised: {kernel.wgmma_groups} groups of {kernel.wgmmas} instructions"
         )
     wrong += slow_steps(plan, kernel)
+    if kernel.wide_compares > kernel.wgmmas:
+        wrong.append(f"{kernel.wide_compares} compares of 64 bits in a loop of wgmma")
+    if kernel.early_loads:
+        wrong.append(f"{kernel.early_loads} loads before griddepcontrol.wait")
+    # One warpgroup is the producer; ptxas hands out registers for each thread of all of them.
+    groups = plan.threads(kernel.arguments) // 128
+    pool, taken = groups * kernel.registers, kernel.released + (groups - 1) * kernel.taken
+    if kernel.taken and taken > min(pool, REGISTERS // 128):
+        wrong.append(
+            f"setmaxnreg asks for {kernel.released} and {groups - 1} x {kernel.taken} registers of "
+            f"{groups} x {kernel.registers}: the last warpgroup waits for ever"
+        )
     resident, wanted = fits(plan, kernel), plan.wanted_blocks(kernel.arguments, kernel.arch)
     if resident.blocks < wanted:
         wrong.append(

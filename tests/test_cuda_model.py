@@ -47,8 +47,8 @@ def test_every_source_has_a_row_and_a_section() -> None:
 def test_shared_memory_is_what_the_sources_ask_for() -> None:
     c = constants("attention_sm90.cu")
     stages, row = c["kStages"], 128 * 2
-    tiles = c["kQueries"] * row + 2 * stages * c["kKeys"] * row
-    assert named("attention_sm90.cu").shared == tiles + 8 * (1 + 4 * stages)
+    tiles = 2 * c["kQueries"] * row + 2 * stages * c["kKeys"] * row
+    assert named("attention_sm90.cu").shared == tiles + 8 * (2 + 4 * stages)
     c = constants("fp8_gemm_sm90.cu")
     for case, tile_n in (("rows", 256), ("blocks", 128)):
         loaded = c["kStages"] * (c["kM"] + tile_n) * c["kK"]
@@ -77,8 +77,8 @@ def test_splits() -> None:
     """As decode_attention.cu has it: of eight key/value heads and 264 slots, 32 splits fill 256."""
     assert most_splits(8, 264) == 32
     assert most_splits(3, 6) == 2
-    assert [splits_of(n, 32) for n in (1, 255, 512, 2048, 4096, 8192, 131072)] == [
-        1, 1, 2, 8, 8, 16, 32,
+    assert [splits_of(n, 32) for n in (1, 255, 512, 1024, 4096, 8192, 131072)] == [
+        1, 1, 4, 8, 8, 16, 32,
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 // attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16
 // bits.
 //
-// A block takes 128 queries of a head. Three warpgroups, in the shape of FlashAttention-3:
+// A persistent block a multiprocessor takes 128 queries of a head, then others. Three warpgroups,
+// in the shape of FlashAttention-3:
 //
 //   producer   | q k3 | v3 k2 | v2 k1 | ...                                 TMA, two stages each
 //   consumer 0 | q k3'| softmax 3 | q k2', p3 v3 | softmax 2 | ...          queries 0 .. 63
@@ -13,13 +14,15 @@
 // fragments of a product's result are those of a left operand.
 //
 // Keys are walked from the last tile to the first: the tiles that need a mask, the diagonal and the
-// sequence's end, come first. The order depends on the query's own tile alone, so a result does not
-// depend on the batch. Blocks with the longest walk start first; the heads of a group are
-// neighbours and find keys and values in L2.
+// sequence's end, come first, in a loop of their own. The order depends on the query's own tile
+// alone, so a result does not depend on the batch. The longest walks come first; the heads of a
+// group are neighbours and find keys and values in L2. While a consumer finishes and stores its
+// rows, the next queries, keys and values arrive, and the other consumer works.
 //
-// Cost: 4 * D FLOPs a score, an exponential, and about 12 other instructions; causal: half the
-// scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024 of exponentials, which
-// overlap. What that is predicted to reach on H200 and H100: docs/kernels.md.
+// Cost: 4 * D FLOPs a score, an exponential, and 6 other instructions (8 under a mask), by the
+// SASS; causal: half the scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024
+// of exponentials, which overlap. What that is predicted to reach on H200 and H100:
+// docs/kernels.md.
 //
 // Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
 #include "common/tensor_map.h"
@@ -34,10 +37,11 @@ constexpr int kBox =
 
 template <int D>
 struct Shared {
-  unsigned char q[D / kBox][kQueries * 128];  // and, at the end, the output
+  unsigned char q[D / kBox][kQueries * 128];
+  unsigned char out[D / kBox][kQueries * 128];
   unsigned char k[kStages][D / kBox][kKeys * 128];
   unsigned char v[kStages][D / kBox][kKeys * 128];
-  uint64_t q_full, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+  uint64_t q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
 struct Turn {
@@ -45,16 +49,16 @@ struct Turn {
 };
 LF_DEVICE Turn turn(int i) { return {i % kStages, i / kStages % 2}; }
 
-// Which of the queries' tiles, heads and sequences a block has; the longest walks first.
+// A block's work: a tile of the queries of a head and sequence; the longest walks come first.
 struct Place {
-  int first, head, batch, tiles;  // first query; tiles of keys that it walks
+  int first, head, kv_head, batch, tiles;  // first query; tiles of keys that it walks
 };
-LF_DEVICE Place place(const AttentionParams& p) {
+LF_DEVICE Place place(const AttentionParams& p, int index) {
   const int heads = static_cast<int>(p.heads), batch = static_cast<int>(p.batch);
   const int query_tiles = static_cast<int>((p.seqlen_q + kQueries - 1) / kQueries);
-  const int index = static_cast<int>(blockIdx.x);
-  Place at{(query_tiles - 1 - index / (heads * batch)) * kQueries, index % heads,
-           index / heads % batch, 0};
+  const int head = index % heads;
+  Place at{(query_tiles - 1 - index / (heads * batch)) * kQueries, head,
+           head / (heads / static_cast<int>(p.kv_heads)), index / heads % batch, 0};
   int64_t keys = p.seqlen_k;
   if (p.causal) {
     const int64_t last = at.first + kQueries - 1 + p.seqlen_k - p.seqlen_q;  // key it sees
@@ -62,6 +66,10 @@ LF_DEVICE Place place(const AttentionParams& p) {
   }
   at.tiles = keys > 0 ? static_cast<int>((keys + kKeys - 1) / kKeys) : 0;
   return at;
+}
+
+constexpr int place_count(const AttentionParams& p) {
+  return static_cast<int>((p.seqlen_q + kQueries - 1) / kQueries * p.heads * p.batch);
 }
 
 template <class T>
@@ -121,14 +129,18 @@ __global__ void __launch_bounds__(384, 1)
   LF_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<Shared<D>*>(memory);
   constexpr int kTileBytes = kKeys * D * 2;
-  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-  const Place at = place(p);
+  // From lane 0, so that nvcc knows it for one value a warp: loops over it then count in uniform
+  // registers.
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  // Each block takes every gridDim.x-th place, all of about one length at a time.
+  const int places = place_count(p), stride = static_cast<int>(gridDim.x);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.q_full, 1);
+    ptx::mbarrier_init(&shared.q_empty, 8);  // the consumers' warps
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&shared.k_full[i], 1);
       ptx::mbarrier_init(&shared.v_full[i], 1);
-      ptx::mbarrier_init(&shared.k_empty[i], 8);  // the consumers' warps
+      ptx::mbarrier_init(&shared.k_empty[i], 8);
       ptx::mbarrier_init(&shared.v_empty[i], 8);
     }
     ptx::mbarrier_init_fence();
@@ -136,25 +148,28 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
 
   if (warpgroup == 2) {
-    ptx::registers_decrease<32>();
-    if (threadIdx.x % 128 == 0 && at.tiles > 0) {
-      const int kv_head = static_cast<int>(at.head / (p.heads / p.kv_heads));
+    ptx::registers_decrease<24>();  // 24 + 2 x 240 = 504: what three times 168 are
+    if (threadIdx.x % 128 != 0) return;
+    int tile = 0;  // of keys, over all places
+    for (int index = static_cast<int>(blockIdx.x), n = 0; index < places; index += stride, ++n) {
+      const Place at = place(p, index);
+      if (at.tiles == 0) break;  // nor do later ones have any
+      ptx::mbarrier_wait(&shared.q_empty, n % 2 ^ 1);
       ptx::mbarrier_arrive_expect(&shared.q_full, kQueries * D * 2);
       for (int d = 0; d < D / kBox; ++d)
         ptx::tma_load_4d(shared.q[d], &q_map, &shared.q_full, d * kBox, at.head, at.first,
                          at.batch);
-      for (int i = 0; i < at.tiles; ++i) {
-        const auto [stage, parity] = turn(i);
-        const int key = (at.tiles - 1 - i) * kKeys;
+      for (int key = (at.tiles - 1) * kKeys; key >= 0; key -= kKeys, ++tile) {
+        const auto [stage, parity] = turn(tile);
         ptx::mbarrier_wait(&shared.k_empty[stage], parity ^ 1);
         ptx::mbarrier_arrive_expect(&shared.k_full[stage], kTileBytes);
         for (int d = 0; d < D / kBox; ++d)
-          ptx::tma_load_4d(shared.k[stage][d], &k_map, &shared.k_full[stage], d * kBox, kv_head,
+          ptx::tma_load_4d(shared.k[stage][d], &k_map, &shared.k_full[stage], d * kBox, at.kv_head,
                            key, at.batch);
         ptx::mbarrier_wait(&shared.v_empty[stage], parity ^ 1);
         ptx::mbarrier_arrive_expect(&shared.v_full[stage], kTileBytes);
         for (int d = 0; d < D / kBox; ++d)
-          ptx::tma_load_4d(shared.v[stage][d], &v_map, &shared.v_full[stage], d * kBox, kv_head,
+          ptx::tma_load_4d(shared.v[stage][d], &v_map, &shared.v_full[stage], d * kBox, at.kv_head,
                            key, at.batch);
       }
     }
@@ -166,42 +181,27 @@ __global__ void __launch_bounds__(384, 1)
   const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const int mine = 2 + warpgroup, other = 3 - warpgroup;  // named barriers of the ping-pong
   const float scale = p.softmax_scale * 1.4426950408889634f;
-  Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
-  float out[D / 2];
-#pragma unroll
-  for (float& o : out) o = 0;
-
   const auto release = [&](uint64_t* empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
+  // A step of `bytes` in shared memory adds bytes / 16 to a descriptor.
+  const uint64_t q_tile = ptx::wgmma_descriptor(shared.q[0] + warpgroup * kEach * 128);
+  const uint64_t k_tile = ptx::wgmma_descriptor(shared.k[0][0]);
+  const uint64_t v_tile = ptx::wgmma_descriptor(shared.v[0][0], 1024, kKeys * 128);
   const auto multiply_qk = [&](float (&s)[kKeys / 2], int stage) {
+    const uint64_t k_stage = k_tile + stage * (kTileBytes / 16);
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
-      const unsigned char* q = shared.q[k / kBox] + warpgroup * kEach * 128 + k % kBox * 2;
-      ptx::wgmma<T, false>(s, ptx::wgmma_descriptor(q),
-                           ptx::wgmma_descriptor(shared.k[stage][k / kBox] + k % kBox * 2), k > 0);
+      const int inside = k % kBox * 2, box = k / kBox * 128;
+      ptx::wgmma<T, false>(s, q_tile + (box * kQueries + inside) / 16,
+                           k_stage + (box * kKeys + inside) / 16, k > 0);
     }
     ptx::wgmma_commit();
   };
-  const auto multiply_pv = [&](const uint32_t (&prob)[kKeys / 16][4], int stage) {
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
-      ptx::wgmma<T, true>(
-          out, prob[k], ptx::wgmma_descriptor(shared.v[stage][0] + k * 16 * 128, 1024, kKeys * 128),
-          true);
-    ptx::wgmma_commit();
-  };
-  const auto mask = [&](float (&s)[kKeys / 2], int key) {
-    const int64_t shift = p.causal ? p.seqlen_k - p.seqlen_q : p.seqlen_k;
-    // Keys below these are seen by every row of the tile.
-    const int64_t safe = p.causal ? at.first + warpgroup * kEach + shift + 1 : p.seqlen_k;
-    if (key + kKeys <= (safe < p.seqlen_k ? safe : p.seqlen_k)) return;
-#pragma unroll
-    for (int j = 0; j < kKeys / 2; ++j) {
-      const int64_t of = key + j / 4 * 8 + column + j % 2;
-      const int64_t query = at.first + warpgroup * kEach + row + j % 4 / 2 * 8;
-      if (of >= p.seqlen_k || (p.causal && of > query + shift)) s[j] = -INFINITY;
-    }
+  const int last_key = static_cast<int>(p.seqlen_k) - 1;
+  const auto sees = [&](int query) {  // keys up to here
+    const int diagonal = query + static_cast<int>(p.seqlen_k - p.seqlen_q);
+    return p.causal && diagonal < last_key ? diagonal : last_key;
   };
   const auto to_operand = [&](const float (&s)[kKeys / 2], uint32_t (&prob)[kKeys / 16][4]) {
 #pragma unroll
@@ -210,75 +210,119 @@ __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 4; ++i) prob[k][i] = pack<T>(s[k * 8 + i * 2], s[k * 8 + i * 2 + 1]);
   };
 
-  if (at.tiles > 0) {
-    float s[kKeys / 2];
-    uint32_t prob[kKeys / 16][4];
-    if (warpgroup == 1) ptx::named_barrier_arrive(other, 256);  // consumer 0 begins
-    ptx::mbarrier_wait(&shared.q_full, 0);
-    ptx::mbarrier_wait(&shared.k_full[0], 0);
-    ptx::named_barrier_sync(mine, 256);
-    ptx::wgmma_fence();
-    multiply_qk(s, 0);
-    if (warpgroup == 0 || at.tiles > 1) ptx::named_barrier_arrive(other, 256);
-    ptx::wgmma_wait<0>();
-    release(&shared.k_empty[0]);
-    mask(s, (at.tiles - 1) * kKeys);
-    softmax(s, rows, scale);
-    to_operand(s, prob);
-    for (int i = 1; i < at.tiles; ++i) {
-      const auto [stage, parity] = turn(i);
-      const auto [before, v_parity] = turn(i - 1);
-      ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // asked for before this tile's keys
-      ptx::mbarrier_wait(&shared.k_full[stage], parity);
+  int tile = 0;  // of keys, over all places
+  if (warpgroup == 1 && place(p, static_cast<int>(blockIdx.x)).tiles > 0)
+    ptx::named_barrier_arrive(other, 256);  // consumer 0 begins
+#pragma unroll 1
+  for (int index = static_cast<int>(blockIdx.x), n = 0; index < places; index += stride, ++n) {
+    const Place at = place(p, index);
+    const bool more = index + stride < places && place(p, index + stride).tiles > 0;
+    Rows rows{{-INFINITY, -INFINITY}, {0, 0}};
+    float out[D / 2];
+#pragma unroll
+    for (float& o : out) o = 0;
+    const auto multiply_pv = [&](const uint32_t (&prob)[kKeys / 16][4], int stage) {
+      const uint64_t v_stage = v_tile + stage * (kTileBytes / 16);
+#pragma unroll
+      for (int k = 0; k < kKeys / 16; ++k)
+        ptx::wgmma<T, true>(out, prob[k], v_stage + k * (16 * 128 / 16), true);
+      ptx::wgmma_commit();
+    };
+    // Every row sees the tiles from `masked` on; the loop over those has no mask.
+    const int first_row = at.first + warpgroup * kEach;
+    const int whole = (sees(first_row) + 1) / kKeys;
+    const int masked = at.tiles - (whole > 0 ? whole : 0);
+    const auto mask = [&](float (&s)[kKeys / 2], int key) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int limit = sees(first_row + row + half * 8) - key - column;
+#pragma unroll
+        for (int j = half * 2; j < kKeys / 2; j += 4)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            if (j / 4 * 8 + i > limit) s[j + i] = -INFINITY;
+      }
+    };
+    if (at.tiles > 0) {
+      float s[kKeys / 2];
+      uint32_t prob[kKeys / 16][4];
+      ptx::mbarrier_wait(&shared.q_full, n % 2);
+      const auto [first, first_parity] = turn(tile);
+      ptx::mbarrier_wait(&shared.k_full[first], first_parity);
       ptx::named_barrier_sync(mine, 256);
       ptx::wgmma_fence();
-      multiply_qk(s, stage);
-      multiply_pv(prob, before);
-      if (warpgroup == 0 || i + 1 < at.tiles) ptx::named_barrier_arrive(other, 256);
-      ptx::wgmma_wait<1>();
-      release(&shared.k_empty[stage]);
-      mask(s, (at.tiles - 1 - i) * kKeys);
-      const float2 factor = softmax(s, rows, scale);
+      multiply_qk(s, first);
+      if (warpgroup == 0 || at.tiles > 1 || more) ptx::named_barrier_arrive(other, 256);
       ptx::wgmma_wait<0>();
-      release(&shared.v_empty[before]);
-#pragma unroll
-      for (int j = 0; j < D / 2; ++j) out[j] *= j % 4 / 2 ? factor.y : factor.x;
+      release(&shared.k_empty[first]);
+      mask(s, (at.tiles - 1) * kKeys);
+      softmax(s, rows, scale);
       to_operand(s, prob);
+      const auto step = [&](int i, auto with_mask) {
+        const auto [stage, parity] = turn(tile + i);
+        const auto [before, v_parity] = turn(tile + i - 1);
+        ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // asked for before this tile's keys
+        ptx::mbarrier_wait(&shared.k_full[stage], parity);
+        ptx::named_barrier_sync(mine, 256);
+        ptx::wgmma_fence();
+        multiply_qk(s, stage);
+        multiply_pv(prob, before);
+        if (warpgroup == 0 || i + 1 < at.tiles || more) ptx::named_barrier_arrive(other, 256);
+        ptx::wgmma_wait<1>();
+        release(&shared.k_empty[stage]);
+        if constexpr (with_mask) mask(s, (at.tiles - 1 - i) * kKeys);
+        const float2 factor = softmax(s, rows, scale);
+        ptx::wgmma_wait<0>();
+        release(&shared.v_empty[before]);
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) out[j] *= j % 4 / 2 ? factor.y : factor.x;
+        to_operand(s, prob);
+      };
+      int i = 1;
+#pragma unroll 1
+      for (; i < masked; ++i) step(i, std::true_type{});
+#pragma unroll 1
+      for (; i < at.tiles; ++i) step(i, std::false_type{});
+      release(&shared.q_empty);
+      const auto [last, v_parity] = turn(tile + at.tiles - 1);
+      ptx::mbarrier_wait(&shared.v_full[last], v_parity);
+      ptx::wgmma_fence();
+      multiply_pv(prob, last);
+      ptx::wgmma_wait<0>();
+      release(&shared.v_empty[last]);
+      tile += at.tiles;
     }
-    const auto [last, v_parity] = turn(at.tiles - 1);
-    ptx::mbarrier_wait(&shared.v_full[last], v_parity);
-    ptx::wgmma_fence();
-    multiply_pv(prob, last);
-    ptx::wgmma_wait<0>();
-  }
 
-  float inverse[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float sum = rows.sum[half];
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    inverse[half] = sum == 0 ? 0.0f : __fdiv_rn(1.0f, sum);  // no key seen: zeros
-  }
-  // Through the consumer's own half of q's memory, which nobody reads any more.
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j)
+    float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = warpgroup * kEach + row + half * 8;
-      unsigned char* to = shared.q[j / 8] + r * 128 + ((j % 8 ^ r % 8) << 4) + column * 2;
-      *reinterpret_cast<uint32_t*>(to) =
-          pack<T>(out[j * 4 + half * 2] * inverse[half], out[j * 4 + half * 2 + 1] * inverse[half]);
+      float sum = rows.sum[half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      inverse[half] = sum == 0 ? 0.0f : __fdiv_rn(1.0f, sum);  // no key seen: zeros
     }
-  ptx::fence_proxy_async();
-  ptx::named_barrier_sync(4 + warpgroup, 128);
-  if (thread == 0) {
-    for (int d = 0; d < D / kBox; ++d)
-      ptx::tma_store_4d(&out_map, shared.q[d] + warpgroup * kEach * 128, d * kBox, at.head,
-                        at.first + warpgroup * kEach, at.batch);
-    ptx::tma_store_commit();
-    ptx::tma_store_wait<0>();
+    // Into the consumer's own half, once the place before has been stored from it.
+    if (thread == 0) ptx::tma_store_wait<0>();
+    ptx::named_barrier_sync(4 + warpgroup, 128);
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = warpgroup * kEach + row + half * 8;
+        unsigned char* to = shared.out[j / 8] + r * 128 + ((j % 8 ^ r % 8) << 4) + column * 2;
+        *reinterpret_cast<uint32_t*>(to) = pack<T>(out[j * 4 + half * 2] * inverse[half],
+                                                   out[j * 4 + half * 2 + 1] * inverse[half]);
+      }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(4 + warpgroup, 128);
+    if (thread == 0) {
+      for (int d = 0; d < D / kBox; ++d)
+        ptx::tma_store_4d(&out_map, shared.out[d] + warpgroup * kEach * 128, d * kBox, at.head,
+                          at.first + warpgroup * kEach, at.batch);
+      ptx::tma_store_commit();
+    }
   }
+  if (thread == 0) ptx::tma_store_wait<0>();
 }
 
 // [B, S, heads, D] as TMA counts: D, heads, S, B.
@@ -300,11 +344,11 @@ CUtensorMap map_of(const AttentionParams& p, const void* data, int64_t tokens, i
 
 template <class T, int D>
 void run(const AttentionParams& p, const Where& where) {
-  const int64_t query_tiles = (p.seqlen_q + kQueries - 1) / kQueries;
+  const int places = place_count(p), chip = device_of(where).multiprocessors;
   launch(where,
          {"attention",
           {p.batch, p.seqlen_q, p.heads, p.head_dim},
-          dim3(static_cast<unsigned>(query_tiles * p.heads * p.batch)),
+          dim3(static_cast<unsigned>(places < chip ? places : chip)),
           dim3(384),
           sizeof(Shared<D>)},
          attention_kernel<T, D>, p, map_of(p, p.q, p.seqlen_q, p.heads, p.q_stride, kQueries),

@@ -50,9 +50,13 @@ int64_t kvcache_attention_splits(int64_t seqlen_q, int64_t heads, int64_t kv_hea
 #if defined(LF_CUDA_EMULATOR)
 namespace lf::emu {
 unsigned& seed();
-}
+int& multiprocessors();
+int64_t& blocks();
+}  // namespace lf::emu
 PYBIND11_MODULE(_cuda_emulated, m) {
   m.def("set_seed", [](unsigned seed) { lf::emu::seed() = seed; }, "Another order of threads.");
+  m.def("set_multiprocessors", [](int n) { lf::emu::multiprocessors() = n; });
+  m.def("blocks", [] { return lf::emu::blocks(); }, "How many have run.");
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif

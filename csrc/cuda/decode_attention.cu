@@ -51,18 +51,19 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   constexpr int pitch = D + 8;  // floats of a merged row: eight rows fall on different banks
   static_assert(16 * row_tiles * (pitch + 2) * 4 <= S::warp_bytes);
   LF_DYNAMIC_SHARED(memory);
-  const Part w = part_of(p, plan, blockIdx.x);
+  ptx::griddepcontrol_launch_dependents();
+  const Part w = part_of(p, plan, blockIdx.x, blockIdx.y);
   if (w.split >= w.splits) return;
   auto& shared = S::kept(memory);
   const Part& kept = shared.part;
   if (threadIdx.x == 0) shared.part = w;
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
-  const int rows = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads));
+  const int rows = static_cast<int>(p.seqlen_q) * plan.group;
   const int first_row = w.row_tile * 16 * row_tiles;
   const auto limit_of = [&](int r) {  // the last key that a row sees
     if (!p.causal) return static_cast<int>(kept.length) - 1;
-    return static_cast<int>(Row(p, 0, r).query + kept.length - p.seqlen_q);
+    return static_cast<int>(Row(plan, 0, r).query + kept.length - p.seqlen_q);
   };
 
   KeyStream<Cache, D, row_tiles> stream(p, plan, memory, warp);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
     }
   __syncthreads();
   const int kept_row = kept.row_tile * 16 * row_tiles;
-  const int rows_left = static_cast<int>(p.seqlen_q * (p.heads / p.kv_heads)) - kept_row;
+  const int rows_left = static_cast<int>(p.seqlen_q) * plan.group - kept_row;
   const float v_scale = fp8 ? p.v_scale[p.v_scale_per_head ? kept.kv_head : 0] : 1.0f;
   for (int at = static_cast<int>(threadIdx.x); at < 16 * row_tiles * (D / 4); at += 32 * S::warps) {
     const int r = at / (D / 4), column = at % (D / 4) * 4;
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
       x[0] = fmaf(weight, y.x, x[0]), x[1] = fmaf(weight, y.y, x[1]);
       x[2] = fmaf(weight, y.z, x[2]), x[3] = fmaf(weight, y.w, x[3]);
     }
-    const Row row(p, kept.kv_head, kept_row + r);
+    const Row row(plan, kept.kv_head, kept_row + r);
     const float factor = kept.splits > 1 ? v_scale : v_scale * inverse_of(sum);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= factor;
@@ -206,14 +207,18 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
 }
 
 // out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s of one row: a block each. A
-// warp adds every fourth split in order, then the warps' sums are added in order.
+// warp adds every fourth split in order, then the warps' sums are added in order. Its launch
+// overlaps decode_kernel's end.
 __global__ void __launch_bounds__(128)
     combine_kernel(const KvCacheAttentionParams p, const DecodePlan plan) {
   LF_DYNAMIC_SHARED(memory);
   float* sums = reinterpret_cast<float*>(memory);  // [4, 256 + 1]
-  const int64_t row = blockIdx.x, head = row % p.heads, query = row / p.heads % p.seqlen_q;
-  const int64_t b = row / p.heads / p.seqlen_q, group = p.heads / p.kv_heads;
-  const int row_tile = static_cast<int>((query * group + head % group) / plan.tile_rows);
+  const unsigned row = blockIdx.x, heads = static_cast<unsigned>(p.heads);
+  const unsigned queries = static_cast<unsigned>(p.seqlen_q), head = row % heads;
+  const unsigned b = row / heads / queries, query = queries == 1 ? 0 : row / heads % queries;
+  const unsigned r = query * plan.group + head % plan.group;
+  const int row_tile = static_cast<int>(r) / plan.tile_rows;
+  ptx::griddepcontrol_wait();
   const int splits = splits_of(plan, keys_of(p, plan, length_of(p, plan, b), row_tile));
   if (splits == 1) return;  // written already
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
@@ -260,11 +265,12 @@ template <class Cache>
 __global__ void __launch_bounds__(32 * kFp32Warps, 4)
     decode_fp32_kernel(const KvCacheAttentionParams p, const DecodePlan plan, int64_t parts) {
   LF_DYNAMIC_SHARED(memory);
+  ptx::griddepcontrol_launch_dependents();
   const int64_t part = static_cast<int64_t>(blockIdx.x) * kFp32Warps + threadIdx.x / 32;
   if (part >= parts) return;
-  const Part w = part_of(p, plan, static_cast<unsigned>(part));
+  const Part w = part_of(p, plan, static_cast<unsigned>(part), blockIdx.y);
   if (w.split >= w.splits) return;
-  const Row row(p, w.kv_head, w.row_tile);
+  const Row row(plan, w.kv_head, w.row_tile);
   const auto at = [&](int64_t key, const Cache*& k, const Cache*& v) {
     int64_t block = w.b, inside = key;
     if (p.block_table) {
@@ -312,10 +318,11 @@ void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePla
                        rows_aligned(p.v_cache, p.v_cache_stride, size);
   if (!p.workspace) plan.most = 1;
   if (plan.most > p.workspace_splits) plan.most = static_cast<int>(p.workspace_splits);
-  const int64_t parts = plan.most * p.batch * p.kv_heads * plan.row_tiles;
+  const int64_t parts = p.batch * p.kv_heads * plan.row_tiles;
   LaunchShape shape{"attention_with_kvcache",
                     {p.batch, p.seqlen_q, p.heads, p.kv_heads, p.head_dim},
-                    dim3(static_cast<unsigned>((parts + parts_per_block - 1) / parts_per_block)),
+                    dim3(static_cast<unsigned>((parts + parts_per_block - 1) / parts_per_block),
+                         static_cast<unsigned>(plan.most)),
                     dim3(static_cast<unsigned>(threads)),
                     shared_bytes};
   kernel(shape, plan, parts);
@@ -323,6 +330,7 @@ void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePla
   shape.grid = dim3(static_cast<unsigned>(p.batch * p.seqlen_q * p.heads));
   shape.block = dim3(128);
   shape.shared_bytes = 4 * 260 * sizeof(float);
+  shape.programmatic = true;
   launch(where, shape, combine_kernel, p, plan);
 }
 
@@ -332,6 +340,7 @@ auto with_tile(const KvCacheAttentionParams& p, const Where& where, F&& f) {
   const auto go = [&](auto row_tiles) {
     constexpr int count = decltype(row_tiles)::value;
     using S = DecodeShape<Cache, D, count>;
+    static_assert(S::warps * S::keys <= 128);  // splits_of counts on it
     const DecodePlan plan =
         plan_of(p, device_of(where), 16 * count, S::warps * S::keys, S::shared_bytes, 1);
     return f(plan, 1, 32 * S::warps, S::shared_bytes,

@@ -60,7 +60,18 @@ struct Thread {
   std::vector<std::function<void()>> stores_open;
   std::shared_ptr<void> wgmma;                                          // hopper.h
   bool proxy_fenced = false, wgmma_fenced = false, inits_open = false;  // likewise
+  bool grid_waited = false;                                             // griddepcontrol.wait
   std::vector<AsyncCopy> open;                                          // issued, not yet committed
+};
+
+// The registers of a block, counted for each thread of a warpgroup. Where setmaxnreg is used ptxas
+// gives a kernel all that its launch bounds allow: what a block of so many threads can have.
+struct RegisterPool {
+  int at_launch = 0, free = 0;
+  std::vector<int> held;  // by each warpgroup
+  explicit RegisterPool(int threads = 128)
+      : at_launch(65536 / threads < 255 ? 65536 / threads / 8 * 8 : 255),
+        held(static_cast<size_t>(threads + 127) / 128, at_launch) {}
 };
 
 struct Block {
@@ -72,7 +83,8 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   std::set<const void*> mbarriers;  // those initialised
-  size_t finished = 0;              // threads
+  RegisterPool registers;
+  size_t finished = 0;  // threads
 };
 
 // What runs at the same time: the blocks of one cluster, usually one.

@@ -18,6 +18,16 @@ lf_emu_switch:
 
 namespace lf::emu {
 
+int& multiprocessors() {
+  static int n = 3;  // few: a test's small shapes then take several rounds
+  return n;
+}
+
+int64_t& blocks() {
+  static int64_t n = 0;
+  return n;
+}
+
 unsigned& seed() {
   static unsigned s = 0;
   return s;

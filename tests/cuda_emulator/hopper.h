@@ -286,6 +286,34 @@ inline void wgmma_wait(size_t pending) {
   }
 }
 
+// ---- setmaxnreg ----
+
+inline void set_registers(const char* what, int count, bool more) {
+  if (count % 8 || count < 24 || count > 256)
+    fail(std::string(what) + ": no multiple of 8, 24 to 256");
+  const int first = self().linear / 128 * 128;
+  RegisterPool& pool = block().registers;
+  int& held = pool.held[first / 128];
+  if (more ? count < held : count > held)
+    fail(std::string(what) + " " + std::to_string(count) + ": the warpgroup has " +
+         std::to_string(held));
+  meet(what, first, 128, 0, nullptr, [&](std::vector<void*>&) {
+    if (more) return;
+    pool.free += held - count;
+    held = count;
+  });
+  if (!more) return;
+  const std::string waits = std::string(what) + " " + std::to_string(count) + " of the block's " +
+                            std::to_string(pool.held.size()) + " x " +
+                            std::to_string(pool.at_launch) + " registers";
+  wait_until(waits.c_str(), [&pool, &held, count] {
+    if (pool.free < count - held) return false;
+    pool.free -= count - held;
+    held = count;
+    return true;
+  });
+}
+
 }  // namespace lf::emu
 
 namespace lf::ptx {
@@ -371,9 +399,13 @@ inline float cluster_load(const float* mine, unsigned rank) {
 }
 
 template <int count>
-void registers_decrease() {}
+void registers_decrease() {
+  emu::set_registers("setmaxnreg.dec", count, false);
+}
 template <int count>
-void registers_increase() {}
+void registers_increase() {
+  emu::set_registers("setmaxnreg.inc", count, true);
+}
 
 // ---- wgmma.cuh ----
 

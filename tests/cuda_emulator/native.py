@@ -21,4 +21,5 @@ def emulated() -> Any:
     module.set_seed(0)
     native: Any = Native(module, lambda _: (0, 0))
     native.set_seed = module.set_seed
+    native.module = module
     return native

@@ -157,6 +157,9 @@ inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, u
 inline void named_barrier_sync(int id, int count) {
   emu::barrier(emu::block().barriers[id], count, true, "bar.sync");
 }
+inline void griddepcontrol_wait() { emu::self().grid_waited = true; }
+inline void griddepcontrol_launch_dependents() {}
+
 inline void named_barrier_arrive(int id, int count) {
   emu::barrier(emu::block().barriers[id], count, false, "bar.arrive");
 }

@@ -53,7 +53,9 @@ class Guarded {
   unsigned char *base_, *begin_;
 };
 
-unsigned& seed();  // of the order of threads
+unsigned& seed();        // of the order of threads
+int& multiprocessors();  // what a launcher is told of the device
+int64_t& blocks();       // that have run
 
 // One piece of background work, any of them; false when there is none.
 inline bool finish_one(State& s) {
@@ -123,11 +125,12 @@ inline void run() {
   }
   if (!s.error.empty()) return;
   s.error = "deadlock:";
-  int shown = 0;
+  std::set<std::string> places;  // a thread of each
   for (Thread* t : order)
-    if (!t->done && shown++ < 4)
-      s.error += " thread " + std::to_string(t->linear) + " of block " +
-                 std::to_string(t->block->index.x) + " waits at " + (t->waiting ? t->waiting : "?");
+    if (!t->done && places.insert(t->waiting ? t->waiting : "?").second)
+      s.error += std::string(places.size() > 1 ? ";" : "") + " thread " +
+                 std::to_string(t->linear) + " of block " + std::to_string(t->block->index.x) +
+                 " waits at " + t->waiting;
 }
 
 // A fault inside a kernel ends its fiber with an error instead of the process.
@@ -155,7 +158,7 @@ class FaultHandler {
 // kernel<<<grid, size, shared_bytes>>>, with clusters of `cluster` blocks along x. Throws
 // std::runtime_error for what a kernel did wrong.
 inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
-                   const std::function<void()>& body) {
+                   const std::function<void()>& body, bool programmatic = false) {
   const int count = static_cast<int>(size.x * size.y * size.z);
   if (count < 1 || count > 1024 || cluster < 1 || grid.x % cluster || grid.y > 65535 ||
       grid.z > 65535)
@@ -195,6 +198,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
       b.shared = shared[i]->data();
       b.shared_bytes = shared_bytes;
       shared[i]->poison();
+      b.registers = RegisterPool(count);
       b.threads.resize(count);
       for (int k = 0; k < count; ++k) {
         Thread& t = b.threads[k];
@@ -206,10 +210,14 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
       }
     }
     run();
+    blocks() += cluster;
     for (unsigned i = 0; i < cluster && s.error.empty(); ++i) {
       if (!shared[i]->intact()) s.error = "write past the end of shared memory";
-      for (Thread& t : s.blocks[i].threads)
+      for (Thread& t : s.blocks[i].threads) {
         if (!(t.open.empty() && t.groups.empty())) s.error = "a cp.async is never waited for";
+        if (programmatic && !t.grid_waited)
+          s.error = "a programmatic launch, and a thread without griddepcontrol.wait";
+      }
     }
     if (s.error.empty() && !s.in_flight.empty())
       s.error = "an asynchronous copy is never waited for";

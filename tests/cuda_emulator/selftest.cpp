@@ -376,6 +376,17 @@ void scratch_used_again() {
   });
 }
 
+// A producer gives registers up for two consumers: a block of 384 threads has 3 x 168.
+template <int released, int taken>
+void registers() {
+  run(384, 0, [] {
+    if (threadIdx.x < 128)
+      ptx::registers_decrease<released>();
+    else
+      ptx::registers_increase<taken>();
+  });
+}
+
 struct Case {
   const char* name;
   std::function<void()> body;
@@ -395,6 +406,9 @@ const Case cases[] = {
     {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
     {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
     {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
+    {"setmaxnreg", registers<24, 240>},
+    {"bug_setmaxnreg_too_many", registers<32, 240>},
+    {"bug_setmaxnreg_not_more", registers<24, 160>},
     {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, "wait"); }},
     {"bug_wgmma_missing_fence", [] { wgmma<__half, 64>(false, false, "fence"); }},
     {"bug_tma_missing_wait", [] { tma("wait"); }},

@@ -80,6 +80,31 @@ def test_f09_ragged_tiles_with_and_without_a_mask(
     check(cuda, q, k, v, causal=False)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [(1, 129), (64, 384), (129, 129), (130, 513), (200, 447), (256, 256), (300, 200)],
+    ids=lambda n: f"{n[0]}x{n[1]}",
+)
+def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, int]) -> None:
+    """Tiles of 128 keys: none, one or three under a mask, and up to four without."""
+    q, k, v = qkv(lengths, (2, 1), 64, BF16)
+    check(cuda, q, k, v)
+    check(cuda, q, k, v, causal=False)
+
+
+@pytest.mark.parametrize("lengths", [(300, 300), (400, 140)], ids=lambda n: f"{n[0]}x{n[1]}")
+def test_persistent_blocks_on_any_chip(cuda: Any, lengths: tuple[int, int]) -> None:
+    """A block to twelve tiles of queries, or one to each; the last ones may see nothing."""
+    q, k, v = qkv(lengths, (2, 1), 64, BF16, batch=2)
+    expected = check(cuda, q, k, v)
+    for multiprocessors, seed in ((1, 0), (1, 1), (2, 2), (5, 3), (132, 4)):
+        cuda.module.set_multiprocessors(multiprocessors)
+        cuda.set_seed(seed)
+        out = run(cuda, q, k, v)
+        cuda.module.set_multiprocessors(3)
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_f16_heads_of_a_group_and_sequences(cuda: Any, group: int) -> None:
     check(cuda, *qkv((20, 70), (2 * group, 2), 16, BF16, batch=3))

@@ -3,6 +3,7 @@ the host cannot check, any thread order."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_fast import reference
+from llama_fast.native import DTYPE
 
 from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import emulated
@@ -271,6 +273,43 @@ def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> N
     k[:, key] = 1.0
     out = run(cuda, q, k, v, lengths(4160), num_splits=splits)
     assert torch.equal(out, v[:, key : key + 1].expand_as(out))
+
+
+@pytest.fixture
+def h100(cuda: Any) -> Iterator[Any]:
+    """The module, told of 132 multiprocessors."""
+    cuda.module.set_multiprocessors(132)
+    yield cuda.module
+    cuda.module.set_multiprocessors(3)
+
+
+def test_workspace_is_for_the_splits_that_a_capacity_can_have(h100: Any) -> None:
+    """Llama 3.1 8B: of 128 keys up to eight, of 512 from then on, and 32 fill the chip. At B32 x 4k
+    that is a workspace of 4 MB, and 2,048 blocks; by tiles alone it was 17 MB and 8,192."""
+    for fp8 in (False, True):
+        splits = {
+            capacity: h100.kvcache_attention_splits(
+                1, 32, 8, 128, capacity, 0, DTYPE[BF16], DTYPE[E4M3 if fp8 else BF16], (0, 0)
+            )
+            for capacity in (1, 255, 256, 512, 1024, 4096, 8192, 16384, 131072)
+        }
+        assert list(splits.values()) == [1, 1, 2, 4, 8, 8, 16, 32, 32]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("capacity", "num_splits", "splits"), [(120, 0, 1), (400, 0, 3), (1100, 0, 8), (700, 5, 5)]
+)
+def test_full_sequences_leave_no_block_idle(
+    cuda: Any, h100: Any, dtype: torch.dtype, capacity: int, num_splits: int, splits: int
+) -> None:
+    q, k, v = make(2, 1, capacity, (4, 2), 64, dtype)
+    before = h100.blocks()
+    run(cuda, q, k, v, lengths(capacity, capacity), num_splits=num_splits)
+    warps = 4 if dtype == F32 else 1  # a block of fp32 takes four rows
+    parts = (2 * 4 if dtype == F32 else 2 * 2) // warps
+    combined = 2 * 4 if splits > 1 else 0
+    assert h100.blocks() - before == parts * splits + combined
 
 
 def test_many_splits_of_a_long_sequence(cuda: Any) -> None:

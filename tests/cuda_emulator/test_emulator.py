@@ -25,9 +25,12 @@ CASES = [
     "wgmma_e4m3",
     "wgmma_registers",
     "wgmma_mn_major",
+    "setmaxnreg",
 ]
 # A planted bug, and what the emulator says of it; "line": the result is wrong instead.
 BUGS = {
+    "setmaxnreg_too_many": "waits at setmaxnreg.inc 240 of the block's 3 x 168 registers",
+    "setmaxnreg_not_more": "setmaxnreg.inc 160: the warpgroup has 168",
     "wgmma_missing_wait": "line",
     "wgmma_missing_fence": "no wgmma.fence since the last wait",
     "tma_missing_wait": "line",

@@ -83,6 +83,53 @@ __global__ void __launch_bounds__(128) wgmma_kernel(float* out, uint64_t a, uint
   for (int i = 0; i < 4; ++i) out[threadIdx.x * 4 + i] = d[i];
 }
 
+// A mask of scores whose positions are of 64 bits.
+template <class Position>
+__global__ void __launch_bounds__(128)
+    masked_kernel(float* out, uint64_t a, Position limit, Position row) {
+  float d[4] = {};
+  for (Position i = 0; i < limit; i += 8) {
+    asm volatile("wgmma.fence.sync.aligned;");
+    for (int k = 0; k < 2; ++k)
+      asm volatile(
+          "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+          "{%0, %1, %2, %3}, %4, %4, 1, 1, 1, 0, 0;"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "l"(a + k));
+    asm volatile("wgmma.commit_group.sync.aligned;");
+    asm volatile("wgmma.wait_group.sync.aligned 0;");
+    for (int j = 0; j < 4; ++j)
+      if (i + j > row + threadIdx.x) d[j] = 0;
+  }
+  for (int j = 0; j < 4; ++j) out[threadIdx.x * 4 + j] = d[j];
+}
+
+// A producer that leaves registers to two consumers: enough, or too few.
+template <int released>
+__global__ void __launch_bounds__(384, 1) pool_kernel(float* out) {
+  if (threadIdx.x < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(released));
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    out[threadIdx.x] = 1;
+  }
+}
+
+// Reads what a kernel before it may still be writing, or waits first.
+template <bool early>
+__global__ void dependent_kernel(const float* x, float* out) {
+  float first = 0;
+  if (early) first = *reinterpret_cast<const volatile float*>(x);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  out[threadIdx.x] = x[threadIdx.x] + first;
+}
+
+template __global__ void dependent_kernel<true>(const float*, float*);
+template __global__ void dependent_kernel<false>(const float*, float*);
+template __global__ void masked_kernel<int>(float*, uint64_t, int, int);
+template __global__ void masked_kernel<int64_t>(float*, uint64_t, int64_t, int64_t);
+template __global__ void pool_kernel<24>(float*);
+template __global__ void pool_kernel<32>(float*);
 template __global__ void copy_kernel<true>(const uint4*, uint4*);
 template __global__ void copy_kernel<false>(const uint4*, uint4*);
 template __global__ void scale_kernel<true>(const float4*, float4*, float, int64_t);

@@ -201,6 +201,12 @@ VECTORS = ("16-byte loads", "16-byte stores")
         ("wgmma_kernel", ("true",), 128, 1, ("wgmma",), r"wgmma is serialised: 20 groups of 20"),
         ("wgmma_kernel", ("false",), 128, 1, ("wgmma",), None),
         ("wgmma_kernel", ("false",), 128, 1, ("wgmma e4m3",), r"no wgmma e4m3"),
+        ("masked_kernel", ("long",), 128, 1, ("wgmma",), r"compares of 64 bits in a loop of wgmma"),
+        ("masked_kernel", ("int",), 128, 1, ("wgmma",), None),
+        ("dependent_kernel", ("true",), 128, 1, (), r"1 loads before griddepcontrol.wait"),
+        ("dependent_kernel", ("false",), 128, 1, ("griddepcontrol.wait",), None),
+        ("pool_kernel", ("32",), 384, 1, ("setmaxnreg",), r"asks for 32 and 2 x 240 .* of 3 x 168"),
+        ("pool_kernel", ("24",), 384, 1, ("setmaxnreg",), None),
     ],
 )
 def test_planted_faults_are_found(

@@ -17,8 +17,8 @@ LF_DEVICE void load_queries(const KvCacheAttentionParams& p, const DecodePlan& p
   for (int h = 0; h < 2; ++h) {
     const int r = first_row + lane_id() / 4 + 8 * h;
     const bool valid = r < rows;
-    const uint16_t* from =
-        static_cast<const uint16_t*>(p.q) + (valid ? Row(p, w.kv_head, r).in(p.q_stride, w.b) : 0);
+    const uint16_t* from = static_cast<const uint16_t*>(p.q) +
+                           (valid ? Row(plan, w.kv_head, r).in(p.q_stride, w.b) : 0);
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
 #pragma unroll

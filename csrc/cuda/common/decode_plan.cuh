@@ -9,6 +9,7 @@ namespace lf::cuda {
 // What the host decides. Keys are counted in tiles of a block: its warps' keys.
 struct DecodePlan {
   int64_t capacity;  // keys a sequence can have
+  int group;         // heads of a key/value head
   int row_tiles;     // of tile_rows of a key/value head's Sq * G rows
   int tile_rows, tile_keys;
   int most;    // splits a sequence can have, and the grid is for
@@ -16,29 +17,32 @@ struct DecodePlan {
   bool q_aligned, cache_aligned;
 };
 
-LF_DEVICE int64_t length_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t b) {
-  const int64_t length = p.cache_seqlens[b];
-  return length < 0 ? 0 : length > plan.capacity ? plan.capacity : length;
+LF_DEVICE int length_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t b) {
+  const int length = p.cache_seqlens[b], capacity = static_cast<int>(plan.capacity);
+  return length < 0 ? 0 : length > capacity ? capacity : length;
 }
 
 // How many keys, from the first, the last query of a tile of rows sees.
-LF_DEVICE int keys_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t length,
+LF_DEVICE int keys_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int length,
                       int row_tile) {
-  if (!p.causal) return static_cast<int>(length);
-  const int64_t group = p.heads / p.kv_heads;
-  int64_t query = (static_cast<int64_t>(row_tile + 1) * plan.tile_rows - 1) / group;
-  if (query > p.seqlen_q - 1) query = p.seqlen_q - 1;
-  const int64_t keys = length - p.seqlen_q + query + 1;
-  return static_cast<int>(keys < 0 ? 0 : keys);
+  const int last = static_cast<int>(p.seqlen_q) - 1;
+  if (!p.causal || last == 0) return length;
+  const int query = ((row_tile + 1) * plan.tile_rows - 1) / plan.group;
+  const int keys = length - last + (query < last ? query : last);
+  return keys < 0 ? 0 : keys;
 }
 
-// Of the keys alone: 256 a split up to eight of them, then 512, until `most` fill the chip.
-LF_DEVICE int splits_of(const DecodePlan& plan, int keys) {
-  const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
-  const int few = keys / 256 < 8 ? keys / 256 : 8;
-  int splits = plan.forced ? plan.forced : keys / 512 > few ? keys / 512 : few;
+// Of the keys alone: 128 a split up to eight of them, then 512, until `most` fill the chip. More
+// keys never have fewer splits: the host asks for those of the capacity.
+constexpr int splits_of(const DecodePlan& plan, int keys) {
+  const int few = keys / 128 < 8 ? keys / 128 : 8;
+  int splits = keys / 512 > few ? keys / 512 : few;
+  if (plan.forced) {  // and no split without a tile; those of the rule have 128 keys, a tile or
+                      // more
+    const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
+    splits = plan.forced < tiles ? plan.forced : tiles;
+  }
   if (splits > plan.most) splits = plan.most;
-  if (splits > tiles) splits = tiles;
   return splits < 1 ? 1 : splits;
 }
 
@@ -48,17 +52,19 @@ struct Part {
   int64_t kv_head, b, length;
 };
 
-LF_DEVICE Part part_of(const KvCacheAttentionParams& p, const DecodePlan& plan, unsigned index) {
+// index: of [batch, kv_heads, row_tiles].
+LF_DEVICE Part part_of(const KvCacheAttentionParams& p, const DecodePlan& plan, unsigned index,
+                       unsigned split) {
   Part w;
   const unsigned row_tiles = plan.row_tiles, kv_heads = static_cast<unsigned>(p.kv_heads);
-  const unsigned batch = static_cast<unsigned>(p.batch);
-  w.row_tile = static_cast<int>(index % row_tiles);
-  w.kv_head = index / row_tiles % kv_heads;
-  w.b = index / row_tiles / kv_heads % batch;
-  w.split = static_cast<int>(index / row_tiles / kv_heads / batch);
+  w.b = index / (row_tiles * kv_heads);
   w.length = length_of(p, plan, w.b);
-  w.keys = keys_of(p, plan, w.length, w.row_tile);
+  w.kv_head = row_tiles == 1 ? index % kv_heads : index / row_tiles % kv_heads;
+  w.row_tile = row_tiles == 1 ? 0 : static_cast<int>(index % row_tiles);
+  w.split = static_cast<int>(split);
+  w.keys = keys_of(p, plan, static_cast<int>(w.length), w.row_tile);
   w.splits = splits_of(plan, w.keys);
+  if (w.split >= w.splits) return w;  // the grid covers the capacity: nothing to do, soon
   const int tiles = (w.keys + plan.tile_keys - 1) / plan.tile_keys;
   const int each = tiles / w.splits, more = tiles % w.splits;
   w.first_tile = w.split * each + (w.split < more ? w.split : more);
@@ -69,8 +75,8 @@ LF_DEVICE Part part_of(const KvCacheAttentionParams& p, const DecodePlan& plan, 
 // Row r of a key/value head: its place in q or out, and among all [B, Sq, H].
 struct Row {
   int64_t query, head;
-  LF_DEVICE Row(const KvCacheAttentionParams& p, int64_t kv_head, int r) {
-    const unsigned group = static_cast<unsigned>(p.heads / p.kv_heads);
+  LF_DEVICE Row(const DecodePlan& plan, int64_t kv_head, int r) {
+    const unsigned group = static_cast<unsigned>(plan.group);
     query = static_cast<unsigned>(r) / group;
     head = kv_head * group + static_cast<unsigned>(r) % group;
   }

@@ -22,23 +22,22 @@ inline int64_t filling(int64_t parts, int64_t slots) {
 inline DecodePlan plan_of(const KvCacheAttentionParams& p, const Device& device, int tile_rows,
                           int tile_keys, size_t shared_bytes, int parts_per_block) {
   constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
+  constexpr int64_t kMostSplits = 65535;                         // of a grid's second dimension
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   DecodePlan plan{};
   plan.capacity = smaller(p.block_size * (p.block_table ? p.table_blocks : 1), kMostKeys);
-  const int64_t rows = p.seqlen_q * (p.heads / p.kv_heads);
+  plan.group = static_cast<int>(p.heads / p.kv_heads);
+  const int64_t rows = p.seqlen_q * plan.group;
   plan.tile_rows = tile_rows;
   plan.tile_keys = tile_keys;
   plan.row_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
-  const int64_t tiles = (plan.capacity + tile_keys - 1) / tile_keys;
   // Two blocks on a multiprocessor where its shared memory has room.
   const int64_t resident = device.shared_bytes >= 2 * shared_bytes ? 2 : 1;
-  int64_t most = p.num_splits;
-  if (most == 0)
-    most =
-        filling(p.kv_heads * plan.row_tiles, device.multiprocessors * resident * parts_per_block);
-  most = smaller(most, tiles < 1 ? 1 : tiles);
-  plan.most = static_cast<int>(most);
-  plan.forced = static_cast<int>(smaller(p.num_splits, plan.most));
+  const int64_t slots = device.multiprocessors * resident * parts_per_block;
+  const int64_t most = p.num_splits ? p.num_splits : filling(p.kv_heads * plan.row_tiles, slots);
+  plan.forced = static_cast<int>(smaller(p.num_splits, kMostSplits));
+  plan.most = static_cast<int>(smaller(most, kMostSplits));
+  plan.most = splits_of(plan, static_cast<int>(plan.capacity));
   return plan;
 }
 

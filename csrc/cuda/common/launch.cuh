@@ -53,47 +53,6 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-struct LaunchShape {
-  const char* op;
-  std::initializer_list<int64_t> sizes;  // for messages
-  dim3 grid, block;
-  size_t shared_bytes = 0;
-  unsigned cluster = 1;  // blocks of a cluster along x (sm_90)
-};
-
-// kernel<<<grid, block, shared_bytes, stream>>>(arguments...). A grid with a zero launches nothing.
-template <class... Parameters, class... Arguments>
-void launch(const Where& where, const LaunchShape& s, void (*kernel)(Parameters...),
-            const Arguments&... arguments) {
-  if (s.grid.x == 0 || s.grid.y == 0 || s.grid.z == 0) return;
-#if defined(LF_CUDA_EMULATOR)
-  (void)where;
-  emu::launch(s.grid, s.block, s.shared_bytes, s.cluster, [&] { kernel(arguments...); });
-#else
-  const DeviceGuard guard(where.device, s.op);
-  const std::string none;
-  if (s.shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(s.shared_bytes)),
-          s.op, shape_text(s.sizes));
-  cudaLaunchConfig_t config{};
-  config.gridDim = s.grid;
-  config.blockDim = s.block;
-  config.dynamicSmemBytes = s.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(where.stream);
-  cudaLaunchAttribute attribute{};
-  if (s.cluster > 1) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {s.cluster, 1, 1};
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  if (error != cudaSuccess) check(error, s.op, shape_text(s.sizes));
-#endif
-}
-
 // What a launcher may ask of its device. Read once.
 struct Device {
   int sm;  // 90 for sm_90
@@ -104,7 +63,7 @@ struct Device {
 inline Device device_of(const Where& where) {
 #if defined(LF_CUDA_EMULATOR)
   (void)where;
-  return {90, 3, 232448};
+  return {90, emu::multiprocessors(), 232448};
 #else
   constexpr int kMost = 64;
   static Device known[kMost] = {};
@@ -120,6 +79,55 @@ inline Device device_of(const Where& where) {
   const Device device{10 * major + minor, count, static_cast<size_t>(shared)};
   if (where.device < kMost) known[where.device] = device;
   return device;
+#endif
+}
+
+struct LaunchShape {
+  const char* op;
+  std::initializer_list<int64_t> sizes;  // for messages
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;  // blocks of a cluster along x (sm_90)
+  // Starts beside the end of the kernel before (sm_90): needs ptx::griddepcontrol_wait.
+  bool programmatic = false;
+};
+
+// kernel<<<grid, block, shared_bytes, stream>>>(arguments...). A grid with a zero launches nothing.
+template <class... Parameters, class... Arguments>
+void launch(const Where& where, const LaunchShape& s, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  if (s.grid.x == 0 || s.grid.y == 0 || s.grid.z == 0) return;
+#if defined(LF_CUDA_EMULATOR)
+  (void)where;
+  emu::launch(
+      s.grid, s.block, s.shared_bytes, s.cluster, [&] { kernel(arguments...); }, s.programmatic);
+#else
+  const DeviceGuard guard(where.device, s.op);
+  const std::string none;
+  if (s.shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(s.shared_bytes)),
+          s.op, shape_text(s.sizes));
+  cudaLaunchConfig_t config{};
+  config.gridDim = s.grid;
+  config.blockDim = s.block;
+  config.dynamicSmemBytes = s.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (s.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {s.cluster, 1, 1};
+  }
+  if (s.programmatic && device_of(where).sm >= 90) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+  if (error != cudaSuccess) check(error, s.op, shape_text(s.sizes));
 #endif
 }
 

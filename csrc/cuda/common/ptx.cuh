@@ -95,6 +95,22 @@ __device__ inline void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// ---- programmatic dependent launch (sm_90 and up; elsewhere nothing) ----
+
+// Until the kernels before this one have ended and what they wrote is visible. Every thread of a
+// kernel that is launched as LaunchShape::programmatic comes here before it reads global memory.
+__device__ inline void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// A next kernel that is programmatic may start once every block has been here, or has ended.
+__device__ inline void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes to global memory at a multiple of 16, by one instruction: an assignment the compiler may
 // split into four, and does beside divisions.
 __device__ inline void store_16(void* to, uint4 v) {
