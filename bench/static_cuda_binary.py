@@ -45,6 +45,7 @@ class Kernel:
     instructions: tuple[str, ...]  # keys of SASS that occur
     wgmmas: int = 0
     wgmma_groups: int = 0  # that end with something to wait for
+    ahead: int = 0  # bytes that a thread copies by 16-byte cp.async before it waits or multiplies
 
     @property
     def text(self) -> str:
@@ -88,13 +89,15 @@ def read(binary: Path) -> list[Kernel]:
         operations = {key: value for dump in dumps for key, value in dump.items()}
     kernels = []
     for (arch, symbol), (registers, stack, shared) in resources.items():
-        codes, wgmmas, groups = operations[arch, symbol]
+        codes, wgmmas, groups, ahead = operations[arch, symbol]
         file, name, arguments = _parse(symbol)
         found = tuple(compiled._search(SASS, "\n".join(codes)))
         if int(arch[3:5]) >= 90:
             shared = max(0, shared - RESERVED)
         kernels.append(
-            Kernel(file, name, arguments, arch, registers, stack, shared, found, wgmmas, groups)
+            Kernel(
+                file, name, arguments, arch, registers, stack, shared, found, wgmmas, groups, ahead
+            )
         )
     return sorted(kernels, key=lambda k: (k.file, k.name, k.arch, k.arguments))
 
@@ -117,25 +120,32 @@ def _resources(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 _LINE = re.compile(r"        /\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
 
 
-def _operations(arch: str, binary: Path) -> dict[tuple[str, str], tuple[Iterable[str], int, int]]:
+_Operations = tuple[Iterable[str], int, int, int]
+
+
+def _operations(arch: str, binary: Path) -> dict[tuple[str, str], _Operations]:
     """(arch, symbol) -> the operations that occur, how many are wgmma, and wgmma that ends a group
-    (gsb0: what a wait waits for)."""
+    (gsb0: what a wait waits for), and Kernel.ahead, in the order of the code."""
     command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
-    found: dict[tuple[str, str], tuple[Iterable[str], int, int]] = {}
-    symbol, codes, wgmmas, groups = "", set[str](), 0, 0
+    found: dict[tuple[str, str], _Operations] = {}
+    symbol, codes, wgmmas, groups, ahead, starting = "", set[str](), 0, 0, 0, True
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("        /*"):
                 if match := _LINE.match(line):
                     codes.add(match[1])
+                    if starting:
+                        ahead += 16 * (match[1].startswith("LDGSTS.") and ".128" in match[1])
+                        starting = "MMA." not in match[1] and "DEPBAR.LE" not in match[1]
                     # Without operands it only drains the pipeline.
                     if "GMMA." in match[1] and "gdesc[URZ]" not in match[2]:
                         wgmmas, groups = wgmmas + 1, groups + ("gsb0" in match[2])
             elif line.startswith("\t\tFunction : "):
-                symbol, codes, wgmmas, groups = line.split()[2], set(), 0, 0
+                symbol = line.split()[2]
+                codes, wgmmas, groups, ahead, starting = set(), 0, 0, 0, True
             elif line.startswith("\t\t......") and symbol:
-                found[arch, symbol] = codes, wgmmas, groups
+                found[arch, symbol] = codes, wgmmas, groups, ahead
     if process.returncode:
         raise ToolError(f"cuobjdump --dump-sass -arch {arch} {binary}: exit {process.returncode}")
     return found

@@ -100,6 +100,21 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array
   });
 }
 
+// The inverse of ldmatrix.
+inline void stmatrix(const char* what, void* row, const uint32_t (&r)[4]) {
+  struct Arguments {
+    const uint32_t* r;
+    unsigned char* row;
+  } arguments{r, static_cast<unsigned char*>(row)};
+  check_shared(what, row, 16, 16);
+  meet(what, warp_first(), 32, 0xffffffffull, &arguments, [](std::vector<void*>& lanes) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 4; ++j)
+        std::memcpy(static_cast<Arguments*>(lanes[8 * j + lane / 4])->row + lane % 4 * 4,
+                    &static_cast<Arguments*>(lanes[lane])->r[j], 4);
+  });
+}
+
 // ---- wgmma ----
 
 // One operand in shared memory, by its descriptor: element (mn, k) of `size` bytes.
@@ -147,6 +162,30 @@ inline float load_as(const void* p, __nv_fp8_e4m3) {
   return e4m3_to_float(*static_cast<const uint8_t*>(p));
 }
 
+// What Hopper's wgmma makes of e4m3 products and the sum so far, which fp32 would be too kind for:
+// all are cut off 13 bits below the largest of them (of a product, the sum of its factors'
+// exponents), added exactly, and the sum keeps 13 bits after its leading one. Sources: DeepSeek-V3's
+// report, section 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication Engines Are
+// Not As Accurate As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical behavior of
+// NVIDIA tensor cores" (truncation towards zero).
+inline float hopper_e4m3_sum(const float* a, const float* b, const int* a_exponent,
+                             const int* b_exponent, int depth, float so_far) {
+  constexpr int kBits = 13, kNone = -1000;  // kNone: zero's exponent, as in exponents()
+  float plain = so_far;
+  int largest = so_far == 0 ? kNone : std::ilogb(so_far);
+  for (int k = 0; k < depth; ++k) {
+    plain += a[k] * b[k];
+    const int exponent = a_exponent[k] + b_exponent[k];
+    largest = exponent > largest ? exponent : largest;
+  }
+  if (!std::isfinite(plain) || largest < -100) return plain;
+  const float up = std::ldexp(1.0f, kBits - largest);
+  int sum = static_cast<int>(so_far * up);
+  for (int k = 0; k < depth; ++k) sum += static_cast<int>(a[k] * b[k] * up);
+  const float exact = std::ldexp(static_cast<float>(sum), largest - kBits);
+  return __uint_as_float(__float_as_uint(exact) & ~0u << (23 - kBits));
+}
+
 // One wgmma of a warpgroup, from its issue until somebody waits for it.
 struct Wgmma {
   int n, depth;
@@ -192,15 +231,29 @@ struct Wgmma {
     if (done) return;
     done = true;
     read_operands(b);
+    std::vector<int> row_exponents, column_exponents;
+    if (size == 1) row_exponents = exponents(rows), column_exponents = exponents(columns);
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < n / 2; ++i) {
-        const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
-        const int column = i / 4 * 8 + t % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < depth; ++k) sum += rows[row * depth + k] * columns[column * depth + k];
+        const int row = (t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8) * depth;
+        const int column = (i / 4 * 8 + t % 4 * 2 + i % 2) * depth;
         float& d_i = (*d[t])[i];
+        if (size == 1) {
+          d_i = hopper_e4m3_sum(&rows[row], &columns[column], &row_exponents[row],
+                                &column_exponents[column], depth, accumulate ? d_i : 0.0f);
+          continue;
+        }
+        float sum = 0;
+        for (int k = 0; k < depth; ++k) sum += rows[row + k] * columns[column + k];
         d_i = accumulate ? d_i + sum : sum;
       }
+  }
+
+  static std::vector<int> exponents(const std::vector<float>& values) {
+    std::vector<int> found(values.size());
+    for (size_t i = 0; i < values.size(); ++i)
+      found[i] = values[i] == 0 ? -1000 : std::ilogb(values[i]);
+    return found;
   }
 };
 
@@ -315,6 +368,26 @@ inline void mbarrier_wait(uint64_t* bar, int parity) {
   emu::MBarrier& b = emu::mbarrier(bar);
   emu::wait_until("mbarrier wait",
                   [&b, parity] { return b.phase != static_cast<unsigned>(parity); });
+}
+
+inline void cp_async_4(void* to, const void* from, int valid) {
+  emu::cp_async("cp.async 4", to, from, 4, valid);
+}
+// The copies land in the background, and the arrival follows them.
+inline void cp_async_arrive(uint64_t* bar) {
+  emu::Thread& t = emu::self();
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
+  emu::MBarrier& b = emu::mbarrier(bar);
+  emu::state().in_flight.push_back([&b, groups = std::move(t.groups)] {
+    for (const auto& group : groups) emu::land(group);
+    --b.left;
+    emu::settle(b);
+  });
+  t.groups.clear();
+}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  emu::stmatrix("stmatrix.x4", row, r);
 }
 
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {

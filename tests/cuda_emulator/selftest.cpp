@@ -106,6 +106,21 @@ void ldmatrix() {
   });
 }
 
+void stmatrix() {
+  run(32, 4 * 8 * 8 * 2, [] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* m = reinterpret_cast<uint16_t*>(memory);  // [matrix, row, column]
+    uint32_t r[4];
+    for (uint32_t j = 0; j < 4; ++j) {
+      const uint32_t first = j * 64 + lane() / 4 * 8 + lane() % 4 * 2;
+      r[j] = first | (first + 1) << 16;
+    }
+    ptx::stmatrix_x4(m + lane() * 8, r);
+    __syncwarp();
+    for (int i = lane(); i < 256; i += 32) EXPECT(m[i] == i);
+  });
+}
+
 void shuffles_and_votes() {
   run(64, 0, [] {
     const int l = lane();
@@ -141,6 +156,25 @@ void cp_async(bool wait) {
     ptx::cp_async_wait<0>();
     EXPECT(s[i + 5] == source[i + 5] && s[i + 6] == 0 && s[i + 7] == 0);
     if (!wait && std::isnan(early)) failures = 1;
+  });
+}
+
+// Copies whose landing arrives at an mbarrier; 4 bytes each, the second half not there.
+void cp_async_arrival(bool wait) {
+  run(32, 136, [=] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* s = reinterpret_cast<float*>(memory);
+    auto* bar = reinterpret_cast<uint64_t*>(memory + 128);
+    if (lane() == 0) {
+      ptx::mbarrier_init(bar, 32);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    ptx::cp_async_4(s + lane(), source + lane() % 16, lane() < 16 ? 4 : 0);
+    ptx::cp_async_arrive(bar);
+    if (wait) ptx::mbarrier_wait(bar, 0);
+    EXPECT(s[31 - lane()] == (lane() < 16 ? 0 : source[31 - lane()]));
+    ptx::mbarrier_wait(bar, 0);
   });
 }
 
@@ -344,6 +378,28 @@ void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") 
   });
 }
 
+// Of a product that is 2^13 times another, Hopper's sum of e4m3 loses the other's half; of a sum so
+// far, whatever the products' 14 bits do not reach. Sums that start anew keep what a chain loses.
+void wgmma_e4m3_sum() {
+  const auto sum = [](std::vector<float> products, float so_far) {
+    std::vector<float> ones(products.size(), 1.0f);
+    const std::vector<int> zeros(products.size(), 0);
+    const std::vector<int> exponents = emu::Wgmma::exponents(products);
+    return emu::hopper_e4m3_sum(products.data(), ones.data(), exponents.data(), zeros.data(),
+                                static_cast<int>(products.size()), so_far);
+  };
+  EXPECT(sum({256, 1}, 0) == 257);
+  EXPECT(sum({256, 1.0f / 32}, 0) == 256 + 1.0f / 32);  // 13 bits below
+  EXPECT(sum({256, 1.0f / 64}, 0) == 256);              // 14: gone
+  EXPECT(sum({256, -1.0f / 64}, 0) == 256);             // and towards zero
+  EXPECT(sum({-256, -3.0f / 64}, 0) == -256 - 1.0f / 32);
+  EXPECT(sum({1, 1.0f / 4}, 8192) == 8193);
+  EXPECT(sum({1.0f / 4, 1.0f / 4, 1.0f / 4, 1.0f / 4}, 8192) == 8192);  // each by itself
+  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits before the sum's, 13 after
+  EXPECT(sum({0, 0}, 3.25f) == 3.25f && sum({0, 0}, 0) == 0);
+  EXPECT(std::isnan(sum({1, NAN}, 0)) && std::isnan(sum({1, 2}, NAN)));
+}
+
 // Each block of a cluster leaves a number where the others read it.
 void cluster(bool barrier, bool last = true) {
   run(
@@ -385,14 +441,17 @@ const Case cases[] = {
     {"mma_f16", [] { mma_16<__half>(false); }},
     {"mma_e4m3", mma_e4m3},
     {"ldmatrix", ldmatrix},
+    {"stmatrix", stmatrix},
     {"shuffles_and_votes", shuffles_and_votes},
     {"cp_async", [] { cp_async(true); }},
+    {"cp_async_arrival", [] { cp_async_arrival(true); }},
     {"block_sum", [] { block_sum(true); }},
     {"named_barriers", named_barriers},
     {"tma", [] { tma(); }},
     {"cluster", [] { cluster(true); }},
     {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
     {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
+    {"wgmma_e4m3_sum", wgmma_e4m3_sum},
     {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
     {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
     {"bug_wgmma_missing_wait", [] { wgmma<__half, 64>(false, false, "wait"); }},
@@ -406,6 +465,7 @@ const Case cases[] = {
     {"bug_scratch_used_again", scratch_used_again},
     {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
     {"bug_missing_wait", [] { cp_async(false); }},
+    {"bug_arrival_not_waited_for", [] { cp_async_arrival(false); }},
     {"bug_missing_barrier", [] { block_sum(false); }},
     {"bug_deadlock", deadlock},
     {"bug_different_instructions", different_instructions},
