@@ -1,11 +1,11 @@
 // fp8_gemm and fp8_linear for few rows of x: out = (x @ weight^T) * x_scale * weight_scale + bias,
 // summed in fp32, rounded once. weight is e4m3; x is e4m3 (sm_89 up), or of 16 bits.
 //
-// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it. A block takes
-// 32 features; its eight warps cut k into eight runs, and each copies its own through three stages
-// of 32 x 128 bytes with cp.async: 64 KB of a block are on their way while it multiplies (an H200
-// asks for 26 KB a multiprocessor, 4.3 TB/s times 0.8 us). Loads to registers would be as many only
-// where the compiler leaves them together, and it did not.
+// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it. A block
+// takes 32 features; its eight warps cut k into eight runs, and each copies its own through three
+// stages of 32 x 128 bytes with cp.async: 64 KB of a block are on their way while it multiplies (an
+// H200 asks for 26 KB a multiprocessor, 4.3 TB/s times 0.8 us). Loads to registers would be as many
+// only where the compiler leaves them together, and it did not.
 //
 //      a warp     copy 2 | copy 3 | copy 4 | ...      no barrier but __syncwarp
 //                 mma 0  | mma 1  | mma 2  | ...
@@ -27,7 +27,8 @@
 // On sm_90 an e4m3 mma.sync is two of fp16 and conversions, still far below the matrix rate. x
 // comes from L1 and L2, M / 32 of the weight's traffic. What that is predicted to reach:
 // docs/kernels.md.
-#include "common/e4m3.cuh"
+#include "common/fp8.cuh"
+#include "common/scales.cuh"
 
 namespace lf::cuda {
 
@@ -39,7 +40,7 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kFeatures = 32;  // of a block: four instructions of eight
 constexpr int kTiles = kFeatures / 8;
-constexpr int kRun = 64;         // values of k that an instruction's lanes have between them
+constexpr int kRun = 64;  // values of k that an instruction's lanes have between them
 constexpr int kScaleBlock = 128;
 constexpr int kStages = 3, kStage = kFeatures * kScaleBlock;  // bytes; of each warp
 
@@ -117,11 +118,23 @@ class WeightStream {
   unsigned char* const memory_;
 };
 
-LF_DEVICE float scale_at(const float* scale, Scale granularity, int64_t row, int64_t block,
-                         int64_t blocks) {
-  if (granularity == Scale::tensor) return scale[0];
-  return granularity == Scale::row ? scale[row] : scale[row * blocks + block];
+// Four e4m3 codes as two pairs of x's 16-bit type; NaN stays NaN.
+template <class X>
+LF_DEVICE void decode(uint32_t word, uint32_t (&pair)[2]) {
+  pair[0] = from_e4m3x2(word & 0xffff), pair[1] = from_e4m3x2(word >> 16);
+  if constexpr (std::is_same_v<X, __nv_bfloat16>) {
+#pragma unroll
+    for (uint32_t& two : pair) {
+      const auto halves = *reinterpret_cast<const __half2*>(&two);
+      const auto as_bf16 = __floats2bfloat162_rn(__low2float(halves), __high2float(halves));
+      two = *reinterpret_cast<const uint32_t*>(&as_bf16);
+    }
+  }
 }
+
+struct Scales {
+  ScaleAt x, weight;  // x.data null: x is not FP8
+};
 
 template <class Out>
 LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
@@ -132,7 +145,7 @@ LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
 // X: uint8_t for e4m3, else bf16 or fp16. A block: rows [row0, row0 + 16 * row_tiles).
 template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
 __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
-    few_rows_kernel(const LinearParams p, int64_t feature_tiles) {
+    few_rows_kernel(const LinearParams p, const Scales scales, int64_t feature_tiles) {
   LF_DYNAMIC_SHARED(memory);
   constexpr bool is_e4m3 = sizeof(X) == 1, promoted = blockwise || (is_e4m3 && ptx::kShortSums);
   constexpr int x_words = 16 * sizeof(X) / 4;
@@ -153,14 +166,13 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
     ptx::cp_async_commit();
   }
   float sum[row_tiles][kTiles][4] = {}, part[row_tiles][kTiles][4] = {};
-  uint32_t nan[kTiles] = {};
   int stage = 0;
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kScaleBlock) {
     ptx::cp_async_wait<kStages - 2>();
     __syncwarp();  // the other lanes' copies are there, and they have read the stage before
     stream.copy(stage == 0 ? kStages - 1 : stage - 1, k0 + (kStages - 1) * kScaleBlock);
     ptx::cp_async_commit();
-#pragma unroll(row_tiles == 4 ? 1 : 2)  // or 64 rows' loads, brought forward, spill
+#pragma unroll(row_tiles == 4 || blockwise ? 1 : 2)  // or x's loads, brought forward, spill
     for (int half = 0; half < 2; ++half) {
       const int64_t k = k0 + half * kRun + quarter * 16;
       uint32_t w[kTiles][4];
@@ -191,7 +203,6 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
             for (int i = 0; i < 4; ++i) {
               uint32_t b[2];
               decode<X>(w[tile][i], b);
-              if (r == 0) nan[tile] |= saw_nan(w[tile][i]);
               const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
               ptx::mma_16816(d, a, b[0], b[1], X{});
             }
@@ -203,22 +214,21 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
     if constexpr (blockwise) {
       const int64_t block = k0 / kScaleBlock;
       float of_feature[kTiles][2];
+      const int64_t n1 = n0 + ptx::opaque(quarter * 2), m1 = row0 + ptx::opaque(group);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int64_t n = n0 + tile * 8 + quarter * 2 + i;
-          const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
-          of_feature[tile][i] =
-              n < p.n ? scale_at(p.weight_scale, p.weight_granularity, row, block, blocks) : 0.0f;
+          const int64_t n = n1 + tile * 8 + i;  // past the last: dropped at the end
+          of_feature[tile][i] = *scales.weight(n < p.n ? n : p.n - 1, block);
         }
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t m = row0 + r * 16 + group + half * 8;
+          const int64_t m = m1 + r * 16 + half * 8;
           float of_row = 1;
-          if (p.x_scale && m < p.m) of_row = scale_at(p.x_scale, p.x_granularity, m, block, blocks);
+          if (scales.x.data) of_row = *scales.x(m < p.m ? m : p.m - 1, block);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -241,24 +251,6 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
     }
   }
   ptx::cp_async_wait<0>();
-  // A NaN code makes its feature NaN in every row: any number plus NaN.
-  if constexpr (!is_e4m3) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t seen = nan[tile];
-      seen |= __shfl_xor_sync(0xffffffffu, seen, 1);
-      seen |= __shfl_xor_sync(0xffffffffu, seen, 2);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // of feature quarter * 2 + i: lanes 4 * that know
-        const uint32_t mine = __shfl_sync(0xffffffffu, seen, (quarter * 2 + i) * 4);
-        if (mine == 0) continue;
-#pragma unroll
-        for (int r = 0; r < row_tiles; ++r)
-          sum[r][tile][i] = sum[r][tile][i + 2] = __int_as_float(0x7fffffff);
-      }
-    }
-  }
-
   // Warps add up in order, a row tile at a time: [warp][feature tile][lane][4].
   auto* scratch = reinterpret_cast<float4*>(memory);
 #pragma unroll
@@ -282,17 +274,23 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
       const int64_t n = n0 + warp * 8 + quarter * 2 + i % 2;
       if (m >= p.m || n >= p.n) continue;
       if constexpr (!blockwise) {
-        if (p.x_scale) total[i] *= scale_at(p.x_scale, p.x_granularity, m, 0, 1);
-        total[i] *= scale_at(p.weight_scale, p.weight_granularity, n, 0, 1);
+        if (scales.x.data) total[i] *= *scales.x(m);
+        total[i] *= *scales.weight(n);
       }
       finish<Out>(p, m, n, total[i]);
     }
   }
 }
 
+LF_DEVICE float of_code(uint8_t code) {
+  const uint32_t pair = from_e4m3x2(code);
+  return __low2float(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // What has no matrix instruction: fp32 activations, and e4m3 ones below sm_89. A warp an output.
 template <class X, class Out>
-__global__ void __launch_bounds__(kWarps * 32) plain_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kWarps * 32)
+    plain_kernel(const LinearParams p, const Scales scales) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (item >= p.m * p.n) return;
@@ -307,18 +305,21 @@ __global__ void __launch_bounds__(kWarps * 32) plain_kernel(const LinearParams p
     for (int64_t k = k0 + lane; k < k1; k += 32) {
       float value;
       if constexpr (sizeof(X) == 1)
-        value = e4m3_to_float(x[k]);
+        value = of_code(x[k]);
       else
         value = to_float(x[k]);
-      sum += value * e4m3_to_float(w[k]);
+      sum += value * of_code(w[k]);
     }
-    float scale = p.x_scale ? scale_at(p.x_scale, p.x_granularity, m, block, blocks) : 1.0f;
-    const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
-    scale *= scale_at(p.weight_scale, p.weight_granularity, row, block, blocks);
-    total += sum * scale;
+    const float of_row = scales.x.data ? *scales.x(m, block) : 1.0f;
+    total += sum * (of_row * *scales.weight(n, block));
   }
   total = reduce_warp(total, Sum{});
   if (lane == 0) finish<Out>(p, m, n, total);
+}
+
+Scales scales_of(const LinearParams& p) {
+  return {scale_at(p.x_scale, p.x_granularity, p.k),
+          scale_at(p.weight_scale, p.weight_granularity, p.k, p.weight_block_rows)};
 }
 
 template <class X, class Out>
@@ -326,7 +327,7 @@ void plain(const LinearParams& p, const Where& where) {
   const int64_t blocks = (p.m * p.n + kWarps - 1) / kWarps;
   launch(where,
          {"fp8_gemm", {p.m, p.n, p.k}, dim3(static_cast<unsigned>(blocks)), dim3(kWarps * 32)},
-         plain_kernel<X, Out>, p);
+         plain_kernel<X, Out>, p, scales_of(p));
 }
 
 template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
@@ -339,7 +340,7 @@ void few_rows(const LinearParams& p, const Where& where) {
           dim3(static_cast<unsigned>(feature_tiles * row_blocks)),
           dim3(kWarps * 32),
           kWarps * kStages * kStage},
-         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, feature_tiles);
+         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, scales_of(p), feature_tiles);
 }
 
 template <class X, class Out>

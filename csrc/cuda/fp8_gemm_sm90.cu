@@ -8,21 +8,21 @@
 //   consumer 1 |    .    |   wgmma 0 a, + | wgmma 0 b, + | ... | store  all kN features
 //
 // A stage is 16 KB of x and kN * 128 bytes of weight under the 128-byte swizzle, and with block
-// scales the 128 + kN / 128 scales of that k, which a second warp of the producer copies; full[stage]
-// counts TMA's bytes and that warp's copies, empty[stage] the consumers' eight warps.
+// scales the 128 + kN / 128 scales of that k, which a second warp of the producer copies;
+// full[stage] counts TMA's bytes and that warp's copies, empty[stage] the consumers' eight warps.
 //
 // Hopper's tensor cores keep about 14 bits of a sum of e4m3 products. So each 128 of k is summed
-// there from zero, for 128 features at a time (a, b), and added in fp32: with block scales by an fma
-// with them, else plainly, with the scales at the end. One consumer adds while the other multiplies;
-// sums of 256 features and products of 128 are 192 registers.
+// there from zero, for 128 features at a time (a, b), and added in fp32: with block scales by an
+// fma with them, else plainly, with the scales at the end. One consumer adds while the other
+// multiplies; sums of 256 features and products of 128 are 192 registers.
 //
 // Cost: 2 M N K FLOPs. Limit on H200 about 1,580 TFLOP/s: a stage of 128 x 256 x 128 is 1,024
 // cycles of wgmma against 48 KB from L2, 47 bytes a cycle, and 2 x 64 fp32 additions a thread of
 // each consumer. Predicted: docs/kernels.md.
 //
 // An output's sums do not depend on the tile, M or the number of multiprocessors.
+#include "common/scales.cuh"
 #include "common/tensor_map.h"
-#include "common/vector.cuh"
 
 namespace lf::cuda {
 namespace {
@@ -47,16 +47,10 @@ struct Shared {
 
 enum class Store { elements, pairs, tma };
 
-// Where a scale is: row * of_row + (block of k) * of_k.
-struct ScaleAt {
-  const float* data;
-  int64_t of_row, of_k;
-};
-
 struct Problem {
   LinearParams p;
   int tiles_m, tiles_n, k_blocks;
-  ScaleAt x, weight;  // weight's rows are of blocks of 128, with block scales
+  ScaleAt x, weight;
   Store store;
 };
 
@@ -88,8 +82,8 @@ LF_DEVICE Turn turn(uint32_t i) {
   return {static_cast<int>(i % kStages), static_cast<int>(i / kStages % 2)};
 }
 
-// The producer's threads: one for x and the weight; all for the scales of a stage, a row each; three
-// warps for what a tile needs at its end.
+// The producer's threads: one for x and the weight; all for the scales of a stage, a row each;
+// three warps for what a tile needs at its end.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
                        const CUtensorMap& weight_map, Shared<Out, kN, blockwise>& shared) {
@@ -98,10 +92,10 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
   uint32_t loads = 0, tiles = 0;
   for_tiles<kN>(problem, [&](const Tile& tile) {
     if (blockwise || thread == 0) {
-      const int64_t m = tile.m + thread, part = tile.n / kPart + thread;
-      const bool in_m = m < p.m, in_n = part * kPart < p.n;
-      const float* of_row = problem.x.data + (in_m ? m * problem.x.of_row : 0);
-      const float* of_part = problem.weight.data + (in_n ? part * problem.weight.of_row : 0);
+      const int64_t m = tile.m + thread, n = tile.n + thread * kPart;
+      const bool in_m = m < p.m, in_n = n < p.n;
+      const float* of_row = problem.x(in_m ? m : 0);
+      const float* of_part = problem.weight(in_n ? n : 0);
       for (int k = 0; k < problem.k_blocks; ++k, ++loads) {
         const auto [stage, parity] = turn(loads);
         uint64_t* const full = &shared.full[stage];
@@ -126,8 +120,8 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
     for (int i = thread - 32; i < kN; i += 96) {
       const int64_t m = tile.m + i, n = tile.n + i;
       if constexpr (!blockwise) {
-        if (i < kM) shared.of_row[0][i] = m < p.m ? problem.x.data[m * problem.x.of_row] : 0.0f;
-        shared.of_feature[0][i] = n < p.n ? problem.weight.data[n * problem.weight.of_row] : 0.0f;
+        if (i < kM) shared.of_row[0][i] = m < p.m ? *problem.x(m) : 0.0f;
+        shared.of_feature[0][i] = n < p.n ? *problem.weight(n) : 0.0f;
       }
       shared.bias[i] =
           p.bias && n < p.n ? static_cast<const Out*>(p.bias)[n] : from_float<Out>(0.0f);
@@ -151,9 +145,9 @@ LF_DEVICE uint32_t pack(float a, float b) {
   return word;
 }
 
-// A consumer's share of the output: a warp has 16 rows, of which this lane holds `group` and group +
-// 8, features 8 j + 2 quarter + ... of each 8. Through shared memory and TMA, 128 bytes of a row at
-// a time, or straight out where N does not allow TMA.
+// A consumer's share of the output: a warp has 16 rows, of which this lane holds `group` and group
+// + 8, features 8 j + 2 quarter + ... of each 8. Through shared memory and TMA, 128 bytes of a row
+// at a time, or straight out where N does not allow TMA.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
                           Shared<Out, kN, blockwise>& shared, const float (&sum)[kN / 128][64],
@@ -166,7 +160,7 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
     for (int h = 0; h < 2; ++h) of_row[h] = shared.of_row[0][first + lane / 4 + h * 8];
   // Features 8 j + column and the next of both rows, finished.
   const auto finished = [&](int j, float (&v)[2][2]) {
-    const float(&s)[64] = sum[j / 16];
+    const float (&s)[64] = sum[j / 16];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float bias = to_float(shared.bias[j * 8 + column + i]);
@@ -270,8 +264,8 @@ __global__ void __launch_bounds__(384, 1)
       float of_row[2];
       if constexpr (blockwise)
         for (int h = 0; h < 2; ++h)
-          of_row[h] = shared.of_row[stage][warpgroup * kRowsEach + thread / 32 * 16 + lane / 4 +
-                                           h * 8];
+          of_row[h] =
+              shared.of_row[stage][warpgroup * kRowsEach + thread / 32 * 16 + lane / 4 + h * 8];
 #pragma unroll
       for (int half = 0; half < kN / kPart; ++half) {
         float part[64];
@@ -319,17 +313,12 @@ CUtensorMap bytes_map(const void* data, int64_t rows, int64_t k, int64_t stride,
 
 template <class Out, int kN, bool blockwise>
 void run(const LinearParams& p, const Where& where, Store store) {
-  const int64_t k_blocks = (p.k + kK - 1) / kK;
-  const auto scales = [&](const float* data, Scale granularity) {
-    if (granularity == Scale::tensor) return ScaleAt{data, 0, 0};
-    return granularity == Scale::row ? ScaleAt{data, 1, 0} : ScaleAt{data, k_blocks, 1};
-  };
   const Problem problem{p,
                         static_cast<int>((p.m + kM - 1) / kM),
                         static_cast<int>((p.n + kN - 1) / kN),
-                        static_cast<int>(k_blocks),
-                        scales(p.x_scale, p.x_granularity),
-                        scales(p.weight_scale, p.weight_granularity),
+                        static_cast<int>((p.k + kK - 1) / kK),
+                        scale_at(p.x_scale, p.x_granularity, p.k),
+                        scale_at(p.weight_scale, p.weight_granularity, p.k, p.weight_block_rows),
                         store};
   const CUtensorMap x_map = bytes_map(p.x, p.m, p.k, p.x_stride, kM);
   const CUtensorMap weight_map = bytes_map(p.weight, p.n, p.k, p.weight_stride, kN);

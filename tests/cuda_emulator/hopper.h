@@ -164,10 +164,10 @@ inline float load_as(const void* p, __nv_fp8_e4m3) {
 
 // What Hopper's wgmma makes of e4m3 products and the sum so far, which fp32 would be too kind for:
 // all are cut off 13 bits below the largest of them (of a product, the sum of its factors'
-// exponents), added exactly, and the sum keeps 13 bits after its leading one. Sources: DeepSeek-V3's
-// report, section 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication Engines Are
-// Not As Accurate As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical behavior of
-// NVIDIA tensor cores" (truncation towards zero).
+// exponents), added exactly, and the sum keeps 13 bits after its leading one. Sources:
+// DeepSeek-V3's report, section 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication
+// Engines Are Not As Accurate As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores" (truncation towards zero).
 inline float hopper_e4m3_sum(const float* a, const float* b, const int* a_exponent,
                              const int* b_exponent, int depth, float so_far) {
   constexpr int kBits = 13, kNone = -1000;  // kNone: zero's exponent, as in exponents()
@@ -386,9 +386,7 @@ inline void cp_async_arrive(uint64_t* bar) {
   });
   t.groups.clear();
 }
-inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
-  emu::stmatrix("stmatrix.x4", row, r);
-}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { emu::stmatrix("stmatrix.x4", row, r); }
 
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   emu::tma_load(to, map, bar, {x, y, 0, 0, 0});
