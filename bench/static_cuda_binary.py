@@ -24,6 +24,7 @@ SASS = {
     "e4m3 to fp16": r"\bF2FP\.F16\.E4M3\.UNPACK",
     "ldmatrix": r"\bLDSM\.",
     "setmaxnreg": r"\bUSETMAXREG\.",
+    "TMA multicast": r"\bUTMALDG\.\S*MULTICAST",
     "ex2": r"\bMUFU\.EX2",
 }
 RESERVED = (

@@ -82,7 +82,7 @@ def _few_rows(a: Arguments, arch: str) -> list[str]:
 
 
 def _many_rows(a: Arguments, arch: str) -> list[str]:
-    always = ["wgmma e4m3", "TMA", "setmaxnreg"]
+    always = ["wgmma e4m3", "TMA", "TMA multicast", "setmaxnreg"]
     return always if a[0] == F32 else [*always, "TMA stores"]
 
 

@@ -1,15 +1,17 @@
 // fp8_gemm for many rows on Hopper: out = (x @ weight^T) * x_scale * weight_scale + bias.
 //
 // Persistent: a block a multiprocessor walks tiles of 128 rows by kN features (256; 128 for fp32
-// results or few tiles), in groups of rows that share their weights in L2. Three warpgroups:
+// results or few tiles), in groups of rows that share their weights in L2; two neighbouring blocks
+// are a cluster, have the same features, and each copies half of the weight to both. Of a block,
+// three warpgroups:
 //
 //   producer   | load k0 | load k1 | load k2 | ...            TMA, four stages of 128 in k
 //   consumer 0 |    .    | wgmma 0 a, + | wgmma 0 b, + | ... | store    64 rows each,
 //   consumer 1 |    .    |   wgmma 0 a, + | wgmma 0 b, + | ... | store  all kN features
 //
 // A stage is 16 KB of x and kN * 128 bytes of weight under the 128-byte swizzle, and with block
-// scales the 128 + kN / 128 scales of that k, which a second warp of the producer copies;
-// full[stage] counts TMA's bytes and that warp's copies, empty[stage] the consumers' eight warps.
+// scales the 128 + kN / 128 scales of that k, which the producer's other threads copy; full[stage]
+// counts TMA's bytes and their copies, empty[stage] both blocks' consumers, eight warps each.
 //
 // Hopper's tensor cores keep about 14 bits of a sum of e4m3 products. So each 128 of k is summed
 // there from zero, for 128 features at a time (a, b), and added in fp32: with block scales by an
@@ -17,8 +19,8 @@
 // multiplies; sums of 256 features and products of 128 are 192 registers.
 //
 // Cost: 2 M N K FLOPs. Limit on H200 about 1,580 TFLOP/s: a stage of 128 x 256 x 128 is 1,024
-// cycles of wgmma against 48 KB from L2, 47 bytes a cycle, and 2 x 64 fp32 additions a thread of
-// each consumer. Predicted: docs/kernels.md.
+// cycles of wgmma against 32 KB from L2, 31 bytes a cycle (47 without clusters), and 2 x 64 fp32
+// additions a thread of each consumer. Predicted: docs/kernels.md.
 //
 // An output's sums do not depend on the tile, M or the number of multiprocessors.
 #include "common/scales.cuh"
@@ -30,7 +32,7 @@ namespace {
 constexpr int kM = 128, kK = 128, kStages = 4, kRowsEach = 64;
 constexpr int kPart = 128;               // features whose products are summed at once
 constexpr int kStore = kRowsEach * 128;  // bytes of a box of the output: 64 rows of 128 bytes
-constexpr int kGroup = 16;               // row tiles that walk the features together
+constexpr int kGroup = 16;               // clusters' row tiles that walk the features together
 
 template <class Out, int kN, bool blockwise>
 struct Shared {
@@ -49,7 +51,8 @@ enum class Store { elements, pairs, tma };
 
 struct Problem {
   LinearParams p;
-  int tiles_m, tiles_n, k_blocks;
+  int cluster;                     // 1 or 2 blocks, of neighbouring rows
+  int tiles_m, tiles_n, k_blocks;  // tiles_m: a cluster's
   ScaleAt x, weight;
   Store store;
 };
@@ -63,14 +66,16 @@ LF_DEVICE Tile tile_at(const Problem& problem, int index) {
   const int first = group * kGroup;
   const int height = problem.tiles_m - first < kGroup ? problem.tiles_m - first : kGroup;
   const int within = index % per_group;
-  return {(first + within % height) * kM, within / height * kN};
+  const int m = (first + within % height) * problem.cluster + static_cast<int>(ptx::cluster_rank());
+  return {m * kM, within / height * kN};
 }
 
 // Calls f with each tile of this block.
 template <int kN, class F>
 LF_DEVICE void for_tiles(const Problem& problem, F&& f) {
   const int tiles = problem.tiles_m * problem.tiles_n;
-  for (int t = static_cast<int>(blockIdx.x); t < tiles; t += static_cast<int>(gridDim.x))
+  const int step = static_cast<int>(gridDim.x) / problem.cluster;
+  for (int t = static_cast<int>(blockIdx.x) / problem.cluster; t < tiles; t += step)
     f(tile_at<kN>(problem, t));
 }
 
@@ -96,6 +101,7 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
       const bool in_m = m < p.m, in_n = n < p.n;
       const float* of_row = problem.x(in_m ? m : 0);
       const float* of_part = problem.weight(in_n ? n : 0);
+#pragma unroll 1  // or it spills
       for (int k = 0; k < problem.k_blocks; ++k, ++loads) {
         const auto [stage, parity] = turn(loads);
         uint64_t* const full = &shared.full[stage];
@@ -103,7 +109,13 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
         if (thread == 0) {
           ptx::mbarrier_arrive_expect(full, (kM + kN) * kK);
           ptx::tma_load_2d(shared.x[stage], &x_map, full, k * kK, tile.m);
-          ptx::tma_load_2d(shared.weight[stage], &weight_map, full, k * kK, tile.n);
+          if (problem.cluster == 1) {
+            ptx::tma_load_2d(shared.weight[stage], &weight_map, full, k * kK, tile.n);
+          } else {  // a half for both blocks; the other comes from the other
+            const int half = static_cast<int>(ptx::cluster_rank()) * (kN / 2);
+            ptx::tma_load_2d_multicast(shared.weight[stage] + half * kK, &weight_map, full, k * kK,
+                                       tile.n + half, 3);
+          }
         }
         if constexpr (blockwise) {
           ptx::cp_async_4(&shared.of_row[stage][thread], of_row, in_m ? 4 : 0);
@@ -228,31 +240,11 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
   }
 }
 
+// A consumer: 64 rows of each tile.
 template <class Out, int kN, bool blockwise>
-__global__ void __launch_bounds__(384, 1)
-    many_rows_kernel(const Problem problem, const __grid_constant__ CUtensorMap x_map,
-                     const __grid_constant__ CUtensorMap weight_map,
-                     const __grid_constant__ CUtensorMap out_map) {
-  LF_DYNAMIC_SHARED(memory);
-  auto& shared = *reinterpret_cast<Shared<Out, kN, blockwise>*>(memory);
+LF_DEVICE void consume(const Problem& problem, const CUtensorMap& out_map,
+                       Shared<Out, kN, blockwise>& shared) {
   const int warpgroup = static_cast<int>(threadIdx.x) / 128;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(&shared.full[i], blockwise ? 1 + 128 : 1);
-      ptx::mbarrier_init(&shared.empty[i], 8);
-    }
-    ptx::mbarrier_init(&shared.tile_full, 96);
-    ptx::mbarrier_init(&shared.tile_empty, 8);
-    ptx::mbarrier_init_fence();
-  }
-  __syncthreads();
-
-  if (warpgroup == 2) {
-    ptx::registers_decrease<40>();
-    produce(problem, x_map, weight_map, shared);
-    return;
-  }
-  ptx::registers_increase<232>();
   const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
   uint32_t loads = 0, tiles = 0;
   for_tiles<kN>(problem, [&](const Tile& tile) {
@@ -282,7 +274,9 @@ __global__ void __launch_bounds__(384, 1)
         ptx::wgmma_wait<0>();
         if (half == kN / kPart - 1) {
           __syncwarp();  // all lanes have read their scales
-          if (lane == 0) ptx::mbarrier_arrive(&shared.empty[stage]);
+          // Whoever writes here next waits for the readers of all that it writes to.
+          if (lane < problem.cluster)
+            ptx::mbarrier_arrive_at(&shared.empty[stage], static_cast<unsigned>(lane));
         }
 #pragma unroll
         for (int i = 0; i < 64; ++i)
@@ -300,6 +294,36 @@ __global__ void __launch_bounds__(384, 1)
   if (thread == 0) ptx::tma_store_wait<0>();  // shared memory outlives its readers
 }
 
+template <class Out, int kN, bool blockwise>
+__global__ void __launch_bounds__(384, 1)
+    many_rows_kernel(const Problem problem, const __grid_constant__ CUtensorMap x_map,
+                     const __grid_constant__ CUtensorMap weight_map,
+                     const __grid_constant__ CUtensorMap out_map) {
+  LF_DYNAMIC_SHARED(memory);
+  auto& shared = *reinterpret_cast<Shared<Out, kN, blockwise>*>(memory);
+  const int warpgroup = static_cast<int>(threadIdx.x) / 128;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::mbarrier_init(&shared.full[i], blockwise ? 1 + 128 : 1);
+      ptx::mbarrier_init(&shared.empty[i], 8 * problem.cluster);
+    }
+    ptx::mbarrier_init(&shared.tile_full, 96);
+    ptx::mbarrier_init(&shared.tile_empty, 8);
+    ptx::mbarrier_init_fence();
+  }
+  ptx::cluster_sync();
+
+  if (warpgroup == 2) {
+    ptx::registers_decrease<40>();
+    produce(problem, x_map, weight_map, shared);
+  } else {
+    ptx::registers_increase<232>();
+    consume(problem, out_map, shared);
+  }
+  __syncwarp();
+  ptx::cluster_sync();  // the other block may still write here, and arrive
+}
+
 CUtensorMap bytes_map(const void* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
   return tensor_map({data,
                      DType::e4m3,
@@ -313,15 +337,19 @@ CUtensorMap bytes_map(const void* data, int64_t rows, int64_t k, int64_t stride,
 
 template <class Out, int kN, bool blockwise>
 void run(const LinearParams& p, const Where& where, Store store) {
+  const int64_t rows = (p.m + kM - 1) / kM;
+  // Two blocks read a weight's tile once, unless one of them would often have no rows.
+  const int cluster = rows % 2 == 0 || rows >= 8 ? 2 : 1;
   const Problem problem{p,
-                        static_cast<int>((p.m + kM - 1) / kM),
+                        cluster,
+                        static_cast<int>((rows + cluster - 1) / cluster),
                         static_cast<int>((p.n + kN - 1) / kN),
                         static_cast<int>((p.k + kK - 1) / kK),
                         scale_at(p.x_scale, p.x_granularity, p.k),
                         scale_at(p.weight_scale, p.weight_granularity, p.k, p.weight_block_rows),
                         store};
   const CUtensorMap x_map = bytes_map(p.x, p.m, p.k, p.x_stride, kM);
-  const CUtensorMap weight_map = bytes_map(p.weight, p.n, p.k, p.weight_stride, kN);
+  const CUtensorMap weight_map = bytes_map(p.weight, p.n, p.k, p.weight_stride, kN / cluster);
   CUtensorMap out_map{};
   if (store == Store::tma)
     out_map = tensor_map({p.out,
@@ -333,14 +361,14 @@ void run(const LinearParams& p, const Where& where, Store store) {
                           true},
                          "fp8_gemm");
   const int tiles = problem.tiles_m * problem.tiles_n;
-  const int blocks =
-      tiles < device_of(where).multiprocessors ? tiles : device_of(where).multiprocessors;
+  const int most = device_of(where).multiprocessors / cluster;
   launch(where,
          {"fp8_gemm",
           {p.m, p.n, p.k},
-          dim3(static_cast<unsigned>(blocks)),
+          dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster)),
           dim3(384),
-          sizeof(Shared<Out, kN, blockwise>)},
+          sizeof(Shared<Out, kN, blockwise>),
+          static_cast<unsigned>(cluster)},
          many_rows_kernel<Out, kN, blockwise>, problem, x_map, weight_map, out_map);
 }
 

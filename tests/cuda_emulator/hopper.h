@@ -81,23 +81,45 @@ inline int box_bytes(const TensorMap& m) {
   return static_cast<int>(bytes);
 }
 
-inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at) {
+// What lies at the same place of another block of the cluster.
+template <class T>
+T* in_block(T* mine, unsigned rank) {
+  auto* at = reinterpret_cast<unsigned char*>(mine);
+  return reinterpret_cast<T*>(state().blocks.at(rank).shared + (at - block().shared));
+}
+inline MBarrier& mbarrier_at(uint64_t* bar, unsigned rank) {
+  uint64_t* there = in_block(bar, rank);
+  if (!state().blocks[rank].mbarriers.count(there)) fail("mbarrier: used before its init");
+  return *reinterpret_cast<MBarrier*>(there);
+}
+
+// Into every block of the cluster whose bit is in `blocks`; the bytes count in each one's barrier.
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at,
+                     unsigned blocks) {
   const TensorMap m = tensor_map(map);
   const int bytes = box_bytes(m);
   check_shared("TMA load", to, static_cast<size_t>(bytes),
                m.swizzle_bytes ? m.swizzle_bytes * 8 : 128);
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  MBarrier& b = mbarrier(bar);
-  state().in_flight.push_back([=, &b] {
-    for_box(m, to, at.data(), [&](unsigned char* s, const unsigned char* g) {
-      if (g)
-        std::memcpy(s, g, m.element_bytes);
-      else
-        std::memset(s, 0, m.element_bytes);
+  mbarrier(bar);
+  for (unsigned rank = 0; rank < state().blocks.size(); ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    unsigned char* there = in_block(static_cast<unsigned char*>(to), rank);
+    std::memset(there, 0xff, static_cast<size_t>(bytes));
+    MBarrier& b = mbarrier_at(bar, rank);
+    state().in_flight.push_back([=, &b] {
+      for_box(m, there, at.data(), [&](unsigned char* s, const unsigned char* g) {
+        if (g)
+          std::memcpy(s, g, m.element_bytes);
+        else
+          std::memset(s, 0, m.element_bytes);
+      });
+      b.bytes -= bytes;
+      settle(b);
     });
-    b.bytes -= bytes;
-    settle(b);
-  });
+  }
+}
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at) {
+  tma_load(to, map, bar, at, 1u << block().rank);
 }
 
 // The inverse of ldmatrix.
@@ -364,6 +386,12 @@ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
   emu::settle(b);
 }
 inline void mbarrier_arrive(uint64_t* bar) { mbarrier_arrive_expect(bar, 0); }
+inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
+  emu::MBarrier& b = emu::mbarrier_at(bar, rank);
+  if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
+  --b.left;
+  emu::settle(b);
+}
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   emu::MBarrier& b = emu::mbarrier(bar);
   emu::wait_until("mbarrier wait",
@@ -390,6 +418,10 @@ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { emu::stmatrix("stma
 
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   emu::tma_load(to, map, bar, {x, y, 0, 0, 0});
+}
+inline void tma_load_2d_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y,
+                                  int blocks) {
+  emu::tma_load(to, map, bar, {x, y, 0, 0, 0}, static_cast<unsigned>(blocks));
 }
 inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
   emu::tma_load(to, map, bar, {x, y, z, 0, 0});

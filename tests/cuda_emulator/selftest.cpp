@@ -416,6 +416,46 @@ void cluster(bool barrier, bool last = true) {
       8, 4);
 }
 
+// Two blocks, four times: each copies half of a tile to both, waits for all of it, and tells both
+// that it has read it. Both blocks' halves count in each one's barrier.
+void multicast(bool tell_both) {
+  std::vector<uint16_t> from(4 * 64 * 64);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
+  const CUtensorMap map = map_of(from, 4 * 64, 64, 32, DType::bf16);
+  run(
+      32, 8192 + 16,
+      [&] {
+        LF_DYNAMIC_SHARED(memory);
+        auto* full = reinterpret_cast<uint64_t*>(memory + 8192);
+        auto* empty = full + 1;
+        const int half = static_cast<int>(ptx::cluster_rank()) * 32;
+        if (lane() == 0) {
+          ptx::mbarrier_init(full, 1);
+          ptx::mbarrier_init(empty, tell_both ? 2 : 1);
+          ptx::mbarrier_init_fence();
+        }
+        ptx::cluster_sync();
+        for (int i = 0; i < 4; ++i) {
+          if (lane() == 0) {
+            ptx::mbarrier_wait(empty, i % 2 ^ 1);
+            ptx::mbarrier_arrive_expect(full, 8192);
+            ptx::tma_load_2d_multicast(memory + half * 128, &map, full, 0, i * 64 + half, 3);
+          }
+          ptx::mbarrier_wait(full, i % 2);
+          for (int r = lane(); r < 64; r += 32)
+            for (int c = 0; c < 8; ++c)
+              EXPECT(reinterpret_cast<const uint16_t*>(memory + r * 128 + (c ^ r % 8) * 16)[3] ==
+                     (i * 64 + r) * 64 + c * 8 + 3);
+          __syncwarp();
+          for (unsigned other = 0; other < 2; ++other)
+            if (lane() == 0 && (tell_both || other == ptx::cluster_rank()))
+              ptx::mbarrier_arrive_at(empty, other);
+        }
+        ptx::cluster_sync();
+      },
+      4, 2);
+}
+
 // Sums over a block through one scratch: a warp that runs ahead writes the next one while others
 // still read.
 void scratch_used_again() {
@@ -449,6 +489,7 @@ const Case cases[] = {
     {"named_barriers", named_barriers},
     {"tma", [] { tma(); }},
     {"cluster", [] { cluster(true); }},
+    {"multicast", [] { multicast(true); }},
     {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
     {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
     {"wgmma_e4m3_sum", wgmma_e4m3_sum},
@@ -462,6 +503,7 @@ const Case cases[] = {
     {"bug_tma_missing_proxy_fence", [] { tma("proxy fence"); }},
     {"bug_cluster_missing_barrier", [] { cluster(false); }},
     {"bug_cluster_early_end", [] { cluster(true, false); }},
+    {"bug_multicast_tells_one", [] { multicast(false); }},
     {"bug_scratch_used_again", scratch_used_again},
     {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
     {"bug_missing_wait", [] { cp_async(false); }},

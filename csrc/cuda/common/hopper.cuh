@@ -29,6 +29,17 @@ __device__ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// On the barrier at the same place of block `rank` of the cluster.
+__device__ inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(bar)),
+      "r"(rank)
+      : "memory");
+}
 // Until the phase of this parity (0, then 1, 0, ...) has ended.
 __device__ inline void mbarrier_wait(uint64_t* bar, int parity) {
   asm volatile(
@@ -72,6 +83,15 @@ __device__ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* b
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
+      : "memory");
+}
+// To the same place of every block of the cluster whose bit is in `blocks`, and its barrier.
+__device__ inline void tma_load_2d_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int x,
+                                             int y, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 }
 __device__ inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y,
