@@ -205,8 +205,8 @@ def test_fp8_gemm(
     cuda: Any, m: int, n: int, k: int, x_dtype: torch.dtype, out_dtype: torch.dtype, scales: str
 ) -> None:
     """Up to 64 rows: all eight warps, some with two blocks of k. More: more blocks of k than
-    stages, more tiles than multiprocessors; stored by TMA where N is a multiple of 8; clusters of two
-    blocks, the last with rows for one."""
+    stages, more tiles than multiprocessors; stored by TMA where N is a multiple of 8; clusters of
+    two blocks, the last with rows for one."""
     x = at_page_end(torch.randint(-2, 3, (m, k)).float().to(x_dtype))
     weight = at_page_end(torch.randint(-2, 3, (n, k)).float().to(E4M3))
     blocks = -(-k // 128)
