@@ -32,17 +32,16 @@ namespace {
 constexpr int kM = 128, kK = 128, kStages = 4, kRowsEach = 64;
 constexpr int kPart = 128;               // features whose products are summed at once
 constexpr int kStore = kRowsEach * 128;  // bytes of a box of the output: 64 rows of 128 bytes
-constexpr int kGroup = 16;               // clusters' row tiles that walk the features together
+constexpr int kGroup = 16;               // row tiles that walk the features together
 
 template <class Out, int kN, bool blockwise>
 struct Shared {
-  static constexpr int parts = kN / kPart;
   unsigned char x[kStages][kM * kK];
   unsigned char weight[kStages][kN * kK];
   unsigned char out[2][2][kStore];  // [consumer][buffer]
   // Scales of a stage by blocks, else of a tile.
   float of_row[blockwise ? kStages : 1][kM];
-  float of_feature[blockwise ? kStages : 1][blockwise ? parts : kN];
+  float of_feature[blockwise ? kStages : 1][blockwise ? kN / kPart : kN];
   Out bias[kN];
   uint64_t full[kStages], empty[kStages], tile_full, tile_empty;
 };
@@ -62,9 +61,9 @@ struct Tile {
 };
 template <int kN>
 LF_DEVICE Tile tile_at(const Problem& problem, int index) {
-  const int per_group = kGroup * problem.tiles_n, group = index / per_group;
-  const int first = group * kGroup;
-  const int height = problem.tiles_m - first < kGroup ? problem.tiles_m - first : kGroup;
+  const int most = kGroup / problem.cluster, per_group = most * problem.tiles_n;
+  const int first = index / per_group * most;
+  const int height = problem.tiles_m - first < most ? problem.tiles_m - first : most;
   const int within = index % per_group;
   const int m = (first + within % height) * problem.cluster + static_cast<int>(ptx::cluster_rank());
   return {m * kM, within / height * kN};
@@ -150,19 +149,13 @@ LF_DEVICE void store_pair(Out* to, float a, float b) {
   } const pair{{from_float<Out>(a), from_float<Out>(b)}};
   *reinterpret_cast<std::remove_const_t<decltype(pair)>*>(to) = pair;
 }
-template <class Out>
-LF_DEVICE uint32_t pack(float a, float b) {
-  uint32_t word;
-  store_pair(reinterpret_cast<Out*>(&word), a, b);
-  return word;
-}
 
 // A consumer's share of the output: a warp has 16 rows, of which this lane holds `group` and group
 // + 8, features 8 j + 2 quarter + ... of each 8. Through shared memory and TMA, 128 bytes of a row
 // at a time, or straight out where N does not allow TMA.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
-                          Shared<Out, kN, blockwise>& shared, const float (&sum)[kN / 128][64],
+                          Shared<Out, kN, blockwise>& shared, const float (&sum)[kN / kPart][64],
                           const Tile& tile, int consumer) {
   const LinearParams& p = problem.p;
   const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
@@ -202,7 +195,8 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
             float v[2][2];
             finished(box * 8 + j + i, v);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) words[2 * i + h] = pack<Out>(v[h][0], v[h][1]);
+            for (int h = 0; h < 2; ++h)
+              store_pair(reinterpret_cast<Out*>(&words[2 * i + h]), v[h][0], v[h][1]);
           }
           ptx::stmatrix_x4(buffer + row * 128 + (((j + chunk) ^ row % 8) << 4), words);
         }
