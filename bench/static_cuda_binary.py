@@ -90,9 +90,10 @@ def read(binary: Path) -> list[Kernel]:
         operations = {key: value for dump in dumps for key, value in dump.items()}
     kernels = []
     for (arch, symbol), (registers, stack, shared) in resources.items():
-        codes, wgmmas, groups, ahead = operations[arch, symbol]
+        codes, wgmmas, groups = operations[arch, symbol]
+        ahead = _ahead(codes)
         file, name, arguments = _parse(symbol)
-        found = tuple(compiled._search(SASS, "\n".join(codes)))
+        found = tuple(compiled._search(SASS, "\n".join(set(codes))))
         if int(arch[3:5]) >= 90:
             shared = max(0, shared - RESERVED)
         kernels.append(
@@ -121,35 +122,38 @@ def _resources(text: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 _LINE = re.compile(r"        /\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
 
 
-_Operations = tuple[Iterable[str], int, int, int]
-
-
-def _operations(arch: str, binary: Path) -> dict[tuple[str, str], _Operations]:
-    """(arch, symbol) -> the operations that occur, how many are wgmma, and wgmma that ends a group
-    (gsb0: what a wait waits for), and Kernel.ahead, in the order of the code."""
+def _operations(arch: str, binary: Path) -> dict[tuple[str, str], tuple[Iterable[str], int, int]]:
+    """(arch, symbol) -> the operations, how many are wgmma, and wgmma that ends a group (gsb0: what
+    a wait waits for)."""
     command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
-    found: dict[tuple[str, str], _Operations] = {}
-    symbol, codes, wgmmas, groups, ahead, starting = "", set[str](), 0, 0, 0, True
+    found: dict[tuple[str, str], tuple[Iterable[str], int, int]] = {}
+    symbol, codes, wgmmas, groups = "", list[str](), 0, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("        /*"):
                 if match := _LINE.match(line):
-                    codes.add(match[1])
-                    if starting:
-                        ahead += 16 * (match[1].startswith("LDGSTS.") and ".128" in match[1])
-                        starting = "MMA." not in match[1] and "DEPBAR.LE" not in match[1]
+                    codes.append(match[1])
                     # Without operands it only drains the pipeline.
                     if "GMMA." in match[1] and "gdesc[URZ]" not in match[2]:
                         wgmmas, groups = wgmmas + 1, groups + ("gsb0" in match[2])
             elif line.startswith("\t\tFunction : "):
-                symbol = line.split()[2]
-                codes, wgmmas, groups, ahead, starting = set(), 0, 0, 0, True
+                symbol, codes, wgmmas, groups = line.split()[2], [], 0, 0
             elif line.startswith("\t\t......") and symbol:
-                found[arch, symbol] = codes, wgmmas, groups, ahead
+                found[arch, symbol] = codes, wgmmas, groups
     if process.returncode:
         raise ToolError(f"cuobjdump --dump-sass -arch {arch} {binary}: exit {process.returncode}")
     return found
+
+
+def _ahead(operations: Iterable[str]) -> int:
+    """Kernel.ahead, by the operations in the order of the code."""
+    count = 0
+    for operation in operations:
+        if "MMA." in operation or "DEPBAR.LE" in operation:
+            break
+        count += operation.startswith("LDGSTS.") and ".128" in operation
+    return 16 * count
 
 
 def _parse(symbol: str) -> tuple[str, str, tuple[str, ...]]:
