@@ -24,11 +24,13 @@ PING_PONG_OVERLAP = 0.6
 # Of a block's life in which its loads are on their way, where nothing is fetched ahead: assumed.
 # The rest is reducing, storing and the next block's start.
 LOADING = 2 / 3
-# Instructions of an output besides its products: two scales, a bias, half a conversion, half a
-# store, addresses. Assumed; in turn with the products, as a block's consumers finish together.
-EPILOGUE = 6.0
+# Instructions of an output besides its products, from the SASS: scales, a bias, conversion, half a
+# store, addresses; in turn with the products, as a block's consumers finish together.
+EPILOGUE = 4.5
 # Instructions of a warp for each 8 KB of a cache: assumed, from the loop's SASS without its masks.
 DECODE_INSTRUCTIONS = {2: 400.0, 1: 700.0}
+# Of a warp for each 4 KB of a weight beside up to 16 rows, from the loop's SASS.
+FEW_ROWS_INSTRUCTIONS = {"fp8_gemm": 424.0, "fp8_linear": 719.0}
 
 
 Demand = Callable[["Kernel", Gpu], Work]
@@ -160,23 +162,26 @@ def few_rows(op: str, m: int, n: int, k_dim: int) -> Demand:
             executed=2.0 * max(16, m) * n * k_dim,
             fp8=False,  # on sm_90 mma.sync of e4m3 is compiled to fp16's
             matrix_share=MMA_SYNC,
-            fp32=0.0,
+            fp32=FEW_ROWS_INSTRUCTIONS[op] * 32 * n * k_dim / 4096,
+            overlap=1.0,  # a warp's products and its conversions, among 15 other warps'
             programs=-(-n // 32),
             per_sm=k.blocks,
-            in_flight=LOADING * k.in_flight,
+            in_flight=k.in_flight,
         )
 
     return work
 
 
-def many_rows(m: int, n: int, k_dim: int, tile_n: int, promoted: bool) -> Demand:
-    """A stage is read by two consumers: 64 rows of x each, all of the weight's tile."""
+def many_rows(m: int, n: int, k_dim: int) -> Demand:
+    """Tiles of 128 x 256. A stage is read by two consumers: 64 rows of x each, once for each half
+    of the weight's tile, and all of that. Sums leave the matrix unit every 128 of k."""
+    tile_n = 256
 
     def work(k: Kernel, gpu: Gpu) -> Work:
         base = cost_model.work_of("fp8_gemm", m=m, n=n, k=k_dim)
         tiles = -(-m // 128) * -(-n // tile_n)
         executed = 2.0 * tiles * 128 * tile_n * k_dim
-        promotion = m * n * k_dim / 128 / gpu.fp32 if promoted else 0.0
+        promotion = m * n * k_dim / 128 / gpu.fp32
         # Promotion runs beside the other consumer's products in part; the epilogue beside none.
         exposed = (1 - cost_model.PROMOTION_OVERLAP) * promotion + EPILOGUE * m * n / gpu.fp32
         return replace(
@@ -184,7 +189,7 @@ def many_rows(m: int, n: int, k_dim: int, tile_n: int, promoted: bool) -> Demand
             executed=executed,
             fp32=exposed * gpu.fp32,
             overlap=0.0,
-            shared=tiles * (k_dim / 128) * 2 * (64 + tile_n) * 128,
+            shared=tiles * (k_dim / 128) * 2 * (2 * 64 + tile_n) * 128,
             programs=tiles,
             per_sm=k.blocks,
             in_flight=math.inf,
@@ -258,20 +263,20 @@ KERNELS = (
         decode(32, 4096, 1), 4 * 2 * 8192,
     ),
     Kernel(
-        "fp8_gemm.cu", "16 rows, gate and up", "16 x 32", 256, 106, 16384,
-        few_rows("fp8_gemm", 16, 2 * INNER, HIDDEN), 256 * 128,
+        "fp8_gemm.cu", "16 rows, gate and up", "16 x 32", 256, 121, 98304,
+        few_rows("fp8_gemm", 16, 2 * INNER, HIDDEN), 256 * 256,
     ),
     Kernel(
-        "fp8_gemm.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 122, 16384,
-        few_rows("fp8_linear", 1, 2 * INNER, HIDDEN), 256 * 128,
+        "fp8_gemm.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 84, 98304,
+        few_rows("fp8_linear", 1, 2 * INNER, HIDDEN), 256 * 256,
     ),
     Kernel(
-        "fp8_gemm_sm90.cu", "rows, 8192^3", "128 x 256 x 128", 384, 168, 229440,
-        many_rows(8192, 8192, 8192, 256, promoted=False),
+        "fp8_gemm_sm90.cu", "rows, 8192^3", "128 x 256 x 128", 384, 168, 231504,
+        many_rows(8192, 8192, 8192),
     ),
     Kernel(
-        "fp8_gemm_sm90.cu", "blocks, 4096 x 7168 x 16384", "128 x 128 x 128", 384, 168, 163904,
-        many_rows(4096, 7168, 16384, 128, promoted=True),
+        "fp8_gemm_sm90.cu", "blocks, 4096 x 7168 x 16384", "128 x 256 x 128", 384, 168, 232048,
+        many_rows(4096, 7168, 16384),
     ),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ SASS = {
     "e4m3 to fp16": r"\bF2FP\.F16\.E4M3\.UNPACK",
     "ldmatrix": r"\bLDSM\.",
     "setmaxnreg": r"\bUSETMAXREG\.",
+    "TMA multicast": r"\bUTMALDG\.\S*MULTICAST",
     "griddepcontrol.wait": r"\bACQBULK\b",
     "ex2": r"\bMUFU\.EX2",
 }
@@ -54,6 +55,7 @@ class Kernel:
     wgmmas: int = 0
     wgmma_groups: int = 0  # that end with something to wait for
     counts: Mapping[str, int] = field(default_factory=dict)  # of COUNTED
+    ahead: int = 0  # bytes that a thread copies by 16-byte cp.async before it waits or multiplies
     wide_compares: int = 0  # of 64 bits, in the loop of wgmma that has most
     early_loads: int = 0  # from global memory before griddepcontrol.wait
     released: int = 0  # registers per thread that setmaxnreg leaves a producer; 0: there is none
@@ -184,6 +186,7 @@ def _fields(code: list[_Line]) -> dict[str, Any]:
             what: sum(bool(re.fullmatch(pattern, line.operation)) for line in code)
             for what, pattern in COUNTED.items()
         },
+        "ahead": _ahead([line.operation for line in code]),
         "wgmmas": len(wgmmas),
         "wgmma_groups": sum("gsb0" in line.operands for line in wgmmas),
         "wide_compares": max(wide, default=0),
@@ -191,6 +194,16 @@ def _fields(code: list[_Line]) -> dict[str, Any]:
         "released": max(moved["DEALLOC"]),
         "taken": max(moved["TRY_ALLOC"]),
     }
+
+
+def _ahead(operations: Iterable[str]) -> int:
+    """Kernel.ahead, by the operations in the order of the code."""
+    count = 0
+    for operation in operations:
+        if "MMA." in operation or "DEPBAR.LE" in operation:
+            break
+        count += operation.startswith("LDGSTS.") and ".128" in operation
+    return 16 * count
 
 
 def _loops(code: list[_Line]) -> list[list[_Line]]:

@@ -33,7 +33,8 @@ class Plan:
     kernel: str
     instances: Sequence[Arguments]
     threads: Callable[[Arguments], int]
-    blocks: int  # on one multiprocessor; fewer where shared memory has no room for them
+    # On one multiprocessor; fewer where shared memory has no room for them.
+    blocks: int | Callable[[Arguments], int]
     why: str  # that many
     needs: Callable[[Arguments, str], Iterable[str]]  # and the architecture: keys of SASS
     shared: Callable[[Arguments], int] = lambda a: 0  # dynamic, bytes a block
@@ -41,11 +42,14 @@ class Plan:
     archs: tuple[str, ...] = PORTABLE
     launched: Callable[[Arguments, str], bool] = lambda a, arch: True
     streams: bool = False  # elementwise: nothing but memory should bound it
+    # Bytes of cp.async on a multiprocessor before anything waits for them.
+    ahead: Callable[[Arguments], int] = lambda a: 0
 
     def wanted_blocks(self, arguments: Arguments, arch: str) -> int:
         m = MULTIPROCESSORS[chip(arch)]
         room = m.shared // (-(-self.shared(arguments) // 128) * 128 + m.shared_reserved)
-        return max(1, min(self.blocks, room))
+        blocks = self.blocks if isinstance(self.blocks, int) else self.blocks(arguments)
+        return max(1, min(blocks, room))
 
 
 def _vector_stores(arguments: Arguments, arch: str) -> list[str]:
@@ -75,11 +79,11 @@ def _decode(a: Arguments, arch: str) -> list[str]:
 def _few_rows(a: Arguments, arch: str) -> list[str]:
     """sm_90 has e4m3 in wgmma only: of mma.sync ptxas makes two of fp16."""
     matrix = "mma e4m3" if a[0] == E4M3 and arch == "sm_89" else "mma"
-    return [matrix, "16-byte loads"] if a[3] == "true" else [matrix]
+    return [matrix, "cp.async", "16-byte loads"] if a[3] == "true" else [matrix]
 
 
 def _many_rows(a: Arguments, arch: str) -> list[str]:
-    always = ["wgmma e4m3", "TMA", "setmaxnreg"]
+    always = ["wgmma e4m3", "TMA", "TMA multicast", "setmaxnreg"]
     return always if a[0] == F32 else [*always, "TMA stores"]
 
 
@@ -101,10 +105,20 @@ def _attention_shared(a: Arguments) -> int:
     return 2 * d * (rows + 2 * keys) + 16
 
 
+def _many_rows_shared(a: Arguments) -> int:
+    """Stages, the output's buffers, scales, the bias, barriers."""
+    n = int(a[1])
+    scales = 4 * 4 * (128 + n // 128) if a[2] == "true" else 4 * (128 + n)
+    return 4 * 128 * (128 + n) + 4 * 8192 + scales + n * (4 if a[0] == F32 else 2) + 80
+
+
 def fixed(value: int) -> Callable[[Arguments], int]:
     return lambda arguments: value
 
 
+# What memory's latency asks for: an H200's 4.8 TB/s times 0.7 us, for each of 132 multiprocessors,
+# are 26 KB.
+IN_FLIGHT = 32 << 10
 FEW_ROWS = [("1", "false"), ("1", "true"), ("2", "true"), ("4", "true")]  # row tiles, aligned
 STREAMS = "32 KB of loads in flight, what memory's latency asks for"
 FP32 = "fp32: right rather than fast; so many that ptxas does not spill for more"
@@ -253,6 +267,7 @@ PLANS = [
         _decode,
         lambda a: _decode_shape(a)[1],
         "DecodeShape<{1}, {2}, {3}>::shared_bytes",
+        ahead=lambda a: IN_FLIGHT,
     ),
     Plan(
         "decode_attention",
@@ -286,12 +301,13 @@ PLANS = [
             if n != "4" or blockwise == "false"
         ],
         fixed(256),
-        1,
-        STREAMS,
+        lambda a: 2 if a[2] == "1" else 1,
+        "one starts and ends beside the other's stream",
         _few_rows,
-        fixed(8 * 4 * 32 * 16),
-        "kWarps * kTiles * 32 * sizeof(float4)",
+        fixed(8 * 3 * 32 * 128),
+        "kWarps * kStages * kStage",
         launched=lambda a, arch: a[0] != E4M3 or arch != "sm_80",
+        ahead=lambda a: IN_FLIGHT if a[3] == "true" else 0,
     ),
     Plan(
         "fp8_gemm",
@@ -305,14 +321,13 @@ PLANS = [
     Plan(
         "fp8_gemm_sm90",
         "many_rows_kernel",
-        [(t, n, b) for t in TYPES for n, b in [("128", "false"), ("128", "true")]]
-        + [(t, "256", "false") for t in (HALF, BF16)],
+        [(t, n, b) for t in TYPES for n in ("128", "256") for b in BOTH if t != F32 or n == "128"],
         fixed(384),
         1,
         "persistent; two consumers and a producer are what the registers hold",
         _many_rows,
-        lambda a: 4 * 128 * (128 + int(a[1])) + 4 * 8192 + 64,
-        "sizeof(Shared<{1}>)",
+        _many_rows_shared,
+        "sizeof(Shared<{0}, {1}, {2}>)",
         HOPPER,
     ),
 ]

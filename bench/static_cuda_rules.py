@@ -72,6 +72,12 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
             f"{kernel.registers} registers: {resident.blocks} blocks a multiprocessor for want of "
             f"{resident.limit}, planned {wanted} ({plan.why})"
         )
+    ahead = kernel.ahead * plan.threads(kernel.arguments) * resident.blocks
+    if ahead < plan.ahead(kernel.arguments):
+        wrong.append(
+            f"{ahead} bytes of copies on a multiprocessor before it waits, "
+            f"planned {plan.ahead(kernel.arguments)}"
+        )
     return wrong
 
 

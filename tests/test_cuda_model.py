@@ -50,12 +50,16 @@ def test_shared_memory_is_what_the_sources_ask_for() -> None:
     tiles = 2 * c["kQueries"] * row + 2 * stages * c["kKeys"] * row
     assert named("attention_sm90.cu").shared == tiles + 8 * (2 + 4 * stages)
     c = constants("fp8_gemm_sm90.cu")
-    for case, tile_n in (("rows", 256), ("blocks", 128)):
-        loaded = c["kStages"] * (c["kM"] + tile_n) * c["kK"]
-        out = 2 * 2 * c["kRowsEach"] * 128
-        assert named("fp8_gemm_sm90.cu", case).shared == loaded + out + 8 * 2 * c["kStages"]
+    loaded = c["kStages"] * (c["kM"] + 256) * c["kK"]
+    out = 2 * 2 * c["kRowsEach"] * 128
+    barriers = 8 * 2 * (c["kStages"] + 1)
+    for case, scales in (("rows", c["kM"] + 256), ("blocks", c["kStages"] * (c["kM"] + 2))):
+        shared = loaded + out + 4 * scales + 2 * 256 + barriers
+        assert named("fp8_gemm_sm90.cu", case).shared == shared
     c = constants("fp8_gemm.cu")
-    assert named("fp8_gemm.cu").shared == c["kWarps"] * c["kFeatures"] // 8 * 32 * 16
+    stages = c["kWarps"] * c["kStages"] * c["kFeatures"] * c["kScaleBlock"]
+    assert named("fp8_gemm.cu").shared == stages
+    assert named("fp8_gemm.cu").in_flight == stages * (c["kStages"] - 1) // c["kStages"]
     assert named("fp8_gemm.cu").threads == 32 * c["kWarps"]
 
 

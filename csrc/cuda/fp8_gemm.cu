@@ -1,26 +1,34 @@
 // fp8_gemm and fp8_linear for few rows of x: out = (x @ weight^T) * x_scale * weight_scale + bias,
 // summed in fp32, rounded once. weight is e4m3; x is e4m3 (sm_89 up), or of 16 bits.
 //
-// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it: no shared
-// memory on its way, 16 bytes a load, straight into the B fragments of mma.sync. Which values of k
-// share an instruction does not matter to a sum over k, so a lane's 16 neighbouring bytes serve as
-// the "columns" of two (e4m3) or four (16-bit) instructions, and x is picked up in the same order:
+// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it. A block
+// takes 32 features; its eight warps cut k into eight runs, and each copies its own through three
+// stages of 32 x 128 bytes with cp.async: 64 KB of a block are on their way while it multiplies (an
+// H200 asks for 26 KB a multiprocessor, 4.3 TB/s times 0.8 us). Loads to registers would be as many
+// only where the compiler leaves them together, and it did not.
+//
+//      a warp     copy 2 | copy 3 | copy 4 | ...      no barrier but __syncwarp
+//                 mma 0  | mma 1  | mma 2  | ...
+//
+// Which values of k share an instruction does not matter to a sum over k, so a lane's 16
+// neighbouring bytes serve as the "columns" of two (e4m3) or four (16-bit) instructions, and x is
+// picked up in the same order:
 //
 //      k:    0 .. 15   16 .. 31   32 .. 47   48 .. 63      64 bytes of a weight's row
 //    lane:   4 n       4 n + 1    4 n + 2    4 n + 3       n = 0 .. 7: eight rows an instruction
 //
-// A block takes 32 features; its eight warps cut k into eight runs, so that 128 bytes a lane are in
-// flight, and add their sums in order of the warp through shared memory. The cuts depend on K
-// alone: an output is the same for any number of rows up to 64, which one block takes together (32
-// with block scales), and for any other row beside it. More rows are tiles of 64, each of which
-// reads the weight again.
+// The warps add their sums in order through shared memory. The cuts depend on K alone: an output is
+// the same for any number of rows up to 64, which one block takes together, and for any other row
+// beside it. More rows are tiles of 64, each of which reads the weight again.
 //
-// Block scales (128 columns of k) are applied to the fp32 sums of each 128.
+// Each 128 of k of e4m3 x is summed from zero and added in fp32, with its scales where they are by
+// blocks: sm_89's tensor cores keep about 14 bits of a sum of e4m3 products.
 //
 // On sm_90 an e4m3 mma.sync is two of fp16 and conversions, still far below the matrix rate. x
 // comes from L1 and L2, M / 32 of the weight's traffic. What that is predicted to reach:
 // docs/kernels.md.
-#include "common/e4m3.cuh"
+#include "common/fp8.cuh"
+#include "common/scales.cuh"
 
 namespace lf::cuda {
 
@@ -32,8 +40,9 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kFeatures = 32;  // of a block: four instructions of eight
 constexpr int kTiles = kFeatures / 8;
-constexpr int kRun = 64;  // values of k that a warp's loads cover at once
+constexpr int kRun = 64;  // values of k that an instruction's lanes have between them
 constexpr int kScaleBlock = 128;
+constexpr int kStages = 3, kStage = kFeatures * kScaleBlock;  // bytes; of each warp
 
 // 16 neighbouring elements of a row as words; what lies past k_end is zero.
 template <class T, bool aligned, int words>
@@ -64,11 +73,68 @@ LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k
   }
 }
 
-LF_DEVICE float scale_at(const float* scale, Scale granularity, int64_t row, int64_t block,
-                         int64_t blocks) {
-  if (granularity == Scale::tensor) return scale[0];
-  return granularity == Scale::row ? scale[row] : scale[row * blocks + block];
+// One warp's stages of the weight: [feature][128 of k], the halves of odd features' 128 bytes
+// exchanged, so that eight lanes that read 16 bytes meet all banks.
+template <bool aligned>
+class WeightStream {
+ public:
+  LF_DEVICE WeightStream(const LinearParams& p, int64_t n0, int64_t k_end, unsigned char* memory)
+      : p_(p), n0_(n0), k_end_(k_end), memory_(memory) {}
+
+  // Starts the copy of k0 .. k0 + 127; what is past k_end or N is zero and not read.
+  LF_DEVICE void copy(int stage, int64_t k0) const {
+    if (k0 >= k_end_) return;
+    // Looked up anew: eight features' addresses would take 16 registers.
+    const int lane = ptx::opaque(static_cast<int>(threadIdx.x) % 32), chunk = lane % 8;
+    const int64_t k = k0 + chunk * 16, n = n0_ + lane / 8, left = k_end_ - k;
+    const int count = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
+    const int features = static_cast<int>(p_.n - n < kFeatures ? p_.n - n : kFeatures);
+    const uint8_t* from = static_cast<const uint8_t*>(p_.weight) + n * p_.weight_stride + k;
+    unsigned char* to = at(stage, lane / 8, chunk);
+#pragma unroll
+    for (int i = 0; i < kFeatures; i += 4) {
+      const int there = i < features ? count : 0;
+      if constexpr (aligned) {
+        ptx::cp_async_16(to + i * kScaleBlock, from, there);
+      } else {
+#pragma unroll 1
+        for (int e = 0; e < 16; ++e) to[i * kScaleBlock + e] = e < there ? from[e] : 0;
+      }
+      from += 4 * p_.weight_stride;
+    }
+  }
+
+  LF_DEVICE uint4 read(int stage, int feature, int chunk) const {
+    return *reinterpret_cast<const uint4*>(at(stage, feature, chunk));
+  }
+
+ private:
+  LF_DEVICE unsigned char* at(int stage, int feature, int chunk) const {
+    return memory_ + stage * kStage + feature * kScaleBlock + (chunk ^ feature % 2 * 4) * 16;
+  }
+
+  const LinearParams& p_;
+  const int64_t n0_, k_end_;
+  unsigned char* const memory_;
+};
+
+// Four e4m3 codes as two pairs of x's 16-bit type; NaN stays NaN.
+template <class X>
+LF_DEVICE void decode(uint32_t word, uint32_t (&pair)[2]) {
+  pair[0] = from_e4m3x2(word & 0xffff), pair[1] = from_e4m3x2(word >> 16);
+  if constexpr (std::is_same_v<X, __nv_bfloat16>) {
+#pragma unroll
+    for (uint32_t& two : pair) {
+      const auto halves = *reinterpret_cast<const __half2*>(&two);
+      const auto as_bf16 = __floats2bfloat162_rn(__low2float(halves), __high2float(halves));
+      two = *reinterpret_cast<const uint32_t*>(&as_bf16);
+    }
+  }
 }
+
+struct Scales {
+  ScaleAt x, weight;  // x.data null: x is not FP8
+};
 
 template <class Out>
 LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
@@ -78,10 +144,10 @@ LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
 
 // X: uint8_t for e4m3, else bf16 or fp16. A block: rows [row0, row0 + 16 * row_tiles).
 template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
-__global__ void __launch_bounds__(kWarps * 32)
-    few_rows_kernel(const LinearParams p, int64_t feature_tiles) {
+__global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
+    few_rows_kernel(const LinearParams p, const Scales scales, int64_t feature_tiles) {
   LF_DYNAMIC_SHARED(memory);
-  constexpr bool is_e4m3 = sizeof(X) == 1;
+  constexpr bool is_e4m3 = sizeof(X) == 1, promoted = blockwise || (is_e4m3 && ptx::kShortSums);
   constexpr int x_words = 16 * sizeof(X) / 4;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = lane / 4, quarter = lane % 4;
@@ -93,22 +159,28 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int64_t k_begin = warp * share;
   const int64_t k_end = k_begin + share < p.k ? k_begin + share : p.k;
 
+  const WeightStream<aligned> stream(p, n0, k_end, memory + warp * kStages * kStage);
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) {
+    stream.copy(i, k_begin + i * kScaleBlock);
+    ptx::cp_async_commit();
+  }
   float sum[row_tiles][kTiles][4] = {}, part[row_tiles][kTiles][4] = {};
-  uint32_t nan[kTiles] = {};
-  const auto weight_row = [&](int tile) {
-    return static_cast<const uint8_t*>(p.weight) + (n0 + tile * 8 + group) * p.weight_stride;
-  };
+  int stage = 0;
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kScaleBlock) {
-    uint32_t w[2][kTiles][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        load_run<uint8_t, aligned>(w[half][tile], weight_row(tile), k0 + half * kRun + quarter * 16,
-                                   k_end, n0 + tile * 8 + group < p.n);
-#pragma unroll
+    ptx::cp_async_wait<kStages - 2>();
+    __syncwarp();  // the other lanes' copies are there, and they have read the stage before
+    stream.copy(stage == 0 ? kStages - 1 : stage - 1, k0 + (kStages - 1) * kScaleBlock);
+    ptx::cp_async_commit();
+#pragma unroll(row_tiles == 4 || blockwise ? 1 : 2)  // or x's loads, brought forward, spill
     for (int half = 0; half < 2; ++half) {
       const int64_t k = k0 + half * kRun + quarter * 16;
+      uint32_t w[kTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4 v = stream.read(stage, tile * 8 + group, half * 4 + quarter);
+        w[tile][0] = v.x, w[tile][1] = v.y, w[tile][2] = v.z, w[tile][3] = v.w;
+      }
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r) {
         uint32_t low[x_words], high[x_words];  // rows group and group + 8
@@ -119,19 +191,18 @@ __global__ void __launch_bounds__(kWarps * 32)
         load_run<X, aligned>(high, x + (m + 8) * p.x_stride, k, k_end, m + 8 < p.m);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          float (&d)[4] = blockwise ? part[r][tile] : sum[r][tile];
+          float (&d)[4] = promoted ? part[r][tile] : sum[r][tile];
           if constexpr (is_e4m3) {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
               const uint32_t a[4] = {low[i], high[i], low[i + 1], high[i + 1]};
-              ptx::mma_16832_e4m3(d, a, w[half][tile][i], w[half][tile][i + 1]);
+              ptx::mma_16832_e4m3(d, a, w[tile][i], w[tile][i + 1]);
             }
           } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               uint32_t b[2];
-              decode<X>(w[half][tile][i], b);
-              if (r == 0) nan[tile] |= saw_nan(w[half][tile][i]);
+              decode<X>(w[tile][i], b);
               const uint32_t a[4] = {low[2 * i], high[2 * i], low[2 * i + 1], high[2 * i + 1]};
               ptx::mma_16816(d, a, b[0], b[1], X{});
             }
@@ -139,25 +210,25 @@ __global__ void __launch_bounds__(kWarps * 32)
         }
       }
     }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
     if constexpr (blockwise) {
       const int64_t block = k0 / kScaleBlock;
       float of_feature[kTiles][2];
+      const int64_t n1 = n0 + ptx::opaque(quarter * 2), m1 = row0 + ptx::opaque(group);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int64_t n = n0 + tile * 8 + quarter * 2 + i;
-          const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
-          of_feature[tile][i] =
-              n < p.n ? scale_at(p.weight_scale, p.weight_granularity, row, block, blocks) : 0.0f;
+          const int64_t n = n1 + tile * 8 + i;  // past the last: dropped at the end
+          of_feature[tile][i] = *scales.weight(n < p.n ? n : p.n - 1, block);
         }
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t m = row0 + r * 16 + group + half * 8;
+          const int64_t m = m1 + r * 16 + half * 8;
           float of_row = 1;
-          if (p.x_scale && m < p.m) of_row = scale_at(p.x_scale, p.x_granularity, m, block, blocks);
+          if (scales.x.data) of_row = *scales.x(m < p.m ? m : p.m - 1, block);
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -167,31 +238,24 @@ __global__ void __launch_bounds__(kWarps * 32)
               part[r][tile][2 * half + i] = 0;
             }
         }
+    } else if constexpr (promoted) {
+#pragma unroll
+      for (int r = 0; r < row_tiles; ++r)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sum[r][tile][i] += part[r][tile][i];
+            part[r][tile][i] = 0;
+          }
     }
   }
-  // A NaN code makes its feature NaN in every row: any number plus NaN.
-  if constexpr (!is_e4m3) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      uint32_t seen = nan[tile];
-      seen |= __shfl_xor_sync(0xffffffffu, seen, 1);
-      seen |= __shfl_xor_sync(0xffffffffu, seen, 2);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {  // of feature quarter * 2 + i: lanes 4 * that know
-        const uint32_t mine = __shfl_sync(0xffffffffu, seen, (quarter * 2 + i) * 4);
-        if (mine == 0) continue;
-#pragma unroll
-        for (int r = 0; r < row_tiles; ++r)
-          sum[r][tile][i] = sum[r][tile][i + 2] = __int_as_float(0x7fffffff);
-      }
-    }
-  }
-
+  ptx::cp_async_wait<0>();
   // Warps add up in order, a row tile at a time: [warp][feature tile][lane][4].
   auto* scratch = reinterpret_cast<float4*>(memory);
 #pragma unroll
   for (int r = 0; r < row_tiles; ++r) {
-    if (r > 0) __syncthreads();
+    __syncthreads();  // the stages have been read, or the row tile before
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       scratch[(warp * kTiles + tile) * 32 + lane] =
@@ -210,17 +274,23 @@ __global__ void __launch_bounds__(kWarps * 32)
       const int64_t n = n0 + warp * 8 + quarter * 2 + i % 2;
       if (m >= p.m || n >= p.n) continue;
       if constexpr (!blockwise) {
-        if (p.x_scale) total[i] *= scale_at(p.x_scale, p.x_granularity, m, 0, 1);
-        total[i] *= scale_at(p.weight_scale, p.weight_granularity, n, 0, 1);
+        if (scales.x.data) total[i] *= *scales.x(m);
+        total[i] *= *scales.weight(n);
       }
       finish<Out>(p, m, n, total[i]);
     }
   }
 }
 
+LF_DEVICE float of_code(uint8_t code) {
+  const uint32_t pair = from_e4m3x2(code);
+  return __low2float(*reinterpret_cast<const __half2*>(&pair));
+}
+
 // What has no matrix instruction: fp32 activations, and e4m3 ones below sm_89. A warp an output.
 template <class X, class Out>
-__global__ void __launch_bounds__(kWarps * 32) plain_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kWarps * 32)
+    plain_kernel(const LinearParams p, const Scales scales) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (item >= p.m * p.n) return;
@@ -235,18 +305,21 @@ __global__ void __launch_bounds__(kWarps * 32) plain_kernel(const LinearParams p
     for (int64_t k = k0 + lane; k < k1; k += 32) {
       float value;
       if constexpr (sizeof(X) == 1)
-        value = e4m3_to_float(x[k]);
+        value = of_code(x[k]);
       else
         value = to_float(x[k]);
-      sum += value * e4m3_to_float(w[k]);
+      sum += value * of_code(w[k]);
     }
-    float scale = p.x_scale ? scale_at(p.x_scale, p.x_granularity, m, block, blocks) : 1.0f;
-    const int64_t row = p.weight_granularity == Scale::block ? n / p.weight_block_rows : n;
-    scale *= scale_at(p.weight_scale, p.weight_granularity, row, block, blocks);
-    total += sum * scale;
+    const float of_row = scales.x.data ? *scales.x(m, block) : 1.0f;
+    total += sum * (of_row * *scales.weight(n, block));
   }
   total = reduce_warp(total, Sum{});
   if (lane == 0) finish<Out>(p, m, n, total);
+}
+
+Scales scales_of(const LinearParams& p) {
+  return {scale_at(p.x_scale, p.x_granularity, p.k),
+          scale_at(p.weight_scale, p.weight_granularity, p.k, p.weight_block_rows)};
 }
 
 template <class X, class Out>
@@ -254,7 +327,7 @@ void plain(const LinearParams& p, const Where& where) {
   const int64_t blocks = (p.m * p.n + kWarps - 1) / kWarps;
   launch(where,
          {"fp8_gemm", {p.m, p.n, p.k}, dim3(static_cast<unsigned>(blocks)), dim3(kWarps * 32)},
-         plain_kernel<X, Out>, p);
+         plain_kernel<X, Out>, p, scales_of(p));
 }
 
 template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
@@ -266,8 +339,8 @@ void few_rows(const LinearParams& p, const Where& where) {
           {p.m, p.n, p.k},
           dim3(static_cast<unsigned>(feature_tiles * row_blocks)),
           dim3(kWarps * 32),
-          kWarps * kTiles * 32 * sizeof(float4)},
-         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, feature_tiles);
+          kWarps * kStages * kStage},
+         few_rows_kernel<X, Out, row_tiles, aligned, blockwise>, p, scales_of(p), feature_tiles);
 }
 
 template <class X, class Out>

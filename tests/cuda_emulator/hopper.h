@@ -81,22 +81,59 @@ inline int box_bytes(const TensorMap& m) {
   return static_cast<int>(bytes);
 }
 
-inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at) {
+// What lies at the same place of another block of the cluster.
+template <class T>
+T* in_block(T* mine, unsigned rank) {
+  auto* at = reinterpret_cast<unsigned char*>(mine);
+  return reinterpret_cast<T*>(state().blocks.at(rank).shared + (at - block().shared));
+}
+inline MBarrier& mbarrier_at(uint64_t* bar, unsigned rank) {
+  uint64_t* there = in_block(bar, rank);
+  if (!state().blocks[rank].mbarriers.count(there)) fail("mbarrier: used before its init");
+  return *reinterpret_cast<MBarrier*>(there);
+}
+
+// Into every block of the cluster whose bit is in `blocks`; the bytes count in each one's barrier.
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at,
+                     unsigned blocks) {
   const TensorMap m = tensor_map(map);
   const int bytes = box_bytes(m);
   check_shared("TMA load", to, static_cast<size_t>(bytes),
                m.swizzle_bytes ? m.swizzle_bytes * 8 : 128);
-  std::memset(to, 0xff, static_cast<size_t>(bytes));
-  MBarrier& b = mbarrier(bar);
-  state().in_flight.push_back([=, &b] {
-    for_box(m, to, at.data(), [&](unsigned char* s, const unsigned char* g) {
-      if (g)
-        std::memcpy(s, g, m.element_bytes);
-      else
-        std::memset(s, 0, m.element_bytes);
+  mbarrier(bar);
+  for (unsigned rank = 0; rank < state().blocks.size(); ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    unsigned char* there = in_block(static_cast<unsigned char*>(to), rank);
+    std::memset(there, 0xff, static_cast<size_t>(bytes));
+    MBarrier& b = mbarrier_at(bar, rank);
+    state().in_flight.push_back([=, &b] {
+      for_box(m, there, at.data(), [&](unsigned char* s, const unsigned char* g) {
+        if (g)
+          std::memcpy(s, g, m.element_bytes);
+        else
+          std::memset(s, 0, m.element_bytes);
+      });
+      b.bytes -= bytes;
+      settle(b);
     });
-    b.bytes -= bytes;
-    settle(b);
+  }
+}
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at) {
+  tma_load(to, map, bar, at, 1u << block().rank);
+}
+
+// The inverse of ldmatrix.
+inline void stmatrix(const char* what, void* row, const uint32_t (&r)[4]) {
+  struct Arguments {
+    const uint32_t* r;
+    unsigned char* row;
+  } arguments{r, static_cast<unsigned char*>(row)};
+  check_shared(what, row, 16, 16);
+  meet(what, warp_first(), 32, 0xffffffffull, &arguments, [](std::vector<void*>& lanes) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int j = 0; j < 4; ++j)
+        std::memcpy(static_cast<Arguments*>(lanes[8 * j + lane / 4])->row + lane % 4 * 4,
+                    &static_cast<Arguments*>(lanes[lane])->r[j], 4);
   });
 }
 
@@ -147,6 +184,30 @@ inline float load_as(const void* p, __nv_fp8_e4m3) {
   return e4m3_to_float(*static_cast<const uint8_t*>(p));
 }
 
+// What Hopper's wgmma makes of e4m3 products and the sum so far, which fp32 would be too kind for:
+// all are cut off 13 bits below the largest of them (of a product, the sum of its factors'
+// exponents), added exactly, and the sum keeps 13 bits after its leading one. Sources:
+// DeepSeek-V3's report, section 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication
+// Engines Are Not As Accurate As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical
+// behavior of NVIDIA tensor cores" (truncation towards zero).
+inline float hopper_e4m3_sum(const float* a, const float* b, const int* a_exponent,
+                             const int* b_exponent, int depth, float so_far) {
+  constexpr int kBits = 13, kNone = -1000;  // kNone: zero's exponent, as in exponents()
+  float plain = so_far;
+  int largest = so_far == 0 ? kNone : std::ilogb(so_far);
+  for (int k = 0; k < depth; ++k) {
+    plain += a[k] * b[k];
+    const int exponent = a_exponent[k] + b_exponent[k];
+    largest = exponent > largest ? exponent : largest;
+  }
+  if (!std::isfinite(plain) || largest < -100) return plain;
+  const float up = std::ldexp(1.0f, kBits - largest);
+  int sum = static_cast<int>(so_far * up);
+  for (int k = 0; k < depth; ++k) sum += static_cast<int>(a[k] * b[k] * up);
+  const float exact = std::ldexp(static_cast<float>(sum), largest - kBits);
+  return __uint_as_float(__float_as_uint(exact) & ~0u << (23 - kBits));
+}
+
 // One wgmma of a warpgroup, from its issue until somebody waits for it.
 struct Wgmma {
   int n, depth;
@@ -192,15 +253,29 @@ struct Wgmma {
     if (done) return;
     done = true;
     read_operands(b);
+    std::vector<int> row_exponents, column_exponents;
+    if (size == 1) row_exponents = exponents(rows), column_exponents = exponents(columns);
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < n / 2; ++i) {
-        const int row = t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8;
-        const int column = i / 4 * 8 + t % 4 * 2 + i % 2;
-        float sum = 0;
-        for (int k = 0; k < depth; ++k) sum += rows[row * depth + k] * columns[column * depth + k];
+        const int row = (t / 32 * 16 + t % 32 / 4 + i % 4 / 2 * 8) * depth;
+        const int column = (i / 4 * 8 + t % 4 * 2 + i % 2) * depth;
         float& d_i = (*d[t])[i];
+        if (size == 1) {
+          d_i = hopper_e4m3_sum(&rows[row], &columns[column], &row_exponents[row],
+                                &column_exponents[column], depth, accumulate ? d_i : 0.0f);
+          continue;
+        }
+        float sum = 0;
+        for (int k = 0; k < depth; ++k) sum += rows[row + k] * columns[column + k];
         d_i = accumulate ? d_i + sum : sum;
       }
+  }
+
+  static std::vector<int> exponents(const std::vector<float>& values) {
+    std::vector<int> found(values.size());
+    for (size_t i = 0; i < values.size(); ++i)
+      found[i] = values[i] == 0 ? -1000 : std::ilogb(values[i]);
+    return found;
   }
 };
 
@@ -339,14 +414,42 @@ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
   emu::settle(b);
 }
 inline void mbarrier_arrive(uint64_t* bar) { mbarrier_arrive_expect(bar, 0); }
+inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
+  emu::MBarrier& b = emu::mbarrier_at(bar, rank);
+  if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
+  --b.left;
+  emu::settle(b);
+}
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   emu::MBarrier& b = emu::mbarrier(bar);
   emu::wait_until("mbarrier wait",
                   [&b, parity] { return b.phase != static_cast<unsigned>(parity); });
 }
 
+inline void cp_async_4(void* to, const void* from, int valid) {
+  emu::cp_async("cp.async 4", to, from, 4, valid);
+}
+// The copies land in the background, and the arrival follows them.
+inline void cp_async_arrive(uint64_t* bar) {
+  emu::Thread& t = emu::self();
+  t.groups.push_back(std::move(t.open));
+  t.open.clear();
+  emu::MBarrier& b = emu::mbarrier(bar);
+  emu::state().in_flight.push_back([&b, groups = std::move(t.groups)] {
+    for (const auto& group : groups) emu::land(group);
+    --b.left;
+    emu::settle(b);
+  });
+  t.groups.clear();
+}
+inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) { emu::stmatrix("stmatrix.x4", row, r); }
+
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   emu::tma_load(to, map, bar, {x, y, 0, 0, 0});
+}
+inline void tma_load_2d_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y,
+                                  int blocks) {
+  emu::tma_load(to, map, bar, {x, y, 0, 0, 0}, static_cast<unsigned>(blocks));
 }
 inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
   emu::tma_load(to, map, bar, {x, y, z, 0, 0});

@@ -25,6 +25,18 @@ inline void land(const std::vector<AsyncCopy>& group) {
   }
 }
 
+// Poisons what it will fill: whoever still reads the old data, or reads before the wait, gets NaN.
+inline void cp_async(const char* what, void* to, const void* from, size_t size, int valid) {
+  check_shared(what, to, size, size);
+  if (reinterpret_cast<uintptr_t>(from) % size)
+    fail(std::string(what) + ": source not " + std::to_string(size) + "-byte aligned");
+  if (valid < 0 || valid > static_cast<int>(size))
+    fail(std::string(what) + ": valid bytes not in 0 to " + std::to_string(size));
+  std::memset(to, 0xff, size);
+  const size_t bytes = static_cast<size_t>(valid);
+  self().open.push_back({to, from, bytes, size - bytes});
+}
+
 inline float to_float(uint16_t bits, __nv_bfloat16) {
   return __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
@@ -109,14 +121,8 @@ inline void store_16(void* to, const uint4& v) {
   std::memcpy(to, &v, 16);
 }
 
-// Poisons what it will fill: whoever still reads the old data, or reads before the wait, gets NaN.
 inline void cp_async_16(void* to, const void* from, int valid = 16) {
-  emu::check_shared("cp.async", to, 16, 16);
-  if (reinterpret_cast<uintptr_t>(from) % 16) emu::fail("cp.async: source not 16-byte aligned");
-  if (valid < 0 || valid > 16) emu::fail("cp.async: valid bytes not in 0 to 16");
-  std::memset(to, 0xff, 16);
-  const size_t bytes = static_cast<size_t>(valid);
-  emu::self().open.push_back({to, from, bytes, 16 - bytes});
+  emu::cp_async("cp.async", to, from, 16, valid);
 }
 inline void cp_async_commit() {
   emu::self().groups.push_back(std::move(emu::self().open));
@@ -146,6 +152,7 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, 
     });
   });
 }
+constexpr bool kShortSums = false;  // an sm_90's
 inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emu::warp_mma("mma.m16n8k32.e4m3", d, a, b0, b1, [](std::vector<void*>& lanes) {
     emu::mma<32>(lanes, [](uint32_t r, int e) {

@@ -106,6 +106,21 @@ void ldmatrix() {
   });
 }
 
+void stmatrix() {
+  run(32, 4 * 8 * 8 * 2, [] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* m = reinterpret_cast<uint16_t*>(memory);  // [matrix, row, column]
+    uint32_t r[4];
+    for (uint32_t j = 0; j < 4; ++j) {
+      const uint32_t first = j * 64 + lane() / 4 * 8 + lane() % 4 * 2;
+      r[j] = first | (first + 1) << 16;
+    }
+    ptx::stmatrix_x4(m + lane() * 8, r);
+    __syncwarp();
+    for (int i = lane(); i < 256; i += 32) EXPECT(m[i] == i);
+  });
+}
+
 void shuffles_and_votes() {
   run(64, 0, [] {
     const int l = lane();
@@ -141,6 +156,25 @@ void cp_async(bool wait) {
     ptx::cp_async_wait<0>();
     EXPECT(s[i + 5] == source[i + 5] && s[i + 6] == 0 && s[i + 7] == 0);
     if (!wait && std::isnan(early)) failures = 1;
+  });
+}
+
+// Copies whose landing arrives at an mbarrier; 4 bytes each, the second half not there.
+void cp_async_arrival(bool wait) {
+  run(32, 136, [=] {
+    LF_DYNAMIC_SHARED(memory);
+    auto* s = reinterpret_cast<float*>(memory);
+    auto* bar = reinterpret_cast<uint64_t*>(memory + 128);
+    if (lane() == 0) {
+      ptx::mbarrier_init(bar, 32);
+      ptx::mbarrier_init_fence();
+    }
+    __syncthreads();
+    ptx::cp_async_4(s + lane(), source + lane() % 16, lane() < 16 ? 4 : 0);
+    ptx::cp_async_arrive(bar);
+    if (wait) ptx::mbarrier_wait(bar, 0);
+    EXPECT(s[31 - lane()] == (lane() < 16 ? 0 : source[31 - lane()]));
+    ptx::mbarrier_wait(bar, 0);
   });
 }
 
@@ -344,6 +378,28 @@ void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") 
   });
 }
 
+// Of a product that is 2^13 times another, Hopper's sum of e4m3 loses the other's half; of a sum so
+// far, whatever the products' 14 bits do not reach. Sums that start anew keep what a chain loses.
+void wgmma_e4m3_sum() {
+  const auto sum = [](std::vector<float> products, float so_far) {
+    std::vector<float> ones(products.size(), 1.0f);
+    const std::vector<int> zeros(products.size(), 0);
+    const std::vector<int> exponents = emu::Wgmma::exponents(products);
+    return emu::hopper_e4m3_sum(products.data(), ones.data(), exponents.data(), zeros.data(),
+                                static_cast<int>(products.size()), so_far);
+  };
+  EXPECT(sum({256, 1}, 0) == 257);
+  EXPECT(sum({256, 1.0f / 32}, 0) == 256 + 1.0f / 32);  // 13 bits below
+  EXPECT(sum({256, 1.0f / 64}, 0) == 256);              // 14: gone
+  EXPECT(sum({256, -1.0f / 64}, 0) == 256);             // and towards zero
+  EXPECT(sum({-256, -3.0f / 64}, 0) == -256 - 1.0f / 32);
+  EXPECT(sum({1, 1.0f / 4}, 8192) == 8193);
+  EXPECT(sum({1.0f / 4, 1.0f / 4, 1.0f / 4, 1.0f / 4}, 8192) == 8192);  // each by itself
+  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits before the sum's, 13 after
+  EXPECT(sum({0, 0}, 3.25f) == 3.25f && sum({0, 0}, 0) == 0);
+  EXPECT(std::isnan(sum({1, NAN}, 0)) && std::isnan(sum({1, 2}, NAN)));
+}
+
 // Each block of a cluster leaves a number where the others read it.
 void cluster(bool barrier, bool last = true) {
   run(
@@ -358,6 +414,46 @@ void cluster(bool barrier, bool last = true) {
         if (last) ptx::cluster_sync();
       },
       8, 4);
+}
+
+// Two blocks, four times: each copies half of a tile to both, waits for all of it, and tells both
+// that it has read it. Both blocks' halves count in each one's barrier.
+void multicast(bool tell_both) {
+  std::vector<uint16_t> from(4 * 64 * 64);
+  for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
+  const CUtensorMap map = map_of(from, 4 * 64, 64, 32, DType::bf16);
+  run(
+      32, 8192 + 16,
+      [&] {
+        LF_DYNAMIC_SHARED(memory);
+        auto* full = reinterpret_cast<uint64_t*>(memory + 8192);
+        auto* empty = full + 1;
+        const int half = static_cast<int>(ptx::cluster_rank()) * 32;
+        if (lane() == 0) {
+          ptx::mbarrier_init(full, 1);
+          ptx::mbarrier_init(empty, tell_both ? 2 : 1);
+          ptx::mbarrier_init_fence();
+        }
+        ptx::cluster_sync();
+        for (int i = 0; i < 4; ++i) {
+          if (lane() == 0) {
+            ptx::mbarrier_wait(empty, i % 2 ^ 1);
+            ptx::mbarrier_arrive_expect(full, 8192);
+            ptx::tma_load_2d_multicast(memory + half * 128, &map, full, 0, i * 64 + half, 3);
+          }
+          ptx::mbarrier_wait(full, i % 2);
+          for (int r = lane(); r < 64; r += 32)
+            for (int c = 0; c < 8; ++c)
+              EXPECT(reinterpret_cast<const uint16_t*>(memory + r * 128 + (c ^ r % 8) * 16)[3] ==
+                     (i * 64 + r) * 64 + c * 8 + 3);
+          __syncwarp();
+          for (unsigned other = 0; other < 2; ++other)
+            if (lane() == 0 && (tell_both || other == ptx::cluster_rank()))
+              ptx::mbarrier_arrive_at(empty, other);
+        }
+        ptx::cluster_sync();
+      },
+      4, 2);
 }
 
 // Sums over a block through one scratch: a warp that runs ahead writes the next one while others
@@ -396,14 +492,18 @@ const Case cases[] = {
     {"mma_f16", [] { mma_16<__half>(false); }},
     {"mma_e4m3", mma_e4m3},
     {"ldmatrix", ldmatrix},
+    {"stmatrix", stmatrix},
     {"shuffles_and_votes", shuffles_and_votes},
     {"cp_async", [] { cp_async(true); }},
+    {"cp_async_arrival", [] { cp_async_arrival(true); }},
     {"block_sum", [] { block_sum(true); }},
     {"named_barriers", named_barriers},
     {"tma", [] { tma(); }},
     {"cluster", [] { cluster(true); }},
+    {"multicast", [] { multicast(true); }},
     {"wgmma_bf16", [] { wgmma<__nv_bfloat16, 64>(false, false); }},
     {"wgmma_e4m3", [] { wgmma<__nv_fp8_e4m3, 128>(false, false); }},
+    {"wgmma_e4m3_sum", wgmma_e4m3_sum},
     {"wgmma_registers", [] { wgmma<__half, 64>(true, false); }},
     {"wgmma_mn_major", [] { wgmma<__nv_bfloat16, 64>(true, true); }},
     {"setmaxnreg", registers<24, 240>},
@@ -417,9 +517,11 @@ const Case cases[] = {
     {"bug_tma_missing_proxy_fence", [] { tma("proxy fence"); }},
     {"bug_cluster_missing_barrier", [] { cluster(false); }},
     {"bug_cluster_early_end", [] { cluster(true, false); }},
+    {"bug_multicast_tells_one", [] { multicast(false); }},
     {"bug_scratch_used_again", scratch_used_again},
     {"bug_wrong_fragment", [] { mma_16<__half>(true); }},
     {"bug_missing_wait", [] { cp_async(false); }},
+    {"bug_arrival_not_waited_for", [] { cp_async_arrival(false); }},
     {"bug_missing_barrier", [] { block_sum(false); }},
     {"bug_deadlock", deadlock},
     {"bug_different_instructions", different_instructions},

@@ -198,14 +198,15 @@ def test_decode(cuda: Any, d: int, dtype: torch.dtype, fp8: bool, sq: int) -> No
     [
         (12, 70, 1000, E4M3, BF16), (12, 70, 1008, BF16, BF16), (40, 70, 2192, E4M3, F32),
         (40, 40, 2192, F16, F16), (200, 704, 1168, E4M3, BF16), (200, 333, 656, E4M3, F32),
-        (130, 333, 1168, E4M3, F16),
+        (130, 333, 1168, E4M3, F16), (2060, 264, 80, E4M3, BF16),
     ], ids=str,
 )  # fmt: skip
 def test_fp8_gemm(
     cuda: Any, m: int, n: int, k: int, x_dtype: torch.dtype, out_dtype: torch.dtype, scales: str
 ) -> None:
     """Up to 64 rows: all eight warps, some with two blocks of k. More: more blocks of k than
-    stages, more tiles than multiprocessors; stored by TMA where N is a multiple of 8."""
+    stages, more tiles than multiprocessors; stored by TMA where N is a multiple of 8; clusters of
+    two blocks in two groups, the last with rows for one."""
     x = at_page_end(torch.randint(-2, 3, (m, k)).float().to(x_dtype))
     weight = at_page_end(torch.randint(-2, 3, (n, k)).float().to(E4M3))
     blocks = -(-k // 128)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference, triton_backend
+from llama_fast import cuda, reference, triton_backend
 from llama_fast.kernels import common, fp8_gemm, fp8_stream
 from llama_fast.kernels.common import CHIPS, Chip
 
@@ -24,6 +24,7 @@ from ..tolerances import FP8_SUM, assert_close_to_eager
 from .conftest import BACKEND, launcher
 
 FP8 = torch.float8_e4m3fn
+EMULATED = BACKEND == "cuda" and cuda.EMULATED
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = ("tensor", "row", "block", "block_2d")
 # The interpreter's own chip is like sm_90.
@@ -85,8 +86,11 @@ def fp8_sum(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> float:
     left, right = (
         reference.dequantize_fp8(*p).double().abs() for p in ((a, scale_a), (b, scale_b))
     )
-    compiled = a.device.type == "cuda" and torch.cuda.get_device_capability() in ((8, 9), (9, 0))
-    return FP8_SUM * (left @ right.t()).max().item() if compiled else 0.0
+    if a.device.type == "cuda":
+        short = torch.cuda.get_device_capability() in ((8, 9), (9, 0))
+    else:
+        short = EMULATED  # as on sm_90
+    return FP8_SUM * (left @ right.t()).max().item() if short else 0.0
 
 
 # ---- values ----
@@ -143,6 +147,8 @@ def test_error_is_eagers(
     m: int, granularity: str, out_dtype: torch.dtype, device: torch.device
 ) -> None:
     n, k = (70, 272) if device.type == "cpu" else (500, 4096)
+    if EMULATED and m > 64:
+        k = 4096  # Hopper's sums are emulated: those of a long row would show
     x, w = torch.randn(m, k).to(device), torch.randn(n, k).to(device)
     a, scale_a = reference.quantize_fp8(x, "block" if granularity == "block_2d" else granularity)
     b, scale_b = reference.quantize_fp8(w, granularity)

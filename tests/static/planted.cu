@@ -62,6 +62,23 @@ __global__ void scale_kernel(const float4* x, float4* out, float scale, int64_t 
   out[item + threadIdx.x] = v;
 }
 
+// Four copies of 16 bytes a thread under way, or each waited for.
+template <bool together>
+__global__ void stream_kernel(const uint4* x, uint4* out) {
+  extern __shared__ uint4 held[];
+  const int t = static_cast<int>(threadIdx.x), n = static_cast<int>(blockDim.x);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(held + i * n + t))),
+                 "l"(x + i * n + t));
+    asm volatile("cp.async.commit_group;");
+    if (!together) asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+  for (int i = 0; i < 4; ++i) out[i * n + t] = held[i * n + t];
+}
+
 // Four wgmma a group; touching the sums between them makes ptxas wait for each.
 template <bool touched>
 __global__ void __launch_bounds__(128) wgmma_kernel(float* out, uint64_t a, uint64_t b, int n) {
@@ -134,6 +151,8 @@ template __global__ void copy_kernel<true>(const uint4*, uint4*);
 template __global__ void copy_kernel<false>(const uint4*, uint4*);
 template __global__ void scale_kernel<true>(const float4*, float4*, float, int64_t);
 template __global__ void scale_kernel<false>(const float4*, float4*, float, int64_t);
+template __global__ void stream_kernel<true>(const uint4*, uint4*);
+template __global__ void stream_kernel<false>(const uint4*, uint4*);
 template __global__ void wgmma_kernel<true>(float*, uint64_t, uint64_t, int);
 template __global__ void wgmma_kernel<false>(float*, uint64_t, uint64_t, int);
 

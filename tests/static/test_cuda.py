@@ -87,7 +87,7 @@ MODELLED = {
     "16 rows, gate and up": ("few_rows_kernel", "unsigned char", BF16, "1", "true", "false"),
     "1 row of 16 bits, gate and up": ("few_rows_kernel", BF16, BF16, "1", "true", "false"),
     "rows, 8192^3": ("many_rows_kernel", BF16, "256", "false"),
-    "blocks, 4096 x 7168 x 16384": ("many_rows_kernel", BF16, "128", "true"),
+    "blocks, 4096 x 7168 x 16384": ("many_rows_kernel", BF16, "256", "true"),
 }
 
 
@@ -188,6 +188,19 @@ def plan(kernel: Kernel, threads: int, blocks: int = 1, needs: Iterable[str] = (
 VECTORS = ("16-byte loads", "16-byte stores")
 
 
+def test_copies_that_do_not_overlap_are_found(
+    planted: dict[tuple[str, tuple[str, ...]], Kernel],
+) -> None:
+    """Eight blocks of 256 threads: 32 KB of a copy each, 128 KB of four."""
+    for together, ahead in (("true", 131072), ("false", 32768)):
+        kernel = planted["stream_kernel", (together,)]
+        one = replace(plan(kernel, 256, needs=["cp.async"]), shared=fixed(4 * 4096))
+        for planned in (ahead, ahead + 1):
+            wrong = static_cuda.check([kernel], [replace(one, ahead=fixed(planned))])[1]
+            text = f"{ahead} bytes of copies on a multiprocessor before it waits, planned {planned}"
+            assert len(wrong) == planned - ahead and all(text in w for w in wrong)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "threads", "blocks", "needs", "problem"),
     [
@@ -280,7 +293,7 @@ def add_instance(kernels: list[Kernel]) -> list[Kernel]:
                 "sm_89: missing"
             ],
         ),
-        (drop_hopper, 12),
+        (drop_hopper, 14),
         (add_instance, ["activation.cu: silu_and_mul_fp8_kernel<double> on sm_80: not planned"]),
         (lambda kernels: [], sum(len(p.instances) * len(p.archs) for p in PLANS)),
     ],
@@ -291,7 +304,9 @@ def test_what_is_missing_or_unknown_is_a_problem(
 ) -> None:
     """On kernels made up from the plans."""
     whole = [
-        Kernel(p.file, p.kernel, arguments, arch, 32, 0, 0, tuple(p.needs(arguments, arch)))
+        Kernel(
+            p.file, p.kernel, arguments, arch, 32, 0, 0, tuple(p.needs(arguments, arch)), ahead=1024
+        )
         for p in PLANS
         for arguments in p.instances
         for arch in p.archs

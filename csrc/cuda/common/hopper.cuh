@@ -29,6 +29,17 @@ __device__ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// On the barrier at the same place of block `rank` of the cluster.
+__device__ inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(shared_address(bar)),
+      "r"(rank)
+      : "memory");
+}
 // Until the phase of this parity (0, then 1, 0, ...) has ended.
 __device__ inline void mbarrier_wait(uint64_t* bar, int parity) {
   asm volatile(
@@ -44,6 +55,27 @@ __device__ inline void mbarrier_wait(uint64_t* bar, int parity) {
       : "memory");
 }
 
+// ---- what goes with mbarriers and TMA ----
+
+// 4 bytes from global to shared memory; zero, and not read, where `valid` is 0 and not 4.
+__device__ inline void cp_async_4(void* to, const void* from, int valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid)
+               : "memory");
+}
+// An arrival once this thread's cp.async so far have landed.
+__device__ inline void cp_async_arrive(uint64_t* bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
+               : "memory");
+}
+// Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
+__device__ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+      : "memory");
+}
+
 // ---- TMA: a box of a tensor, by its map; coordinates in elements, innermost first ----
 
 __device__ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
@@ -51,6 +83,15 @@ __device__ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* b
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
+      : "memory");
+}
+// To the same place of every block of the cluster whose bit is in `blocks`, and its barrier.
+__device__ inline void tma_load_2d_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int x,
+                                             int y, int blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "h"(static_cast<uint16_t>(blocks))
       : "memory");
 }
 __device__ inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y,

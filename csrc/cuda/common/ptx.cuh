@@ -72,7 +72,13 @@ __device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// sm_89 and up.
+// sm_89 and up. sm_89's tensor cores keep about 14 bits of a sum of e4m3 products; sm_90's mma.sync
+// is compiled to two of fp16, which keep fp32's.
+#if __CUDA_ARCH__ == 890
+constexpr bool kShortSums = true;
+#else
+constexpr bool kShortSums = false;
+#endif
 __device__ inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                       uint32_t b1) {
 #if __CUDA_ARCH__ >= 890

@@ -100,7 +100,6 @@ LF_WGMMA_16("f16.f16", __half, 64, 128)
 LF_WGMMA_16("bf16.bf16", __nv_bfloat16, 128, 256)
 LF_WGMMA_16("f16.f16", __half, 128, 256)
 LF_EXPAND(64, 128, "m64n128k32", "e4m3.e4m3", "", "", __nv_fp8_e4m3, false, LF_P64)
-LF_EXPAND(128, 256, "m64n256k32", "e4m3.e4m3", "", "", __nv_fp8_e4m3, false, LF_P128)
 
 #endif
 
