@@ -96,9 +96,11 @@ def _weights(logits: Tensor, best: Tensor, temperature: float) -> Tensor:
 
     Whole numbers have one sum, in whatever order a device adds them, so that neither the batch nor
     the device can tip a draw. The sum of half a million still fits. fp32 would not do: the tail of
-    128,256 probabilities sums to 1 within 1e-5 only.
+    128,256 probabilities sums to 1 within 1e-5 only. A product, since a division by a number rounds
+    otherwise on a GPU.
     """
-    return (logits - best).double().div_(temperature).exp_().mul_(2.0**44).round_().long()
+    sharpness = 1 / max(temperature, 1e-300)  # finite
+    return (logits - best).double().mul_(sharpness).exp_().mul_(2.0**44).round_().long()
 
 
 def _draw(weights: Tensor, u: Tensor, top_p: float, total: Tensor) -> Tensor:
