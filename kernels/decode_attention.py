@@ -46,7 +46,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, fp8
-from .common import LOG2E, Config, cdiv
+from .common import FP8_TINY, LOG2E, Config, cdiv
 from .decode_plan import SHORTEST_SPLIT, configs, most_splits, padded_dim, resident
 from .decode_tile import as_fp16, keys_seen, length_of, over_keys, splits_of
 
@@ -127,6 +127,10 @@ def _attend(
             queries, power = as_fp16(queries)
             scale *= power
         scale *= tl.load(k_scale + head * stride_ks)
+        queries = tl.where((scale < 0.0)[:, None], -queries, queries)
+        scale = tl.abs(scale)
+    # over_keys wants it above zero. Scores at a scale as small as this are all alike.
+    scale = tl.where(scale < FP8_TINY, FP8_TINY, scale)
     k_pool, v_pool = k_cache + head * stride_kh, v_cache + head * stride_vh
     table = block_table
     if BLOCK_SIZE > 0:

@@ -109,7 +109,7 @@ def over_keys(
     last,  # tiles of keys [first, last)
     keys,
     limit,  # [BLOCK_M]: the last key that each row sees
-    scale,  # [BLOCK_M]: of the scores, to base 2
+    scale,  # [BLOCK_M]: of the scores, to base 2; above zero, so that the largest stays so
     num_blocks,
     stride_kb,
     stride_kt,
@@ -143,14 +143,15 @@ def over_keys(
             v_pool, block, start, seen, stride_vb, stride_vt,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, NATIVE_FP8, q.dtype,
         )  # fmt: skip
-        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale[:, None]
+        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if MASK:
             scores = tl.where(seen & (position[None, :] <= limit[:, None]), scores, -float("inf"))
         elif PAGED:
             scores = tl.where(seen[None, :], scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
-        p = tl.exp2(scores - base[:, None])
+        # An fma in so many words: masked or not, paged or not, a key rounds alike.
+        p = tl.exp2(tl.fma(scores, scale[:, None], -base[:, None]))
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         acc = _dot(fp8.round_to(p, q.dtype), v, acc * shrink[:, None])

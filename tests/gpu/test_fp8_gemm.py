@@ -17,7 +17,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference, triton_backend
-from llama_fast.kernels import common, fp8_gemm, fp8_stream
+from llama_fast.kernels import common, fp8_gemm, fp8_stream, fp8_tile
 from llama_fast.kernels.common import CHIPS, Chip
 
 from ..tolerances import FP8_SUM, assert_close_to_eager
@@ -265,13 +265,16 @@ def test_f30_odd_width_leaves_neighbours_alone(n: int, device: torch.device) -> 
 @pytest.mark.parametrize("m", [2, 12, 66])
 def test_f02_row_stride_past_2_to_31(m: int, device: torch.device) -> None:
     """The last rows lie past byte 2^31; on a CPU, pages that nobody touches cost nothing."""
-    stride = 2**31 // (m - 1) // 16 * 16 + 64
+    stride = 2**31 // (m - 1) // 16 * 16 + 64  # of 16, as TMA wants
     memory = torch.empty(stride * (m - 1) + 64, dtype=FP8, device=device)
     one = torch.ones(1, device=device)
+    has_tma = common.chip_of(one).has_tma
     for shift in (0, 1):  # by TMA, and by pointers
-        far = memory[shift:].as_strided((m, 63), (stride, 1))
-        far.copy_(integers(m, 63, device))
-        near = integers(66, 63, device)
+        far = memory[shift:].as_strided((m, 64 - shift), (stride, 1))
+        far.copy_(integers(m, 64 - shift, device))
+        near = integers(66, 64 - shift, device)
+        if BACKEND == "triton":
+            assert fp8_tile.use_tma(common.chip_of(far), far, near) == (not shift and has_tma)
         assert torch.equal(lf.fp8_gemm(far, near, one, one), exact(far, near, one, one).bfloat16())
         assert torch.equal(lf.fp8_gemm(near, far, one, one), exact(near, far, one, one).bfloat16())
 
