@@ -250,5 +250,6 @@ CASES: list[Case] = [
     Case("fp8_gemm", "blocks, 16 rows", lambda: product(16, 28672, 4096, scales="block"), STREAM),
     Case("fp8_gemm", "16-bit x, 16 rows", lambda: product(16, 28672, 4096, x=BF16), DECODED),
     Case("fp8_gemm", "16-bit x, 8192 rows", lambda: product(8192, 28672, 4096, x=BF16), DECODED),
+    Case("fp8_gemm", "fp32 x, 16 rows", lambda: product(16, 28672, 4096, x=FP32)),
     Case("fp8_gemm", "fp32 x, 512 rows", lambda: product(512, 28672, 4096, x=FP32)),
 ]

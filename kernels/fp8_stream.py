@@ -174,7 +174,8 @@ def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) ->
     registers: 32 of K at a time."""
     rows, depth = most_rows(few, x_bytes, fits), 128
     if x_bytes == 4 or not fits:
-        tiles, depth = [(64, 4, 4)], 32
+        # On sm_100 Triton multiplies 64 rows of fp32 as tf32, whatever input_precision says.
+        tiles, depth = [(32 if x_bytes == 4 and chip.arch == 100 else 64, 4, 4)], 32
     elif few and x_bytes == 2 and chip.has_tma:
         # 16-bit x: decoded weights reach wgmma in registers, which wider tiles would wait for.
         tiles = [(64, 4, 8)]
