@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import common, fp8
+from .decode_plan import LONG_SPLIT, SHORT_SPLIT, SHORT_SPLITS
 
 _INTERPRETED = tl.constexpr(common.INTERPRETED)
 
@@ -36,9 +37,11 @@ def keys_seen(
 
 
 @triton.jit
-def splits_of(keys, shortest, most, BLOCK_N: tl.constexpr):
-    """How many ways `keys` keys are split; shortest in tiles of BLOCK_N keys."""
-    return tl.maximum(tl.minimum(tl.cdiv(keys, BLOCK_N) // shortest, most), 1)
+def splits_of(keys, num_splits, most, BLOCK_N: tl.constexpr):
+    """How many ways `keys` keys are split. num_splits: as the caller says; 0: of the keys alone."""
+    splits = tl.maximum(keys // LONG_SPLIT, tl.minimum(keys // SHORT_SPLIT, SHORT_SPLITS))
+    splits = tl.where(num_splits == 0, splits, num_splits)
+    return tl.maximum(tl.minimum(tl.minimum(splits, most), tl.cdiv(keys, BLOCK_N)), 1)
 
 
 @triton.jit
