@@ -14,17 +14,22 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from llama_fast.kernels.common import Chip, Launch
+from llama_fast import use_backend
+from llama_fast.kernels import common
+from llama_fast.kernels.common import Chip, Launch, Recording
 
 # What is looked for: name -> pattern in the PTX or AMD's assembly. cp.async.cg moves 16 bytes.
 PTX = {
@@ -78,10 +83,34 @@ class Facts:
     serialized: bool  # ptxas could not overlap wgmma and says so
     tensor_memory: int = 0  # sm_100's, columns
     instructions: tuple[str, ...] = field(default=())
+    # What the bits of a result hang on: the shape and layout of each fp32 reduction, and, on
+    # NVIDIA's chips, how many fp32 instructions of each kind: a * b + c fused, or not.
+    reductions: tuple[str, ...] = field(default=())
+    arithmetic: tuple[str, ...] = field(default=())
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
-        return cls(**{**values, "instructions": tuple(values["instructions"])})
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class _Meta(TorchDispatchMode):
+    """Our ops on the meta device as a GPU's tensors have them: the implementation, launches and
+    all, where torch would give shapes only."""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if op.namespace == "llama_fast":
+            cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+            return op.redispatch(cpu, *args, **(kwargs or {}))
+        return op(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def record(chip: Chip, config_index: int = 0) -> Iterator[Recording]:
+    """kernels.common.record for calls of the public ops on the meta device."""
+    with common.record(chip, config_index) as recording, use_backend("triton"), _Meta():
+        yield recording
 
 
 def target_of(chip: Chip) -> GPUTarget:
@@ -123,7 +152,7 @@ def compile_facts(specialised: Specialised, sass: bool = False) -> Facts:
     """Compiles, or takes from Triton's cache, where the facts lie beside the code. sass: what
     sm_90's machine code does not confirm does not count."""
     compiled, log = _compile(specialised)
-    folder = Path(triton.knobs.cache.dir) / "llama_fast_static"
+    folder = Path(triton.knobs.cache.dir) / "llama_fast_static_2"
     stored = folder / f"{compiled.hash}{'.sass' if sass else ''}.json"
     if not log and "ptx" in compiled.asm:  # compiled before: ptxas said nothing
         if stored.exists():
@@ -166,6 +195,8 @@ def _nvidia(compiled: Any, log: str, sass: bool) -> Facts:
         serialized="wgmma.mma_async instructions are serialized" in log,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         instructions=tuple(found),
+        reductions=_reductions(compiled.asm["ttgir"]),
+        arithmetic=_arithmetic(ptx),
     )
 
 
@@ -183,7 +214,24 @@ def _amd(compiled: Any) -> Facts:
         threads=64 * compiled.metadata.num_warps,
         serialized=False,
         instructions=tuple(_search(AMDGCN, text)),
+        reductions=_reductions(compiled.asm["ttgir"]),
     )
+
+
+def _reductions(ttgir: str) -> tuple[str, ...]:
+    """'1x4096 #ttg.blocked<...>' for each reduction of fp32, in the order of the program."""
+    layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.MULTILINE))
+    operands = re.findall(
+        r'"tt\.reduce".*?^\s*\}\) : \(tensor<(\S+)xf32, (.*?)>\) ->',
+        ttgir,
+        re.MULTILINE | re.DOTALL,
+    )
+    return tuple(f"{shape} {layouts.get(layout, layout)}" for shape, layout in operands)
+
+
+def _arithmetic(ptx: str) -> tuple[str, ...]:
+    found = Counter(re.findall(r"^\s*(fma\.rn|mul|add|sub)(?:\.rn)?\.f32", ptx, re.MULTILINE))
+    return tuple(f"{name} {count}" for name, count in sorted(found.items()))
 
 
 def _search(patterns: dict[str, str], text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """python -m bench.static: every Triton kernel and configuration, compiled and checked, GPU or not.
 
-Each launcher is called on tensors without memory while its launches are recorded (common.record),
-for every chip and every configuration offered there; each distinct launch is then compiled as it
-would be on that chip. A row says what came out and what is wrong with it.
+Each op is called on tensors without memory while its launches are recorded (common.record), for
+every chip and every configuration offered there; each distinct launch is then compiled as it would
+be on that chip. A row says what came out and what is wrong with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llama_fast.kernels import common
 
 from . import compiled, report, static_table
 from .occupancy import Occupancy
-from .static_rules import Case, fits, problems
+from .static_rules import Case, compare, fits, problems
 
 EPILOG = """examples:
   python -m bench.static                              everything (minutes)
@@ -77,7 +77,7 @@ def collect(cases: Iterable[Case], archs: Iterable[str], first: Container[str] =
             index = offered = 0
             while index == 0 or (index < offered and arch not in first):
                 try:
-                    with common.record(chip, index) as recording:
+                    with compiled.record(chip, index) as recording:
                         case.call()
                 except Exception as error:  # a row of its own: the others are still worth having
                     _failed(jobs, case, arch, index, _brief(error))
@@ -280,8 +280,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Triton {triton.__version__}: {len(jobs)} kernels to compile")
     print(HEADER, flush=True)
     rows = run(jobs, args.jobs, lambda row: print(line(row), flush=True))
+    compare(cases, rows)
     seconds = time.perf_counter() - start
     wrong = [row for row in rows if row.problems]
+    print("".join(f"{line(row)}\n" for row in wrong), end="")
     print(f"{len(rows)} kernels, {len(wrong)} with problems, {seconds:.0f} s")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,19 @@
-"""What bench.static compiles: each launcher at Llama shapes, and what its kernels must contain.
+"""What bench.static compiles: each op at Llama shapes, and what its kernels must contain.
 
-Sizes matter only through what a launcher and Triton's specialisation make of them: a kernel for
-8B's shapes differs from 70B's where a size is a constant of the kernel, and not where it is an
-argument that 16 divides in both.
+The public ops are called, so that nothing is compiled but what users launch. Sizes matter only
+through what a launcher and Triton's specialisation make of them: a kernel for 8B's shapes differs
+from 70B's where a size is a constant of the kernel, and not where it is an argument that 16 divides
+in both.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from llama_fast.kernels.activation import silu_and_mul
-from llama_fast.kernels.attention import attention
-from llama_fast.kernels.decode_attention import attention_with_kvcache
-from llama_fast.kernels.fp8_gemm import linear
-from llama_fast.kernels.quantize import quantize_fp8
-from llama_fast.kernels.rms_norm import rms_norm
-from llama_fast.kernels.rope import rope
+import llama_fast as lf
 
 from .static_rules import MAY_SERIALISE, Case
 
@@ -38,38 +35,23 @@ def norm(
     fp8: bool = False,
     dtype: torch.dtype = BF16,
 ) -> None:
-    x = empty(rows, hidden, dtype=dtype)
-    rms_norm(
-        empty(rows, hidden, dtype=E4M3 if fp8 else dtype),
-        x,
-        empty(hidden, dtype=dtype),
-        1e-5,
-        *((empty(rows, hidden, dtype=dtype), empty(rows, hidden, dtype=dtype)) if residual else ()),
-        **({"scale": empty(rows, 1, dtype=FP32)} if fp8 else {}),
-    )
+    x, other = (empty(rows, hidden, dtype=dtype) for _ in range(2))
+    weight = empty(hidden, dtype=dtype)
+    if fp8:
+        lf.rms_norm_fp8(x, weight, residual=other if residual else None)
+    elif residual:
+        lf.add_rms_norm(x, other, weight)
+    else:
+        lf.rms_norm(x, weight)
 
 
 def silu(inner: int, rows: int = 8192, fp8: bool = False, dtype: torch.dtype = BF16) -> None:
-    out = empty(rows, inner, dtype=E4M3 if fp8 else dtype)
     gate_up = empty(rows, 2 * inner, dtype=dtype)
-    silu_and_mul(out, gate_up, empty(rows, 1, dtype=FP32) if fp8 else None)
+    lf.silu_and_mul_fp8(gate_up) if fp8 else lf.silu_and_mul(gate_up)
 
 
 def quantize(granularity: str, rows: int, cols: int) -> None:
-    blocks = -(-cols // 128)
-    scale = {
-        "tensor": (1,),
-        "row": (rows, 1),
-        "block": (rows, blocks),
-        "block_2d": (-(-rows // 128), blocks),
-    }[granularity]
-    quantize_fp8(
-        empty(rows, cols, dtype=E4M3),
-        empty(*scale, dtype=FP32),
-        empty(rows, cols),
-        granularity,
-        None,
-    )
+    lf.quantize_fp8(empty(rows, cols), granularity)
 
 
 # ---- rotary embedding, attention ----
@@ -79,6 +61,13 @@ def qkv(tokens: int, heads: int, kv_heads: int, d: int, dtype: torch.dtype) -> l
     """Views of the fused projection's output, as in the model."""
     fused = empty(tokens, heads + 2 * kv_heads, d, dtype=dtype)
     return list(fused.split((heads, kv_heads, kv_heads), 1))
+
+
+def cache(*shape: int, fp8: bool, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """k_cache and v_cache, and the scales of an FP8 one."""
+    k, v = (empty(*shape, dtype=E4M3 if fp8 else dtype) for _ in range(2))
+    scales = (empty(1, dtype=FP32) if fp8 else None for _ in range(2))
+    return (k, v), dict(zip(("k_scale", "v_scale"), scales, strict=True))
 
 
 def rotate(
@@ -92,15 +81,14 @@ def rotate(
     tokens, kv_heads = 8192, 8
     q, k, v = qkv(tokens, heads, kv_heads, d, dtype)
     table, positions = empty(131072, d, dtype=FP32), empty(tokens, dtype=I64)
-    q_out = empty(tokens, heads, d, dtype=dtype)
-    if not append:
-        k_out = empty(tokens, kv_heads, d, dtype=dtype)
-        rope(q_out, k_out, q, k, positions, table, interleaved)
-        return
-    caches = empty(2, 1024, 64, kv_heads, d, dtype=torch.uint8 if fp8 else dtype)
-    scales = {"k_scale": empty(1, dtype=FP32), "v_scale": empty(1, dtype=FP32)} if fp8 else {}
-    slots = empty(tokens, dtype=I64)
-    rope(q_out, None, q, k, positions, table, interleaved, v, *caches, slots, **scales)
+    if append:
+        caches, scales = cache(1024, 64, kv_heads, d, fp8=fp8, dtype=dtype)
+        slots = empty(tokens, dtype=I64)
+        lf.apply_rope_and_append(
+            q, k, v, positions, table, *caches, slots, interleaved=interleaved, **scales
+        )
+    else:
+        lf.apply_rope(q, k, positions, table, interleaved=interleaved)
 
 
 def prefill(
@@ -110,14 +98,12 @@ def prefill(
     d: int = 128,
     dtype: torch.dtype = BF16,
 ) -> None:
-    tokens, kv_heads = 8192, 8
-    q, k, v = qkv(tokens, heads, kv_heads, d, dtype)
-    out = empty(tokens, heads, d, dtype=dtype)
+    q, k, v = qkv(8192, heads, 8, d, dtype)
     if packed:
         cu = empty(5, dtype=I32)
-        attention(out, q, k, v, causal, d**-0.5, cu, cu)
+        lf.attention(q, k, v, causal=causal, cu_seqlens_q=cu, cu_seqlens_k=cu)
     else:
-        attention(out[None], q[None], k[None], v[None], causal, d**-0.5, None, None)
+        lf.attention(q[None], k[None], v[None], causal=causal)
 
 
 def decode(
@@ -130,13 +116,11 @@ def decode(
     dtype: torch.dtype = BF16,
 ) -> None:
     kv_heads, keys, block = 8, 8192, 64
-    q, out = (empty(batch, queries, heads, d, dtype=dtype) for _ in range(2))
     shape = (batch * keys // block, block) if paged else (batch, keys)
-    caches = empty(2, *shape, kv_heads, d, dtype=E4M3 if fp8 else dtype)
+    caches, scales = cache(*shape, kv_heads, d, fp8=fp8, dtype=dtype)
+    q, lengths = empty(batch, queries, heads, d, dtype=dtype), empty(batch, dtype=I32)
     table = empty(batch, keys // block, dtype=I32) if paged else None
-    scales = {"k_scale": empty(1, dtype=FP32), "v_scale": empty(1, dtype=FP32)} if fp8 else {}
-    lengths = empty(batch, dtype=I32)
-    attention_with_kvcache(out, q, *caches, lengths, table, True, d**-0.5, 0, **scales)
+    lf.attention_with_kvcache(q, *caches, lengths, block_table=table, **scales)
 
 
 # ---- matrix products ----
@@ -147,32 +131,26 @@ def product(
     n: int,
     k: int,
     x: torch.dtype = E4M3,
-    weight: torch.dtype = E4M3,
     scales: str = "row",
-    bias: bool = False,
     out: torch.dtype = BF16,
 ) -> None:
     blocks = -(-k // 128)
-    x_scale = weight_scale = None
+    rows, weight = empty(m, k, dtype=x), empty(n, k, dtype=E4M3)
+    shape = (-(-n // 128), blocks) if scales == "block" else (n, 1)
+    weight_scale = empty(*shape, dtype=FP32)
     if x == E4M3:
         x_scale = empty(m, blocks if scales == "block" else 1, dtype=FP32)
-    if weight == E4M3:
-        shape = (-(-n // 128), blocks) if scales == "block" else (n, 1)
-        weight_scale = empty(*shape, dtype=FP32)
-    linear(
-        empty(m, n, dtype=out),
-        empty(m, k, dtype=x),
-        empty(n, k, dtype=weight),
-        empty(n, dtype=out) if bias else None,
-        x_scale,
-        weight_scale,
-    )
+        lf.fp8_gemm(rows, weight, x_scale, weight_scale, out_dtype=out)
+    else:
+        lf.fp8_linear(rows, weight, weight_scale, quantize_activation=False)
 
 
 # ---- the cases: op, name, call, and what each kernel must contain ----
 
 WIDE = ("16-byte loads", "16-byte stores")
 NORM = {"_rms_norm_kernel": WIDE}
+SUMS = {"reductions": "the same rows"}  # fusing changes no bit
+FP32_SUMS = {"reductions": "the same rows in fp32"}
 NORM_FP8 = {"_rms_norm_kernel": ("16-byte loads", "hardware e4m3")}
 SILU_FP8 = {
     "_row_fp8_kernel": ("16-byte loads", "hardware e4m3", "ex2"),
@@ -195,6 +173,9 @@ DECODE = {
 }
 DECODE_FP8 = {"_attend": (*DECODE["_attend"], "hardware e4m3")}
 CHUNK = {"_attend": ("matrix", "async copy", "ex2", "16-byte loads")}
+# The layout of a cache changes no bit.
+LAYOUTS = {"reductions": "1 query", "arithmetic": "1 query"}
+CHUNK_LAYOUTS = {"reductions": "chunk", "arithmetic": "chunk"}
 # On sm_80 and AMD, which cannot multiply e4m3, _stream serves every case, and decodes.
 GEMM = {
     "_gemm": ("e4m3 matrix", "async copy", "16-byte stores"),
@@ -208,13 +189,26 @@ STREAM = {
 # decoding. On the chips that have wgmma, activations are quantised unless the caller says no.
 DECODED = {"_stream": ("small matrix", "async copy", "16-byte loads", MAY_SERIALISE)}
 CASES: list[Case] = [
-    Case("rms_norm", "8B", lambda: norm(4096), NORM),
-    Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True), NORM),
-    Case("rms_norm", "8B FP8", lambda: norm(4096, fp8=True), NORM_FP8),
-    Case("rms_norm", "8B + residual FP8", lambda: norm(4096, residual=True, fp8=True), NORM_FP8),
+    Case("rms_norm", "8B", lambda: norm(4096), NORM, alike=SUMS),
+    Case("rms_norm", "8B + residual", lambda: norm(4096, residual=True), NORM, alike=SUMS),
+    Case("rms_norm", "8B FP8", lambda: norm(4096, fp8=True), NORM_FP8, alike=SUMS),
+    Case(
+        "rms_norm",
+        "8B + residual FP8",
+        lambda: norm(4096, residual=True, fp8=True),
+        NORM_FP8,
+        alike=SUMS,
+    ),
     Case("rms_norm", "70B + residual", lambda: norm(8192, residual=True), NORM),
     Case("rms_norm", "405B + residual FP8", lambda: norm(16384, residual=True, fp8=True), NORM_FP8),
-    Case("rms_norm", "8B fp32", lambda: norm(4096, dtype=FP32), NORM),
+    Case("rms_norm", "8B fp32", lambda: norm(4096, dtype=FP32), NORM, alike=FP32_SUMS),
+    Case(
+        "rms_norm",
+        "8B fp32 + residual FP8",
+        lambda: norm(4096, residual=True, fp8=True, dtype=FP32),
+        NORM_FP8,
+        alike=FP32_SUMS,
+    ),
     Case("activation", "8B", lambda: silu(14336), {"_tile_kernel": (*WIDE, "ex2")}),
     Case("activation", "8B FP8", lambda: silu(14336, fp8=True), SILU_FP8),
     Case("activation", "70B FP8", lambda: silu(28672, fp8=True), SILU_FP8),
@@ -233,11 +227,18 @@ CASES: list[Case] = [
     Case("attention", "packed", lambda: prefill(packed=True), ATTENTION),
     Case("attention", "d64", lambda: prefill(d=64), ATTENTION),
     Case("attention", "fp32", lambda: prefill(dtype=FP32), ATTENTION_FP32),
-    Case("decode_attention", "paged", decode, DECODE),
-    Case("decode_attention", "contiguous", lambda: decode(paged=False), DECODE),
+    Case("decode_attention", "paged", decode, DECODE, alike=LAYOUTS),
+    Case("decode_attention", "contiguous", lambda: decode(paged=False), DECODE, alike=LAYOUTS),
     Case("decode_attention", "FP8", lambda: decode(fp8=True), DECODE_FP8),
     Case("decode_attention", "70B", lambda: decode(heads=64), DECODE),
-    Case("decode_attention", "512 queries", lambda: decode(queries=512), CHUNK),
+    Case("decode_attention", "512 queries", lambda: decode(512), CHUNK, alike=CHUNK_LAYOUTS),
+    Case(
+        "decode_attention",
+        "512 queries, contiguous",
+        lambda: decode(512, paged=False),
+        CHUNK,
+        alike=CHUNK_LAYOUTS,
+    ),
     Case("fp8_gemm", "8192^3", lambda: product(8192, 8192, 8192), GEMM),
     Case("fp8_gemm", "blocks", lambda: product(4096, 7168, 16384, scales="block"), GEMM),
     Case("fp8_gemm", "512 rows, QKV", lambda: product(512, 6144, 4096), GEMM),
@@ -249,4 +250,6 @@ CASES: list[Case] = [
     Case("fp8_gemm", "blocks, 16 rows", lambda: product(16, 28672, 4096, scales="block"), STREAM),
     Case("fp8_gemm", "16-bit x, 16 rows", lambda: product(16, 28672, 4096, x=BF16), DECODED),
     Case("fp8_gemm", "16-bit x, 8192 rows", lambda: product(8192, 28672, 4096, x=BF16), DECODED),
+    Case("fp8_gemm", "fp32 x, 16 rows", lambda: product(16, 28672, 4096, x=FP32)),
+    Case("fp8_gemm", "fp32 x, 512 rows", lambda: product(512, 28672, 4096, x=FP32)),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama_fast.kernels import common
 
@@ -63,6 +64,8 @@ class Case:
     # kernel -> blocks that must fit on one multiprocessor of sm_90, first configuration
     blocks: dict[str, int] = field(default_factory=dict)
     chips: tuple[str, ...] = tuple(common.CHIPS)
+    # a field of Facts -> a group of cases that promise the same bits, and so have it in common
+    alike: dict[str, str] = field(default_factory=dict)
 
 
 def problems(
@@ -88,6 +91,21 @@ def problems(
     if resident.blocks < max(blocks, 1):
         wrong.append(f"{resident.blocks} blocks a multiprocessor for want of {resident.limit}")
     return wrong
+
+
+def compare(cases: Iterable[Case], rows: Iterable[Any]) -> None:
+    """Adds a problem to each row (static.Row) that differs from the first of its group in what the
+    bits of a result hang on (Case.alike)."""
+    wanted = {(case.op, case.name): case.alike for case in cases}
+    first: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
+    for row in rows:
+        for name in row.cases if row.facts else ():
+            for fact, group in wanted[row.op, name].items():
+                found = getattr(row.facts, fact)
+                key = (row.op, row.kernel, row.arch, row.config, fact, group)
+                other, expected = first.setdefault(key, (name, found))
+                if found != expected:
+                    row.problems.append(f"other {fact} than {other}: {found}, not {expected}")
 
 
 def fits(arch: str, f: Facts) -> Occupancy:

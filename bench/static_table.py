@@ -37,6 +37,9 @@ def save(content: dict[str, Any]) -> None:
     kept = [r for r in content["rows"] if r["arch"] == "sm_90" and r["config_index"] == 0]
     names = ("op", "kernel", "cases", "config", "config_index", "arch", "facts", "occupancy")
     small = [{name: row[name] for name in names} for row in kept]
+    for row in small:
+        unread = ("reductions", "arithmetic")
+        row["facts"] = {k: v for k, v in (row["facts"] or {}).items() if k not in unread}
     PATH.write_text(json.dumps({"triton": content["triton"], "rows": small}, indent=1) + "\n")
     rows.cache_clear()
 

@@ -46,8 +46,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, fp8
-from .common import LOG2E, Config, cdiv
-from .decode_plan import SHORTEST_SPLIT, configs, most_splits, padded_dim, resident
+from .common import FP8_TINY, LOG2E, Config, cdiv
+from .decode_plan import configs, most_splits, padded_dim, resident, splits_wanted
 from .decode_tile import as_fp16, keys_seen, length_of, over_keys, splits_of
 
 COMBINED = 16  # splits added at a time; part of the order of summation, so not tuned
@@ -76,7 +76,7 @@ def _attend(
     seqlen_q,
     kv_heads,
     m_tiles,  # tiles of BLOCK_M rows a key/value head
-    shortest,  # tiles a split has at least
+    num_splits,  # 0: of each sequence's length
     most,  # splits a sequence of this capacity has at most
     stride_ob, stride_os, stride_oh,
     stride_qb, stride_qs, stride_qh,
@@ -105,7 +105,7 @@ def _attend(
 
     length = length_of(cache_seqlens, b, capacity)
     keys = keys_seen(length, seqlen_q, m_tile, GROUP, CAUSAL, BLOCK_M)
-    splits = splits_of(keys, shortest, most, BLOCK_N)
+    splits = splits_of(keys, num_splits, most, BLOCK_N)
     if split >= splits:
         return
     tiles = tl.cdiv(keys, BLOCK_N)
@@ -127,6 +127,10 @@ def _attend(
             queries, power = as_fp16(queries)
             scale *= power
         scale *= tl.load(k_scale + head * stride_ks)
+        queries = tl.where((scale < 0.0)[:, None], -queries, queries)
+        scale = tl.abs(scale)
+    # over_keys wants it above zero. Scores at a scale as small as this are all alike.
+    scale = tl.where(scale < FP8_TINY, FP8_TINY, scale)
     k_pool, v_pool = k_cache + head * stride_kh, v_cache + head * stride_vh
     table = block_table
     if BLOCK_SIZE > 0:
@@ -178,7 +182,7 @@ def _combine(
     capacity,
     seqlen_q,
     heads,
-    shortest,
+    num_splits,
     most,
     stride_ob, stride_os, stride_oh,
     CAUSAL: tl.constexpr,
@@ -196,7 +200,7 @@ def _combine(
     m_tile = (query * GROUP + h % GROUP) // BLOCK_M
     length = length_of(cache_seqlens, b, capacity)
     keys = keys_seen(length, seqlen_q, m_tile, GROUP, CAUSAL, BLOCK_M)
-    splits = splits_of(keys, shortest, most, BLOCK_N)
+    splits = splits_of(keys, num_splits, most, BLOCK_N)
     if splits == 1:
         return  # written already
     d, s = tl.arange(0, BLOCK_D), tl.arange(0, COMBINED)
@@ -261,13 +265,12 @@ def attention_with_kvcache(
     def run(config: Config, out: Tensor) -> None:
         block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
         m_tiles = cdiv(rows, block_m)
-        key_tiles = cdiv(capacity, block_n)
         if num_splits:
-            shortest, most = 1, num_splits
+            most = min(num_splits, cdiv(capacity, block_n))
         else:
-            shortest = SHORTEST_SPLIT // block_n
-            most = most_splits(kv_heads * m_tiles, chip.sms * resident(chip, config, q, k_cache))
-        most = max(1, min(most, key_tiles // shortest))
+            slots = chip.sms * resident(chip, config, q, k_cache)
+            most = min(most_splits(kv_heads * m_tiles, slots), splits_wanted(capacity))
+        most = max(1, most)
         partial = tops = totals = None
         if most > 1:
             partial = q.new_empty((batch, seqlen_q, heads, most, d), dtype=torch.float32)
@@ -293,7 +296,7 @@ def attention_with_kvcache(
             seqlen_q,
             kv_heads,
             m_tiles,
-            shortest,
+            num_splits,
             most,
             *out.stride()[:3],
             *q.stride()[:3],
@@ -322,7 +325,7 @@ def attention_with_kvcache(
                 capacity,
                 seqlen_q,
                 heads,
-                shortest,
+                num_splits,
                 most,
                 *out.stride()[:3],
                 config=config,

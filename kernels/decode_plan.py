@@ -2,10 +2,13 @@
 
 How many splits: a function of the sequence's own length and of constants (splits_of in
 decode_tile.py, on the device), never of the batch or of the cache's capacity, so that a sequence's
-result has the same bits in any batch. The most that a sequence is split into fills the chip with
-that sequence alone (most_splits); no split is shorter than SHORTEST_SPLIT keys. The grid covers the
-capacity, since the lengths are on the device; programs past their sequence's splits exit at once,
-and come last. A sequence of one split is written directly.
+result has the same bits in any batch. 256 keys a split up to eight of them: 128 KB of one head in
+16 bits, 4 tiles, enough to amortise a start. (An SM with 64 KB on their way for 0.8 us takes in 80
+GB/s: 1,000 keys of a head are 6 us of one program, and 2 of three.) From 4,096 keys on 512 a split,
+which halves what is written and read again; at most as many as fill the chip with that sequence
+alone (most_splits). CUDA's decode_plan.cuh has the same rule. The grid covers the capacity, since
+the lengths are on the device; programs past their sequence's splits exit at once, and come last. A
+sequence of one split is written directly.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from __future__ import annotations
 import functools
 import math
 
+import triton.language as tl
 from torch import Tensor
 
 from . import common
 from .common import Chip, Config
 
-SHORTEST_SPLIT = 512  # keys: 256 KB of one head in 16 bits, 8 tiles, enough to amortise a start
+SHORT_SPLIT: tl.constexpr = tl.constexpr(256)  # keys
+SHORT_SPLITS: tl.constexpr = tl.constexpr(8)
+LONG_SPLIT: tl.constexpr = tl.constexpr(512)
 
 
 def _shared_bytes(config: Config, d: int, bytes_q: int, bytes_cache: int) -> int:
@@ -90,6 +96,12 @@ def resident(chip: Chip, config: Config, q: Tensor, cache: Tensor) -> int:
 
 def padded_dim(d: int) -> int:
     return max(16, common.next_power_of_2(d))  # 16: the least a matrix instruction sums over
+
+
+def splits_wanted(keys: int) -> int:
+    """Into how many splits so many keys go, where that many programs find room: as splits_of."""
+    short = min(keys // SHORT_SPLIT.value, SHORT_SPLITS.value)
+    return max(1, keys // LONG_SPLIT.value, short)
 
 
 @functools.lru_cache(maxsize=1024)

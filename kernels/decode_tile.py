@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from . import common, fp8
+from .decode_plan import LONG_SPLIT, SHORT_SPLIT, SHORT_SPLITS
 
 _INTERPRETED = tl.constexpr(common.INTERPRETED)
 
@@ -36,9 +37,11 @@ def keys_seen(
 
 
 @triton.jit
-def splits_of(keys, shortest, most, BLOCK_N: tl.constexpr):
-    """How many ways `keys` keys are split; shortest in tiles of BLOCK_N keys."""
-    return tl.maximum(tl.minimum(tl.cdiv(keys, BLOCK_N) // shortest, most), 1)
+def splits_of(keys, num_splits, most, BLOCK_N: tl.constexpr):
+    """How many ways `keys` keys are split. num_splits: as the caller says; 0: of the keys alone."""
+    splits = tl.maximum(keys // LONG_SPLIT, tl.minimum(keys // SHORT_SPLIT, SHORT_SPLITS))
+    splits = tl.where(num_splits == 0, splits, num_splits)
+    return tl.maximum(tl.minimum(tl.minimum(splits, most), tl.cdiv(keys, BLOCK_N)), 1)
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def over_keys(
     last,  # tiles of keys [first, last)
     keys,
     limit,  # [BLOCK_M]: the last key that each row sees
-    scale,  # [BLOCK_M]: of the scores, to base 2
+    scale,  # [BLOCK_M]: of the scores, to base 2; above zero, so that the largest stays so
     num_blocks,
     stride_kb,
     stride_kt,
@@ -143,14 +146,15 @@ def over_keys(
             v_pool, block, start, seen, stride_vb, stride_vt,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, NATIVE_FP8, q.dtype,
         )  # fmt: skip
-        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * scale[:, None]
+        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if MASK:
             scores = tl.where(seen & (position[None, :] <= limit[:, None]), scores, -float("inf"))
         elif PAGED:
             scores = tl.where(seen[None, :], scores, -float("inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
-        p = tl.exp2(scores - base[:, None])
+        # An fma in so many words: masked or not, paged or not, a key rounds alike.
+        p = tl.exp2(tl.fma(scores, scale[:, None], -base[:, None]))
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
         acc = _dot(fp8.round_to(p, q.dtype), v, acc * shrink[:, None])

@@ -20,7 +20,9 @@ an SM; the stages of an SM's one or two programs hold 64 KB or more.
 - 16-bit activations: e4m3 becomes x's dtype in registers, on its way from shared memory to the
   tensor core, exactly. At full bandwidth an SM gets 18 values a clock; two take two to four
   instructions of a thread, and an SM issues 128: a third of them at most.
-- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (fp8_gemm.py says why).
+- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (fp8_gemm.py says why); of
+  fp32 ones, which are chains of fma, every 32: over K = 4096 a single chain is several times as
+  far from fp64 as a blocked product.
 """
 
 from __future__ import annotations
@@ -172,7 +174,8 @@ def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) ->
     registers: 32 of K at a time."""
     rows, depth = most_rows(few, x_bytes, fits), 128
     if x_bytes == 4 or not fits:
-        tiles, depth = [(64, 4, 4)], 32
+        # On sm_100 Triton multiplies 64 rows of fp32 as tf32, whatever input_precision says.
+        tiles, depth = [(32 if x_bytes == 4 and chip.arch == 100 else 64, 4, 4)], 32
     elif few and x_bytes == 2 and chip.has_tma:
         # 16-bit x: decoded weights reach wgmma in registers, which wider tiles would wait for.
         tiles = [(64, 4, 8)]
@@ -261,7 +264,10 @@ def stream(
             X_BLOCKS=sx.blocks,
             W_BLOCKS=sw.blocks,
             W_HEIGHT=sw.height,
-            PROMOTE=sx.blocks or sw.blocks or (x.dtype == E4M3 and needs_promotion(chip)),
+            PROMOTE=sx.blocks
+            or sw.blocks
+            or x.itemsize == 4
+            or (x.dtype == E4M3 and needs_promotion(chip)),
             MMA=mma,
             NATIVE=native(chip) and not (chip.arch == 89 and mma == tl.bfloat16),  # no such cvt
             TMA=tma,

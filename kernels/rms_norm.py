@@ -21,7 +21,8 @@ Rows wider than 16384 (8192 in fp32) do not fit 64 registers a thread together w
 from them. The second kernel goes over such a row in pieces, two or three times: the first pass
 comes from memory, the others find the row in L2.
 
-A row is always reduced by the same threads in the same order, whatever the number of rows.
+A row is always reduced by the same threads in the same order, whatever the number of rows, the
+strides and the form.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def _rms_norm_kernel(
     FP8: tl.constexpr,
     BOUNDED: tl.constexpr,
     NATIVE: tl.constexpr,
+    CHUNK: tl.constexpr,  # columns that a thread has side by side
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least HIDDEN
     PER_SM: tl.constexpr,  # the launcher's: programs an SM
@@ -86,15 +88,15 @@ def _rms_norm_kernel(
         if ROWS > 1:
             inside = inside & (row < rows)[:, None]
         at = row.to(tl.int64)[:, None]
-        to = at * HIDDEN + cols[None, :]
-        if FP8 and BLOCK >= 8:
-            # Told that a byte's neighbours are contiguous beyond 8, the compiler would store 16 a
-            # thread, and exchange every element through shared memory to get from 8 columns a
-            # thread, which is what 16-byte loads give, to 16.
-            to = tl.max_contiguous(to, (1, 8))
-        s = to_fp32(tl.load(x + (at * x_stride + cols[None, :]), mask=inside, other=0.0))
+        # The row's layout, and so the order of its sum, follows the widest access: CHUNK bounds all
+        # of them, or a form that stores bytes would add in another order than the others, and
+        # exchange every element through shared memory to get from 16 columns a thread to 8.
+        to = tl.max_contiguous(at * HIDDEN + cols[None, :], [1, CHUNK])
+        x_at = tl.max_contiguous(at * x_stride + cols[None, :], [1, CHUNK])
+        s = to_fp32(tl.load(x + x_at, mask=inside, other=0.0))
         if RESIDUAL:
-            r = tl.load(residual + (at * residual_stride + cols[None, :]), mask=inside, other=0.0)
+            r_at = tl.max_contiguous(at * residual_stride + cols[None, :], [1, CHUNK])
+            r = tl.load(residual + r_at, mask=inside, other=0.0)
             total = round_to(s + to_fp32(r), DTYPE)
             tl.store(residual_out + to, total, mask=inside)
             s = to_fp32(total)
@@ -128,6 +130,7 @@ def _wide_kernel(
     FP8: tl.constexpr,
     BOUNDED: tl.constexpr,
     NATIVE: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     PER_SM: tl.constexpr,  # the launcher's
     STAGES: tl.constexpr,
@@ -142,12 +145,13 @@ def _wide_kernel(
         squares = tl.zeros([BLOCK], tl.float32)
         for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
             inside = left + cols < HIDDEN
-            s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+            here = tl.max_contiguous(left + cols, CHUNK)  # as above
+            s = to_fp32(tl.load(s_row + here, mask=inside, other=0.0))
             if RESIDUAL:
                 r_row = residual + at * residual_stride
-                r = to_fp32(tl.load(r_row + left + cols, mask=inside, other=0.0))
+                r = to_fp32(tl.load(r_row + here, mask=inside, other=0.0))
                 total = round_to(s + r, DTYPE)
-                tl.store(residual_out + at * HIDDEN + left + cols, total, mask=inside)
+                tl.store(residual_out + at * HIDDEN + here, total, mask=inside)
                 s = to_fp32(total)
             squares += s * s
         rstd = _rstd(tl.sum(squares, axis=0), eps, HIDDEN)
@@ -157,25 +161,26 @@ def _wide_kernel(
         largest = tl.zeros([BLOCK], tl.int32)
         for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
             inside = left + cols < HIDDEN
-            w = to_fp32(tl.load(weight + left + cols, mask=inside, other=0.0))
-            s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+            here = tl.max_contiguous(left + cols, CHUNK)
+            w = to_fp32(tl.load(weight + here, mask=inside, other=0.0))
+            s = to_fp32(tl.load(s_row + here, mask=inside, other=0.0))
             y = _normed(s, rstd, w, DTYPE)
             if FP8:
                 largest = tl.maximum(largest, to_fp32(y).to(tl.int32, bitcast=True) & 0x7FFFFFFF)
             else:
-                tl.store(out + at * HIDDEN + left + cols, y, mask=inside)
+                tl.store(out + at * HIDDEN + here, y, mask=inside)
         if FP8:
             amax = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
             its_scale = row_scale(amax, scale_ub)
             tl.store(scale + row, its_scale)
             for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
                 inside = left + cols < HIDDEN
-                w = to_fp32(tl.load(weight + left + cols, mask=inside, other=0.0))
-                s = to_fp32(tl.load(s_row + left + cols, mask=inside, other=0.0))
+                here = tl.max_contiguous(left + cols, CHUNK)
+                w = to_fp32(tl.load(weight + here, mask=inside, other=0.0))
+                s = to_fp32(tl.load(s_row + here, mask=inside, other=0.0))
                 y = to_fp32(_normed(s, rstd, w, DTYPE))
                 q = quantize(y, its_scale, BOUNDED, NATIVE)
-                to = tl.max_contiguous(at * HIDDEN + left + cols, 8)  # as above
-                tl.store(out + to, q, mask=inside)
+                tl.store(out + at * HIDDEN + here, q, mask=inside)
 
 
 _WIDE = 2**15  # bytes of a row, rounded up to a power of two, beyond which it goes in pieces
@@ -255,6 +260,7 @@ def rms_norm(
             FP8=scale is not None,
             BOUNDED=scale_ub is not None,
             NATIVE=fp8.native(chip),
+            CHUNK=math.gcd(hidden, 16 // x.element_size()),  # 16 bytes, where rows are aligned
             config=config,
         )
 

@@ -25,6 +25,7 @@ and k NaN, and a slot outside the cache (-1 is the way to say so) writes nothing
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -93,7 +94,7 @@ def _rope_kernel(
     q,  # [T, H, D] of any strides
     k,  # [T, Hkv, D] of any strides
     v,  # [T, Hkv, D] of any strides; with caches
-    k_cache,  # [blocks, block_size, Hkv, D] of any strides; e4m3 bits with k_scale
+    k_cache,  # [blocks, block_size, Hkv, D] of any strides; e4m3 as uint8 with k_scale
     v_cache,
     k_scale,  # fp32, [1] or [Hkv]
     v_scale,
@@ -217,7 +218,7 @@ def rope(
 ) -> None:
     """q [T, H, D] -> q_out, k [T, Hkv, D] -> k_out, both contiguous; or, with v, both caches
     [blocks, block_size, Hkv, D] and slots, k and v -> the caches. With k_scale and v_scale (fp32
-    [1] or [Hkv]) the caches are e4m3, as uint8 views."""
+    [1] or [Hkv]) the caches are e4m3."""
     tokens, heads, head_dim = q.shape
     chip = common.chip_of(q)
     append = k_cache is not None and v_cache is not None
@@ -227,6 +228,8 @@ def rope(
         cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
         block_size = k_cache.shape[1]
         num_slots = k_cache.shape[0] * block_size
+        if k_scale is not None:
+            k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
 
     def run(config: Config) -> None:
         common.launch(

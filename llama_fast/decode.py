@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .model import Llama
 
 AHEAD = 1  # steps queued behind the one that is awaited: hides the host's work on a step's tokens
+MOST_GRAPHS = 64  # of a decoder: a caller with new settings in each call would pile them up
 PREFILL_CHUNK = 8192  # tokens: fills a GPU, and bounds activations (8B: 0.5 GB for gate and up)
 
 
@@ -134,11 +135,12 @@ class Read:
 
     def __init__(self, ids: Tensor, sequences: Sequence[int]) -> None:
         """ids [B]: the first ones are those of the sequences, the rest belongs to empty rows."""
-        self._sequences, self._ids = tuple(sequences), ids
+        self._sequences = tuple(sequences)
         self._there: torch.cuda.Event | None = None
+        # A copy in any case: the next step writes ids anew.
+        self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
+        self._ids.copy_(ids, non_blocking=True)
         if ids.is_cuda:
-            self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            self._ids.copy_(ids, non_blocking=True)
             self._there = torch.cuda.Event()
             self._there.record()
 
@@ -166,6 +168,7 @@ class Decoder:
             num_blocks=size.blocks,
         )
         self._tokens = torch.zeros(size.rows, 1, dtype=torch.int64, device=device)
+        self._draws = torch.zeros(size.rows, dtype=torch.float64, device=device)
         # For each row its position, slot and length, and what a step adds to them. An empty row has
         # 0, -1, 0 and 0: it writes nothing and attends to nothing.
         self._state = torch.zeros(4, size.rows, dtype=torch.int32, device=device)
@@ -181,8 +184,10 @@ class Decoder:
         sequence draws its tokens with."""
         if self._free is not None:
             torch.cuda.current_stream().wait_event(self._free)
+        if len(self._captured) > MOST_GRAPHS:
+            self._captured.clear()
         self._settings = settings
-        self._u = None if u is None else upload(u, self._tokens.device)
+        self._u = None if u is None else upload(u.t().contiguous(), self._tokens.device)
         self.cache.clear()
         # All at once: the table stays as it is, and the slots of a sequence follow each other.
         self.cache.select(range(len(lengths))).reserve(lengths)
@@ -197,7 +202,7 @@ class Decoder:
             chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]])
             hidden = model.hidden(upload(chunk, self._tokens.device), cache=cache)
         self._sampled = 1
-        u = None if self._u is None else self._u[index : index + 1, 0]
+        u = None if self._u is None else self._u[0, index : index + 1]
         ids = sampling.sample_rows(model.logits(hidden[:, -1]), u, *self._settings)
         self._tokens[index].copy_(ids.clamp(min=0))
         return Read(ids, [index])
@@ -228,10 +233,11 @@ class Decoder:
     def step(self, model: Llama, graphs: type[CudaGraph] | None) -> Read:
         """One more token of each sequence."""
         size = bucket(len(self.rows))
+        if self._u is not None:
+            torch.index_select(self._u[self._sampled], 0, self._order, out=self._draws[:size])
         logits = self._run(size, lambda: self._forward(model, size), graphs)
-        u = None if self._u is None else self._u[:, self._sampled].index_select(0, self._order)
-        ids = sampling.sample_rows(logits, u, *self._settings)
-        self._tokens[:size, 0] = ids.clamp(min=0)
+        way = size, self._settings
+        ids = self._run(way, lambda: self._sample(logits), graphs)
         self._sampled += 1
         return Read(ids, self.rows)
 
@@ -244,22 +250,34 @@ class Decoder:
         self._state[:3, :size] += ahead
         return logits
 
-    def _run(self, size: int, step: Callable[[], Tensor], graphs: type[CudaGraph] | None) -> Tensor:
+    def _sample(self, logits: Tensor) -> Tensor:
+        """The next tokens [size], which become the last ones; -1 where the logits mean nothing."""
+        size = len(logits)
+        ids = sampling.sample_rows(logits, self._draws[:size], *self._settings)
+        self._tokens[:size, 0] = ids.clamp(min=0)
+        return ids
+
+    def _run(self, what: Any, step: Callable[[], Tensor], graphs: type[CudaGraph] | None) -> Tensor:
         """step(), by a graph from the third call on: the first one warms up, the second captures,
-        and all of them count."""
+        and all of them count. what: all that its kernels depend on, beside the backends."""
         if graphs is None:
             return step()
-        key = size, asked_for()
+        key = what, asked_for()
         if key not in self._captured:
             if key not in self._warm:
                 self._shared = self._shared or graphs.new_shared(self._tokens.device)
-                graph = self._warm[key] = graphs(self._shared)
-                return graph.warm_up(step)
+                graph = graphs(self._shared)
+                result = graph.warm_up(step)
+                self._warm[key] = graph  # not before: a call that fails has warmed nothing up
+                return result
             graph = self._warm.pop(key)
-            self._captured[key] = graph, graph.capture(step)
-        graph, logits = self._captured[key]
+            # torch keeps tensors for its random numbers that a capture makes and others change:
+            # they must not become inference tensors.
+            with torch.inference_mode(False):
+                self._captured[key] = graph, graph.capture(torch.inference_mode()(step))
+        graph, result = self._captured[key]
         graph.replay()
-        return logits
+        return result
 
     def end(self) -> None:
         """The next generation may be on another stream: it waits for this one's last step."""
@@ -267,8 +285,9 @@ class Decoder:
             self._free = torch.cuda.Event()
             self._free.record()
 
-    def drain(self) -> None:
-        """Waits for the last step: before the memory is given back."""
+    def __del__(self) -> None:
+        """Waits for the last step, which may run on another stream than the one that the memory is
+        given back to."""
         if self._free is not None:
             self._free.synchronize()
 
@@ -279,7 +298,6 @@ def _lent(model: Llama, lengths: Sequence[int]) -> Iterator[Decoder]:
     need = Size.of(lengths)
     while (decoder := _idle(model)) is not None and decoder.size.joined(need) != decoder.size:
         need = need.joined(decoder.size)
-        decoder.drain()
     if decoder is None:
         try:
             decoder = Decoder(model, need.rounded())

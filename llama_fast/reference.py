@@ -202,7 +202,10 @@ def quantize_fp8(
 def _fp8_scale(amax: Tensor, scale_ub: float | None) -> Tensor:
     if scale_ub is not None:
         amax = amax.clamp(max=scale_ub)
-    return amax.clamp(min=FP8_TINY) / FP8_MAX
+    amax = amax.clamp(min=FP8_TINY)
+    # By a tensor: a division by a number is a product with its reciprocal where PyTorch runs it on
+    # a GPU, an ulp off for half of the rows.
+    return amax / torch.full_like(amax, FP8_MAX)
 
 
 def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

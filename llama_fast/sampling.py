@@ -43,15 +43,14 @@ def sample(
     weights, ids = _weights(logits, best, temperature), None
     total = weights.sum()
     if top_k:
-        least = logits.topk(min(top_k, len(logits))).values[-1]
-        ids = (logits >= least).nonzero()[:, 0]
+        ids = _top(logits, top_k)
     elif top_p < 1:
         # Tokens below this sum to less than 1 - top_p, so what lies before them exceeds top_p:
         # none is kept, and the rest is seldom many to sort (all 128,256 take 12 ms). 0.999 is for
         # rounding.
         ids = (weights >= 0.999 * (1 - top_p) * total / len(weights)).nonzero()[:, 0]
+        ids = ids[logits[ids].sort(descending=True, stable=True).indices]
     if ids is not None:
-        ids = ids[logits[ids].sort(descending=True, stable=True).indices][: top_k or None]
         weights = weights[ids]
     if top_k:
         total = weights.sum()
@@ -67,7 +66,7 @@ def sample_rows(
     """As sample, for each row and without waiting for the device: [B, vocab] fp32 -> ids [B] int64.
 
     u: the number in [0, 1) that each row draws with, fp64 [B]; None will do for temperature 0. An
-    id is -1 where sample would raise. Costs a sort of the rows, unless all tokens are kept.
+    id is -1 where sample would raise. top_p alone costs a sort of the rows.
     """
     if len(logits) > _ROWS:
         pieces = [slice(start, start + _ROWS) for start in range(0, len(logits), _ROWS)]
@@ -82,13 +81,26 @@ def sample_rows(
     if temperature:
         assert u is not None
         logits, best, order = logits.where(fine, 0.0), best.where(fine, 0.0), None
-        if top_k or top_p < 1:
+        if top_k:
+            order = _top(logits, top_k)
+            logits = logits.gather(1, order)
+        elif top_p < 1:
             logits, order = logits.sort(descending=True, stable=True)
-            logits, order = logits[:, : top_k or None], order[:, : top_k or None]
         weights = _weights(logits, best, temperature)
         ids = _draw(weights, u[:, None], top_p, weights.sum(-1, keepdim=True))
         ids = ids if order is None else order.gather(1, ids)
     return ids.masked_fill(~fine, -1)[:, 0]
+
+
+def _top(logits: Tensor, top_k: int) -> Tensor:
+    """Ids [..., top_k] of the largest logits [..., vocab], which are not NaN: in falling order, the
+    lowest id of equals first. torch.topk promises no order of equals, nor which of them it keeps,
+    so it is given keys that differ: the logit, and below its 32 bits the id."""
+    last = logits.shape[-1] - 1
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, in the order of the floats
+    keys = (ordered.long() << 32) + torch.arange(last, -1, -1, device=logits.device)
+    return last - (keys.topk(min(top_k, last + 1)).values & 0xFFFFFFFF)
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: float) -> Tensor:
@@ -96,9 +108,11 @@ def _weights(logits: Tensor, best: Tensor, temperature: float) -> Tensor:
 
     Whole numbers have one sum, in whatever order a device adds them, so that neither the batch nor
     the device can tip a draw. The sum of half a million still fits. fp32 would not do: the tail of
-    128,256 probabilities sums to 1 within 1e-5 only.
+    128,256 probabilities sums to 1 within 1e-5 only. A product, since a division by a number rounds
+    otherwise on a GPU.
     """
-    return (logits - best).double().div_(temperature).exp_().mul_(2.0**44).round_().long()
+    sharpness = 1 / max(temperature, 1e-300)  # finite
+    return (logits - best).double().mul_(sharpness).exp_().mul_(2.0**44).round_().long()
 
 
 def _draw(weights: Tensor, u: Tensor, top_p: float, total: Tensor) -> Tensor:

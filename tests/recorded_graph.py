@@ -38,11 +38,15 @@ class RecordedGraph:
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         assert self.warm_ups == 1 and not self.ops
+        # Or what torch makes for its random numbers would be inference tensors, for all graphs.
+        assert not torch.is_inference_mode_enabled()
         with _Recorder(self.ops) as recorder:
             result = function()
-        for changed, before in recorder.before.values():
-            changed.copy_(before)
-        result.fill_(torch.nan)  # a capture computes nothing
+        with torch.inference_mode():
+            for changed, before in recorder.before.values():
+                changed.copy_(before)
+            # A capture computes nothing.
+            result.fill_(torch.nan if result.is_floating_point() else -(2**40))
         return result
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 from llama_fast import Llama, decode
@@ -32,7 +33,8 @@ def model() -> Llama:
 
 
 def test_graphs_serve_the_next_call(model: Llama) -> None:
-    """Other prompts, lengths, settings and seeds: the same graphs, the right tokens."""
+    """Other prompts, lengths, settings and seeds: the model's same graphs, the right tokens; and a
+    graph of sampling for each batch size and way of choosing."""
     for lengths, options in (
         ((190, 2, 3, 4), OPTIONS["top-p"]),
         ((5, 60, 200), OPTIONS["greedy"]),
@@ -44,7 +46,9 @@ def test_graphs_serve_the_next_call(model: Llama) -> None:
         expected = plainly(model, batch, 9, stop_ids=(), **options)
         assert model.generate(batch, 9, stop_ids=(), **options) == expected
     assert len(model.decoders) == 1
-    assert [graph.replays for graph in RecordedGraph.made] == [7 + 8 + 8, 7 + 8]  # 4 rows, then 1
+    # 4 rows' model and top-p; greedy; both; then a row's model and greedy; all.
+    replays = [graph.replays for graph in RecordedGraph.made]
+    assert replays == [7 + 8 + 8, 7, 7, 7, 7 + 8, 7, 7]
 
 
 def test_f20_a_larger_cache_drops_the_graphs_over_the_smaller(model: Llama) -> None:
@@ -56,7 +60,7 @@ def test_f20_a_larger_cache_drops_the_graphs_over_the_smaller(model: Llama) -> N
         sizes.append(model.decoders[0].size)
     assert sizes[0] != sizes[1] == sizes[2] and sizes[3].rows == 4
     assert sizes[3].blocks >= sizes[1].blocks
-    assert len(model.decoders) == 1 and len(RecordedGraph.made) == 4
+    assert len(model.decoders) == 1 and len(RecordedGraph.made) == 4 * 2
 
 
 def test_another_backend_has_graphs_of_its_own(model: Llama) -> None:
@@ -65,9 +69,89 @@ def test_another_backend_has_graphs_of_its_own(model: Llama) -> None:
     model.generate(batch, 5, **options)
     with lf.use_backend("cpu", op="rms_norm"):
         model.generate(batch, 5, **options)
-    assert len(RecordedGraph.made) == 2
+    assert len(RecordedGraph.made) == 2 * 2
     model.generate(batch, 5, **options)
-    assert len(RecordedGraph.made) == 2
+    assert len(RecordedGraph.made) == 2 * 2
+
+
+def test_new_settings_in_each_call_do_not_pile_up(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "MOST_GRAPHS", 3)
+    for i in range(7):
+        options = {"temperature": 1 + i / 10, "seed": 1, "stop_ids": ()}
+        batch = prompts(5)
+        assert model.generate(batch, 5, **options) == plainly(model, batch, 5, **options)
+        assert len(model.decoders[0]._captured) <= 3 + 2
+
+
+def test_a_failed_warm_up_is_no_warm_up(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling runs out of memory, say, at each graph's first call: the next generation warms it
+    up again, and captures only afterwards (RecordedGraph.capture looks)."""
+    warm_up = RecordedGraph.warm_up
+    failures = iter((True, False, True))
+
+    def fails(self: RecordedGraph, function: Callable[[], Tensor]) -> Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError
+        return warm_up(self, function)
+
+    monkeypatch.setattr(RecordedGraph, "warm_up", fails)
+    batch = prompts(5, 9)
+    options = {"temperature": 0, "stop_ids": ()}
+    for _ in range(2):  # the model's, then the sampling's
+        with pytest.raises(torch.OutOfMemoryError):
+            model.generate(batch, 6, **options)
+    assert model.generate(batch, 6, **options) == plainly(model, batch, 6, **options)
+
+
+def test_a_step_launches_little_beside_its_graphs(
+    model: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's launches of a step: a draw for each row, and the tokens' way back."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            if op.name() not in (
+                "aten::select.int",
+                "aten::slice.Tensor",
+                "aten::empty.memory_format",
+            ):
+                launched.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    for options in OPTIONS.values():
+        model.decoders.clear()
+        model.generate(prompts(5, 9), 6, **options)
+        one = model.decoders[0]
+        one.begin([8, 8], one._settings, torch.rand(2, 8, dtype=torch.float64))
+        one._sampled = 1
+        one.arrange([0, 1])
+        launched: list[str] = []
+        with monkeypatch.context() as patch, Counted():
+            patch.setattr(RecordedGraph, "replay", lambda self: None)
+            one.step(model, RecordedGraph)
+        assert launched == ["aten::index_select.out", "aten::copy_"]
+
+
+def test_memory_is_given_back_when_the_last_step_is_done(model: Llama) -> None:
+    """Dropped by whoever: another stream may still be at it."""
+
+    class Event:
+        waited = False
+
+        def synchronize(self) -> None:
+            assert cache() is not None
+            Event.waited = True
+
+    model.generate(prompts(5), 3, temperature=0)
+    one = model.decoders[0]
+    one._free, cache = Event(), weakref.ref(one.cache)  # type: ignore[assignment]
+    del one
+    model.decoders.clear()
+    assert Event.waited and cache() is None
 
 
 def test_an_error_leaves_the_decoder_usable(model: Llama) -> None:
@@ -183,8 +267,7 @@ def test_capture_changes_nothing_and_replays_count(model: Llama) -> None:
     one.cache.k.nan_to_num_(), one.cache.v.nan_to_num_()
     graph.warm_up(lambda: one._forward(model, 2))
     before = [t.clone() for t in fixed]
-    with torch.inference_mode():
-        result = graph.capture(lambda: one._forward(model, 2))
+    result = graph.capture(torch.inference_mode()(lambda: one._forward(model, 2)))
     assert all(torch.equal(a, b) for a, b in zip(fixed, before, strict=True))
     graph.replay()
     assert not result.isnan().any()

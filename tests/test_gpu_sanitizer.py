@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from .gpu import conftest, sanitize
 
@@ -168,6 +170,28 @@ def test_the_cases_exist() -> None:
         pytest.skip("tests/gpu is not part of this run")
     for name, parameters in conftest.SANITIZED.items():
         assert set(parameters) <= set(conftest.collected.get(name, ())), name
+
+
+def test_large_tests_are_marked() -> None:
+    """Every test that allocates past 2^31 elements."""
+    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        for test in re.split(r"^(?=def |@)", path.read_text(), flags=re.MULTILINE):
+            allocates = re.search(r"torch\.(empty|zeros)\(|\.expand\(", test)
+            if allocates and re.search(r"2\*\*(28|30|31 (\+|//))", test):
+                name = re.match(r"def (\w+)", test)
+                assert name and conftest.LARGE.match(name[1]), f"{path.name}: {test[:60]}"
+
+
+@pytest.mark.parametrize(("reserved", "emptied"), [(2 << 30, 0), ((2 << 30) + 1, 1)])
+def test_memory_goes_back_after_a_large_test(
+    reserved: int, emptied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: reserved)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(None))
+    conftest.give_back()
+    assert len(calls) == emptied
 
 
 def test_make_target() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
-from llama_fast import _cpu, reference
+from llama_fast import _cpu, reference, sampling
 
 from .op_examples import (
     FP8,
@@ -55,6 +56,39 @@ def test_matches_the_reference(op: str, isa: str) -> None:
 def test_docstring_names_shapes(op: str) -> None:
     doc = getattr(lf, op).__doc__ or ""
     assert "[" in doc and "->" in doc or "Returns" in doc
+
+
+class _DivisionsByNumbers(TorchDispatchMode):
+    """Lists divisions whose divisor is a Python number or a scalar on the CPU. PyTorch runs them as
+    products with the reciprocal on a GPU: an ulp off there, and nothing to see here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        divides = op.name().startswith("aten::div") and args[0].is_floating_point()
+        if divides and not (isinstance(args[1], Tensor) and args[1].dim()):
+            self.found.append(f"{op.name()} by {args[1]}")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_twin_divides_by_a_number(op: str) -> None:
+    arguments = example(op)
+    with _DivisionsByNumbers() as divisions:
+        getattr(reference, op)(**arguments)
+    assert not divisions.found
+
+
+def test_sampling_does_not_divide_by_a_number() -> None:
+    """The same seed, the same tokens on every device."""
+    logits, u = torch.randn(2, 50), torch.rand(2, dtype=torch.float64)
+    with _DivisionsByNumbers() as divisions:
+        for top_k in (0, 3):
+            sampling.sample_rows(logits, u, 0.7, 0.9, top_k)
+    assert not divisions.found
+    assert sampling.sample(torch.tensor([1.0, 2.0, 2.5]), temperature=1e-310) == 2
 
 
 def test_f11_zero_rows_then_a_normal_call() -> None:

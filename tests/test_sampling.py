@@ -60,6 +60,24 @@ def test_rows_are_sampled_the_same_in_any_batch(options: dict[str, Any]) -> None
         assert torch.equal(sampling.sample_rows(logits[rows], u[rows], *settings), together[rows])
 
 
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 8193)], ids=str)
+def test_top_k_is_a_stable_sorts(shape: tuple[int, ...]) -> None:
+    """Ties, both zeros, infinities, subnormals: the ids of a stable sort, and no sort."""
+    logits = (2 * torch.randn(shape)).round()
+    logits[..., ::5] *= 0.0
+    logits[..., 3::11], logits[..., 4::13], logits[..., 5::17] = -math.inf, 1e-44, -1e-44
+    order = logits.sort(dim=-1, descending=True, stable=True).indices
+    for k in (1, 2, 40, 10000):
+        assert torch.equal(sampling._top(logits, k), order[..., :k])
+
+
+def test_top_k_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 128,256 logits of a row sorted take longer than the rest of sampling."""
+    monkeypatch.setattr(torch.Tensor, "sort", None, raising=False)
+    sampling.sample_rows(torch.randn(2, 50), torch.rand(2, dtype=torch.float64), 1.0, 0.9, 5)
+    sampling.sample(torch.randn(50), 1.0, 0.9, 5)
+
+
 def test_weights_have_one_sum_in_any_order() -> None:
     """So it does not matter in what pieces a device adds them up."""
     weights = sampling._weights(6 * torch.randn(128256), torch.tensor(25.0), 0.7)

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference
+from llama_fast.bench import cuda_model
 from llama_fast.kernels import common, decode_plan
+from llama_fast.kernels.decode_tile import splits_of
 
 from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
 from ..test_decode_attention import make as make_on_cpu
@@ -371,6 +375,15 @@ def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None
     check(q, *table[:2], seqlens, num_splits=3 if sq < 20 else 1, **options)
 
 
+@queries(1, 20)
+def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
+    """The largest score is found before it is scaled: that must not turn the order around."""
+    q, k, v = make(1, sq, 140, (8, 2), 64, BF16)
+    k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
+    for value in (-0.7, 0.0, 1e-44):
+        check(q, k, v, lengths(131), k_scale=value * one, v_scale=one)
+
+
 @dtypes
 def test_every_e4m3_value_comes_back(
     device: torch.device, lengths: Any, dtype: torch.dtype
@@ -472,6 +485,29 @@ def test_splits_fill_the_chip() -> None:
     for programs in range(1, 600):
         splits = decode_plan.most_splits(programs, 264)
         assert splits >= 1 and (splits == 1 or programs * splits <= 4 * 264)
+
+
+@triton.jit
+def _count(out, keys, num_splits, most):
+    at = tl.program_id(0)
+    tl.store(out + at, splits_of(tl.load(keys + at), num_splits, most, 64))
+
+
+@pytest.mark.triton
+def test_splits_are_short_while_they_are_few(device: torch.device, lengths: Any) -> None:
+    """The rule on the device is the host's, which is CUDA's: a sequence of 1,000 keys has three
+    splits, not one."""
+    counts = (0, 1, 63, 64, 255, 256, 511, 512, 1000, 1023, 1024, 2047, 2048, 4095, 4096, 9000)
+    keys = lengths(*counts)
+    for num_splits, most in ((0, 100), (0, 5), (1, 4), (4, 4)):
+        out = torch.zeros_like(keys)
+        _count[(len(counts),)](out, keys, num_splits, most)
+        for n, splits in zip(counts, out.tolist(), strict=True):
+            wanted = num_splits or decode_plan.splits_wanted(n)
+            assert splits == max(1, min(wanted, most, -(-n // 64))), (n, num_splits, most)
+    for n in counts:
+        assert decode_plan.splits_wanted(n) == cuda_model.splits_of(n, 10**6)
+    assert decode_plan.splits_wanted(1000) == 3
 
 
 # ---- what only hardware shows ----

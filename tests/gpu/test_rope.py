@@ -94,12 +94,13 @@ def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch
     k_scale, v_scale = torch.rand(2, count, device=device) * 0.01 + 0.001
     slots = torch.tensor([3, -1, 0, 5, 7], device=device)
     caches = torch.full((2, 2, 4, 3, 48), 7, dtype=torch.uint8, device=device)
-    q_out = torch.empty(5, 6, 48, dtype=q.dtype, device=device)
-    launcher("apply_rope").rope(
-        q_out, None, q, k, positions, table, interleaved, v, *caches, slots, k_scale, v_scale
-    )
+    k_cache, v_cache = caches.view(torch.float8_e4m3fn)
+    got = lf.apply_rope_and_append(
+        q, k, v, positions, table, k_cache, v_cache, slots, interleaved=interleaved,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     want_q, want_k = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
-    assert torch.equal(q_out, want_q)
+    assert torch.equal(got, want_q)
     kept = slots >= 0
     for cache, x, scale in ((caches[0], want_k, k_scale), (caches[1], v, v_scale)):
         y = x.float().cpu() / scale.cpu()[:, None]  # [T, Hkv, D] / [Hkv or 1, 1]
