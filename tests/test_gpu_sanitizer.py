@@ -46,6 +46,15 @@ PASSED = Counter(passed=3)
         ("racecheck", CLEAN, 0, PASSED, None, "no summary of racecheck"),
         ("memcheck", CLEAN, sanitize.FOUND, PASSED, 0, "0 errors"),
         ("memcheck", "", None, PASSED, None, "not done within 9 s; split it with -k; no summary"),
+        ("memcheck", f"! session-timeout: 7.0 sec\n{CLEAN}", 1, PASSED, 0, "not done within 9 s"),
+        (
+            "memcheck",
+            f"! session-timeout: 7.0 sec\n{BAD}",
+            66,
+            PASSED,
+            1,
+            "not done within 9 s; sp",
+        ),
     ],
 )
 def test_judge(
@@ -64,7 +73,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(
         "#!/bin/sh\n"
         'if [ "$1" = --version ]; then echo "Version 2025.3.0.0 (build 36226719)"; exit; fi\n'
-        'passed() { echo \'{"outcome": "passed"}\' >>"$LLAMA_FAST_RESULTS"; }\n'
+        'told() { echo "{\\"outcome\\": \\"$1\\"}" >>"$LLAMA_FAST_RESULTS"; }\n'
+        "passed() { told started; told passed; }\n"
         f'echo "$LLAMA_FAST_TEST_BACKEND $PYTORCH_NO_CUDA_MEMORY_CACHING $@" >>{tmp_path}/calls\n'
         f". {tmp_path}/body\n"
     )
@@ -96,6 +106,7 @@ def test_every_tool_on_every_backend(fake: Path, monkeypatch: pytest.MonkeyPatch
     ]
     calls = (fake / "calls").read_text().splitlines()
     assert calls[0].startswith("triton 1 --tool memcheck --error-exitcode 66 ")
+    assert " --session-timeout 238 " in calls[0]  # its summary comes within the 280 s
     assert "-m sanitize tests/gpu" in calls[7] and calls[7].startswith("cuda 1 --tool synccheck")
 
 

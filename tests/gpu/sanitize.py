@@ -143,13 +143,15 @@ def _version(sanitizer: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def command(sanitizer: str, tool: str, k: str) -> list[str]:
+def command(sanitizer: str, tool: str, k: str, seconds: float) -> list[str]:
+    """pytest ends itself before the time is over, or the tool would not print its summary."""
     excluded = [f"kernel_substring={e.kernel}" for e in EXCLUDED if e.tool == tool]
     return [
         *(sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"),
         *OPTIONS[tool],
         *(option for name in excluded for option in ("--kernel-name-exclude", name)),
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "0"),
+        *("--session-timeout", f"{0.85 * seconds:.0f}"),
         *("-p", "bench.pytest_results", "-m", "sanitize", "tests/gpu"),
         *(("-k", k) if k else ()),
     ]
@@ -179,7 +181,7 @@ def run(
         began = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(
-                command(sanitizer, tool, args.k),
+                command(sanitizer, tool, args.k, args.seconds),
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -194,6 +196,7 @@ def run(
         args.logs.mkdir(parents=True, exist_ok=True)
         (args.logs / f"{backend}-{tool}.log").write_text(text)
     cases = Counter(json.loads(row)["outcome"] for row in lines)
+    del cases["started"]
     found = judge(tool, text, code, cases, args.seconds)
     notes = doubts(tool, version) if found["errors"] else []
     if not found["passed"]:
@@ -217,8 +220,8 @@ def _wait(process: subprocess.Popen[bytes], results: Path, end: float) -> int | 
             time.sleep(0.05)
             if time.monotonic() - told > 30:
                 told = time.monotonic()
-                done = len(results.read_text().splitlines()) if results.exists() else 0
-                print(f"         {done} cases so far", flush=True)
+                done = results.read_text().count('"started"') if results.exists() else 0
+                print(f"         {done} cases begun", flush=True)
     finally:
         code = process.poll()
         if code is None:
@@ -236,7 +239,7 @@ def judge(
     counts = [int(found[1]) for found in pattern.finditer(text)]  # one for each process
     errors = sum(counts) if counts else None
     why = []
-    if code is None:
+    if code is None or "session-timeout: " in text:
         why.append(f"not done within {limit:.0f} s; split it with -k")
     elif code not in (0, FOUND):
         why.append(f"ended with {code}")
