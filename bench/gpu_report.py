@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import tarfile
@@ -25,8 +23,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import build_and_test, targets
-from .files import BROKEN, WRONG, read, unreached, write
+from . import build_and_test, processes
+from .files import BROKEN, WRONG, read, write
+from .gpu_summary import merge, problems, summary
 
 # Of each call, the steps: parts that run side by side, and the seconds that they may take at most.
 # What a step leaves goes to those after it; the last one has all of it.
@@ -35,7 +34,7 @@ CALLS: dict[int, Steps] = {
     1: (
         (("build-cpu",), 120),
         (("build-cuda",), 110),
-        (("launch",), 45),
+        (("launch",), 60),
         (("tests-cuda", "memcheck", "synccheck"), 75),
     ),
     2: (
@@ -91,7 +90,7 @@ def main(argv: list[str]) -> int:
         return _refuse(f"--only: got {got}, want any of {', '.join(PARTS)}")
     if args.device == "cpu" and not args.tiny:
         return _refuse("--device cpu: only with --tiny; `python -m bench` measures a CPU")
-    build_and_test.interrupted.clear()
+    processes.interrupted.clear()
     began = time.monotonic()
     here = build_and_test.versions(VERSIONS_SECONDS)
     if "error" in here:
@@ -101,9 +100,12 @@ def main(argv: list[str]) -> int:
         return _refuse("torch sees no GPU here; `python -m bench` measures this machine's CPU")
     args.out, args.struck_off = args.out.resolve(), {}
     calls, status = [args.call] if args.call else [*CALLS], 0
-    with _terminated_as_interrupted(), _packed(args) if args.call else contextlib.nullcontext():
+    with (
+        processes.terminated_as_interrupted(),
+        _packed(args) if args.call else contextlib.nullcontext(),
+    ):
         print("  ".join(f"{name} {value}" for name, value in here["environment"].items()))
-        write(args.out / "versions.json", here)
+        write(args.out / "versions.json", {**here, "wall_s": time.monotonic() - began})
         try:
             for call in calls:
                 _run(args, call, wanted, began)
@@ -111,7 +113,7 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print("interrupted: what was measured is kept", file=sys.stderr)
             status = 130
-        found = merge(args.out)
+        found = merge(args.out, ["versions", *PARTS])
         print(summary(found), flush=True)
     due = [p for call in calls for parts, _ in CALLS[call] for p in parts if p in wanted]
     return status or (1 if problems(found, [*dict.fromkeys(due)]) else 0)
@@ -123,20 +125,6 @@ def _refuse(message: str) -> int:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """What `timeout` sends ends the report as Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
 def _packed(args: argparse.Namespace) -> Iterator[None]:
     """A call's files lie elsewhere, and DIR has them as one file, beside all that is printed: what
     takes files from a rented machine may take few, and none from deep folders."""
@@ -144,7 +132,7 @@ def _packed(args: argparse.Namespace) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="llama_fast-", ignore_cleanup_errors=True) as work,
-        _logged(folder / f"{name}.log"),
+        processes.logged(folder / f"{name}.log"),
     ):
         if args.call == 2 and (folder / "call1.tar.gz").exists():
             with tarfile.open(folder / "call1.tar.gz") as earlier:
@@ -162,28 +150,6 @@ def _pack(args: argparse.Namespace) -> None:
         for path in sorted(args.out.iterdir()):
             archive.add(path, path.name)
     partial.replace(args.pack)
-
-
-@contextlib.contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """What this process and its children print, kept in path as well."""
-    sys.stdout.flush()
-    tee = subprocess.Popen(["tee", str(path)], stdin=subprocess.PIPE, start_new_session=True)
-    assert tee.stdin is not None
-    before = [os.dup(number) for number in (1, 2)]
-    for number in (1, 2):
-        os.dup2(tee.stdin.fileno(), number)
-    tee.stdin.close()
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        for number, old in zip((1, 2), before, strict=True):
-            os.dup2(old, number)
-            os.close(old)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            tee.wait(2)  # a process that could not be ended still holds it
-        tee.kill()
 
 
 def _run(args: argparse.Namespace, call: int, wanted: set[str], began: float) -> None:
@@ -204,9 +170,9 @@ def _run(args: argparse.Namespace, call: int, wanted: set[str], began: float) ->
                 for running in [pool.submit(_part, part, args, share) for part in parts]:
                     running.result()
             except KeyboardInterrupt:
-                build_and_test.end_all()
+                processes.end_all()
                 raise
-        found = merge(args.out)["parts"]
+        found = merge(args.out, ["versions", *PARTS])["parts"]
         if args.call:
             _pack(args)
         if "build-cpu" in parts and not found["build-cpu"]["complete"]:
@@ -222,7 +188,8 @@ def _part(part: str, args: argparse.Namespace, seconds: float) -> None:
         if part in ("limits", "ops", "model"):
             work(part, args, seconds)
         else:
-            write(path, {"part": part, **PREPARING[part](args, seconds)})
+            run = plots if part == "plots" else build_and_test.PARTS[part]
+            write(path, {"part": part, **run(args, seconds)})
     except Exception as error:  # the report's own fault: the other parts are still worth having
         write(path, {"part": part, "complete": False, "error": f"{type(error).__name__}: {error}"})
     content = read(path)
@@ -232,23 +199,10 @@ def _part(part: str, args: argparse.Namespace, seconds: float) -> None:
 
 def plots(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", f"{__package__}.gpu_plot", str(args.out)]
-    output, code = build_and_test.limited(command, seconds, args.out / "logs" / "plots.log")
+    output, code = processes.limited(command, seconds, args.out / "logs" / "plots.log")
     if code == 0:
         return {"complete": True}
     return {"complete": False, "what": (output.strip().splitlines() or ["out of time"])[-1]}
-
-
-PREPARING: dict[str, Callable[[argparse.Namespace, float], dict[str, Any]]] = {
-    "build-cpu": build_and_test.build_cpu,
-    "build-cuda": build_and_test.build_cuda,
-    "launch": build_and_test.launch,
-    "tests-cuda": build_and_test.tests_cuda,
-    "memcheck": build_and_test.memcheck,
-    "synccheck": build_and_test.synccheck,
-    "precompile": build_and_test.precompile,
-    "tests-triton": build_and_test.tests_triton,
-    "plots": plots,
-}
 
 
 def work(part: str, args: argparse.Namespace, seconds: float) -> None:
@@ -261,11 +215,11 @@ def work(part: str, args: argparse.Namespace, seconds: float) -> None:
         until = time.time() + end - time.monotonic()
         command += ["--until", f"{until:.0f}", "--device", args.device]
         command += ["--case", args.case] + ["--tiny"] * args.tiny + ["--resume"] * resume
-        process = build_and_test.start(command)
+        process = processes.start(command)
         try:
             why = watch(process, path, end)
         finally:
-            build_and_test.stop(process)
+            processes.stop(process)
         content = read(path)
         if content is None:
             write(path, {"part": part, "complete": False, "error": f"did not start ({why})"})
@@ -318,80 +272,3 @@ def _stamp(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def merge(out: Path) -> dict[str, Any]:
-    """All parts in DIR/report.json, those of earlier runs included."""
-    path = out / "report.json"
-    found = read(path) or {"parts": {}}
-    for part in ("versions", *PARTS):
-        content = read(out / f"{part}.json")
-        if content is not None:
-            found["parts"][part] = {**content, "unreached": unreached(content)}
-    rows = [row for part in found["parts"].values() for row in part.get("rows", [])]
-    environments = [p["environment"] for p in found["parts"].values() if "environment" in p]
-    found["environment"] = environments[-1] if environments else {}
-    found["targets"] = targets.compare(rows, found["environment"].get("gpu") or "")
-    write(path, found)
-    for part in ("versions", *PARTS):  # once it is in the report
-        (out / f"{part}.json").unlink(missing_ok=True)
-    return found
-
-
-def problems(found: dict[str, Any], parts: list[str]) -> list[str]:
-    """What is wrong, a line each, of these parts."""
-    lines = []
-    for part in parts:
-        content = found["parts"].get(part)
-        if content is None:
-            lines.append(f"{part}: did not run")
-            continue
-        if content.get("error"):
-            lines.append(f"{part}: {content['error'].strip().splitlines()[-1]}")
-        for name, error in content.get("failed", {}).items():
-            lines.append(f"{part}: {name}: {error.strip().splitlines()[-1][:200]}")
-        for row in content.get("rows", []):
-            lines += [f"{part}: {row['op']} {row['shape']}: {what}" for what in _faults(row)]
-    return lines
-
-
-def _faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row, of the backend that serves and of the other one."""
-    eager = f"eager's {row.get('eager_error')}"
-    found = [f"WRONG, error {row.get('error')}, {eager}"] if row.get("wrong") else []
-    for name, entry in row.get("backends", {}).items():
-        if name != row["backend"] and entry.get("wrong"):
-            found.append(f"WRONG on {name}, error {entry['error']}, {eager}")
-        if "failed" in entry:
-            found.append(f"failed on {name}: {entry['failed']}")
-    return found
-
-
-def summary(found: dict[str, Any]) -> str:
-    """The end of what is printed: a screen at most."""
-    env = found["environment"]
-    names = ("gpu", "sm", "driver", "cuda", "torch", "triton", "sm_mhz", "max_sm_mhz", "commit")
-    lines = ["", "  ".join(f"{n} {env[n]}" for n in names if env.get(n))]
-    for part, content in found["parts"].items():
-        counts = [f"{len(content.get('rows', []))} rows"] if "rows" in content else []
-        counts += [f"{n} {what}" for what, n in content.get("counts", {}).items()]
-        for key in ("failed", "skipped", "unreached"):
-            if "counts" not in content and content.get(key):
-                counts.append(f"{len(content[key])} {key}")
-        state = "" if content.get("complete") else "  INCOMPLETE"
-        lines.append(f"{part:<14}{content.get('wall_s', 0):>6.0f} s  {', '.join(counts)}{state}")
-        if "what" in content:
-            lines.append(f"    {content['what']}")
-        for name, why in list(content.get("skipped", {}).items())[:5]:
-            lines.append(f"    left out: {name}: {why[:120]}")
-        if content.get("unreached"):
-            names_left = ", ".join(content["unreached"])
-            lines.append(f"    out of time: {names_left[:300]}")
-    ops = found["parts"].get("ops", {}).get("rows", [])
-    lines += targets.side_by_side(ops)
-    lines += [f"growth of {what}: n^{value:.2f}" for what, value in targets.growth(found).items()]
-    if any(entry["got"] is not None for entry in found["targets"]):
-        lines.append(targets.table(found["targets"]))
-    wrong = problems(found, list(found["parts"]))
-    lines += [f"PROBLEM {line}" for line in wrong[:20]] or ["nothing was wrong"]
-    return "\n".join(lines)

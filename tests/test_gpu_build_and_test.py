@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from llama_fast.backends import _ON_GPU
-from llama_fast.bench import build_and_test
+from llama_fast.bench import build_and_test, processes
+from llama_fast.bench.build_and_test import PARTS
 from llama_fast.bench.files import commit, write
 
 from .gpu import conftest
@@ -31,9 +32,10 @@ def tool(folder: Path, name: str, body: str) -> None:
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """Of a report into tmp_path/out, about a checkout in tmp_path that has nothing yet."""
-    monkeypatch.setattr(build_and_test, "ROOT", tmp_path)
-    monkeypatch.setattr(build_and_test, "PATIENCE", 0.5)
-    monkeypatch.setattr(build_and_test.os, "cpu_count", lambda: 2)
+    for module in (build_and_test, processes):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(processes, "PATIENCE", 0.5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     # This process may be a worker of pytest-xdist, which has no results of its own.
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
@@ -80,11 +82,11 @@ def test_build(
         tool(tmp_path / "bin", name, "")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     args.sm, began = "sm_89", time.monotonic()
-    found = build_and_test.build_cuda(args, 1.0)
+    found = PARTS["build-cuda"](args, 1.0)
     assert found.get("error") == wanted and found["complete"] == (wanted is None)
     assert time.monotonic() - began < 10
     if wanted is None:
-        build_and_test.build_cpu(args, 1.0)
+        PARTS["build-cpu"](args, 1.0)
         cuda, make, cpu, make_cpu = (tmp_path / "calls").read_text().splitlines()
         assert f"-DPython_EXECUTABLE={sys.executable}" in cuda and "-G Ninja" in cuda
         assert "-DLLAMA_FAST_CUDA=on" in cuda and "-DCMAKE_CUDA_ARCHITECTURES=89-real" in cuda
@@ -96,13 +98,13 @@ def test_build_without_cmake(
     tmp_path: Path, args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "setup.py").touch()
-    monkeypatch.setattr(build_and_test, "_tool", lambda name: None)
-    assert build_and_test.build_cpu(args, 1.0)["error"] == "cmake is not installed"
+    monkeypatch.setattr(processes, "tool", lambda name: None)
+    assert PARTS["build-cpu"](args, 1.0)["error"] == "cmake is not installed"
 
 
 def test_an_installation_has_nothing_to_build_or_test(args: argparse.Namespace) -> None:
-    assert build_and_test.build_cpu(args, 1.0)["complete"]
-    for part in (build_and_test.launch, build_and_test.tests_triton):
+    assert PARTS["build-cpu"](args, 1.0)["complete"]
+    for part in (PARTS["launch"], PARTS["tests-triton"]):
         found = part(args, 1.0)
         assert found["complete"] and found["what"] == "no tests in this installation"
 
@@ -152,7 +154,7 @@ def test_each_backend_is_tested(
     tmp_path: Path, args: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkout(tmp_path, them=TESTS)
-    triton, cuda = build_and_test.tests_triton(args, 100.0), build_and_test.tests_cuda(args, 100.0)
+    triton, cuda = PARTS["tests-triton"](args, 100.0), PARTS["tests-cuda"](args, 100.0)
     assert triton["complete"] and cuda["complete"] and "error" not in triton
     assert triton["counts"] == {"passed": 3, "skipped": 1, "error": 1}
     assert cuda["counts"] == {"passed": 2, "failed": 1, "skipped": 1, "error": 1}
@@ -170,7 +172,7 @@ def test_each_backend_is_tested(
 def test_a_backend_that_is_not_built_is_told(tmp_path: Path, args: argparse.Namespace) -> None:
     checkout(tmp_path)
     args.device = "cuda"
-    for part in (build_and_test.launch, build_and_test.tests_cuda, build_and_test.memcheck):
+    for part in (PARTS["launch"], PARTS["tests-cuda"], PARTS["memcheck"]):
         found = part(args, 100.0)
         assert found["complete"] and found["what"] == "llama_fast._cuda was not built"
 
@@ -194,9 +196,9 @@ def test_what_takes_gigabytes_runs_two_at_a_time(
         return "", build_and_test.NO_TESTS
 
     checkout(tmp_path)
-    monkeypatch.setattr(build_and_test, "limited", limited)
-    monkeypatch.setattr(build_and_test.os, "cpu_count", lambda: 16)
-    assert build_and_test.tests_triton(args, 60.0)["complete"]
+    monkeypatch.setattr(processes, "limited", limited)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert PARTS["tests-triton"](args, 60.0)["complete"]
     many, large = commands
     assert "-m not big -n 14 --dist worksteal" in many and "-m big -n 2 --dist worksteal" in large
 
@@ -206,7 +208,7 @@ def test_a_test_that_hangs_costs_itself(
 ) -> None:
     monkeypatch.setattr(build_and_test, "TIMEOUTS", {"triton": "2"})
     checkout(tmp_path, rope=HANGS.format(hang="time.sleep(300)"), other="def test_it(): pass\n")
-    found = build_and_test.tests_triton(args, 60.0)
+    found = PARTS["tests-triton"](args, 60.0)
     assert found["counts"] == {"passed": 3, "error": 1} and found["complete"]
     assert [*found["failed"]] == ["tests/gpu/test_rope.py::test_hangs"]
 
@@ -215,7 +217,7 @@ def test_tests_that_do_not_end_are_stopped(tmp_path: Path, args: argparse.Namesp
     """As one whose process no thread of its own can end."""
     checkout(tmp_path, rope=HANGS.format(hang="os.kill(os.getpid(), signal.SIGSTOP)"))
     began = time.monotonic()
-    found = build_and_test.tests_triton(args, 12.0)
+    found = PARTS["tests-triton"](args, 12.0)
     assert time.monotonic() - began < 20 and not found["complete"]
     assert "not done within 12 s, in tests/gpu/test_rope.py::test_hangs" in found["failed"].values()
     assert found["counts"]["passed"] >= 1
@@ -236,7 +238,7 @@ def test_an_op_that_hangs_or_faults_at_its_launch_costs_itself(
     of_all = "def test_f42_in_turn_{op}(): pass\n"
     hardware = "".join(of_all.format(op=op) for op in build_and_test.OPS)
     checkout(tmp_path, **families, hardware=hardware, model="def test_all(): pass\n")
-    found = build_and_test.launch(args, 100.0)
+    found = PARTS["launch"](args, 100.0)
     assert found["counts"] == {"passed": 4, "failed": 2} and found["complete"]
     assert args.struck_off == found["struck_off"] and set(args.struck_off) == {
         "attention",
@@ -244,7 +246,7 @@ def test_an_op_that_hangs_or_faults_at_its_launch_costs_itself(
     }
     assert "not done within 8 s, in tests/gpu/test_attention.py" in args.struck_off["attention"]
     assert "illegal memory access" in args.struck_off["quantize"]
-    tested = build_and_test.tests_cuda(args, 100.0)
+    tested = PARTS["tests-cuda"](args, 100.0)
     assert not tested["complete"] and "tests of attention" in tested["skipped"]
     names = {name.split("::")[1] for name in tested["passed"]}
     assert {"test_f42_in_turn_fp8_gemm", "test_large"} <= names and "test_all" not in names
@@ -298,10 +300,10 @@ def test_sanitize(
         write(log.with_suffix(".json"), {"runs": [run]})
         return "", code
 
-    monkeypatch.setattr(build_and_test, "limited", limited)
+    monkeypatch.setattr(processes, "limited", limited)
     monkeypatch.setattr(build_and_test, "_missing", lambda *_: None)
     args.device, args.struck_off = "cuda", {"attention": "hung", "rope": "hung"}
-    found = build_and_test.memcheck(args, 60.0)
+    found = PARTS["memcheck"](args, 60.0)
     if run is None:
         assert found["error"] == wanted and not found["complete"]
     else:
@@ -310,7 +312,7 @@ def test_sanitize(
     (command,) = commands
     assert command[command.index("-k") + 1] == "not test_attention.py and not test_rope.py"
     args.device = "cpu"
-    assert build_and_test.synccheck(args, 60.0)["what"] == "needs a GPU"
+    assert PARTS["synccheck"](args, 60.0)["what"] == "needs a GPU"
 
 
 def test_precompiled_kernels_are_what_a_launch_finds(tmp_path: Path) -> None:
@@ -369,14 +371,14 @@ assert set(cache.iterdir()) == before
 
 
 def test_precompile_that_fails(args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build_and_test, "limited", lambda *_: ("no such chip\n", 2))
-    assert build_and_test.precompile(args, 9.0)["error"] == "precompile: no such chip"
-    monkeypatch.setattr(build_and_test, "limited", lambda *_: ("", None))
-    assert build_and_test.precompile(args, 9.0)["error"] == "precompile: not done within 9 s"
+    monkeypatch.setattr(processes, "limited", lambda *_: ("no such chip\n", 2))
+    assert PARTS["precompile"](args, 9.0)["error"] == "precompile: no such chip"
+    monkeypatch.setattr(processes, "limited", lambda *_: ("", None))
+    assert PARTS["precompile"](args, 9.0)["error"] == "precompile: not done within 9 s"
     rows = [{"kernel": "k", "cases": ["a"], "problems": p} for p in ([], ["spills"])]
     write(args.out / "logs" / "static.json", {"rows": rows[1:]})
-    monkeypatch.setattr(build_and_test, "limited", lambda *_: ("", 1))
-    assert build_and_test.precompile(args, 9.0)["failed"] == {"k a": "spills"}
+    monkeypatch.setattr(processes, "limited", lambda *_: ("", 1))
+    assert PARTS["precompile"](args, 9.0)["failed"] == {"k a": "spills"}
 
 
 def test_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import build_and_test, gpu_report
+from llama_fast.bench import build_and_test, gpu_report, processes
 from llama_fast.bench.__main__ import main
 from llama_fast.bench.files import read, write
 
@@ -102,7 +102,8 @@ def run_report(
     def work(name: str, args: argparse.Namespace, seconds: float) -> None:
         write(args.out / f"{name}.json", {"rows": [], **part(name)(args, seconds)})
 
-    monkeypatch.setattr(gpu_report, "PREPARING", {p: part(p) for p in gpu_report.PREPARING})
+    monkeypatch.setattr(build_and_test, "PARTS", {p: part(p) for p in build_and_test.PARTS})
+    monkeypatch.setattr(gpu_report, "plots", part("plots"))
     monkeypatch.setattr(gpu_report, "work", work)
     status = main(["--gpu-report", str(tmp_path), "--tiny", "--device", "cpu", *more])
     return status, ran, read(tmp_path / "report.json") or {}
@@ -141,14 +142,14 @@ def test_steps_share_a_calls_time(
     """At most what each is given, and the last one all that is left."""
     run_report(monkeypatch, tmp_path, "--call", "1", "--only", "build-cpu,launch,memcheck")
     out = capsys.readouterr().out
-    assert "--- build-cpu (up to 120 s)" in out and "--- launch (up to 45 s)" in out
+    assert "--- build-cpu (up to 120 s)" in out and "--- launch (up to 60 s)" in out
     assert "--- memcheck (up to 215 s)" in out or "--- memcheck (up to 214 s)" in out
     run_report(
         monkeypatch, tmp_path, "--only", "build-cpu,launch", "--call", "1", "--seconds", "43"
     )
     assert "--- build-cpu (up to 24 s)" in capsys.readouterr().out
     for call, most in ((1, 230), (2, 470)):
-        patience = 2 * build_and_test.PATIENCE
+        patience = 2 * processes.PATIENCE
         assert gpu_report.SECONDS[call] + patience + 5 <= most
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llama_fast.bench import gpu_report, targets
+from llama_fast.bench import gpu_report, gpu_summary, targets
 from llama_fast.bench.files import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -98,8 +98,8 @@ def test_summary_and_plots(tmp_path: Path) -> None:
     write(tmp_path / "limits.json", {"rows": limits, "complete": True, "environment": environment})
     skipped = {"fp8 cache": "not offered"}
     write(tmp_path / "ops.json", {"rows": ops, "environment": environment, "skipped": skipped})
-    found = gpu_report.merge(tmp_path)
-    text = gpu_report.summary(found)
+    found = gpu_summary.merge(tmp_path, ["limits", "ops"])
+    text = gpu_summary.summary(found)
     for wanted in (
         "gpu NVIDIA H200",
         "commit abc",
