@@ -31,6 +31,7 @@ ROOT = processes.ROOT
 WORKERS = 14  # of pytest-xdist: compiling kernels and importing torch is what takes the time
 # Not loadgroup, loadfile or loadscope: with those pytest-xdist 3.8 waits for ever, or runs the same
 # test again, where a worker was lost (its issues 1323, 1327 and 1378).
+LARGE = "big or xdist_group"  # marks: takes gigabytes
 SIDE_BY_SIDE = ("--dist", "worksteal", "--max-worker-restart", "200")
 # A hung kernel holds a test for ever; the thread ends its process, and xdist starts another one.
 TIMEOUTS = {"cuda": "20", "triton": "90"}  # seconds a test; Triton's compile as they run
@@ -168,10 +169,12 @@ def tests(backend: str, args: argparse.Namespace, seconds: float) -> Content:
     what = ["tests/gpu", "-k", _without(struck_off)]
     what += [f"--ignore=tests/gpu/test_{family}.py" for family in struck_off]
     end, found = time.monotonic() + seconds, {}
-    for only, workers in (("sanitize", 2),) if args.tiny else (("not big", WORKERS), ("big", 2)):
+    for only, workers in (
+        (("sanitize", 2),) if args.tiny else ((f"not ({LARGE})", WORKERS), (LARGE, 2))
+    ):
         beside = ["-n", str(min(workers, os.cpu_count() or 1)), *SIDE_BY_SIDE]
         chosen = [*what, "-m", only, *(beside if importlib.util.find_spec("xdist") else ())]
-        name, left = f"tests-{backend}-{only.replace(' ', '-')}", end - time.monotonic()
+        name, left = f"tests-{backend}{'-large' * (only == LARGE)}", end - time.monotonic()
         found[name] = _pytest(name, backend, chosen, left, args)
     content |= _joined(found)
     if struck_off:  # choices are made from what ran to its end

@@ -50,7 +50,7 @@ VERSIONS_SECONDS = 40.0
 SECONDS = {1: 215.0, 2: 450.0}  # of a call; with what it takes to stop the last part 230 and 470
 PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
 GRACE = 15.0  # of a part's seconds, for the task that runs when the others are over
-STALL = 90.0  # seconds without a task's end: a hung kernel, or one that compiles for ever
+STALL = 60.0  # seconds without a task's end: a hung kernel, or one that compiles for ever
 EPILOG = f"""parts, in this order: {" ".join(PARTS)}
 
 examples:

@@ -109,11 +109,14 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def tool(name: str) -> str | None:
-    """On PATH, beside this Python (a virtual environment that is not activated), or in CUDA's."""
+    """On PATH, beside this Python (a virtual environment that is not activated), in CUDA's folders,
+    or beside the nvcc that PATH leads to."""
     cuda = [os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
-    folders = [str(Path(home) / "bin") for home in (*cuda, "/usr/local/cuda")]
-    places = (None, str(Path(sys.executable).parent), os.pathsep.join(folders))
-    return next((found for path in places if (found := shutil.which(name, path=path))), None)
+    places = [Path(sys.executable).parent, *(Path(home) / "bin" for home in cuda)]
+    if nvcc := shutil.which("nvcc"):
+        places.append(Path(nvcc).resolve().parent)
+    places.append(Path("/usr/local/cuda/bin"))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, places)))
 
 
 def tail(output: str, lines: int = 1) -> str:

@@ -165,8 +165,8 @@ def test_each_backend_is_tested(
     (error,) = triton["failed"].values()
     assert "no fixture" in error
     out = capsys.readouterr().out
-    assert "tests-triton-not-big: " in out and "tests-cuda-big: " in out
-    assert "no fixture" in (args.out / "logs" / "tests-cuda-not-big.log").read_text()
+    assert "tests-triton: " in out and "tests-cuda-large: " in out
+    assert "no fixture" in (args.out / "logs" / "tests-cuda.log").read_text()
 
 
 def test_a_backend_that_is_not_built_is_told(tmp_path: Path, args: argparse.Namespace) -> None:
@@ -200,7 +200,10 @@ def test_what_takes_gigabytes_runs_two_at_a_time(
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     assert PARTS["tests-triton"](args, 60.0)["complete"]
     many, large = commands
-    assert "-m not big -n 14 --dist worksteal" in many and "-m big -n 2 --dist worksteal" in large
+    assert (
+        "-m not (big or xdist_group) -n 14 --dist worksteal" in many
+        and "-m big or xdist_group -n 2 --dist worksteal" in large
+    )
 
 
 def test_a_test_that_hangs_costs_itself(

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from llama_fast.bench import processes
+
 from .gpu import conftest, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,21 +154,21 @@ def test_found_beside_nvcc_and_in_cuda_home(fake: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", str(fake))
-    assert sanitize.find() == str(fake / "bin" / "compute-sanitizer")
+    assert processes.tool("compute-sanitizer") == str(fake / "bin" / "compute-sanitizer")
     monkeypatch.delenv("CUDA_HOME")
     (fake / "bin" / "nvcc").write_text("#!/bin/sh\n")
     (fake / "bin" / "nvcc").chmod(0o755)
     (fake / "links").mkdir()
     (fake / "links" / "nvcc").symlink_to(fake / "bin" / "nvcc")
     monkeypatch.setenv("PATH", str(fake / "links"))
-    assert sanitize.find() == str(fake / "bin" / "compute-sanitizer")
+    assert processes.tool("compute-sanitizer") == str(fake / "bin" / "compute-sanitizer")
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sanitize, "find", lambda: None)
+    monkeypatch.setattr(processes, "tool", lambda name: None)
     assert sanitize.main([]) == 2
     assert "compute-sanitizer was not found on PATH" in capsys.readouterr().err
-    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(processes, "tool", lambda name: name)
     monkeypatch.setattr(sanitize, "_has_gpu", lambda: False)
     assert sanitize.main([]) == 2
     assert capsys.readouterr().err == "sanitize: torch sees no GPU here\n"

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from llama_fast.bench import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """0: nothing found. 1: something was, or a run did not end. 2: it cannot run here."""
     args = parser().parse_args(argv)
-    sanitizer = find()
+    sanitizer = processes.tool("compute-sanitizer")
     if sanitizer is None:
         return _refuse(
             "compute-sanitizer was not found on PATH, in $CUDA_HOME/bin or beside nvcc: install "
@@ -119,16 +120,6 @@ def main(argv: list[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     print(f"sanitize: {message}", file=sys.stderr)
     return 2
-
-
-def find() -> str | None:
-    folders = [Path(os.environ[n]) / "bin" for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        folders.append(Path(nvcc).resolve().parent)
-    folders.append(Path("/usr/local/cuda/bin"))
-    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
-    return shutil.which("compute-sanitizer", path=path)
 
 
 def _has_gpu() -> bool:
