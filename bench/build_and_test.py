@@ -169,9 +169,8 @@ def tests(backend: str, args: argparse.Namespace, seconds: float) -> Content:
     what = ["tests/gpu", "-k", _without(struck_off)]
     what += [f"--ignore=tests/gpu/test_{family}.py" for family in struck_off]
     end, found = time.monotonic() + seconds, {}
-    for only, workers in (
-        (("sanitize", 2),) if args.tiny else ((f"not ({LARGE})", WORKERS), (LARGE, 2))
-    ):
+    every = ((f"not ({LARGE})", WORKERS), (LARGE, 2))
+    for only, workers in (("sanitize", 2),) if args.tiny else every:
         beside = ["-n", str(min(workers, os.cpu_count() or 1)), *SIDE_BY_SIDE]
         chosen = [*what, "-m", only, *(beside if importlib.util.find_spec("xdist") else ())]
         name, left = f"tests-{backend}{'-large' * (only == LARGE)}", end - time.monotonic()
