@@ -31,7 +31,7 @@ ROOT = processes.ROOT
 WORKERS = 14  # of pytest-xdist: compiling kernels and importing torch is what takes the time
 # Not loadgroup, loadfile or loadscope: with those pytest-xdist 3.8 waits for ever, or runs the same
 # test again, where a worker was lost (its issues 1323, 1327 and 1378).
-LARGE = "big or xdist_group"  # marks: takes gigabytes
+LARGE = "big or large"  # marks: takes gigabytes
 SIDE_BY_SIDE = ("--dist", "worksteal", "--max-worker-restart", "200")
 # A hung kernel holds a test for ever; the thread ends its process, and xdist starts another one.
 TIMEOUTS = {"cuda": "20", "triton": "90"}  # seconds a test; Triton's compile as they run

@@ -201,8 +201,8 @@ def test_what_takes_gigabytes_runs_two_at_a_time(
     assert PARTS["tests-triton"](args, 60.0)["complete"]
     many, large = commands
     assert (
-        "-m not (big or xdist_group) -n 14 --dist worksteal" in many
-        and "-m big or xdist_group -n 2 --dist worksteal" in large
+        "-m not (big or large) -n 14 --dist worksteal" in many
+        and "-m big or large -n 2 --dist worksteal" in large
     )
 
 

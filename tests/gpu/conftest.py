@@ -104,6 +104,18 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
         _cuda_emulated.set_seed(zlib.crc32(request.node.nodeid.encode()))
     with lf.use_backend(BACKEND):
         yield
+
+
+def launcher(op: str) -> Any:
+    """The module that launches op in these tests: for outputs and lengths that the op itself would
+    not pass on."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return importlib.import_module("llama_fast.backends").kernels(op, torch.empty(0, device=device))
+
+
+@pytest.fixture(autouse=True)
+def gpu_context() -> Iterator[None]:
+    yield
     leave_if_lost()
 
 
@@ -115,10 +127,3 @@ def leave_if_lost() -> None:
             torch.cuda.synchronize()
         except RuntimeError:
             os._exit(70)
-
-
-def launcher(op: str) -> Any:
-    """The module that launches op in these tests: for outputs and lengths that the op itself would
-    not pass on."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return importlib.import_module("llama_fast.backends").kernels(op, torch.empty(0, device=device))
