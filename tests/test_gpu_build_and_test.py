@@ -144,7 +144,7 @@ def checkout(tmp_path: Path, **files: str) -> None:
     (tmp_path / "llama_fast").mkdir()
     (tmp_path / "llama_fast" / "_cuda_emulated.x.so").touch()
     (tmp_path / "pytest.ini").write_text(
-        "[pytest]\nmarkers =\n    sanitize: small\n    big: large\n"
+        "[pytest]\nmarkers =\n    sanitize: small\n    big: memory\n    large: memory\n"
     )
     for name, text in files.items():
         (tmp_path / "tests" / "gpu" / f"test_{name}.py").write_text(text)
