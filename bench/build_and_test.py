@@ -134,8 +134,10 @@ def launch(args: argparse.Namespace, seconds: float) -> Content:
     end = time.monotonic() + seconds
 
     def one(name: str) -> Content | None:
-        left = min(LAUNCH, end - time.monotonic())
-        return _pytest(f"launch-{name}", "cuda", jobs[name], left, args) if left > 2 else None
+        left = end - time.monotonic()
+        if left < LAUNCH / 2:  # which would say nothing about the op
+            return None
+        return _pytest(f"launch-{name}", "cuda", jobs[name], min(LAUNCH, left), args)
 
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         ended = {n: found for n, found in zip(jobs, pool.map(one, jobs), strict=True) if found}

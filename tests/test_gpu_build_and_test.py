@@ -258,6 +258,15 @@ def test_an_op_that_hangs_or_faults_at_its_launch_costs_itself(
     assert tested["counts"]["failed"] == 1  # rope's, which is only wrong
 
 
+def test_an_op_that_time_does_not_suffice_for_is_not_blamed(
+    tmp_path: Path, args: argparse.Namespace
+) -> None:
+    checkout(tmp_path)
+    found = PARTS["launch"](args, build_and_test.LAUNCH / 2 - 1)
+    assert found["planned"] == [*build_and_test.FAMILIES] and not found["done"]
+    assert not found["complete"] and not found["failed"] and not args.struck_off
+
+
 def test_a_process_that_lost_its_gpu_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a worker of pytest-xdist, which starts another; no test after it can pass there."""
     left: list[int] = []
