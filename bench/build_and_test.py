@@ -37,7 +37,8 @@ SIDE_BY_SIDE = ("--dist", "worksteal", "--max-worker-restart", "200")
 TIMEOUTS = {"cuda": "20", "triton": "90"}  # seconds a test; Triton's compile as they run
 NO_TESTS = 5  # pytest's exit code: nothing of that kind
 LAUNCH = 30.0  # seconds of a process that launches an op for the first time
-LOST = "CUDA error"  # how torch names what costs a process its GPU context
+# What costs a process its GPU context, as torch names it, and our launches after it.
+LOST = re.compile("CUDA error|an illegal |misaligned address|unspecified launch failure")
 FAMILIES = {  # tests/gpu/test_<family>.py -> the ops whose kernels it is about
     "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_fp8"),
     "activation": ("silu_and_mul", "silu_and_mul_fp8"),
@@ -142,8 +143,9 @@ def launch(args: argparse.Namespace, seconds: float) -> Content:
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         ended = {n: found for n, found in zip(jobs, pool.map(one, jobs), strict=True) if found}
     for name, found in ended.items():
-        lost = [why for why in found["failed"].values() if LOST in why]
-        if error := found.get("error") or (lost and _line(lost[0], LOST)):
+        lost = [row.strip() for why in found["failed"].values() for row in why.splitlines()]
+        lost = [row for row in lost if LOST.search(row)]
+        if error := found.get("error") or next(iter(lost), None):
             family = next(f for f, ops in FAMILIES.items() if name in (f, *ops))
             struck_off[family] = f"{name}: {error}"[:300]
     content = {**_joined(ended), "struck_off": struck_off, "planned": [*jobs], "done": [*ended]}
@@ -225,10 +227,6 @@ def _pytest(
         content["error"] = f"pytest ended with {code}{said}"
     print(f"{name}: {processes.tail(output)}", flush=True)
     return content
-
-
-def _line(text: str, word: str) -> str:
-    return next(line.strip() for line in text.splitlines() if word in line)
 
 
 def _counted(lines: list[dict[str, Any]]) -> Content:
