@@ -136,7 +136,7 @@ def launch(args: argparse.Namespace, seconds: float) -> Content:
 
     def one(name: str) -> Content | None:
         left = end - time.monotonic()
-        if left < LAUNCH / 2:  # which would say nothing about the op
+        if left < LAUNCH / 2 or processes.interrupted.is_set():  # it would say nothing of the op
             return None
         return _pytest(f"launch-{name}", "cuda", jobs[name], min(LAUNCH, left), args)
 
