@@ -1,8 +1,8 @@
 # make bench   set up .venv, then the forward pass with the kernels against eager PyTorch
 # make test    the same set-up, then the whole test suite      (PYTEST="-k rope" passes options)
-# make gpu-report PYTHON=python3   all about this machine's GPU in 9 minutes, into $(REPORT), with
+# make gpu-report PYTHON=python3   all about this machine's GPU in 11 minutes, into $(REPORT), with
 #              what that Python has installed: no environment is made, nothing is downloaded.
-#              GPU="--only ops --case attention" passes options
+#              GPU="--call 1" or "--only ops --case attention" passes options (docs/gpu.md)
 # make sanitize-gpu PYTHON=python3   compute-sanitizer over the small GPU tests, likewise with what
 #              is installed. SANITIZE="--tool racecheck --backend cuda" passes options
 # make emulate   the CUDA kernels through the GPU tests and their own, on the CPU (part of make test)

@@ -30,7 +30,7 @@ EPILOG = """examples:
                                            one more column: your function, called as lf.rms_norm is
   python -m bench --scaling                time and memory to 131,072 tokens, exponents fitted
   python -m bench --whole                  the whole 8B preset in FP8: tokens/s and peak memory
-  python -m bench --gpu-report DIR         all about a GPU in 9 minutes (--gpu-report DIR --help)
+  python -m bench --gpu-report DIR         all about a GPU in 11 minutes (--gpu-report DIR --help)
   python -m bench --publish                README.md and docs/results.md from bench/results
 
 exit status: 0; 1 a kernel's result was wrong; 2 bad arguments; 3 slower than in --compare's run;

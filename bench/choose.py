@@ -191,13 +191,12 @@ def _wrong(backend: str, rows: list[dict[str, Any]]) -> str | None:
 
 
 def _tests(backend: str, family: tuple[str, ...], report: dict[str, Any]) -> str | None:
-    tests = report["parts"].get("tests", {})
-    found = tests.get("backends", {}).get(backend, {})
+    found = report["parts"].get(f"tests-{backend}", {})
     if not found.get("complete"):
         return f"the tests of {backend} did not run to their end"
     commit = report["parts"]["ops"]["environment"]["commit"]
-    if tests.get("commit") != commit:
-        return f"its tests are of commit {tests.get('commit')}, its figures of {commit}"
+    if found.get("commit") != commit:
+        return f"its tests are of commit {found.get('commit')}, its figures of {commit}"
     failed = [name for name in found["failed"] if _concerns(name, family)]
     if failed:
         return f"{len(failed)} tests of {backend} failed, as {failed[0]}"

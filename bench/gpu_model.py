@@ -86,6 +86,7 @@ class Bench:
             f"prefill {w.prompts[0]}": lambda: self.prefill(w.prompts[0]),
             "logits": self.logits,
             **{f"decode batch {b}": lambda b=b: self.decode(b, w.context) for b in w.batches[1:]},
+            "profile": self.profile,
             "generate": self.generate,
             **{f"prefill {n}": lambda n=n: self.prefill(n) for n in w.prompts[1:]},
             **{f"decode at {n}": lambda n=n: self.decode(1, n) for n in w.contexts},

@@ -18,7 +18,6 @@ import torch
 
 from llama_fast import backends, choices
 from llama_fast.backends import choose
-from llama_fast.kernels import common
 
 from . import (
     gpu_attention,
@@ -39,7 +38,7 @@ from .prediction import predicted
 from .tasks import Rows
 from .timing import Timing
 
-BUDGETS = {"limits": 1.0, "ops": 0.4, "tune": 0.2, "model": 1.5, "profile": 0.0}  # seconds a case
+BUDGETS = {"limits": 1.0, "ops": 0.4, "model": 1.5}  # seconds a case
 COMPILING = 45.0  # seconds of all cases together, for torch.compile
 RIVALS = ("triton", "cuda")  # measured in turn wherever both can serve
 
@@ -100,8 +99,6 @@ def line(row: dict[str, Any]) -> str:
         return f"logits, {row['shape']}: {errors}{'  WRONG' if row['wrong'] else ''}"
     if row["op"] == "profile":
         return "\n".join(f"{k['us']:>9.1f} us  {k['name']}" for k in row["kernels"][:15])
-    if row["op"] == "tune":
-        return f"tuned {row['shape']:<60}{row['before'] / row['after']:>6.2f}x"
     if row["op"].startswith("generate"):
         return f"{row['op']:<34}{row['shape']:<6}{row['tokens_per_s']:>9.1f} tokens/s"
     if "tokens_per_s" in row:
@@ -129,12 +126,10 @@ def limit_tasks(place: Place, args: argparse.Namespace, store: running.Store) ->
 
 
 def _limits(place: Place, args: argparse.Namespace, store: running.Store) -> dict[str, float]:
-    """From this folder's run on this GPU, or measured now."""
+    """From the report's run on this GPU, or measured now."""
     gpu = store.content["environment"]["gpu"]
-    stored = read(args.out / "limits.json")
-    if stored is None:
-        merged = read(args.out / "report.json") or {}
-        stored = merged.get("parts", {}).get("limits")
+    merged = read(args.out / "report.json") or {}
+    stored = merged.get("parts", {}).get("limits")
     if stored and stored["environment"]["gpu"] == gpu and stored["complete"]:
         return limits.of(stored["rows"])
     rows: Rows = []
@@ -241,53 +236,19 @@ def _figures(
     }
 
 
-def tune_tasks(
-    place: Place, args: argparse.Namespace, store: running.Store
-) -> dict[str, Callable[[], Rows]]:
-    """Each case's configuration measured among those offered, and stored in DIR."""
-    gpu = common.chip_of(torch.empty(0, device=place.device)).name
-    if not args.resume:  # or what an earlier run stored would be taken for measured
-        (args.out / common.file_name(gpu)).unlink(missing_ok=True)
-    return {spec.name: functools.partial(_tuned, place, spec, args.out) for spec in specs(place)}
-
-
-def _tuned(place: Place, spec: Spec, out: Path) -> Rows:
-    case = spec.build()
-    ours = {"ours": case.runs["ours"]}
-    before = _times(place, case, ours, BUDGETS["tune"])["ours"].median
-    with common.tuning():
-        case.runs["ours"](0)
-    after = _times(place, case, ours, BUDGETS["tune"])["ours"].median
-    gpu = common.chip_of(torch.empty(0, device=place.device)).name
-    path = common.save_choices(gpu, out)
-    return [{"op": "tune", "shape": spec.name, "before": before, "after": after, "file": path.name}]
-
-
-def _model(place: Place, args: argparse.Namespace, store: running.Store) -> gpu_model.Bench:
-    work = gpu_model.work(place.device, args.tiny)
-    budget = 0.0 if args.tiny else BUDGETS["model"]
-    store.content["layers"] = work.config.num_hidden_layers
-    return gpu_model.Bench(place, work, _limits(place, args, store), budget)
-
-
 def model_tasks(
     place: Place, args: argparse.Namespace, store: running.Store
 ) -> dict[str, Callable[[], Rows]]:
-    return _model(place, args, store).tasks()
-
-
-def profile_tasks(
-    place: Place, args: argparse.Namespace, store: running.Store
-) -> dict[str, Callable[[], Rows]]:
-    return {"FP8 decode step": _model(place, args, store).profile}
+    work = gpu_model.work(place.device, args.tiny)
+    budget = 0.0 if args.tiny else BUDGETS["model"]
+    store.content["layers"] = work.config.num_hidden_layers
+    return gpu_model.Bench(place, work, _limits(place, args, store), budget).tasks()
 
 
 PARTS: dict[str, Callable[..., dict[str, Callable[[], Rows]]]] = {
     "limits": limit_tasks,
     "ops": op_tasks,
-    "tune": tune_tasks,
     "model": model_tasks,
-    "profile": profile_tasks,
 }
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+from .files import read
 from .plot import bars, save
 
 
@@ -70,3 +72,8 @@ def roofline(
     axes.grid(True, which="major", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     return save(figure, path)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    draw(read(folder / "report.json") or {"parts": {}, "environment": {}}, folder)

@@ -1,39 +1,65 @@
-"""Everything about a GPU in one run: the build, the tests, and each figure beside its target.
+"""Everything about a GPU in two calls of a few minutes, each of which may find a bare machine.
 
-Writes DIR/report.json and plots. Each part runs in a process of its own, so that a kernel that
-faults or hangs costs its own case; whatever was measured is kept, also when the time runs out.
+Call 1 builds, launches every CUDA op and tests the CUDA kernels, also under compute-sanitizer.
+Call 2 builds, compiles ahead, tests Triton's kernels and measures: limits, ops on both backends,
+the model. A call leaves DIR/callN.tar.gz and DIR/callN.log, and call 2 goes on from the report in a
+DIR/call1.tar.gz. Without --call both run one after the other, and report.json, the plots and logs/
+lie in DIR itself. Each part runs in processes of its own with an end: a kernel that faults or hangs
+costs its own op, and whatever was found is kept.
 Needs an environment with torch, triton, pytest, cmake, ninja and pybind11, and no network.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import build_and_test, targets
-from .files import BROKEN, WRONG, read, unreached, write
+from . import build_and_test, processes
+from .files import BROKEN, WRONG, read, write
+from .gpu_summary import merge, problems, summary
 
-# Seconds of the whole, and how they are shared out. What a part leaves goes to those after it.
-BUDGET = 515.0  # with GRACE, this process's start and the plots below 540
-GRACE = 15.0  # for the task that runs when a part's time is over
-SHARES = {"build": 90, "tests": 150, "limits": 20, "ops": 150, "tune": 45, "model": 85}
-PARTS = [*SHARES, "profile"]  # the last only when asked for
-STALL = 90.0  # seconds without a task's end: a hung kernel, or one that compiles for ever
-STALL_TUNE = 300.0  # which compiles and times many configurations in one task
-EPILOG = f"""parts, in this order: {" ".join(SHARES)}; and profile, when asked for
+# Of each call, the steps: parts that run side by side, and the seconds that they may take at most.
+# What a step leaves goes to those after it; the last one has all of it.
+Steps = tuple[tuple[tuple[str, ...], float], ...]
+CALLS: dict[int, Steps] = {
+    1: (
+        (("build-cpu",), 120),
+        (("build-cuda",), 110),
+        (("launch",), 60),
+        (("tests-cuda", "memcheck", "synccheck"), 75),
+    ),
+    2: (
+        (("build-cpu",), 120),
+        (("build-cuda", "precompile", "tests-triton"), 160),
+        (("limits",), 25),
+        (("ops",), 140),
+        (("model",), 150),
+        (("plots",), 30),
+    ),
+}
+VERSIONS_SECONDS = 40.0
+SECONDS = {1: 215.0, 2: 450.0}  # of a call; with what it takes to stop the last part 230 and 470
+PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
+GRACE = 15.0  # of a part's seconds, for the task that runs when the others are over
+STALL = 60.0  # seconds without a task's end: a hung kernel, or one that compiles for ever
+EPILOG = f"""parts, in this order: {" ".join(PARTS)}
 
 examples:
-  python -m bench --gpu-report DIR
-  python -m bench --gpu-report DIR --only limits,ops --case attention
-  python -m bench --gpu-report DIR --only tune --seconds 1500
+  python -m bench --gpu-report DIR                    both calls, one after the other
+  python -m bench --gpu-report DIR --call 1
+  python -m bench --gpu-report DIR --only limits,ops --case attention --seconds 900
+  python -m bench --gpu-report DIR --call 2 --tiny --device cpu    a rehearsal without a GPU
 
-Exit code 1: a test failed, a result was wrong, or a case did not run. Missed targets and cases that
+Exit code 1: a test failed, a result was wrong, or a part did not run. Missed targets and cases that
 the time did not suffice for are told, and are no errors."""
 
 
@@ -44,58 +70,53 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--gpu-report", type=Path, required=True, metavar="DIR", dest="out")
-    p.add_argument(
-        "--only", default=",".join(SHARES), metavar="PART,...", help="default: %(default)s"
-    )
-    p.add_argument(
-        "--seconds", type=float, default=BUDGET, help="for all of it, default %(default)g"
-    )
-    p.add_argument("--case", default="", metavar="TEXT", help="only cases with this in their name")
-    p.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny")
-    p.add_argument(
-        "--tiny", action="store_true", help="tiny shapes: whether the report itself runs"
-    )
+    add = p.add_argument
+    add("--gpu-report", type=Path, required=True, metavar="DIR", dest="out")
+    add("--call", type=int, choices=CALLS, help="default: both")
+    add("--only", default=",".join(PARTS), metavar="PART,...", help="default: all of the call's")
+    add("--seconds", type=float, help=f"of each call, default {SECONDS[1]:g} and {SECONDS[2]:g}")
+    add("--case", default="", metavar="TEXT", help="only cases with this in their name")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny")
+    add("--tiny", action="store_true", help="tiny shapes: whether the report itself runs")
     return p
-
-
-class Budget:
-    """Seconds for each part: its share of what is left."""
-
-    def __init__(
-        self, seconds: float, parts: list[str], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._clock, self._end = clock, clock() + seconds
-        self._shares = {part: SHARES.get(part, 30) for part in parts}
-
-    @property
-    def left(self) -> float:
-        return max(0.0, self._end - self._clock())
-
-    def of(self, part: str) -> float:
-        """Called as the part begins; those before it no longer count."""
-        names = list(self._shares)
-        waiting = names[names.index(part) :]
-        return self.left * self._shares[part] / sum(self._shares[name] for name in waiting)
 
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    wanted = [part.strip() for part in args.only.split(",") if part.strip()]
-    unknown = [part for part in wanted if part not in PARTS]
+    wanted = {part.strip() for part in args.only.split(",") if part.strip()}
+    unknown = sorted(wanted - {*PARTS})
     if unknown or not wanted:
         got = ", ".join(unknown) or "nothing"
         return _refuse(f"--only: got {got}, want any of {', '.join(PARTS)}")
     if args.device == "cpu" and not args.tiny:
         return _refuse("--device cpu: only with --tiny; `python -m bench` measures a CPU")
-    if args.device == "cuda" and not _has_gpu():
+    processes.interrupted.clear()
+    began = time.monotonic()
+    here = build_and_test.versions(VERSIONS_SECONDS)
+    if "error" in here:
+        return _refuse(here["error"])
+    args.sm = here["environment"].get("sm", "")
+    if args.device == "cuda" and not args.sm:
         return _refuse("torch sees no GPU here; `python -m bench` measures this machine's CPU")
-    parts = [part for part in PARTS if part in wanted]
-    args.out.mkdir(parents=True, exist_ok=True)
-    status = _run(args, parts)
-    found = merge(args.out)
-    print(summary(found), flush=True)
-    return status or (1 if problems(found, parts) else 0)
+    args.out, args.struck_off = args.out.resolve(), {}
+    calls, status = [args.call] if args.call else [*CALLS], 0
+    with (
+        processes.terminated_as_interrupted(),
+        _packed(args) if args.call else contextlib.nullcontext(),
+    ):
+        print("  ".join(f"{name} {value}" for name, value in here["environment"].items()))
+        write(args.out / "versions.json", {**here, "wall_s": time.monotonic() - began})
+        try:
+            for call in calls:
+                _run(args, call, wanted, began)
+                began = time.monotonic()
+        except KeyboardInterrupt:
+            print("interrupted: what was measured is kept", file=sys.stderr)
+            status = 130
+        found = merge(args.out, ["versions", *PARTS])
+        print(summary(found), flush=True)
+    due = [p for call in calls for parts, _ in CALLS[call] for p in parts if p in wanted]
+    return status or (1 if problems(found, [*dict.fromkeys(due)]) else 0)
 
 
 def _refuse(message: str) -> int:
@@ -103,62 +124,102 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _run(args: argparse.Namespace, parts: list[str]) -> int:
-    """0, or 130 when interrupted."""
-    budget = Budget(args.seconds, parts)
-    for part in parts:
-        began, seconds = time.monotonic(), budget.of(part)
-        path = args.out / f"{part}.json"
-        path.unlink(missing_ok=True)
-        print(f"--- {part} (up to {seconds:.0f} s)", flush=True)
+@contextlib.contextmanager
+def _packed(args: argparse.Namespace) -> Iterator[None]:
+    """A call's files lie elsewhere, and DIR has them as one file, beside all that is printed: what
+    takes files from a rented machine may take few, and none from deep folders."""
+    folder, name = args.out, f"call{args.call}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="llama_fast-", ignore_cleanup_errors=True) as work,
+        processes.logged(folder / f"{name}.log"),
+    ):
+        if args.call == 2 and (folder / "call1.tar.gz").exists():
+            with tarfile.open(folder / "call1.tar.gz") as earlier:
+                earlier.extract("report.json", work, filter="data")
+        args.out, args.pack = Path(work), folder / f"{name}.tar.gz"
         try:
-            if part == "build":
-                write(path, build_and_test.build(seconds))
-            elif part == "tests":
-                build_and_test.test(path, seconds)
-            else:
-                work(part, args, seconds)
-        except KeyboardInterrupt:
-            print("interrupted: what was measured is kept", file=sys.stderr)
-            return 130
+            yield
         finally:
-            content = read(path)
-            if content is not None:
-                write(path, {**content, "wall_s": round(time.monotonic() - began, 1)})
-        if part == "build" and not (content or {}).get("complete"):
+            _pack(args)
+
+
+def _pack(args: argparse.Namespace) -> None:
+    partial = args.pack.with_suffix(".partial")
+    with tarfile.open(partial, "w:gz") as archive:
+        for path in sorted(args.out.iterdir()):
+            archive.add(path, path.name)
+    partial.replace(args.pack)
+
+
+def _run(args: argparse.Namespace, call: int, wanted: set[str], began: float) -> None:
+    """The call's steps, as far as the time goes; each one's findings are in the report at once."""
+    steps = [([p for p in parts if p in wanted], most) for parts, most in CALLS[call]]
+    steps = [(parts, most) for parts, most in steps if parts]
+    seconds = args.seconds or SECONDS[call]
+    end = began + seconds
+    for parts, most in steps:
+        left = end - time.monotonic()
+        share = left if parts is steps[-1][0] else min(left, most * seconds / SECONDS[call])
+        if share < 2:
+            print(f"--- {' '.join(parts)}: no time left", flush=True)
+            continue
+        print(f"--- {' '.join(parts)} (up to {share:.0f} s)", flush=True)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            try:
+                for running in [pool.submit(_part, part, args, share) for part in parts]:
+                    running.result()
+            except KeyboardInterrupt:
+                processes.end_all()
+                raise
+        found = merge(args.out, ["versions", *PARTS])["parts"]
+        if args.call:
+            _pack(args)
+        if "build-cpu" in parts and not found["build-cpu"]["complete"]:
             print("the build failed: nothing after it can run", flush=True)
             break
-    return 0
+
+
+def _part(part: str, args: argparse.Namespace, seconds: float) -> None:
+    """Writes DIR/<part>.json, whatever happens."""
+    began, path = time.monotonic(), args.out / f"{part}.json"
+    path.unlink(missing_ok=True)
+    try:
+        if part in ("limits", "ops", "model"):
+            work(part, args, seconds)
+        else:
+            run = plots if part == "plots" else build_and_test.PARTS[part]
+            write(path, {"part": part, **run(args, seconds)})
+    except Exception as error:  # the report's own fault: the other parts are still worth having
+        write(path, {"part": part, "complete": False, "error": f"{type(error).__name__}: {error}"})
+    content = read(path)
+    if content is not None:
+        write(path, {**content, "wall_s": round(time.monotonic() - began, 1)})
+
+
+def plots(args: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", f"{__package__}.gpu_plot", str(args.out)]
+    output, code = processes.limited(command, seconds, args.out / "logs" / "plots.log")
+    if code == 0:
+        return {"complete": True}
+    return {"complete": False, "what": (output.strip().splitlines() or ["out of time"])[-1]}
 
 
 def work(part: str, args: argparse.Namespace, seconds: float) -> None:
     """One of gpu_parts.py's. Started again, after the task that broke it, as long as time lasts."""
     path = args.out / f"{part}.json"
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds - GRACE
     resume = False
     while True:
         command = [sys.executable, "-m", f"{__package__}.gpu_parts", part, "--out", str(args.out)]
         until = time.time() + end - time.monotonic()
         command += ["--until", f"{until:.0f}", "--device", args.device]
         command += ["--case", args.case] + ["--tiny"] * args.tiny + ["--resume"] * resume
-        environment = {
-            **os.environ,
-            "PYTHONUNBUFFERED": "1",
-            "LLAMA_FAST_TUNED": str(args.out),  # the model runs with what tune found
-        }
-        process = subprocess.Popen(command, env=environment)
+        process = processes.start(command)
         try:
-            why = watch(process, path, end, STALL_TUNE if part == "tune" else STALL)
+            why = watch(process, path, end)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            processes.stop(process)
         content = read(path)
         if content is None:
             write(path, {"part": part, "complete": False, "error": f"did not start ({why})"})
@@ -211,85 +272,3 @@ def _stamp(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def merge(out: Path) -> dict[str, Any]:
-    """All parts in DIR/report.json, those of earlier runs included; plots beside it."""
-    path = out / "report.json"
-    found = read(path) or {"parts": {}}
-    for part in PARTS:
-        content = read(out / f"{part}.json")
-        if content is not None:
-            found["parts"][part] = {**content, "unreached": unreached(content)}
-    rows = [row for part in found["parts"].values() for row in part.get("rows", [])]
-    environments = [p["environment"] for p in found["parts"].values() if "environment" in p]
-    found["environment"] = environments[-1] if environments else {}
-    found["targets"] = targets.compare(rows, found["environment"].get("gpu") or "")
-    write(path, found)
-    for part in PARTS:  # once it is in the report
-        (out / f"{part}.json").unlink(missing_ok=True)
-    if any("tag" in row for row in rows):
-        try:
-            from . import gpu_plot
-
-            gpu_plot.draw(found, out)
-        except ImportError as error:
-            print(f"no plots: {error}; pip install 'llama_fast[bench]'", file=sys.stderr)
-    return found
-
-
-def problems(found: dict[str, Any], parts: list[str]) -> list[str]:
-    """What is wrong, a line each, of these parts."""
-    lines = []
-    for part in parts:
-        content = found["parts"].get(part)
-        if content is None:
-            lines.append(f"{part}: did not run")
-            continue
-        if content.get("error"):
-            lines.append(f"{part}: {content['error'].strip().splitlines()[-1]}")
-        for name, error in content.get("failed", {}).items():
-            lines.append(f"{part}: {name}: {error.strip().splitlines()[-1][:200]}")
-        for row in content.get("rows", []):
-            lines += [f"{part}: {row['op']} {row['shape']}: {what}" for what in _faults(row)]
-    return lines
-
-
-def _faults(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a row, of the backend that serves and of the other one."""
-    eager = f"eager's {row.get('eager_error')}"
-    found = [f"WRONG, error {row.get('error')}, {eager}"] if row.get("wrong") else []
-    for name, entry in row.get("backends", {}).items():
-        if name != row["backend"] and entry.get("wrong"):
-            found.append(f"WRONG on {name}, error {entry['error']}, {eager}")
-        if "failed" in entry:
-            found.append(f"failed on {name}: {entry['failed']}")
-    return found
-
-
-def summary(found: dict[str, Any]) -> str:
-    """The end of what is printed: a screen at most."""
-    env = found["environment"]
-    names = ("gpu", "sm", "driver", "cuda", "torch", "triton", "sm_mhz", "max_sm_mhz", "commit")
-    lines = ["", "  ".join(f"{n} {env[n]}" for n in names if env.get(n))]
-    for part, content in found["parts"].items():
-        counts = [f"{len(content.get('rows', []))} rows"] if "rows" in content else []
-        counts += [f"{n} {what}" for what, n in content.get("counts", {}).items()]
-        for key in ("failed", "skipped", "unreached"):
-            if "counts" not in content and content.get(key):
-                counts.append(f"{len(content[key])} {key}")
-        state = "" if content.get("complete") else "  INCOMPLETE"
-        lines.append(f"{part:<8}{content.get('wall_s', 0):>6.0f} s  {', '.join(counts)}{state}")
-        for name, why in list(content.get("skipped", {}).items())[:5]:
-            lines.append(f"    left out: {name}: {why[:120]}")
-        if content.get("unreached"):
-            names_left = ", ".join(content["unreached"])
-            lines.append(f"    out of time: {names_left[:300]}")
-    ops = found["parts"].get("ops", {}).get("rows", [])
-    lines += targets.side_by_side(ops)
-    lines += [f"growth of {what}: n^{value:.2f}" for what, value in targets.growth(found).items()]
-    if any(entry["got"] is not None for entry in found["targets"]):
-        lines.append(targets.table(found["targets"]))
-    wrong = problems(found, list(found["parts"]))
-    lines += [f"PROBLEM {line}" for line in wrong[:20]] or ["nothing was wrong"]
-    return "\n".join(lines)

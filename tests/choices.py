@@ -43,11 +43,11 @@ def passing(**more: Any) -> dict[str, Any]:
 
 def report(*rows: dict[str, Any], environment: Any = None, tests: Any = None, **ops: Any) -> Any:
     env = {**ENVIRONMENT, **(environment or {})}
-    backends = {"triton": passing(), "cuda": passing(), **(tests or {})}
+    tests = {"triton": passing(), "cuda": passing(), **(tests or {})}
     return {
         "environment": env,
         "parts": {
-            "tests": {"complete": True, "commit": env["commit"], "backends": backends},
+            **{f"tests-{name}": {"commit": env["commit"], **t} for name, t in tests.items()},
             "ops": {"environment": env, "rows": list(rows), **ops},
         },
     }

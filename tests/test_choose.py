@@ -110,7 +110,7 @@ def test_a_class_measured_in_part(tmp_path: Path, ops: Any) -> None:
 
 def test_tests_and_figures_of_one_commit(tmp_path: Path) -> None:
     content = report(FAST)
-    content["parts"]["tests"]["commit"] = "old"
+    content["parts"]["tests-cuda"]["commit"] = "old"
     assert entry(tmp_path, content)["why"] == "its tests are of commit old, its figures of abc"
 
 

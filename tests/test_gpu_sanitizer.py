@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from llama_fast.bench import processes
+
 from .gpu import conftest, sanitize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +50,15 @@ PASSED = Counter(passed=3)
         ("racecheck", CLEAN, 0, PASSED, None, "no summary of racecheck"),
         ("memcheck", CLEAN, sanitize.FOUND, PASSED, 0, "0 errors"),
         ("memcheck", "", None, PASSED, None, "not done within 9 s; split it with -k; no summary"),
+        ("memcheck", f"! session-timeout: 7.0 sec\n{CLEAN}", 1, PASSED, 0, "not done within 9 s"),
+        (
+            "memcheck",
+            f"! session-timeout: 7.0 sec\n{BAD}",
+            66,
+            PASSED,
+            1,
+            "not done within 9 s; sp",
+        ),
     ],
 )
 def test_judge(
@@ -66,7 +77,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(
         "#!/bin/sh\n"
         'if [ "$1" = --version ]; then echo "Version 2025.3.0.0 (build 36226719)"; exit; fi\n'
-        'passed() { echo \'{"outcome": "passed"}\' >>"$LLAMA_FAST_RESULTS"; }\n'
+        'told() { echo "{\\"outcome\\": \\"$1\\"}" >>"$LLAMA_FAST_RESULTS"; }\n'
+        "passed() { told started; told passed; }\n"
         f'echo "$LLAMA_FAST_TEST_BACKEND $PYTORCH_NO_CUDA_MEMORY_CACHING $@" >>{tmp_path}/calls\n'
         f". {tmp_path}/body\n"
     )
@@ -98,6 +110,7 @@ def test_every_tool_on_every_backend(fake: Path, monkeypatch: pytest.MonkeyPatch
     ]
     calls = (fake / "calls").read_text().splitlines()
     assert calls[0].startswith("triton 1 --tool memcheck --error-exitcode 66 ")
+    assert " --session-timeout 238 " in calls[0]  # its summary comes within the 280 s
     assert "-m sanitize tests/gpu" in calls[7] and calls[7].startswith("cuda 1 --tool synccheck")
 
 
@@ -143,21 +156,21 @@ def test_found_beside_nvcc_and_in_cuda_home(fake: Path, monkeypatch: pytest.Monk
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CUDA_HOME", str(fake))
-    assert sanitize.find() == str(fake / "bin" / "compute-sanitizer")
+    assert processes.tool("compute-sanitizer") == str(fake / "bin" / "compute-sanitizer")
     monkeypatch.delenv("CUDA_HOME")
     (fake / "bin" / "nvcc").write_text("#!/bin/sh\n")
     (fake / "bin" / "nvcc").chmod(0o755)
     (fake / "links").mkdir()
     (fake / "links" / "nvcc").symlink_to(fake / "bin" / "nvcc")
     monkeypatch.setenv("PATH", str(fake / "links"))
-    assert sanitize.find() == str(fake / "bin" / "compute-sanitizer")
+    assert processes.tool("compute-sanitizer") == str(fake / "bin" / "compute-sanitizer")
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sanitize, "find", lambda: None)
+    monkeypatch.setattr(processes, "tool", lambda name: None)
     assert sanitize.main([]) == 2
     assert "compute-sanitizer was not found on PATH" in capsys.readouterr().err
-    monkeypatch.setattr(sanitize, "find", lambda: "compute-sanitizer")
+    monkeypatch.setattr(processes, "tool", lambda name: name)
     monkeypatch.setattr(sanitize, "_has_gpu", lambda: False)
     assert sanitize.main([]) == 2
     assert capsys.readouterr().err == "sanitize: torch sees no GPU here\n"

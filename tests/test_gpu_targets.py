@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_fast.bench import gpu_report, targets
+from llama_fast.bench import gpu_report, gpu_summary, targets
 from llama_fast.bench.files import write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -62,8 +62,15 @@ def test_absolute_figures_belong_to_their_gpu() -> None:
     assert verdicts([op("prefill 16384", rate=500.0, backend="cuda")])[
         "prefill attention, causal 16k, CUDA"
     ].startswith("missed")
-    assert on_h100["decode attention, B32 x 4k"] == "H200's"
+    assert on_h100["decode attention, B32 x 4k"] == "missed by 29%"  # of 0.7 times as much
     assert verdicts(rows)["decode attention, B32 x 4k"] == "missed by 50%"
+    elsewhere = verdicts([op("norm"), *rows], "NVIDIA H100 PCIe")
+    assert elsewhere["decode attention, B32 x 4k"] == "an H200's"
+    assert elsewhere["RMSNorm, 32k x 4096: times eager"] == "met"
+    entries = targets.compare(rows, "NVIDIA H100 80GB HBM3")
+    wanted = {e["what"]: e["wanted"] for e in entries}
+    assert wanted["decode attention, B32 x 4k"] == pytest.approx(2800)
+    assert wanted["FP8 GEMM, row-wise 8192^3"] == 1360
 
 
 def test_the_slowest_of_several_counts() -> None:
@@ -91,8 +98,8 @@ def test_summary_and_plots(tmp_path: Path) -> None:
     write(tmp_path / "limits.json", {"rows": limits, "complete": True, "environment": environment})
     skipped = {"fp8 cache": "not offered"}
     write(tmp_path / "ops.json", {"rows": ops, "environment": environment, "skipped": skipped})
-    found = gpu_report.merge(tmp_path)
-    text = gpu_report.summary(found)
+    found = gpu_summary.merge(tmp_path, ["limits", "ops"])
+    text = gpu_summary.summary(found)
     for wanted in (
         "gpu NVIDIA H200",
         "commit abc",
@@ -104,15 +111,17 @@ def test_summary_and_plots(tmp_path: Path) -> None:
     ):
         assert wanted in text
     assert len(text) < 8000 and max(map(len, text.splitlines())) < 130
+    args = argparse.Namespace(out=tmp_path)
+    assert gpu_report.plots(args, 60.0) == {"complete": True}
     for name in ("roofline", "speedups"):
         for kind in ("png", "svg"):
             assert (tmp_path / f"{name}.{kind}").stat().st_size > 1000
 
 
-def test_no_matplotlib(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    write(tmp_path / "ops.json", {"rows": [op("norm")], "complete": True})
-    assert gpu_report.merge(tmp_path)["parts"]["ops"]["rows"]
-    assert "llama_fast[bench]" in capsys.readouterr().err
+def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plots, and no error."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no matplotlib')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    write(tmp_path / "report.json", {"parts": {"ops": {"rows": [op("norm")]}}, "environment": {}})
+    found = gpu_report.plots(argparse.Namespace(out=tmp_path), 60.0)
+    assert found == {"complete": False, "what": "ImportError: no matplotlib"}

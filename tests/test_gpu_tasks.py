@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import gpu_case, gpu_report, tasks
+from llama_fast.bench import gpu_case, gpu_report, gpu_summary, processes, tasks
 from llama_fast.bench.files import BROKEN, WRONG, read, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,11 +172,10 @@ def options(out: Path, **more: Any) -> argparse.Namespace:
 
 
 def begin(monkeypatch: pytest.MonkeyPatch, path: Path, steps: list[Any]) -> list[list[str]]:
-    """Popen takes the steps: (changes to path's content, exit code). Returns the commands."""
+    """Starting takes the steps: (changes to path's content, exit code). Returns the commands."""
     commands: list[list[str]] = []
 
-    def popen(command: list[str], env: dict[str, str]) -> FakeProcess:
-        assert env["LLAMA_FAST_TUNED"] == str(path.parent)
+    def start(command: list[str]) -> FakeProcess:
         commands.append(command)
         changes, code = steps.pop(0)
         if changes is not None:
@@ -184,7 +183,8 @@ def begin(monkeypatch: pytest.MonkeyPatch, path: Path, steps: list[Any]) -> list
             write(path, {**empty, **(read(path) or {}), **changes})
         return FakeProcess(code)
 
-    monkeypatch.setattr(gpu_report.subprocess, "Popen", popen)
+    monkeypatch.setattr(processes, "start", start)
+    monkeypatch.setattr(processes, "stop", lambda process: None)
     monkeypatch.setattr(gpu_report.time, "sleep", lambda s: None)
     return commands
 
@@ -225,5 +225,5 @@ def test_no_restart_when_time_is_over(tmp_path: Path, monkeypatch: pytest.Monkey
     begin(monkeypatch, tmp_path / "ops.json", [({"running": "b", "done": ["a"]}, None)])
     monkeypatch.setattr(gpu_report, "watch", lambda *_: "time")
     gpu_report.work("ops", options(tmp_path), 100.0)
-    found = gpu_report.merge(tmp_path)["parts"]["ops"]
+    found = gpu_summary.merge(tmp_path, ["ops"])["parts"]["ops"]
     assert found["unreached"] == ["b", "c"] and not found["failed"] and found["running"] is None

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from llama_fast.bench import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -92,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """0: nothing found. 1: something was, or a run did not end. 2: it cannot run here."""
     args = parser().parse_args(argv)
-    sanitizer = find()
+    sanitizer = processes.tool("compute-sanitizer")
     if sanitizer is None:
         return _refuse(
             "compute-sanitizer was not found on PATH, in $CUDA_HOME/bin or beside nvcc: install "
@@ -121,16 +122,6 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def find() -> str | None:
-    folders = [Path(os.environ[n]) / "bin" for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
-    nvcc = shutil.which("nvcc")
-    if nvcc:
-        folders.append(Path(nvcc).resolve().parent)
-    folders.append(Path("/usr/local/cuda/bin"))
-    path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)])
-    return shutil.which("compute-sanitizer", path=path)
-
-
 def _has_gpu() -> bool:
     import torch
 
@@ -143,13 +134,15 @@ def _version(sanitizer: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def command(sanitizer: str, tool: str, k: str) -> list[str]:
+def command(sanitizer: str, tool: str, k: str, seconds: float) -> list[str]:
+    """pytest ends itself before the time is over, or the tool would not print its summary."""
     excluded = [f"kernel_substring={e.kernel}" for e in EXCLUDED if e.tool == tool]
     return [
         *(sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"),
         *OPTIONS[tool],
         *(option for name in excluded for option in ("--kernel-name-exclude", name)),
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "0"),
+        *("--session-timeout", f"{0.85 * seconds:.0f}"),
         *("-p", "bench.pytest_results", "-m", "sanitize", "tests/gpu"),
         *(("-k", k) if k else ()),
     ]
@@ -179,7 +172,7 @@ def run(
         began = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(
-                command(sanitizer, tool, args.k),
+                command(sanitizer, tool, args.k, args.seconds),
                 cwd=ROOT,
                 env=environment,
                 stdout=output,
@@ -194,6 +187,7 @@ def run(
         args.logs.mkdir(parents=True, exist_ok=True)
         (args.logs / f"{backend}-{tool}.log").write_text(text)
     cases = Counter(json.loads(row)["outcome"] for row in lines)
+    del cases["started"]
     found = judge(tool, text, code, cases, args.seconds)
     notes = doubts(tool, version) if found["errors"] else []
     if not found["passed"]:
@@ -217,8 +211,8 @@ def _wait(process: subprocess.Popen[bytes], results: Path, end: float) -> int | 
             time.sleep(0.05)
             if time.monotonic() - told > 30:
                 told = time.monotonic()
-                done = len(results.read_text().splitlines()) if results.exists() else 0
-                print(f"         {done} cases so far", flush=True)
+                done = results.read_text().count('"started"') if results.exists() else 0
+                print(f"         {done} cases begun", flush=True)
     finally:
         code = process.poll()
         if code is None:
@@ -236,7 +230,7 @@ def judge(
     counts = [int(found[1]) for found in pattern.finditer(text)]  # one for each process
     errors = sum(counts) if counts else None
     why = []
-    if code is None:
+    if code is None or "session-timeout: " in text:
         why.append(f"not done within {limit:.0f} s; split it with -k")
     elif code not in (0, FOUND):
         why.append(f"ended with {code}")
