@@ -128,7 +128,7 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
     hf = models.transformers_model(narrow())
     model: Any = models.Transformers(hf)
     if implementation == "ours":
-        model = models.Ours("bf16", models.same_weights(hf, torch.device("cpu"))["bf16"])
+        model = models.Ours("bf16", models.same_weights(hf)["bf16"])
     prompt = models.prompt(narrow(), 40)
     with torch.inference_mode():
         run = model.extend(prompt[:, :30], prompt[:, 30:])
