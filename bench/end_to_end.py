@@ -25,87 +25,12 @@ from llama_fast import _cpu
 
 from . import machine, model_rows, models
 from .case import CPU, Spec, compute_limit, relative_error
+from .jobs import ALL, CHECKED, Job, Sizes, plan
 from .memory import peak_memory
-from .shapes import REACHED, shapes, sweep
+from .shapes import shapes, sweep
 from .timing import Run, Timing, joined, measure, part
 
 BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds, of all passes
-ROUNDS = 6  # at least, of all passes; FEW on a machine that would take too long
-FEW = 3
-BESIDE = 2  # calls besides the rounds: for the memory, and for the context of a decode
-# Everything together, but for a full run: prompts, decodes, a call of a baseline of which a part is
-# measured, and all of it, after which no pass is begun.
-PROMPTS, DECODES, PART, ALL = 75.0, 40.0, 2.5, 150.0  # seconds
-LEAST = 32  # tokens of a prompt
-CHECKED = 64  # tokens whose logits are held against fp32's
-STREAMED = 3  # times its weights' time that transformers takes for a token, about
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Tokens that are processed at once ("pp") or one by one ("tg"), after depth others."""
-
-    kind: str
-    tokens: int
-    depth: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
-
-
-JOBS = {
-    "quick": (Job("pp", models.PREFILL), Job("tg", 8, models.PREFILL)),
-    "default": (Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)),
-    "full": (
-        Job("pp", models.PREFILL),
-        Job("tg", 16, models.PREFILL),
-        Job("tg", 128),
-        Job("pp", models.PREFILL, 16384),
-        Job("tg", 16, 16384),
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What is run on a machine: full jobs where it is fast enough."""
-
-    jobs: tuple[Job, ...]
-    rounds: int = ROUNDS
-    checked: int = CHECKED
-    part: int = 1  # n, where transformers in bf16 is given an nth of a prompt
-
-
-def plan(level: str, speed: machine.Speed) -> Sizes:
-    """A full run's jobs are never made smaller, but its slow baselines are."""
-    jobs, config, slow = JOBS[level], models.shape(), speed.bf16_is_slow
-    token = models.prefill_flops(config, 1)  # operations, and bytes of its weights in bf16
-    tokens = longest = max((job.tokens for job in jobs if job.kind == "pp"), default=1)
-    rounds = ROUNDS
-    if level != "full":
-        rival = speed.fp32 if slow else speed.bf16
-        prompt = token * (2 / (REACHED * speed.fma_bf16) + 1 / rival)  # seconds of all, a token
-        calls = FEW + BESIDE
-        tokens = machine.halved(longest, calls * prompt * longest, PROMPTS, LEAST)
-        rounds = ROUNDS if (ROUNDS + BESIDE) * prompt * tokens <= PROMPTS else FEW
-        decode = token * (0.5 + 1 + STREAMED + 2 * STREAMED * slow) / speed.read
-
-        def sized(job: Job) -> Job:
-            depth, least = job.depth * tokens // longest, 2
-            if job.kind == "pp":
-                return Job("pp", job.tokens * tokens // longest, depth)
-            steps = machine.halved(job.tokens, calls * decode * job.tokens, DECODES, least)
-            return Job("tg", steps, depth)
-
-        jobs = tuple(map(sized, jobs))
-    if not slow:
-        return Sizes(jobs, rounds)
-    checked, some = (
-        machine.halved(n, n * token / speed.bf16, PART, LEAST // 4) for n in (CHECKED, tokens)
-    )
-    return Sizes(jobs, rounds, checked, tokens // some)
-
 
 # Of our FP8 weights: job, then how many times faster than whom. TARGETS hold at that depth.
 TARGETS = {
@@ -132,7 +57,7 @@ def run(
     which `times` are wanted; speed: of the machine, by which the jobs are sized.
     """
     begun, sizes = time.perf_counter(), plan(level, speed)
-    config = models.shape()
+    config = sizes.config
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
     hf = models.transformers_model(config)
     running: dict[str, Any] = {n: models.Ours(n, m) for n, m in models.same_weights(hf).items()}
@@ -231,9 +156,9 @@ def _passes(
     runs: dict[Job, dict[str, Run]] = {}
     taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in sizes.jobs}
     begun, longest = time.perf_counter(), 0.0
-    for _ in range(times):
+    for number in range(times):
         start = time.perf_counter()
-        if longest > within - (start - begun):
+        if number and longest > within - (start - begun):
             return
         for job in sizes.jobs:
             if job not in runs:

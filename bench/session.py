@@ -7,7 +7,8 @@ import contextlib
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from . import cases, compare, end_to_end, gpu_model, gpu_timing, machine, peers, report
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
-from .baselines import REFUSALS, Baselines
+from .baselines import REFUSALS, Baselines, first_line
 from .case import Case, Plan, free_memory, relative_error
 from .linear_cases import kept
 from .memory import trim
@@ -24,7 +25,7 @@ from .timing import PARTS, Part, Run, Timing, joined, measure, part
 BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
 PASSES = {"quick": 2, "default": 3, "full": 2}  # through all cases, see timing.py
 # Seconds within which another pass is begun only if it can be ended: a run has 5 minutes in all.
-OPS_SECONDS = {"quick": 60.0, "default": 110.0, "full": float("inf")}
+OPS_SECONDS = {"quick": 60.0, "default": 95.0, "full": float("inf")}
 COMPILE_SECONDS = 30.0  # of torch.compile, after which it is left out, but for a full run
 
 
@@ -95,7 +96,7 @@ class Session:
             for number in range(1, self.passes + 1):
                 start = time.perf_counter()
                 left = OPS_SECONDS[self.args.level] - (start - begun)
-                if longest > left:
+                if number > 1 and longest > left:
                     break
                 last = number == self.passes or 2 * longest > left
                 for i, plan in enumerate(self.plans):
@@ -135,8 +136,7 @@ class Session:
         case = cases.on(self.spec, plan.make())
         found = self._implementations(case, so_far)
         if not so_far.errors:
-            yardstick = {n: r for n, r in _yardstick(case).items() if n not in found.skipped}
-            so_far.errors = _errors(case, {**yardstick, **found.runs})
+            so_far.errors = self._errors(case, found, so_far.parts)
         runs = {**found.runs, "limit": case.limit}
         for name, why in found.skipped.items():
             self.skip(f"{plan.name}: {name}", why)
@@ -147,19 +147,12 @@ class Session:
         """Ours, and whoever else can be had for this case, in passes after the first as in that."""
         found = Baselines(case.ours)
         for name, run in case.baselines.items():
-            if not self._wants(name):
-                continue
-            start = time.perf_counter()
-            if name not in so_far.parts:
+            if not so_far.passes and self._wants(name):
                 so_far.parts[name] = self._part(case, name)
-            n = so_far.parts[name]
+            n = so_far.parts.get(name, 1)
             label, run = part(name, case.parts[name](n) if n > 1 else run, n)
-            if not so_far.passes:
-                found.offer(label, run)
-            elif label in so_far.passes[0]:
+            if label in so_far.passes[0] if so_far.passes else name in so_far.parts:
                 found.add(label, run)
-            if name == "torch.compile":
-                self.compiling += time.perf_counter() - start
         for op, name, function in self.args.kernel:
             if op == case.op:
                 _add(found, name, {name: case.user(function)}.copy)
@@ -188,6 +181,34 @@ class Session:
         while n > 1 and 2 * took <= BUDGETS[self.args.level]:
             took, n = 2 * took, n // 2
         return n
+
+    def _errors(self, case: Case, found: Baselines, parts: Mapping[str, int]) -> dict[str, float]:
+        """Of each implementation, before anything is timed. What is refused is left out; what has
+        another form than the op's result has no error, nor has a part of it."""
+        exact, errors = case.exact(), {}
+        yardstick = {n: run for n, run in _yardstick(case).items() if parts.get(n, 1) == 1}
+        for name, run in {**yardstick, **found.runs}.items():
+            if isinstance(run, Part):
+                continue
+            start = time.perf_counter()
+            try:
+                with warnings.catch_warnings():  # SDPA explains each of its refusals
+                    warnings.simplefilter("ignore")
+                    result = run(0)
+            except REFUSALS as why:
+                if name == "ours":
+                    raise
+                found.runs.pop(name, None)
+                found.skipped[name] = first_line(why)
+                continue
+            if name == "torch.compile":
+                self.compiling += time.perf_counter() - start
+            try:
+                errors[name] = relative_error(case.value(result), exact)
+            except (TypeError, RuntimeError, IndexError, AttributeError):
+                if name == "ours":
+                    raise
+        return errors
 
     def _times(self, runs: dict[str, Run], case: Case) -> dict[str, Timing]:
         budget = BUDGETS[self.args.level]
@@ -270,23 +291,6 @@ def _yardstick(case: Case) -> dict[str, Run]:
     else PyTorch's own."""
     name = "eager" if "eager" in case.baselines else next(iter(case.baselines))
     return {name: case.baselines[name]}
-
-
-def _errors(case: Case, runs: dict[str, Run]) -> dict[str, float]:
-    """Of each implementation, before anything is timed. One whose result has another form than
-    the op's has none."""
-    exact = case.exact()
-    found = {}
-    for name, run in runs.items():
-        if isinstance(run, Part):
-            continue
-        result = run(0)
-        try:
-            found[name] = relative_error(case.value(result), exact)
-        except (TypeError, RuntimeError, IndexError, AttributeError):
-            if name == "ours":
-                raise
-    return found
 
 
 @contextlib.contextmanager
