@@ -57,7 +57,7 @@ def spec(
     """speed: sizes that would take this machine too long are made smaller, but for a full run."""
     layer, sizes = shapes(model, tp), sweep(model, device, level)
     if level != "full":
-        sizes = fitted(sizes, layer, speed.fma)
+        sizes = fitted(sizes, layer, speed.ours)
     return Spec(layer, sizes, dtype, device, speed)
 
 

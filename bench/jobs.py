@@ -19,7 +19,6 @@ PROMPTS, DECODES, PART, ALL = 80.0, 40.0, 2.5, 130.0  # seconds
 READS, MAKING = 300, 60.0
 LEAST = 32  # tokens of a prompt
 CHECKED = 64  # tokens whose logits are held against fp32's
-REACHED = 0.75  # of the rate of multiply-adds in registers, by ours, about
 STREAMED = 3  # times its weights' time that transformers takes for a token, about
 
 
@@ -72,7 +71,7 @@ def plan(level: str, speed: machine.Speed) -> Sizes:
     rounds = ROUNDS
     if level != "full":
         rival = speed.fp32 if slow else speed.bf16
-        prompt = token * (2 / (REACHED * speed.fma_bf16) + 1 / rival)  # seconds of all, a token
+        prompt = token * (2 / speed.ours + 1 / rival)  # seconds of all, a token
         calls = FEW + BESIDE
         tokens = machine.halved(longest, calls * prompt * longest, PROMPTS, LEAST)
         rounds = ROUNDS if (ROUNDS + BESIDE) * prompt * tokens <= PROMPTS else FEW

@@ -17,7 +17,8 @@ from llama_fast import _cpu
 PRODUCT = (128, 2048, 2048)  # M, N, K: 0.05 s where bf16 has no instruction (11 GFLOP/s a core)
 FLOPS = 2e8  # of multiply-adds in registers, a call
 BUFFER = 128 << 20  # bytes
-CALLS, SECONDS = 8, 0.35  # of each, the first aside, as far as the seconds last
+SECONDS = 0.3  # for each
+CALLS = 8  # of a product or a read at most: jobs are sized by what a busy machine mostly does
 # An instruction for bf16 does at least twice what one for fp32 does; a conversion does less than
 # fp32's alone. Half way between, on a logarithmic scale.
 WITH_INSTRUCTION = 2**0.5
@@ -26,10 +27,14 @@ WITH_INSTRUCTION = 2**0.5
 BY_FAR = 1.25
 
 
+# What ours reaches, about, of multiply-adds in registers; and times PyTorch's faster product.
+REACHED, TIMES = 0.75, 1.3
+
+
 @dataclass(frozen=True)
 class Speed:
     """Operations a second of PyTorch's products of 128 rows and of multiply-adds in registers (on
-    llama_fast's instruction set), and bytes a second read; the best of a few calls each."""
+    llama_fast's instruction set), and bytes a second read; the best of the calls."""
 
     bf16: float
     fp32: float
@@ -42,6 +47,11 @@ class Speed:
         """Whether a user of eager PyTorch is better off in fp32 here. Judged by what PyTorch
         reaches: it may be held to fewer instructions than the processor has."""
         return self.bf16 < WITH_INSTRUCTION * self.fp32
+
+    @property
+    def ours(self) -> float:
+        """Operations a second that our products do, about."""
+        return min(REACHED * self.fma_bf16, TIMES * max(self.bf16, self.fp32))
 
     def fastest(self, dtype: torch.dtype) -> tuple[str, float]:
         """What does most operations a second: "fma", or the dtype whose product does."""
@@ -72,18 +82,18 @@ def measure() -> Speed:
     return Speed(
         bf16=_rate(lambda: a16 @ b16.t(), flops),
         fp32=_rate(lambda: a @ b.t(), flops),
-        fma=_rate(lambda: _cpu.multiply_add_probe(False, FLOPS, threads), FLOPS),
-        fma_bf16=_rate(lambda: _cpu.multiply_add_probe(True, FLOPS, threads), FLOPS),
+        fma=_rate(lambda: _cpu.multiply_add_probe(False, FLOPS, threads), FLOPS, calls=1000),
+        fma_bf16=_rate(lambda: _cpu.multiply_add_probe(True, FLOPS, threads), FLOPS, calls=1000),
         read=_rate(
             lambda: _cpu.read_bandwidth_probe(buffer.data_ptr(), BUFFER, threads), float(BUFFER)
         ),
     )
 
 
-def _rate(call: Callable[[], object], work: float) -> float:
+def _rate(call: Callable[[], object], work: float, calls: int = CALLS) -> float:
     call()
     best, begun = float("inf"), time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         start = time.perf_counter()
         call()
         now = time.perf_counter()

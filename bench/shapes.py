@@ -107,24 +107,23 @@ def sweep(model: str, device: torch.device, level: str) -> Sweep:
     return _GPU_FULL if level == "full" else _GPU
 
 
-REACHED = 0.6  # of the rate of multiply-adds in registers, at least, by what computes
 CALL = 1.0  # seconds that one call of ours may take
 LEAST_PROMPT, LEAST_ROWS = 256, 16
 
 
-def fitted(sizes: Sweep, layer: Shapes, fma: float) -> Sweep:
-    """The sizes with prompts and rows halved until one call of ours fits, on a machine that does
-    `fma` operations a second."""
+def fitted(sizes: Sweep, layer: Shapes, rate: float) -> Sweep:
+    """The sizes with prompts and rows halved until one call of ours fits, on a machine whose
+    products do `rate` operations a second."""
 
     def prompt(tokens: int) -> int:
         work = 2.0 * tokens**2 * layer.heads * layer.head_dim
-        while work > CALL * REACHED * fma and tokens >= 2 * LEAST_PROMPT:
+        while work > CALL * rate and tokens >= 2 * LEAST_PROMPT:
             tokens, work = tokens // 2, work / 4
         return tokens
 
     def rows(m: int) -> int:
         work = max(2.0 * m * n * k for n, k in (layer.linears[name] for name in sizes.linears))
-        return machine.halved(m, work / (REACHED * fma), CALL, LEAST_ROWS)
+        return machine.halved(m, work / rate, CALL, LEAST_ROWS)
 
     def each(f: Callable[[int], int], given: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(f(size) for size in given))
