@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,10 +62,12 @@ class Speed:
         return name, rates[name] / (BY_FAR if name == "fma" else 1)
 
     def __str__(self) -> str:
-        tera = {n: r for n, r in asdict(self).items() if n != "read"}
-        told = (f"{name.replace('_', ' ')} {rate / 1e12:.3g}" for name, rate in tera.items())
-        slow = "; bf16 products are slow here: fp32 beside them" if self.bf16_is_slow else ""
-        return f"TFLOP/s: {', '.join(told)}; reads {self.read / 1e9:.3g} GB/s{slow}"
+        products, fma = (
+            f"bf16 {bf16 / 1e12:.3g}, fp32 {fp32 / 1e12:.3g} TFLOP/s"
+            for bf16, fp32 in ((self.bf16, self.fp32), (self.fma_bf16, self.fma))
+        )
+        slow = "; bf16 products are slow here, fp32's stand beside them" * self.bf16_is_slow
+        return f"products {products}; in registers {fma}; reads {self.read / 1e9:.3g} GB/s{slow}"
 
 
 # Nothing is made smaller: of tests at tiny shapes, and of GPUs, whose reports have limits.py.
