@@ -18,8 +18,8 @@ from .shapes import MODELS
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARD, FORWARD_SHAPES = "forward", ("8b", 1, "bf16")
 EPILOG = """examples:
-  python -m bench                          every op, then prefill and decode (under 5 minutes on
-                                           2 cores, with every CPU peer about 9)
+  python -m bench                          every op, then prefill and decode: under 5 minutes on
+                                           2 cores, sized by what they can do (peers aside)
   python -m bench --op attention,linear    these only
   python -m bench --op forward             prefill and decode only
   python -m bench --quick                  fewer rounds, no torch.compile, no end to end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ import llama_fast as lf
 from llama_fast import reference
 
 from .baselines import SDPA
-from .case import Case, Plan, Spec, copies, matmul_limit, read
+from .case import Case, Plan, Spec, compute_limit, copies, read
 from .shapes import Shapes
-from .timing import Run
+from .timing import PARTS, Run
 
 EAGER_SCORES = 2 << 30  # bytes of fp32 scores beyond which eager attention is left out
 CHECKED_QUERIES = 64  # from the end, held against fp64
@@ -27,13 +27,15 @@ def attention(s: Spec) -> Iterator[Plan]:
     m = s.shapes
     for tokens in s.sweep.prompts:
         shape = f"causal {tokens}, {m.heads}/{m.kv_heads} x {m.head_dim}"
-        memory = 8.0 * tokens * m.heads * m.head_dim * s.size + 4.0 * _scores(m, tokens)
+        scores = _scores(m, tokens) * (6.0 if s.fp32_too else 4.0)
+        memory = 8.0 * tokens * m.heads * m.head_dim * s.size + scores
         yield Plan("attention", shape, memory, functools.partial(_prefill, s, tokens, shape))
     for batch, context in s.sweep.caches:
         query = "1 query" if batch == 1 else f"{batch} x 1 query"
         shape = f"{query}, {context} keys, {m.heads}/{m.kv_heads} x {m.head_dim}"
         size = 2.0 * batch * context * m.kv_heads * m.head_dim * s.size
-        memory = size * (copies(size, s.device) + 4 * m.heads / m.kv_heads)
+        repeated = 4 * m.heads / m.kv_heads * (2 if s.fp32_too else 1)
+        memory = size * (copies(size, s.device) + repeated + 2)
         make = functools.partial(_decode, s, batch, context, shape, size)
         yield Plan("attention_with_kvcache", shape, memory, make)
 
@@ -76,12 +78,24 @@ def _prefill(s: Spec, tokens: int, shape: str) -> Case:
         groups += ((q[:, last, -group:], k[:, :, -1:], v[:, :, -1:]),)
         return torch.cat([reference.attention(*(t.double() for t in g)) for g in groups], dim=2)
 
-    baselines: dict[str, Run] = {"SDPA": lambda _: _sdpa(q, k, v, True)}
+    def of(f: Callable[..., Tensor], n: int, dtype: torch.dtype) -> Run:
+        """f of an nth of the heads."""
+        qn, kn, vn = (t[:, :, : t.shape[2] // n].to(dtype) for t in (q, k, v))
+        return lambda _: f(qn, kn, vn)
+
+    functions: dict[str, Callable[..., Tensor]] = {"SDPA": functools.partial(_sdpa, causal=True)}
     if _scores(m, tokens):
-        baselines = {"eager": lambda _: reference.attention(q, k, v), **baselines}
+        functions = {"eager": reference.attention, **functions}
+    kinds = {"": s.dtype, " fp32": torch.float32} if s.fp32_too else {"": s.dtype}
+    parts = {
+        f"{name}{kind}": functools.partial(of, f, dtype=dtype)
+        for kind, dtype in kinds.items()
+        for name, f in functions.items()
+    }
+    baselines = {name: part(1) for name, part in parts.items()}
     if s.device.type == "cuda":
         baselines.update({name: _sdpa_on(backend, q, k, v) for name, backend in SDPA.items()})
-    limit, limit_work = matmul_limit(s.dtype, s.device)
+    limit, limit_work, limit_name = compute_limit(s)
     return Case(
         op="attention",
         shape=shape,
@@ -92,11 +106,12 @@ def _prefill(s: Spec, tokens: int, shape: str) -> Case:
         baselines=baselines,
         limit=limit,
         limit_work=limit_work,
-        limit_name="matmul",
+        limit_name=limit_name,
         exact=exact,
         value=value,
         arguments=lambda _: (q, k, v),
         inputs={"q": q, "k": k, "v": v},
+        parts=parts if m.kv_heads % PARTS == 0 else {},
         targets={"SDPA": 2.5, "limit": 0.6} if tokens >= 2048 else {},
     )
 
@@ -121,6 +136,15 @@ def _decode(s: Spec, batch: int, context: int, shape: str, size: float) -> Case:
         ]
         return torch.cat(parts)
 
+    baselines: dict[str, Run] = {
+        "eager": lambda i: reference.attention_with_kvcache(q, *caches(i), lengths),
+        "SDPA": lambda i: _sdpa(q, *caches(i), False),
+    }
+    if s.fp32_too:
+        wide, (k, v) = q.float(), (t.float() for t in caches(0))  # no cache holds these
+        twin = reference.attention_with_kvcache
+        baselines["eager fp32"] = lambda _: twin(wide, k, v, lengths)
+        baselines["SDPA fp32"] = lambda _: _sdpa(wide, k, v, False)
     return Case(
         op="attention_with_kvcache",
         shape=shape,
@@ -128,10 +152,7 @@ def _decode(s: Spec, batch: int, context: int, shape: str, size: float) -> Case:
         bytes=size,
         flops=4.0 * batch * context * m.heads * m.head_dim,
         ours=lambda i: lf.attention_with_kvcache(q, *caches(i), lengths),
-        baselines={
-            "eager": lambda i: reference.attention_with_kvcache(q, *caches(i), lengths),
-            "SDPA": lambda i: _sdpa(q, *caches(i), False),
-        },
+        baselines=baselines,
         limit=read(pools),
         limit_work=size,
         limit_name="read",

@@ -1,9 +1,10 @@
 """What a case of the suite is made of: ours, whom it is compared with, its limit, and the truth.
 
 The limit is a run of its own, in the same rounds as the rest: a copy of the same bytes for ops on
-activations, a read of the same weights or cache for what streams them, a bf16 matrix product for
-what computes. Weights and caches rotate through more memory than the last-level cache holds;
-activations do not: in a model the op before has just written them.
+activations, a read of the same weights or cache for what streams them, and for what computes
+whatever this machine computes fastest with: multiply-adds in registers, or a matrix product.
+Weights and caches rotate through more memory than the last-level cache holds; activations do not:
+in a model the op before has just written them.
 
 Where a tensor begins within its page changes the time of an op that is bound by a copy (loads wait
 for stores to the same place of another page), and a process keeps its places. So those cases move
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from llama_fast import _cpu
 
-from . import read_probe
+from . import machine, read_probe
 from .shapes import Shapes, Sweep
 from .timing import Run
 
@@ -42,6 +43,13 @@ class Spec:
     sweep: Sweep
     dtype: torch.dtype
     device: torch.device = CPU
+    speed: machine.Speed = machine.UNBOUND
+
+    @property
+    def fp32_too(self) -> bool:
+        """Whether products are compared with fp32's as well: see Speed.bf16_is_slow."""
+        on_cpu = self.device.type == "cpu"
+        return on_cpu and self.dtype == torch.bfloat16 and self.speed.bf16_is_slow
 
     @property
     def size(self) -> int:
@@ -69,7 +77,7 @@ class Case:
     baselines: dict[str, Run]
     limit: Run
     limit_work: float  # what one run of limit moves or computes
-    limit_name: str  # "copy", "read" or "matmul"
+    limit_name: str  # "copy", "read", "matmul" or "fma"
     exact: Callable[[], Tensor]  # the truth, in fp64
     value: Callable[[Any], Tensor]  # of what a run returns, the part that exact is about
     arguments: Callable[[int], tuple[Any, ...]]  # of the op, by its public signature
@@ -78,10 +86,12 @@ class Case:
     device: torch.device = CPU
     uncapturable: tuple[str, ...] = ()  # runs that wait for a GPU: no CUDA graph of them
     movable: tuple[Tensor, ...] = ()  # those of Spec.movable, moved while runs are timed
+    # Baselines that can do less: called with n, a run of an nth of the work.
+    parts: Mapping[str, Callable[[int], Run]] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
-        return "TFLOP/s" if self.limit_name == "matmul" else "GB/s"
+        return "TFLOP/s" if self.limit_name in ("matmul", "fma") else "GB/s"
 
     @property
     def work(self) -> float:
@@ -200,6 +210,21 @@ def matmul_limit(dtype: torch.dtype, device: torch.device = CPU) -> tuple[Run, f
     m, n, k = _product(device)
     a, b = randn(m, k, dtype=dtype, device=device), randn(n, k, dtype=dtype, device=device)
     return (lambda _: a @ b.t()), matmul_flops(device)
+
+
+FMA_FLOPS = 2e9  # 4 ms at 0.5 TFLOP/s
+
+
+def compute_limit(s: Spec) -> tuple[Run, float, str]:
+    """A run of what computes fastest here, its operations, and its name as a limit."""
+    if s.device.type != "cpu":
+        return *matmul_limit(s.dtype, s.device), "matmul"
+    how, _ = s.speed.fastest(s.dtype)
+    if how != "fma":
+        return *matmul_limit(getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[how])), "matmul"
+    pairs, threads = s.dtype == torch.bfloat16, torch.get_num_threads()
+    run: Run = lambda _: _cpu.multiply_add_probe(pairs, FMA_FLOPS, threads)  # noqa: E731
+    return run, _cpu.multiply_add_probe(pairs, FMA_FLOPS, threads), "fma"
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from . import machine
 from .attention_cases import attention
 from .baselines import SDPA
 from .case import CPU, Case, Plan, Spec
 from .elementwise_cases import activations, norms, rope
 from .linear_cases import linears
-from .shapes import shapes, sweep
+from .shapes import fitted, shapes, sweep
 
 GROUPS: tuple[Callable[[Spec], Iterator[Plan]], ...] = (
     norms,
@@ -51,8 +52,13 @@ def spec(
     device: torch.device = CPU,
     level: str = "default",
     tp: int = 1,
+    speed: machine.Speed = machine.UNBOUND,
 ) -> Spec:
-    return Spec(shapes(model, tp), sweep(model, device, level), dtype, device)
+    """speed: sizes that would take this machine too long are made smaller, but for a full run."""
+    layer, sizes = shapes(model, tp), sweep(model, device, level)
+    if level != "full":
+        sizes = fitted(sizes, layer, speed.ours)
+    return Spec(layer, sizes, dtype, device, speed)
 
 
 def plan(spec: Spec, ops: list[str] | None = None) -> list[Plan]:
@@ -73,4 +79,5 @@ BASELINES = (
     "torch._scaled_mm + quantising",
     "transformers",
     "transformers eager",
+    *(f"{name} fp32" for name in ("eager", "SDPA", "F.linear", "transformers")),
 )

@@ -11,9 +11,9 @@ generated one by one, "@ d16384" means that so many tokens are in the cache alre
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,39 +23,15 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import _cpu
 
-from . import model_rows, models
-from .case import CPU, matmul_flops, matmul_limit, relative_error
+from . import machine, model_rows, models
+from .case import CPU, Spec, compute_limit, relative_error
+from .jobs import ALL, CHECKED, Job, Sizes, plan
 from .memory import peak_memory
-from .timing import Run, Timing, joined, measure
+from .shapes import shapes, sweep
+from .timing import Run, Timing, joined, measure, part
 
 BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds, of all passes
-ROUNDS = 6  # at least: one of a prompt takes everybody together half a minute
 
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Tokens that are processed at once ("pp") or one by one ("tg"), after depth others."""
-
-    kind: str
-    tokens: int
-    depth: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
-
-
-JOBS = {
-    "quick": (Job("pp", models.PREFILL), Job("tg", 8, models.PREFILL)),
-    "default": (Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)),
-    "full": (
-        Job("pp", models.PREFILL),
-        Job("tg", 16, models.PREFILL),
-        Job("tg", 128),
-        Job("pp", models.PREFILL, 16384),
-        Job("tg", 16, 16384),
-    ),
-}
 # Of our FP8 weights: job, then how many times faster than whom. TARGETS hold at that depth.
 TARGETS = {
     "pp512": {"transformers": 1.1, "llama.cpp Q8_0": 1.8},
@@ -72,19 +48,19 @@ def run(
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
     passes: int = 1,
     times: int | None = None,
+    speed: machine.Speed = machine.UNBOUND,
 ) -> dict[str, Any]:
     """Every job, ours in FP8 and bf16 beside transformers and the peers; and the logits' errors.
 
     wants: whether a baseline is asked for; skip: is told who is left out, and why; keep: is handed
     what there is after each job; passes: how often all jobs are gone through, see timing.py, of
-    which `times` are wanted.
+    which `times` are wanted; speed: of the machine, by which the jobs are sized.
     """
-    config = models.shape()
+    begun, sizes = time.perf_counter(), plan(level, speed)
+    config = sizes.config
     say(f"end to end: 8B layers x {config.num_hidden_layers}, vocab {config.vocab_size}, making")
     hf = models.transformers_model(config)
-    running: dict[str, Any] = {
-        n: models.Ours(n, m) for n, m in models.same_weights(hf, CPU).items()
-    }
+    running: dict[str, Any] = {n: models.Ours(n, m) for n, m in models.same_weights(hf).items()}
     ours = list(running)
     for label, attention in (("transformers", "sdpa"), ("transformers eager", "eager")):
         # transformers' eager attention repeats K and V for every head: for a full run.
@@ -97,24 +73,45 @@ def run(
                 say(f"  {model.label} loaded")
         except Exception as error:  # a peer that fails costs its own columns only
             skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
-    prompt = models.prompt(config, max(models.PREFILL, *(j.depth + j.tokens for j in JOBS[level])))
+    prompt = models.prompt(config, max(CHECKED, *(j.depth + j.tokens for j in sizes.jobs)))
+    limit = compute_limit(Spec(shapes("8b"), sweep("8b", CPU, level), torch.bfloat16, CPU, speed))
     found: dict[str, Any] = {
         "what": f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}, "
-        "random weights; baseline: transformers, sdpa, bf16",
+        f"random weights; baseline: transformers, sdpa, bf16{' and fp32' * speed.bf16_is_slow}",
         "rows": [],
     }
     try:
         with torch.inference_mode():
             each = functools.partial(_each, running, ours, skip)
-            logits = each("logits", lambda model: model.logits(prompt[:, :64]))
-            found["logits"] = _errors(hf, logits, prompt[:, :64])
+            first = prompt[:, : sizes.checked]
+            logits = each("logits", lambda model: model.logits(first))
+            wide = models.Transformers(models.transformers_model(config, weights=hf))
+            found["logits"] = _errors(wide, logits, first)
+            if speed.bf16_is_slow and wants("transformers fp32"):
+                wide.label = "transformers fp32"
+                running[wide.label] = wide
+            del wide
+            say(f"  models made in {time.perf_counter() - begun:.0f} s")
             # Before the jobs: what they keep, a cache of that length among it, would not be seen.
-            first = prompt[:, : models.PREFILL]
-            found["memory"] = each("memory", lambda model: memory_of(model, first))
+            longest = max(job.tokens for job in sizes.jobs if job.kind == "pp")
+
+            def memory(name: str, model: Any) -> tuple[str, dict[str, float]]:
+                n = sizes.part if name == "transformers" else 1
+                label, _ = part(name, lambda _: None, n)
+                return label, memory_of(model, prompt[:, : longest // n])
+
+            asked = each("memory", lambda model: memory(model.label, model))
+            found["memory"] = dict(asked.values())
             rows: dict[Job, list[dict[str, Any]]] = {}
-            make = functools.partial(_runs, prompt=prompt, running=running, ours=ours, skip=skip)
-            for job, timings in _passes(level, passes, passes if times is None else times, make):
-                rows[job] = _rows(job, timings, running[ours[0]], ours)
+
+            def make(job: Job) -> dict[str, Run]:
+                runs = _runs(job, prompt, running, ours, skip, sizes.part)
+                return {**runs, "limit": limit[0]} if job.kind == "pp" else runs
+
+            within = float("inf") if level == "full" else ALL - (time.perf_counter() - begun)
+            wanted = passes if times is None else times
+            for job, timings in _passes(level, sizes, passes, wanted, make, within):
+                rows[job] = _rows(job, timings, running[ours[0]], ours, *limit[1:])
                 found["rows"] = [
                     {**r, "errors": found["logits"]} for rs in rows.values() for r in rs
                 ]
@@ -147,18 +144,29 @@ def _each(
 
 
 def _passes(
-    level: str, passes: int, times: int, make: Callable[[Job], dict[str, Run]]
+    level: str,
+    sizes: Sizes,
+    passes: int,
+    times: int,
+    make: Callable[[Job], dict[str, Run]],
+    within: float,
 ) -> Iterator[tuple[Job, dict[str, Timing]]]:
-    """A job whenever it was measured once more, with all that was measured of it."""
+    """A job whenever it was measured once more, with all that was measured of it. within: seconds,
+    after which no pass ends, as far as the first one can tell."""
     runs: dict[Job, dict[str, Run]] = {}
-    taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in JOBS[level]}
-    for _ in range(times):
-        for job in JOBS[level]:
+    taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in sizes.jobs}
+    begun, longest = time.perf_counter(), 0.0
+    for number in range(times):
+        start = time.perf_counter()
+        if number and longest > within - (start - begun):
+            return
+        for job in sizes.jobs:
             if job not in runs:
                 runs[job] = make(job)
-            budget = BUDGETS[level] * (2 if job.kind == "tg" else 1)
-            taken[job].append(measure(runs[job], budget, passes=passes, least=ROUNDS))
+            options = {"passes": passes, "least": sizes.rounds}
+            taken[job].append(measure(runs[job], BUDGETS[level], **options))
             yield job, joined(taken[job])
+        longest = max(longest, time.perf_counter() - start)
 
 
 def _runs(
@@ -167,8 +175,10 @@ def _runs(
     running: dict[str, Any],
     ours: list[str],
     skip: Callable[[str, str], None],
+    n: int = 1,
 ) -> dict[str, Run]:
-    """Everybody's, and the limits'. Whoever has a long context to read first does it here."""
+    """Everybody's, and the limits' of decodes. n: transformers in bf16 has an nth of a prompt.
+    Whoever has a long context to read first does it here."""
     # One token at least to go on from: nothing is generated from nothing.
     context = prompt[:, : max(job.depth, 1 if job.kind == "tg" else 0)]
     tokens = prompt[:, job.depth :][:, : job.tokens]
@@ -181,24 +191,29 @@ def _runs(
             if job.kind == "tg":
                 runs[name] = model.decode(context, job.tokens)
             else:
-                runs[name] = model.extend(context, tokens)
-            if name not in ours:
+                these = tokens[:, : job.tokens // n] if name == "transformers" else tokens
+                label, run = part(name, model.extend(context, these), job.tokens // these.shape[1])
+                runs[label] = run
+            if name not in ours and not isinstance(model, models.Transformers):
                 runs[name](0)
         except Exception as error:
             if name in ours:
                 raise
             runs.pop(name, None)
             skip(f"{job.name}: {name}", f"{type(error).__name__}: {error}")
-    if job.kind == "pp":
-        runs["limit"], _ = matmul_limit(torch.bfloat16)
-    else:
+    if job.kind == "tg":
         for name in ours:
             runs[f"limit {name}"] = _read_weights(running[name].model)
     return runs
 
 
 def _rows(
-    job: Job, timings: dict[str, Timing], model: models.Ours, ours: list[str]
+    job: Job,
+    timings: dict[str, Timing],
+    model: models.Ours,
+    ours: list[str],
+    limit_flops: float,
+    limit_name: str,
 ) -> list[dict[str, Any]]:
     """A row for each of ours; the rest are in each row's seconds."""
     rows, config = [], model.model.config
@@ -206,12 +221,12 @@ def _rows(
         targets = TARGETS.get(job.name, {}) if name == "FP8" else {}
         if job.kind == "pp":
             work = models.prefill_flops(config, job.tokens, job.depth)
-            fastest = timings["limit"].median * work / matmul_flops(CPU)
+            fastest = timings["limit"].median * work / limit_flops
             whole = work / models.prefill_flops(whole_config(config), job.tokens, job.depth)
         else:
             fastest = timings[f"limit {name}"].median * job.tokens
             whole = _bytes_share(config)
-        limit = "matmul" if job.kind == "pp" else "read"
+        limit = limit_name if job.kind == "pp" else "read"
         found = model_rows.row(job.name, name, timings, job.tokens, limit, fastest, targets)
         found["siblings"] = [other for other in ours if other != name]
         found["all_layers_tokens_per_s"] = found["tokens_per_s"] * whole  # extrapolated
@@ -245,10 +260,11 @@ def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
     return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
 
 
-def _errors(hf: Any, logits: dict[str, Tensor], tokens: Tensor) -> dict[str, float]:
+def _errors(
+    wide: models.Transformers, logits: dict[str, Tensor], tokens: Tensor
+) -> dict[str, float]:
     """max |logit - exact| / max |exact| of everybody; exact: the same bf16 weights, in fp32."""
-    # A copy: rotary frequencies that have been to bf16 and back are not what they were.
-    exact = copy.deepcopy(hf).float()(tokens).logits
+    exact = wide.logits(tokens)
     return {name: relative_error(found, exact) for name, found in logits.items()}
 
 
@@ -267,6 +283,7 @@ def compare_logits(config: lf.LlamaConfig, device: torch.device) -> dict[str, fl
     hf = models.transformers_model(config, device)
     prompt = models.prompt(config, 64).to(device)
     logits = {"transformers bf16": models.Transformers(hf).logits(prompt)}
-    for name, model in models.same_weights(hf, device).items():
+    for name, model in models.same_weights(hf).items():
         logits[f"ours {name}"] = model(prompt)
-    return _errors(hf, logits, prompt)
+    wide = models.Transformers(models.transformers_model(config, device, weights=hf))
+    return _errors(wide, logits, prompt)

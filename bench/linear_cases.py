@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import reference
 
-from .case import Case, Plan, Spec, copies, ends, matmul_limit, read
-from .timing import Run
+from .case import Case, Plan, Spec, compute_limit, copies, ends, read
+from .timing import PARTS, Run
 
 CHECKED_FEATURES = 512  # from each end, held against fp64
 
@@ -68,6 +68,7 @@ def linears(s: Spec) -> Iterator[Plan]:
         n, k = s.shapes.linears[name]
         count = copies(n * k, s.device)
         memory = n * k * (2.0 * count + 3.0 * max(2, count // 2) * s.size)
+        memory += 8.0 * n * k * s.fp32_too
         for m in s.sweep.rows:
             shape, extra = f"M={m}, {n} x {k}", 4.0 * m * (n + k) * s.size
             make = functools.partial(_fp8_linear, s, n, k, m, shape)
@@ -96,6 +97,9 @@ def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
     w = kept.get(s, n, k)
     x = s.randn(m, k)
     size = 1.0 * n * k * x.itemsize
+    baselines: dict[str, Run] = {"F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)])}
+    if s.fp32_too:
+        baselines["F.linear fp32"] = _linear_fp32(x, w, 1)
     return Case(
         op="linear",
         shape=shape,
@@ -103,7 +107,7 @@ def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
         bytes=size,
         flops=2.0 * m * n * k,
         ours=lambda i: lf.linear(x, w.packed_plain[i % len(w.packed_plain)]),
-        baselines={"F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)])},
+        baselines=baselines,
         limit=read(w.packed_plain),
         limit_work=size,
         limit_name="read",
@@ -114,12 +118,18 @@ def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
     )
 
 
+def _linear_fp32(x: Tensor, w: Weights, n: int) -> Run:
+    """By an nth of the weight's rows. One is more than caches hold."""
+    wide, weight = x.float(), w.plain[0][: w.shape[0] // n].float()
+    return lambda _: F.linear(wide, weight)
+
+
 def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
     w = kept.get(s, n, k)
     x = s.randn(m, k)
     streams = m == 1  # bound by reading the weight; from a few rows on CPUs compute
-    limit, limit_work = (
-        (read(w.packed), 1.0 * n * k) if streams else matmul_limit(s.dtype, s.device)
+    limit, limit_work, limit_name = (
+        (read(w.packed), 1.0 * n * k, "read") if streams else compute_limit(s)
     )
 
     def arguments(i: int) -> tuple[Any, ...]:
@@ -129,14 +139,27 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
         i %= len(w.packed)
         return lf.fp8_linear(x, w.packed[i], w.quantised[i][1])
 
-    baselines: dict[str, Run] = {
-        "bf16 F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)]),
-        "eager": lambda i: reference.fp8_linear(*arguments(i)),
-    }
+    def plain(part: int) -> Run:
+        return lambda i: F.linear(x, w.plain[i % len(w.plain)][: n // part])
+
+    def eager(part: int, x: Tensor = x) -> Run:
+        def run(i: int) -> Tensor:
+            q, scale = w.quantised[i % len(w.quantised)]
+            return reference.fp8_linear(x, q[: n // part], scale[: n // part])
+
+        return run
+
+    parts: dict[str, Callable[[int], Run]] = {"bf16 F.linear": plain, "eager": eager}
+    if s.fp32_too:
+        parts["F.linear fp32"] = functools.partial(_linear_fp32, x, w)
+        parts["eager fp32"] = functools.partial(eager, x=x.float())
     targets = {1: {"bf16 F.linear": 4.0, "limit": 0.9}, 16: {"bf16 F.linear": 1.7}}.get(m, {})
     if m >= 512:
-        baselines |= _scaled_mm(x, w)
+        parts["torch._scaled_mm"] = functools.partial(_scaled_mm, x, w)
         targets = {"bf16 F.linear": 0.95, "torch._scaled_mm": 4.5}
+    baselines = {name: part(1) for name, part in parts.items()}
+    if m >= 512 and x.device.type == "cuda":  # where ours takes FP8 activations
+        baselines["torch._scaled_mm + quantising"] = _scaled_mm(x, w, quantise=True)
     return Case(
         op="fp8_linear",
         shape=shape,
@@ -147,26 +170,26 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
         baselines=baselines,
         limit=limit,
         limit_work=limit_work,
-        limit_name="read" if streams else "matmul",
+        limit_name=limit_name,
         exact=lambda: _exact_product(x, *w.quantised[0]),
         value=_checked_product,
         arguments=arguments,
         inputs={"x": x, "weights": w.plain, "quantised": w.quantised},
         targets=targets,
+        parts=parts if n % PARTS == 0 else {},
     )
 
 
-def _scaled_mm(x: Tensor, w: Weights) -> dict[str, Run]:
-    """torch's FP8 product by rows; on GPUs, where ours takes FP8 activations, with the quantising
-    of the activations too."""
-    scales = [scale.t().contiguous() for _, scale in w.quantised]
+def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantise: bool = False) -> Run:
+    """torch's FP8 product by rows, of a part of the weight's; quantise: with that of x."""
+    rows = w.shape[0] // part
+    scales = [scale[:rows].t().contiguous() for _, scale in w.quantised]
+    given = lf.quantize_fp8(x)
 
-    def product(i: int, q: Tensor, scale: Tensor) -> Tensor:
+    def run(i: int) -> Tensor:
         i %= len(scales)
-        return torch._scaled_mm(q, w.quantised[i][0].t(), scale, scales[i], out_dtype=x.dtype)
+        q, scale = lf.quantize_fp8(x) if quantise else given
+        weight = w.quantised[i][0][:rows].t()
+        return torch._scaled_mm(q, weight, scale, scales[i], out_dtype=x.dtype)
 
-    q, scale = lf.quantize_fp8(x)
-    runs: dict[str, Run] = {"torch._scaled_mm": lambda i: product(i, q, scale)}
-    if x.device.type == "cuda":
-        runs["torch._scaled_mm + quantising"] = lambda i: product(i, *lf.quantize_fp8(x))
-    return runs
+    return run

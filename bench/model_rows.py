@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from . import models
 from .timing import figures
 
 
@@ -60,11 +60,11 @@ def line(r: dict[str, Any]) -> str:
 def table(found: dict[str, Any]) -> str:
     """What a run prints of it."""
     lines = [found["what"], *map(line, found["rows"])]
-    first = next((r for r in found["rows"] if r["op"] == f"pp{models.PREFILL}"), None)
+    first = next((r for r in found["rows"] if re.fullmatch(r"pp\d+", r["op"])), None)
     if first:
         shown = {n: t["median"] for n, t in first["seconds"].items() if not n.startswith("limit")}
         lines.append(
-            f"time to first token, {models.PREFILL} tokens: "
+            f"time to first token, {first['op'][2:]} tokens: "
             + ", ".join(f"{n} {1e3 * s:.0f} ms" for n, s in shown.items())
         )
     whole = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 from llama_fast.cache import KVCache
+from llama_fast.weights import Linear, assemble, packed, quantized
 
 from .case import CPU
 from .peers.peer import CHUNK
@@ -39,8 +40,20 @@ def narrow() -> lf.LlamaConfig:
     )
 
 
-def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> Any:
-    """A randomly initialised bf16 LlamaForCausalLM of config's shape."""
+class _Unfilled(TorchDispatchMode):
+    """Random initialisation does nothing here: on a CPU it takes longer than all that follows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def transformers_model(
+    config: lf.LlamaConfig, device: torch.device = CPU, weights: Any = None
+) -> Any:
+    """A bf16 LlamaForCausalLM of config's shape with random weights; or with those of another one,
+    in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hf = LlamaConfig(
@@ -58,17 +71,21 @@ def transformers_model(config: lf.LlamaConfig, device: torch.device = CPU) -> An
     )
     hf._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16 if weights is None else torch.float32)
     try:
-        with device:
+        with device, _Unfilled():
             model = LlamaForCausalLM(hf).eval()
     finally:
         torch.set_default_dtype(before)
+    if weights is not None:
+        model.load_state_dict(weights.state_dict())
+        return model
     generator = torch.Generator(device).manual_seed(0)
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 1.0 if "embed" in name else p.shape[1] ** -0.5
-            p.data.normal_(std=std, generator=generator)
+            for rows in p.data.split(4096):  # drawn in fp32, a quarter of bf16's time
+                rows.copy_(torch.randn(rows.shape, generator=generator, device=device).mul_(std))
     return model
 
 
@@ -200,17 +217,27 @@ def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -
     return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
 
 
-def same_weights(hf: Any, device: torch.device) -> dict[str, lf.Llama]:
-    """Ours, loaded from what transformers saves."""
-    from transformers.utils import logging
+class _Weights:
+    """transformers' weights where ours come from files otherwise."""
 
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
-        hf.save_pretrained(folder, safe_serialization=True)
-        return {
-            "bf16": lf.Llama.from_pretrained(folder, device=device, progress=False),
-            "FP8": lf.Llama.from_pretrained(folder, quantize="fp8", device=device, progress=False),
-        }
+    def __init__(self, hf: Any) -> None:
+        self._named = hf.state_dict()
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._named[name]
+
+    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
+        weight = torch.cat([self._named[f"{name}.weight"] for name in parts])
+        return quantized(weight, bound) if fp8 else Linear(packed(weight))
+
+
+def same_weights(hf: Any) -> dict[str, lf.Llama]:
+    """Ours with transformers' weights, on its device; the embedding is shared."""
+    config = lf.LlamaConfig.from_hf(hf.config)
+    return {
+        name: lf.Llama(config, assemble(config, _Weights(hf), quantize))
+        for name, quantize in (("bf16", None), ("FP8", "fp8"))
+    }
 
 
 def _rewind(past: Any, tokens: int) -> None:

@@ -34,15 +34,16 @@ def draw(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
     """rows: a run's ops. The roofs are the fastest of the limits that the run measured."""
     roofs: dict[str, float] = {}
     for r in rows:
-        scale = 1e12 if r["limit"] == "matmul" else 1e9
-        roofs[r["limit"]] = max(roofs.get(r["limit"], 0.0), r["limit_rate"] * scale)
+        computes = r["limit"] in ("matmul", "fma")
+        name, scale = ("compute", 1e12) if computes else (r["limit"], 1e9)
+        roofs[name] = max(roofs.get(name, 0.0), r["limit_rate"] * scale)
     rows = [r for r in rows if r.get("bytes") and r.get("flops")]
     points = [_point(r, label) for r, label in zip(rows, _names(rows), strict=True)]
     if not points:
         return []
     xs, ys = [p[1] for p in points], [p[2] for p in points] + [p[3] for p in points if p[3]]
     low, high = min(xs) / 2.5, max(xs) * 3
-    floor, top = min(ys) / 2, max([*ys, roofs.get("matmul", 0.0)]) * 2.2
+    floor, top = min(ys) / 2, max([*ys, roofs.get("compute", 0.0)]) * 2.2
     with style() as plt:
         figure, axes = plt.subplots(figsize=(10, 6.2))
         figure.subplots_adjust(left=0.075, right=0.985, top=0.875, bottom=0.085)
@@ -102,7 +103,7 @@ def _flops(value: float, _: int) -> str:
 def _roofs(axes: Any, roofs: dict[str, float], low: float, high: float) -> list[Any]:
     """The texts beside the lines."""
     texts = []
-    top = roofs.get("matmul")
+    top = roofs.get("compute")
     for name in ("read", "copy"):
         if name not in roofs:
             continue

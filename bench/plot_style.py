@@ -107,7 +107,10 @@ def machine(environment: dict[str, Any]) -> str:
     env = environment
     if "driver" in env or "sm" in env:  # on the GPU
         return f"{env['gpu']}, torch {env['torch']}"
-    return f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}"
+    names = {"torch_isa": "", "onednn_max_isa": "oneDNN "}
+    told = ", ".join(f"{called}{env[name]}" for name, called in names.items() if env.get(name))
+    told = f" ({told})" if told else ""
+    return f"{env['cpu']}, {env['threads']} threads, {env['isa']}, torch {env['torch']}{told}"
 
 
 def save(figure: Any, path: Path) -> list[Path]:

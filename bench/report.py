@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import llama_fast as lf
-from llama_fast import _cpu
 
+from . import machine
 from .case import Case
 from .files import write
 from .timing import Timing, figures
@@ -28,8 +28,10 @@ HEADER = (
     f"{'x eager':>13}  {'error':<7}  against"
 )
 LEGEND = (
-    "of limit: of what this machine moved or computed in the same rounds (copy, read or bf16 "
-    "product)\nerror: largest, against fp64, of the largest value   *: target met   (>=n): missed"
+    "of limit: of what this machine moved or computed in the same rounds (copy; read; the faster "
+    "of\nmultiply-adds in registers, fma, and PyTorch's product, matmul)   *: target met   (>=n): "
+    "missed\nerror: largest, against fp64, of the largest value   1/n of it: measured on an nth of "
+    "the heads, rows\nof the weight or tokens, and times n: this machine takes too long for all"
 )
 
 
@@ -41,7 +43,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     on_gpu = device is not None and device.type == "cuda"
     return {
         "cpu": _cpu_model(),
-        "isa": _cpu.isa(),
+        **machine.instruction_sets(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -123,6 +125,8 @@ def heading(results: dict[str, Any]) -> str:
     """Hardware, versions, threads, commit and what was asked for: once, at the top."""
     known = {**results["environment"], **results["options"]}
     lines = ["  ".join(f"{k} {v}" for k, v in known.items() if v is not None)]
+    if results.get("speed"):
+        lines.append(str(machine.Speed(**results["speed"])))
     if results["peers"]:
         lines.append("peers: " + ", ".join(f"{n} {v}" for n, v in results["peers"].items()))
     lines += [f"without {name}: {why}" for name, why in results["skipped"].items()]

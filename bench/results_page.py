@@ -23,8 +23,11 @@ HEAD = """# Results
 Every figure was measured by `python -m bench` and is cut from the JSON files in
 [bench/results](../bench/results), one folder a machine. Times are medians of rounds in which all
 implementations take turns, so a ratio holds where a machine's speed does not. The limit of a case
-is measured in the same rounds: a copy of the same bytes, a read of the same weights or cache, or a
-bf16 matrix product. Errors are the largest, against fp64, as a share of the largest value.
+is measured in the same rounds: a copy of the same bytes, a read of the same weights or cache, or
+what the machine computes fastest with, multiply-adds in registers (fma) or a matrix product
+(matmul). "1/n of it": a baseline too slow for its turn, measured on an nth of the work, times n.
+Where bf16 products are no faster than fp32's, eager PyTorch in fp32 stands beside it. Errors are
+the largest, against fp64, as a share of the largest value.
 
 Ops and forward pass are gone through several times, minutes apart, since whoever shares the
 processor comes and goes. Memory that somebody freed is kept for the next output

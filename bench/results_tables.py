@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -61,6 +62,10 @@ def ops(rows: list[Row]) -> list[str]:
 
 
 def _group(name: str) -> str:
+    """fp32 and parts of the work go with the whole in bf16: "eager fp32, 1/2 of it" with eager."""
+    base = re.sub(r"( fp32)?(, 1/\d+ of it)?$", "", name)
+    if base in ("eager", "torch.compile"):
+        return base
     if name in GROUPS:
         return name
     return "PyTorch's own" if name.startswith(PYTORCH) else "peers"

@@ -6,22 +6,27 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from . import cases, compare, end_to_end, gpu_model, gpu_timing, peers, report
+from . import cases, compare, end_to_end, gpu_model, gpu_timing, machine, peers, report
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
-from .baselines import Baselines
+from .baselines import REFUSALS, Baselines, first_line
 from .case import Case, Plan, free_memory, relative_error
 from .linear_cases import kept
 from .memory import trim
-from .timing import Run, Timing, joined, measure
+from .timing import PARTS, Part, Run, Timing, joined, measure, part
 
 BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
 PASSES = {"quick": 2, "default": 3, "full": 2}  # through all cases, see timing.py
+# Seconds within which another pass is begun only if it can be ended: a run has 5 minutes in all.
+OPS_SECONDS = {"quick": 60.0, "default": 95.0, "full": float("inf")}
+COMPILE_SECONDS = 30.0  # of torch.compile, after which it is left out, but for a full run
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Measured:
 
     errors: dict[str, float] = field(default_factory=dict)
     passes: list[dict[str, Timing]] = field(default_factory=list)
+    parts: dict[str, int] = field(default_factory=dict)  # baseline -> n, where an nth is run
 
 
 class Session:
@@ -38,7 +44,11 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.device = torch.device(args.device)
-        self.spec = cases.spec(args.model, DTYPES[args.dtype], self.device, args.level, args.tp)
+        on_cpu = args.device == "cpu" and args.model != "tiny"
+        self.speed = machine.measure() if on_cpu else machine.UNBOUND
+        dtype = DTYPES[args.dtype]
+        self.spec = cases.spec(args.model, dtype, self.device, args.level, args.tp, self.speed)
+        self.compiling = 0.0  # seconds
         named = args.peers and [name for name in args.peers if name != "none"]
         self.peers, absent = peers.wanted(named, args.device)
         self.plans = cases.plan(self.spec, args.op)
@@ -49,6 +59,7 @@ class Session:
         self.results: dict[str, Any] = {
             "schema": compare.SCHEMA,
             "environment": report.environment(self.device),
+            "speed": asdict(self.speed) if on_cpu else None,
             "options": {name: getattr(args, name) for name in options},
             "peers": {peer.name: peer.version() for peer in self.peers},
             "complete": False,
@@ -58,7 +69,7 @@ class Session:
 
     def listed(self) -> list[tuple[str, str]]:
         """What would be run: an op and its shape, then the forward pass's jobs."""
-        jobs = [job.name for job in end_to_end.JOBS[self.args.level]]
+        jobs = [job.name for job in end_to_end.plan(self.args.level, self.speed).jobs]
         if self.device.type != "cpu":
             jobs = ["prefill and decode"]
         names = jobs if self.wants_end_to_end() else []
@@ -79,9 +90,15 @@ class Session:
         found: dict[str, Measured] = {plan.name: Measured() for plan in self.plans}
         rows: dict[str, dict[str, Any] | None] = {}
         shown: set[str] = set()
+        begun, longest = time.perf_counter(), 0.0
         print(report.HEADER, flush=True)
         try:
             for number in range(1, self.passes + 1):
+                start = time.perf_counter()
+                left = OPS_SECONDS[self.args.level] - (start - begun)
+                if number > 1 and longest > left:
+                    break
+                last = number == self.passes or 2 * longest > left
                 for i, plan in enumerate(self.plans):
                     what = f"pass {number} of {self.passes}, {i + 1} of {len(self.plans)}"
                     with _status(f"{what}: {plan.name}"):
@@ -90,10 +107,13 @@ class Session:
                         rows[plan.name] = row
                     self.results["ops"] = [row for row in rows.values() if row is not None]
                     self.write()
-                    if number == self.passes:
+                    if last:
                         self._show(plan, rows[plan.name])
                         shown.add(plan.name)
                 kept.fresh()
+                longest = max(longest, time.perf_counter() - start)
+                if last:
+                    break
         finally:
             for plan in self.plans:
                 if plan.name in rows and plan.name not in shown:
@@ -114,22 +134,25 @@ class Session:
             return None
         self.results["skipped"].pop(plan.name, None)
         case = cases.on(self.spec, plan.make())
-        found = self._implementations(case)
+        found = self._implementations(case, so_far)
         if not so_far.errors:
-            yardstick = {n: r for n, r in _yardstick(case).items() if n not in found.skipped}
-            so_far.errors = _errors(case, {**yardstick, **found.runs})
+            so_far.errors = self._errors(case, found, so_far.parts)
         runs = {**found.runs, "limit": case.limit}
         for name, why in found.skipped.items():
             self.skip(f"{plan.name}: {name}", why)
         so_far.passes.append(self._times(runs, case))
         return report.row(case, joined(so_far.passes), so_far.errors)
 
-    def _implementations(self, case: Case) -> Baselines:
-        """Ours, and whoever else can be had for this case."""
+    def _implementations(self, case: Case, so_far: Measured) -> Baselines:
+        """Ours, and whoever else can be had for this case, in passes after the first as in that."""
         found = Baselines(case.ours)
         for name, run in case.baselines.items():
-            if self._wants(name):
-                found.offer(name, run)
+            if not so_far.passes and self._wants(name):
+                so_far.parts[name] = self._part(case, name)
+            n = so_far.parts.get(name, 1)
+            label, run = part(name, case.parts[name](n) if n > 1 else run, n)
+            if label in so_far.passes[0] if so_far.passes else name in so_far.parts:
+                found.add(label, run)
         for op, name, function in self.args.kernel:
             if op == case.op:
                 _add(found, name, {name: case.user(function)}.copy)
@@ -140,7 +163,52 @@ class Session:
     def _wants(self, baseline: str) -> bool:
         if self.args.baseline is not None:
             return baseline in self.args.baseline
-        return baseline != "torch.compile" or self.args.level != "quick"
+        if baseline != "torch.compile" or self.args.level == "full":
+            return True
+        return self.args.level != "quick" and self.compiling < COMPILE_SECONDS
+
+    def _part(self, case: Case, name: str) -> int:
+        """n, where a call of an nth of the work takes no longer than a case's budget."""
+        if name not in case.parts or self.device.type != "cpu":
+            return 1
+        least = case.parts[name](PARTS)
+        start = time.perf_counter()
+        try:
+            least(0)
+        except REFUSALS:  # which is told when all of it is tried
+            return 1
+        took, n = time.perf_counter() - start, PARTS
+        while n > 1 and 2 * took <= BUDGETS[self.args.level]:
+            took, n = 2 * took, n // 2
+        return n
+
+    def _errors(self, case: Case, found: Baselines, parts: Mapping[str, int]) -> dict[str, float]:
+        """Of each implementation, before anything is timed. What is refused is left out; what has
+        another form than the op's result has no error, nor has a part of it."""
+        exact, errors = case.exact(), {}
+        yardstick = {n: run for n, run in _yardstick(case).items() if parts.get(n, 1) == 1}
+        for name, run in {**yardstick, **found.runs}.items():
+            if isinstance(run, Part):
+                continue
+            start = time.perf_counter()
+            try:
+                with warnings.catch_warnings():  # SDPA explains each of its refusals
+                    warnings.simplefilter("ignore")
+                    result = run(0)
+            except REFUSALS as why:
+                if name == "ours":
+                    raise
+                found.runs.pop(name, None)
+                found.skipped[name] = first_line(why)
+                continue
+            if name == "torch.compile":
+                self.compiling += time.perf_counter() - start
+            try:
+                errors[name] = relative_error(case.value(result), exact)
+            except (TypeError, RuntimeError, IndexError, AttributeError):
+                if name == "ours":
+                    raise
+        return errors
 
     def _times(self, runs: dict[str, Run], case: Case) -> dict[str, Timing]:
         budget = BUDGETS[self.args.level]
@@ -184,7 +252,7 @@ class Session:
         level = self.args.level
         if self.device.type == "cpu":
             options = (self.peers, self._wants, self.skip, keep, self.passes, times)
-            return end_to_end.run(level, say, *options)
+            return end_to_end.run(level, say, *options, speed=self.speed)
         return gpu_model.run(self.device, 4 * BUDGETS[level], say)
 
     def compare(self, old: dict[str, Any]) -> bool:
@@ -223,21 +291,6 @@ def _yardstick(case: Case) -> dict[str, Run]:
     else PyTorch's own."""
     name = "eager" if "eager" in case.baselines else next(iter(case.baselines))
     return {name: case.baselines[name]}
-
-
-def _errors(case: Case, runs: dict[str, Run]) -> dict[str, float]:
-    """Of each implementation, before anything is timed. One whose result has another form than
-    the op's has none."""
-    exact = case.exact()
-    found = {}
-    for name, run in runs.items():
-        result = run(0)
-        try:
-            found[name] = relative_error(case.value(result), exact)
-        except (TypeError, RuntimeError, IndexError, AttributeError):
-            if name == "ours":
-                raise
-    return found
 
 
 @contextlib.contextmanager

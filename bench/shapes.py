@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 import llama_fast as lf
+
+from . import machine
 
 MODELS = ("8b", "70b", "405b", "tiny")
 LEVELS = ("quick", "default", "full")
@@ -102,3 +105,27 @@ def sweep(model: str, device: torch.device, level: str) -> Sweep:
     if device.type == "cpu":
         return _CPU_FULL if level == "full" else _CPU
     return _GPU_FULL if level == "full" else _GPU
+
+
+CALL = 1.0  # seconds that one call of ours may take
+LEAST_PROMPT, LEAST_ROWS = 256, 16
+
+
+def fitted(sizes: Sweep, layer: Shapes, rate: float) -> Sweep:
+    """The sizes with prompts and rows halved until one call of ours fits, on a machine whose
+    products do `rate` operations a second."""
+
+    def prompt(tokens: int) -> int:
+        work = 2.0 * tokens**2 * layer.heads * layer.head_dim
+        while work > CALL * rate and tokens >= 2 * LEAST_PROMPT:
+            tokens, work = tokens // 2, work / 4
+        return tokens
+
+    def rows(m: int) -> int:
+        work = max(2.0 * m * n * k for n, k in (layer.linears[name] for name in sizes.linears))
+        return machine.halved(m, work / rate, CALL, LEAST_ROWS)
+
+    def each(f: Callable[[int], int], given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(f(size) for size in given))
+
+    return replace(sizes, prompts=each(prompt, sizes.prompts), rows=each(rows, sizes.rows))

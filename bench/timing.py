@@ -34,6 +34,25 @@ WARM, SHORT = 1e-3, 2e-2  # seconds of untimed calls before a run that is shorte
 BLOCKS = 8  # of consecutive rounds: a slow drift shows between them
 
 
+PARTS = 8  # a Part is an eighth of the work at least
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run that does an nth of the work, and whose times are therefore taken n times."""
+
+    run: Run
+    n: int
+
+    def __call__(self, i: int) -> object:
+        return self.run(i)
+
+
+def part(name: str, run: Run, n: int) -> tuple[str, Run]:
+    """The label of a baseline of which an nth is measured, and what is timed."""
+    return (name, run) if n == 1 else (f"{name}, 1/{n} of it", Part(run, n))
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times longer one implementation takes than another, in logarithms: steps up and
@@ -137,13 +156,15 @@ def measure(
     rounds; of `passes` passes in all (see joined), each has its share of both.
 
     Whoever takes SLOW times as long as the first of the runs spends no more than a budget of its
-    own, or one slow baseline would eat the rounds of all. The order turns round every other round,
-    so that nobody always runs on a neighbour's caches. move: is called every STAY rounds, to put
-    tensors elsewhere in memory. On the host's clock; gpu_timing.measure is a GPU's.
+    own, or one slow baseline would eat the rounds of all. A call that takes a quarter of the budget
+    counts as a round, though it is the first. The order turns round every other round, so that
+    nobody always runs on a neighbour's caches. move: is called every STAY rounds, to put tensors
+    elsewhere in memory. On the host's clock; gpu_timing.measure is a GPU's.
     """
     budget /= passes
     few, least, most = (math.ceil(n / passes) for n in (SLOW_ROUNDS, least, MAX_ROUNDS))
-    took = {name: _warm_up(run, budget / 4) for name, run in runs.items()}
+    enough = budget / 4
+    took = {name: _warm_up(run, enough) for name, run in runs.items()}
     ours = next(iter(took.values()))
     if ours > budget:
         least = few
@@ -151,19 +172,23 @@ def measure(
     rounds = {
         n: most if t < slow else min(most, max(few, int(budget / t))) for n, t in took.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    spent = 0.0  # by those who are not slow
+    seconds = {
+        name: [t] if t >= enough and not hasattr(runs[name], "prepare") else []
+        for name, t in took.items()
+    }
+    # By those who are not slow.
+    spent = sum(sum(seconds[name]) for name in runs if rounds[name] == most)
     collecting = gc.isenabled()
     gc.disable()
     try:
         for i in range(most):
-            if i >= least and spent > budget:
+            wanted = {n: min(r, least) if spent > budget else r for n, r in rounds.items()}
+            turn = [name for name in runs if len(seconds[name]) < wanted[name]]
+            if not turn:
                 break
             if i % STAY == 0:
                 move()
-            for name in list(runs) if i % 2 else list(runs)[::-1]:
-                if i >= rounds[name]:
-                    continue
+            for name in turn if i % 2 else turn[::-1]:
                 start = time.perf_counter()
                 seconds[name].append(_turn(runs[name], i, took[name] < SHORT))
                 if rounds[name] == most:
@@ -171,7 +196,8 @@ def measure(
     finally:
         if collecting:
             gc.enable()
-    return {name: summarise(times) for name, times in seconds.items()}
+    parts = {name: run.n if isinstance(run, Part) else 1 for name, run in runs.items()}
+    return {n: summarise([t * parts[n] for t in times]) for n, times in seconds.items()}
 
 
 def _warm_up(run: Run, enough: float) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import end_to_end, model_rows, models, timing
+from llama_fast.bench import end_to_end, jobs, model_rows, models, timing
 from llama_fast.bench.__main__ import main
+from llama_fast.bench.jobs import Job
 from llama_fast.bench.models import narrow
 
 from .bench_runs import TINY, Bench
@@ -17,17 +18,17 @@ from .bench_runs import TINY, Bench
 @pytest.mark.parametrize("level", ["default", "full"])
 def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """The main job on two narrow layers."""
-    jobs = {
-        "default": end_to_end.JOBS["default"],
-        "full": (end_to_end.Job("tg", 4), end_to_end.Job("pp", 8, 24), end_to_end.Job("tg", 4, 24)),
+    wanted = {
+        "default": jobs.JOBS["default"],
+        "full": (Job("tg", 4), Job("pp", 8, 24), Job("tg", 4, 24)),
     }
-    monkeypatch.setattr(end_to_end, "JOBS", jobs)
-    monkeypatch.setattr(end_to_end, "BUDGETS", dict.fromkeys(jobs, 0.0))
+    monkeypatch.setattr(jobs, "JOBS", wanted)
+    monkeypatch.setattr(end_to_end, "BUDGETS", dict.fromkeys(wanted, 0.0))
     monkeypatch.setattr(models, "shape", narrow)
     monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
     found = end_to_end.run(level, lambda text: None, passes=2)
     rows = {(r["op"], r["shape"]): r for r in found["rows"]}
-    assert set(rows) == {(job.name, w) for job in jobs[level] for w in ("bf16", "FP8")}
+    assert set(rows) == {(job.name, w) for job in wanted[level] for w in ("bf16", "FP8")}
     for r in rows.values():
         assert r["tokens_per_s"] == pytest.approx(1e3 / r["ms_per_token"]) and r["of_limit"] > 0
         assert "transformers" in r["times"] and f"of {r['limit']}" in model_rows.line(r)
@@ -55,8 +56,8 @@ def test_forward_alone(
     one_thread: None,
 ) -> None:
     """--op forward: prefill and decode without the ops, to the last file."""
-    jobs = (end_to_end.Job("pp", 8), end_to_end.Job("tg", 2, 8))
-    monkeypatch.setitem(end_to_end.JOBS, "quick", jobs)
+    two = (Job("pp", 8), Job("tg", 2, 8))
+    monkeypatch.setitem(jobs.JOBS, "quick", two)
     monkeypatch.setitem(end_to_end.BUDGETS, "quick", 0.0)
     monkeypatch.setattr(models, "shape", narrow)
     monkeypatch.setattr(models, "PREFILL", 8)
@@ -66,7 +67,7 @@ def test_forward_alone(
     out = capsys.readouterr().out
     assert "targets met" in out and "figures.svg" in out and "rms_norm" not in out
     assert main([*TINY, "--model", "8b", "--op", "forward", "--list"]) == 0
-    assert capsys.readouterr().out.split("\n")[:2] == [f"{'forward':<24}{j.name}" for j in jobs]
+    assert capsys.readouterr().out.split("\n")[:2] == [f"{'forward':<24}{j.name}" for j in two]
 
 
 class Failing:
@@ -87,8 +88,8 @@ class Failing:
 def test_a_failing_peer_costs_its_own_columns(
     works: int, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    jobs = (end_to_end.Job("pp", 8), end_to_end.Job("tg", 2, 8))
-    monkeypatch.setitem(end_to_end.JOBS, "quick", jobs)
+    two = (Job("pp", 8), Job("tg", 2, 8))
+    monkeypatch.setitem(jobs.JOBS, "quick", two)
     monkeypatch.setitem(end_to_end.BUDGETS, "quick", 0.0)
     monkeypatch.setattr(models, "shape", narrow)
     monkeypatch.setattr(timing, "MAX_ROUNDS", 1)
@@ -109,7 +110,7 @@ def test_a_failing_peer_costs_its_own_columns(
 
 
 def test_the_longest_job_fits_the_model() -> None:
-    longest = max(job.depth + job.tokens for job in end_to_end.JOBS["full"])
+    longest = max(job.depth + job.tokens for job in jobs.JOBS["full"])
     assert models.transformers_model(narrow()).config.max_position_embeddings > longest
 
 
@@ -128,7 +129,7 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
     hf = models.transformers_model(narrow())
     model: Any = models.Transformers(hf)
     if implementation == "ours":
-        model = models.Ours("bf16", models.same_weights(hf, torch.device("cpu"))["bf16"])
+        model = models.Ours("bf16", models.same_weights(hf)["bf16"])
     prompt = models.prompt(narrow(), 40)
     with torch.inference_mode():
         run = model.extend(prompt[:, :30], prompt[:, 30:])

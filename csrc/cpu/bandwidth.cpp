@@ -1,5 +1,8 @@
-// How fast this machine reads memory: the limit that the benchmarks print beside every kernel whose
-// time is a weight or a KV cache streaming past. torch.sum and its like stay well under it.
+// How fast this machine reads memory and how fast it multiplies: the limits that the benchmarks
+// print beside every kernel that streams a weight or a KV cache, or computes. torch.sum and its
+// like stay well under the first, PyTorch's products under the second, where they do not have AMX.
+#include <atomic>
+
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -54,7 +57,55 @@ uint64_t fold(const char* p, int64_t n) {
   return sum;
 }
 
+// As many chains as hide the latency of a multiply-add (4 to 6 cycles, two a cycle) and leave
+// registers for both factors.
+#if defined(LF_AVX512)
+constexpr int kChains = 16;
+#elif defined(LF_AVX2)
+constexpr int kChains = 12;
+#else
+constexpr int kChains = 6;
+#endif
+constexpr int64_t kSteps = 4096;
+
+// step(acc) on each chain, kSteps times; the sum, so that nothing can be left out.
+template <class Step>
+float chains(const Step& step) {
+  Vec acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = broadcast(static_cast<float>(i + 1));
+  for (int64_t s = 0; s < kSteps; ++s)
+    for (int i = 0; i < kChains; ++i) acc[i] = step(acc[i]);
+  Vec sum = zeros();
+  for (int i = 0; i < kChains; ++i) sum = sum + acc[i];
+  return reduce_add(sum);
+}
+
+std::atomic<float> g_sum;  // where the sums go: somebody may want to read them
+
 }  // namespace
+
+double multiply_add(bool pairs, double flops, int threads) {
+  double each = 2.0 * kLanes * kChains * kSteps;
+#if defined(LF_AVX512_BF16)
+  if (pairs) each *= 2;
+#else
+  (void)pairs;
+#endif
+  const auto items = static_cast<int64_t>(flops / each) + 1;
+  parallel_for(items, threads, [&](int64_t) {
+#if defined(LF_AVX512_BF16)
+    const auto x = (__m512bh)_mm512_set1_epi32(0x3b003b00);  // 2^-9, twice
+    if (pairs)
+      return g_sum.store(chains([x](Vec acc) { return Vec{_mm512_dpbf16_ps(acc.v, x, x)}; }),
+                         std::memory_order_relaxed);
+#endif
+    // Towards 1: neither factor can be folded into the other, and nothing overflows.
+    const Vec factor = broadcast(0.75f), addend = broadcast(0.25f);
+    g_sum.store(chains([=](Vec acc) { return fma(acc, factor, addend); }),
+                std::memory_order_relaxed);
+  });
+  return each * static_cast<double>(items);
+}
 
 uint64_t read_memory(const void* data, int64_t bytes, int threads) {
   uint64_t sum = 0;

@@ -100,6 +100,11 @@ uint64_t read_bandwidth_probe(Ptr data, int64_t bytes, int threads) {
   return kernels().read_memory(as<void>(data), bytes, threads);
 }
 
+double multiply_add_probe(bool pairs, double flops, int threads) {
+  py::gil_scoped_release release;
+  return kernels().multiply_add(pairs, flops, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -122,4 +127,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("advise_huge_pages", &advise_huge_pages, "For memory not yet written; a hint, on Linux");
   m.def("read_bandwidth_probe", &read_bandwidth_probe,
         "bandwidth.cpp: XOR of the 64-bit words, read as fast as memory gives them");
+  m.def("multiply_add_probe", &multiply_add_probe,
+        "bandwidth.cpp: multiply-adds in registers, of bf16 pairs or fp32; how many operations");
 }

@@ -4,9 +4,18 @@
 namespace lf {
 namespace {
 
-#define LF_TABLE(isa)                                                                       \
-  {#isa,           isa::rms_norm,          isa::silu_and_mul, isa::quantize_fp8, isa::rope, \
-   isa::attention, isa::kvcache_attention, isa::linear,       isa::pack_weight,  isa::read_memory}
+#define LF_TABLE(isa)      \
+  {#isa,                   \
+   isa::rms_norm,          \
+   isa::silu_and_mul,      \
+   isa::quantize_fp8,      \
+   isa::rope,              \
+   isa::attention,         \
+   isa::kvcache_attention, \
+   isa::linear,            \
+   isa::pack_weight,       \
+   isa::read_memory,       \
+   isa::multiply_add}
 
 constexpr Kernels kGeneric = LF_TABLE(generic);
 #if defined(LF_X86)

@@ -19,6 +19,9 @@ struct Kernels {
                       int itemsize, int threads);
   // XOR of the 64-bit words of data; bytes a multiple of 8.
   uint64_t (*read_memory)(const void* data, int64_t bytes, int threads);
+  // At least so many operations of multiply-add in registers; how many they were. pairs: of bf16,
+  // summed in fp32, where an instruction does that; fp32 otherwise.
+  double (*multiply_add)(bool pairs, double flops, int threads);
 };
 
 #define LF_DECLARE_KERNELS(isa)                                                            \
@@ -33,6 +36,7 @@ struct Kernels {
   void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride, \
                    int itemsize, int threads);                                             \
   uint64_t read_memory(const void* data, int64_t bytes, int threads);                      \
+  double multiply_add(bool pairs, double flops, int threads);                              \
   }
 
 LF_DECLARE_KERNELS(generic)

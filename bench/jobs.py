@@ -1,0 +1,93 @@
+"""What the forward pass is measured on, made smaller where the machine is too slow for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import llama_fast as lf
+
+from . import machine, models
+
+ROUNDS = 6  # at least, of all passes; FEW on a machine that would take too long
+FEW = 3
+BESIDE = 2  # calls besides the rounds: for the memory, and for the context of a decode
+# Everything together, but for a full run: prompts, decodes, a call of a baseline of which a part is
+# measured, and all of it, after which no pass is begun.
+PROMPTS, DECODES, PART, ALL = 80.0, 40.0, 2.5, 130.0  # seconds
+# Making the models takes as long as reading the weights so many times, about; and is to take
+# MAKING seconds at most, or there are fewer layers.
+READS, MAKING = 300, 60.0
+LEAST = 32  # tokens of a prompt
+CHECKED = 64  # tokens whose logits are held against fp32's
+STREAMED = 3  # times its weights' time that transformers takes for a token, about
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Tokens that are processed at once ("pp") or one by one ("tg"), after depth others."""
+
+    kind: str
+    tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+JOBS = {
+    "quick": (Job("pp", models.PREFILL), Job("tg", 8, models.PREFILL)),
+    "default": (Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)),
+    "full": (
+        Job("pp", models.PREFILL),
+        Job("tg", 16, models.PREFILL),
+        Job("tg", 128),
+        Job("pp", models.PREFILL, 16384),
+        Job("tg", 16, 16384),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is run on a machine: full jobs where it is fast enough."""
+
+    config: lf.LlamaConfig
+    jobs: tuple[Job, ...]
+    rounds: int = ROUNDS
+    checked: int = CHECKED
+    part: int = 1  # n, where transformers in bf16 is given an nth of a prompt
+
+
+def plan(level: str, speed: machine.Speed) -> Sizes:
+    """A full run's jobs are never made smaller, but its slow baselines are."""
+    jobs, config, slow = JOBS[level], models.shape(), speed.bf16_is_slow
+    token = models.prefill_flops(config, 1)  # operations, and bytes of its weights in bf16
+    if level != "full":
+        layers = machine.halved(config.num_hidden_layers, READS * token / speed.read, MAKING, 1)
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+        token = models.prefill_flops(config, 1)
+    tokens = longest = max((job.tokens for job in jobs if job.kind == "pp"), default=1)
+    rounds = ROUNDS
+    if level != "full":
+        rival = speed.fp32 if slow else speed.bf16
+        prompt = token * (2 / speed.ours + 1 / rival)  # seconds of all, a token
+        calls = FEW + BESIDE
+        tokens = machine.halved(longest, calls * prompt * longest, PROMPTS, LEAST)
+        rounds = ROUNDS if (ROUNDS + BESIDE) * prompt * tokens <= PROMPTS else FEW
+        decode = token * (0.5 + 1 + STREAMED + 2 * STREAMED * slow) / speed.read
+
+        def sized(job: Job) -> Job:
+            depth, least = job.depth * tokens // longest, 2
+            if job.kind == "pp":
+                return Job("pp", job.tokens * tokens // longest, depth)
+            steps = machine.halved(job.tokens, calls * decode * job.tokens, DECODES, least)
+            return Job("tg", steps, depth)
+
+        jobs = tuple(map(sized, jobs))
+    if not slow:
+        return Sizes(config, jobs, rounds)
+    checked, some = (
+        machine.halved(n, n * token / speed.bf16, PART, LEAST // 4) for n in (CHECKED, tokens)
+    )
+    return Sizes(config, jobs, rounds, checked, tokens // some)
