@@ -332,8 +332,9 @@ CUtensorMap bytes_map(const void* data, int64_t rows, int64_t k, int64_t stride,
 template <class Out, int kN, bool blockwise>
 void run(const LinearParams& p, const Where& where, Store store) {
   const int64_t rows = (p.m + kM - 1) / kM;
+  const int multiprocessors = device_of(where).multiprocessors;
   // Two blocks read a weight's tile once, unless one of them would often have no rows.
-  const int cluster = rows % 2 == 0 || rows >= 8 ? 2 : 1;
+  const int cluster = multiprocessors > 1 && (rows % 2 == 0 || rows >= 8) ? 2 : 1;
   const Problem problem{p,
                         cluster,
                         static_cast<int>((rows + cluster - 1) / cluster),
@@ -355,7 +356,7 @@ void run(const LinearParams& p, const Where& where, Store store) {
                           true},
                          "fp8_gemm");
   const int tiles = problem.tiles_m * problem.tiles_n;
-  const int most = device_of(where).multiprocessors / cluster;
+  const int most = multiprocessors / cluster;
   launch(where,
          {"fp8_gemm",
           {p.m, p.n, p.k},
