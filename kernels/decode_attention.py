@@ -165,7 +165,8 @@ def _attend(
         tl.store(tops + rows, top, mask=live)
         tl.store(totals + rows, total, mask=live)
     else:
-        acc /= tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees no key gives zeros
+        # A row that sees no key gives zeros; one whose scores are all -inf, 0 / 0.
+        acc /= tl.where(limit < 0, 1.0, total)[:, None]
         rows_out = b * stride_ob + query * stride_os + h * stride_oh
         tl.store(
             out + (rows_out[:, None] + d), fp8.round_to(acc, out.dtype.element_ty), mask=stored
@@ -220,7 +221,8 @@ def _combine(
         pointers = partial + ((first + i + s)[:, None] * HEAD_DIM + d)
         parts = tl.load(pointers, mask=live[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         acc += tl.sum(weight[:, None] * parts, 0)
-    acc /= tl.where(total == 0.0, 1.0, total)
+    sees = length + query >= seqlen_q if CAUSAL else length > 0
+    acc /= tl.where(sees, total, 1.0)
     at = out + b.to(tl.int64) * stride_ob + query.to(tl.int64) * stride_os
     at += h.to(tl.int64) * stride_oh
     tl.store(at + d, fp8.round_to(acc, out.dtype.element_ty), mask=d < HEAD_DIM)

@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float inverse = inverse_of(quad_sum(total[m][h]));
       const int row = warp_first + 16 * m + lane / 4 + 8 * h;
+      const float inverse = inverse_of(quad_sum(total[m][h]), last_key(row) >= 0);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
         *reinterpret_cast<uint32_t*>(q_tile + swizzled<chunks>(row, n) + lane % 4 * 4) =
@@ -332,9 +332,10 @@ __global__ void __launch_bounds__(32 * kFp32Warps)
                                        reinterpret_cast<float*>(memory), at);
   float* out = static_cast<float*>(p.out) + w.batch * p.out_stride[0] +
                (w.q_first + w.first_row) * p.out_stride[1] + head * p.out_stride[2];
+  const float inverse = inverse_of(r.total, keys > 0);
 #pragma unroll
   for (int c = 0; c < kFp32Columns; ++c)
-    if (lane_id() + 32 * c < head_dim) out[lane_id() + 32 * c] = r.acc[c] * inverse_of(r.total);
+    if (lane_id() + 32 * c < head_dim) out[lane_id() + 32 * c] = r.acc[c] * inverse;
 }
 
 // Whether every row starts at a multiple of 16 bytes. A dimension of one never uses its stride.

@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(384, 1)
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      inverse[half] = sum == 0 ? 0.0f : __fdiv_rn(1.0f, sum);  // no key seen: zeros
+      // Zeros where no key is seen; NaN where all scores are -inf, 0 / 0.
+      inverse[half] = sees(first_row + row + half * 8) >= 0 ? __fdiv_rn(1.0f, sum) : 0.0f;
     }
     // Into the consumer's own half, once the place before has been stored from it.
     if (thread == 0) ptx::tma_store_wait<0>();

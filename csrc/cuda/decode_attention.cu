@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
       x[2] = fmaf(weight, y.z, x[2]), x[3] = fmaf(weight, y.w, x[3]);
     }
     const Row row(plan, kept.kv_head, kept_row + r);
-    const float factor = kept.splits > 1 ? v_scale : v_scale * inverse_of(sum);
+    const bool sees = limit_of(kept_row + r) >= 0;
+    const float factor = kept.splits > 1 ? v_scale : v_scale * inverse_of(sum, sees);
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] *= factor;
     if (kept.splits == 1) {
@@ -219,7 +220,8 @@ __global__ void __launch_bounds__(128)
   const unsigned r = query * plan.group + head % plan.group;
   const int row_tile = static_cast<int>(r) / plan.tile_rows;
   ptx::griddepcontrol_wait();
-  const int splits = splits_of(plan, keys_of(p, plan, length_of(p, plan, b), row_tile));
+  const int length = length_of(p, plan, b);
+  const int splits = splits_of(plan, keys_of(p, plan, length, row_tile));
   if (splits == 1) return;  // written already
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   float top = kMinusInfinity;
@@ -250,7 +252,8 @@ __global__ void __launch_bounds__(128)
   __syncthreads();
   const int column = 4 * static_cast<int>(threadIdx.x);
   if (column >= p.head_dim) return;
-  const float inverse = inverse_of(sums[256] + sums[516] + sums[776] + sums[1036]);
+  const bool sees = !p.causal || length + query >= queries;
+  const float inverse = inverse_of(sums[256] + sums[516] + sums[776] + sums[1036], sees);
   float y[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e)
@@ -297,7 +300,7 @@ __global__ void __launch_bounds__(32 * kFp32Warps, 4)
   const bool whole = w.splits == 1;
   float* to = whole ? static_cast<float*>(p.out) + row.in(p.out_stride, w.b)
                     : partial_sums(p, plan, index, w.split);
-  const float factor = whole ? v_scale * inverse_of(r.total) : v_scale;
+  const float factor = whole ? v_scale * inverse_of(r.total, w.keys > 0) : v_scale;
 #pragma unroll
   for (int c = 0; c < kFp32Columns; ++c)
     if (lane + 32 * c < head_dim) to[lane + 32 * c] = r.acc[c] * factor;

@@ -166,8 +166,12 @@ def test_f10_no_keys_and_no_mask_give_zeros(device: torch.device) -> None:
     assert torch.equal(lf.attention(q, k, v, causal=False), torch.zeros_like(q))
 
 
-def test_scores_that_are_all_minus_infinity_stay_nan(device: torch.device) -> None:
-    q, k, v = qkv(device, (3, 5), (1, 1), 16, torch.float32)
+@dtypes
+@pytest.mark.parametrize("d", [16, 64])
+def test_scores_that_are_all_minus_infinity_stay_nan(
+    device: torch.device, dtype: torch.dtype, d: int
+) -> None:
+    q, k, v = qkv(device, (3, 5), (1, 1), d, dtype)
     q[:], k[:, :4] = 1.0, -INF
     out = launch(q, k, v)  # the last query sees the finite key too, the others none
     assert out[:, :2].isnan().all()

@@ -206,6 +206,19 @@ def test_f07_queries_that_see_no_key_give_zeros(make: Any, lengths: Any, sq: int
     assert not out[0, : sq - 3].any() and not out[1, : sq - 1].any()
 
 
+@dtypes
+@pytest.mark.parametrize("splits", [1, 3])
+def test_scores_that_are_all_minus_infinity_stay_nan(
+    make: Any, lengths: Any, dtype: torch.dtype, splits: int
+) -> None:
+    """As eager's: the first query sees nothing else, the second one finite score too."""
+    q, k, v = make(1, 2, 300, (2, 1), 32, dtype)
+    q[:], k[:, :299] = 1.0, float("-inf")
+    out = attend(q, k, v, lengths(300), num_splits=splits)
+    assert out[0, 0].isnan().all()
+    assert torch.equal(out[0, 1], v[0, 299].expand(2, -1))
+
+
 def test_f11_nothing_to_do_then_a_normal_call(make: Any, lengths: Any) -> None:
     for batch, sq in ((0, 1), (2, 0), (0, 0)):
         q, k, v = make(batch, sq, 33, (4, 2), 32, BF16)

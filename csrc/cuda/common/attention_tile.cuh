@@ -138,7 +138,7 @@ LF_DEVICE void probabilities(uint32_t (&a)[4], const float (&first)[4], const fl
   a[3] = pack<T>(second[2], second[3]);
 }
 
-// A row that saw no key has total 0 and gives zeros; NaN stays.
-LF_DEVICE float inverse_of(float total) { return total == 0.0f ? 0.0f : 1.0f / total; }
+// A row that sees no key gives zeros. One whose scores are all -inf has total 0 too: 0 / 0 is NaN.
+LF_DEVICE float inverse_of(float total, bool sees) { return sees ? 1.0f / total : 0.0f; }
 
 }  // namespace lf::cuda
