@@ -133,6 +133,15 @@ def test_f38_ties_round_to_even(device: torch.device) -> None:
         assert (scale == 1.0).all() and torch.equal(q.float()[0], want)
 
 
+def test_a_tensor_of_the_cpu_is_refused(device: torch.device) -> None:
+    """On a CPU too, where tests/gpu/other_device.py sees to it."""
+    x = torch.randn(2, 8)
+    with pytest.raises((RuntimeError, ValueError)):
+        lf.quantize_fp8(x)
+    with pytest.raises(RuntimeError):
+        x + torch.randn(2, 8, device=device)
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_f27_zero_and_tiny_rows(granularity: str, device: torch.device) -> None:
     x = torch.randn(6, 256, device=device)
