@@ -91,22 +91,31 @@ def test_every_code_of_the_weight(dtype: torch.dtype, rows: int, isa: str) -> No
 def test_f41_a_row_does_not_depend_on_the_batch(
     dtype: torch.dtype, fp8: bool, isa: str, threads: None
 ) -> None:
-    """Nor on the threads, nor on the weight's layout."""
-    x, weight = torch.randn(512, 1030).to(dtype), torch.randn(128, 1030).to(dtype)
+    """Nor on the threads, nor on the weight's layout: every row of every batch, either side of a
+    tile's rows, a pass's and 512; an odd number of columns and a panel that is not full too."""
+    x, weight = torch.randn(513, 390).to(dtype), torch.randn(130, 390).to(dtype)
     op: Callable[[Tensor, Tensor], Tensor] = lf.linear
+    scale = ONE
     if fp8:
-        weight, scale = reference.quantize_fp8(weight)
+        weight, scale = reference.quantize_fp8(weight, "tensor")
 
         def op(x: Tensor, w: Tensor) -> Tensor:
             return lf.fp8_linear(x, w, scale)
 
-    torch.set_num_threads(1)
-    alone = op(x[1:2], weight)
-    for w in (weight, lf.pack_weight(weight)):
-        for count in (1, 2):
+    for k in (390, 389):
+        w, a = weight[:, :k], x[:, :k]
+        torch.set_num_threads(1)
+        alone = torch.cat([op(a[i : i + 1], w) for i in range(513)])
+        for count, batches in (
+            (1, (*range(2, 19), 131, 132, 133, 511, 512, 513)),
+            (2, (2, 18, 255, 513)),
+        ):
             torch.set_num_threads(count)
-            for rows in (2, 16, 255, 256, 512):
-                assert torch.equal(op(x[:rows], w)[1:2], alone)
+            for rows in batches:
+                assert torch.equal(op(a[:rows], w), alone[:rows])
+                if k % 2 == 0:
+                    packed = lf.pack_weight(w[:128])
+                    assert torch.equal(op(a[:rows], packed), alone[:rows, :128])
 
 
 def test_f41_block_scales(isa: str) -> None:
@@ -143,6 +152,74 @@ def test_f48_large_fp16(value: float, isa: str) -> None:
     weight[:, 0] = 0.0
     for ours in (lf.linear(x, weight.half()), lf.fp8_linear(x, weight.to(FP8), ONE)):
         assert torch.equal(ours, torch.full((2, 64), -value, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_codes_anywhere_in_a_weight(dtype: torch.dtype, isa: str, one_thread: None) -> None:
+    """First, last and tail features and columns: NaN there, the others' bits as before."""
+    x, weight = torch.randn(40, 389).to(dtype), integers(130, 389, torch.float32).to(FP8)
+    for w in (weight, weight[:128, :388]):
+        n, k = w.shape
+        for rows in (1, 3, 6, 40):
+            a = x[:rows, :k]
+            clean = lf.fp8_linear(a, w, ONE)
+            for feature, column, code in (
+                (0, 0, 0x7F),
+                (1, k - 1, 0xFF),
+                (14, 127, 0xFF),
+                (63, 1, 0x7F),
+                (64, 128, 0xFF),
+                (n - 1, k - 1, 0x7F),
+                (n - 1, 0, 0xFF),
+            ):
+                bad = w.clone()
+                bad.view(torch.uint8)[feature, column] = code
+                for b in (bad, lf.pack_weight(bad)) if n == 128 else (bad,):
+                    out = lf.fp8_linear(a, b, ONE)
+                    assert out[:, feature].isnan().all()
+                    out[:, feature] = clean[:, feature]
+                    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("value", [1e-39, 1e-30, 1.0, 300.0, 1e32])
+def test_x_of_any_size(value: float, isa: str, one_thread: None) -> None:
+    """fp32's range, its denormals included, against e4m3's smallest and largest weights; large and
+    small values in one row, and rows that share a tile with Inf, as they are without."""
+    codes = torch.randint(0, 127, (128, 300), dtype=torch.uint8)
+    codes[:, ::2] %= 8  # subnormal
+    codes[:, 7] = 0
+    weight = (codes | torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7).view(FP8)
+    x = torch.randn(20, 300) * value
+    x[3, 7], x[4] = 3e38, float("inf")
+    want = exact(x, weight.float())
+    for w in (weight, lf.pack_weight(weight)):
+        for rows in (1, 3, 4, 20):
+            out = lf.fp8_linear(x[:rows], w, ONE)
+            finite = [i for i in range(rows) if i != 4]
+            bound = x[finite].abs().double() @ weight.double().abs().t() * 2.0**-21 + 1e-44
+            assert ((out[finite].double() - want[finite]).abs() <= bound).all()
+            assert not out[4:5].isfinite().any()
+            assert torch.equal(out[:1], lf.fp8_linear(x[:1], weight, ONE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flushed_denormals_change_nothing(dtype: torch.dtype, isa: str, one_thread: None) -> None:
+    """Another library may have told the CPU to take denormals for zeros."""
+    codes = torch.arange(128 * 130).view(128, 130) % 8 + torch.arange(130) % 2 * 128
+    weight = codes.to(torch.uint8).view(FP8)
+    x = torch.randn(40, 130).to(dtype)
+    if dtype == torch.float32:
+        x[::2] *= 1e-38
+    for w in (weight, lf.pack_weight(weight)):
+        for rows in (1, 4, 40):
+            kept = lf.fp8_linear(x[:rows], w, ONE)
+            torch.set_flush_denormal(True)
+            try:
+                flushed = lf.fp8_linear(x[:rows], w, ONE)
+            finally:
+                torch.set_flush_denormal(False)
+            assert kept.count_nonzero() > 0.9 * kept.numel()
+            assert torch.equal(bits(flushed), bits(kept))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

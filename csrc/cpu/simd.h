@@ -5,8 +5,6 @@
 // The header of the instruction set at hand gives Vec, kLanes, load, store, load_n, store_n, zeros,
 // broadcast, abs, + - * / and fma, reduce_add, reduce_max, any_nan, and
 //   max, min         return their second argument when either is NaN
-//   broadcast_pair   p[0] in even lanes, p[1] in odd ones
-//   add_pairs        sums of neighbours: lanes 2i and 2i + 1 of a, then of b
 //   swap_pairs       lanes 2i and 2i + 1 change places
 //   round_to<T>      the value that T would store
 //   round_int        to the nearest integer, ties to even

@@ -34,15 +34,6 @@ inline float reduce_max(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-inline Vec broadcast_pair(const float* p) {
-  double bits;
-  std::memcpy(&bits, p, 8);
-  return {_mm256_castpd_ps(_mm256_set1_pd(bits))};
-}
-inline Vec add_pairs(Vec a, Vec b) {
-  const __m256 sums = _mm256_hadd_ps(a.v, b.v);  // a and b alternate every two lanes
-  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sums), 0b11011000))};
-}
 
 inline __m128i narrow_epi32_epi16(__m256i x) {
   return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));

@@ -53,19 +53,6 @@ inline float reduce_add(Vec a) {
     for (int i = 0; i < step; ++i) a.v[i] += a.v[i + step];
   return a.v[0];
 }
-inline Vec broadcast_pair(const float* p) {
-  Vec r;
-  LF_EACH r.v[i] = p[i % 2];
-  return r;
-}
-inline Vec add_pairs(Vec a, Vec b) {
-  Vec r;
-  for (int i = 0; i < kLanes / 2; ++i) {
-    r.v[i] = a.v[2 * i] + a.v[2 * i + 1];
-    r.v[i + kLanes / 2] = b.v[2 * i] + b.v[2 * i + 1];
-  }
-  return r;
-}
 inline float reduce_max(Vec a) {
   for (int i = 1; i < kLanes; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
   return a.v[0];
