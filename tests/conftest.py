@@ -50,9 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(params=_cpu.isas())
+@pytest.fixture(params=[named] if (named := os.environ.get("LLAMA_FAST_CPU_ISA")) else _cpu.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine can run, in turn."""
+    """Each instruction set that this machine can run, in turn; or the one that is asked for."""
     before = _cpu.isa()
     _cpu.set_isa(request.param)
     yield request.param

@@ -33,32 +33,40 @@ LF_DEVICE void load_queries(const KvCacheAttentionParams& p, const DecodePlan& p
         }
         q[d][2 * half + h] = pair;
       }
-    if (!fp8 || p.dtype == DType::f16) continue;
-    // bf16 -> fp16. Elements below 2^-14 of the row's largest are off by 2^-25 of it at most.
-    float largest = 0;
+    if constexpr (!fp8) continue;
+    if (p.dtype != DType::f16) {
+      // bf16 -> fp16. Elements below 2^-14 of the row's largest are off by 2^-25 of it at most.
+      float largest = 0;
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t pair = q[d][2 * half + h];
+          largest = fmaxf(largest, fmaxf(fabsf(__uint_as_float(pair << 16)),
+                                         fabsf(__uint_as_float(pair & 0xffff0000u))));
+        }
+      uint32_t exponent = __float_as_uint(quad_max(largest)) & 0x7f800000u;
+      exponent = exponent < 0x00800000u ? 0x00800000u : exponent;
+      exponent = exponent > 0x7e800000u ? 0x7e800000u : exponent;
+      const float inverse = __uint_as_float(0x7f000000u - exponent);
+      scale[h] *= __uint_as_float(exponent);
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t pair = q[d][2 * half + h];
+          q[d][2 * half + h] = pack<__half>(__uint_as_float(pair << 16) * inverse,
+                                            __uint_as_float(pair & 0xffff0000u) * inverse);
+        }
+    }
+    // The largest score is found before it is scaled: a scale below zero would turn the order
+    // around, and a masked score times zero is NaN.
+    const uint32_t sign = __float_as_uint(scale[h]) & 0x80000000u;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t pair = q[d][2 * half + h];
-        largest = fmaxf(largest, fmaxf(fabsf(__uint_as_float(pair << 16)),
-                                       fabsf(__uint_as_float(pair & 0xffff0000u))));
-      }
-    uint32_t exponent = __float_as_uint(quad_max(largest)) & 0x7f800000u;
-    exponent = exponent < 0x00800000u ? 0x00800000u : exponent;
-    exponent = exponent > 0x7e800000u ? 0x7e800000u : exponent;
-    const float inverse = __uint_as_float(0x7f000000u - exponent);
-    scale[h] *= __uint_as_float(exponent);
-    // Of a row of zeros it may underflow, and a masked score times zero is NaN.
-    if (fabsf(scale[h]) < 1.17549435e-38f) scale[h] = 1.17549435e-38f;
-#pragma unroll
-    for (int d = 0; d < D / 16; ++d)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t pair = q[d][2 * half + h];
-        q[d][2 * half + h] = pack<__half>(__uint_as_float(pair << 16) * inverse,
-                                          __uint_as_float(pair & 0xffff0000u) * inverse);
-      }
+      for (int half = 0; half < 2; ++half) q[d][2 * half + h] ^= sign | sign >> 16;
+    scale[h] = fabsf(scale[h]) < 1.17549435e-38f ? 1.17549435e-38f : fabsf(scale[h]);
   }
 }
 
