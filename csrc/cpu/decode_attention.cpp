@@ -197,7 +197,8 @@ class Decode {
         else
           for (int64_t i = 0; i < p_.head_dim; i += kStep) {
             const int64_t left = p_.head_dim - i;
-            const Pair x = left < kStep ? load2_n(from + i, static_cast<int>(left)) : load2(from + i);
+            const Pair x =
+                left < kStep ? load2_n(from + i, static_cast<int>(left)) : load2(from + i);
             store(to + i, x.a), store(to + i + kLanes, x.b);
           }
       }
@@ -226,13 +227,13 @@ class Decode {
         return RowStream(rows, source.first_head * stride[2], then.n,
                          (last + p_.head_dim) * static_cast<int64_t>(sizeof(T)), calls);
       };
-      const int64_t rows = group_ >= 3 ? 4 : group_;
-      const int64_t vectors = (block.n * rows + kLanes - 1) / kLanes;
-      const int64_t passes = rows == 4   ? advances<4, T>(block.n, p_.head_dim)
-                             : rows == 2 ? advances<2, T>(block.n, p_.head_dim)
-                                         : advances<1, T>(block.n, p_.head_dim);
-      RowStream keys = ahead(then.k, p_.k_cache_stride, item.heads * vectors);
-      RowStream values = ahead(then.v, p_.v_cache_stride, item.heads * passes);
+      const int rows = group_ >= 3 ? 4 : static_cast<int>(group_);
+      const int64_t d = p_.head_dim, n = block.n, key_calls = key_advances(rows, n, d);
+      const int64_t value_calls = rows == 4   ? value_advances<4, T>(n, d)
+                                  : rows == 2 ? value_advances<2, T>(n, d)
+                                              : value_advances<1, T>(n, d);
+      RowStream keys = ahead(then.k, p_.k_cache_stride, item.heads * key_calls);
+      RowStream values = ahead(then.v, p_.v_cache_stride, item.heads * value_calls);
       for (int64_t h = 0; h < item.heads; ++h)
         attend_head(block, item, item.first_head + h, q + h * q_size, keys, values);
       if (after >= item.end) break;
@@ -299,7 +300,7 @@ class Decode {
       const Vec weight = exp2_nonpositive<false>(broadcast(s.max[lane] - top));
       total = fma(weight, broadcast(s.total[lane]), total);
       const float* x = s.sums() + r * stride_;
-      for (int64_t i = 0; i < p_.head_dim; i += kLanes)
+      for (int64_t i = 0; i < stride_; i += kLanes)
         store(sums + i, fma(load(x + i), weight, load(sums + i)));
     }
     const bool none = seen(sequence, tile.query) == 0;

@@ -75,8 +75,8 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #elif defined(LF_AVX2)
 
-// Of fma's three forms gcc takes those that overwrite a factor too, copies registers for it and, out
-// of them, spills sums: 1.5 times the time.
+// Of fma's three forms gcc takes those that overwrite a factor too, copies registers for it and,
+// out of them, spills sums: 1.5 times the time.
 inline void add_product(Vec& sum, Vec a, Vec b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "xm"(b.v));
 }
@@ -159,14 +159,24 @@ class RowStream {
 
 // ---- scores: q . k for R rows and kLanes / R keys ----
 
+// Calls of ahead.advance() that the scores of a block of keys make: the fewer rows, the more keys
+// lie between two vectors of scores.
+inline int64_t key_advances(int rows, int64_t keys, int64_t d) {
+  const int64_t vectors = (keys * rows + kLanes - 1) / kLanes;
+  return rows >= 4 ? vectors : vectors * ((d + 2 * kLanes - 1) / (2 * kLanes));
+}
+
 // q's rows are as load2 leaves rows of T. Each load of a row of q serves two keys: more, and the
 // accumulators would leave no registers for them.
 template <int R, class T>
-inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d) {
+inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d,
+                  RowStream& ahead) {
   constexpr int kKeys = kLanes / R, kTogether = kLanes == 16 && kKeys >= 4 ? 4 : kKeys >= 2 ? 2 : 1;
   Vec acc[kLanes];
   for (Vec& a : acc) a = zeros();
+  if constexpr (R >= 4) ahead.advance();
   const auto step = [&](int64_t i, auto load_key) __attribute__((always_inline)) {
+    if constexpr (R < 4) ahead.advance();
 #pragma GCC unroll 16
     for (int first = 0; first < kKeys; first += kTogether) {
       Pair key[kTogether];
@@ -179,8 +189,7 @@ inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d
           Vec* const sums = acc + r * kKeys + first;
           const Vec qv = load(q + r * q_stride + i + half * kLanes);
 #pragma GCC unroll 16
-          for (int j = 0; j < kTogether; ++j)
-            add_product(sums[j], half ? key[j].b : key[j].a, qv);
+          for (int j = 0; j < kTogether; ++j) add_product(sums[j], half ? key[j].b : key[j].a, qv);
         }
     }
   };
@@ -194,11 +203,14 @@ inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d
 
 #if defined(LF_AVX512_BF16)
 template <int R>
-inline Vec scores(const bf16* q, int64_t q_stride, const bf16* const* k, int64_t d) {
+inline Vec scores(const bf16* q, int64_t q_stride, const bf16* const* k, int64_t d,
+                  RowStream& ahead) {
   constexpr int kKeys = kLanes / R;
   Vec acc[kLanes];
   for (Vec& a : acc) a = zeros();
+  if constexpr (R >= 4) ahead.advance();
   const auto step = [&](int64_t i, auto load_key) __attribute__((always_inline)) {
+    if constexpr (R < 4) ahead.advance();
     __m512bh key[kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) key[j] = load_key(k[j] + i);
@@ -230,21 +242,18 @@ inline void store_weights(bf16* p, Vec a) {
 }
 #endif
 
-// Keys to a run of such passes: rows a power of two apart share few sets of the first level of cache,
-// 16 of them fit where each line takes two passes.
+// Keys to a run of such passes: rows a power of two apart share few sets of the first level of
+// cache, 16 of them fit where each line takes two passes.
 inline constexpr int kValueKeys = kLanes == 16 ? kKeyBlock : 16;
 // Pairs of columns in one pass over the keys: R * 2 * kPairs sums fit the registers.
 template <int R>
 inline constexpr int kPairs = kLanes == 16 ? 2 : 4 / R;
-// Keys to a call of ahead.advance(): at least a vector of weights.
-template <int R>
-inline constexpr int kAheadKeys = kLanes == 16 ? kLanes / R : 8;
-// Such calls that weighted_sum makes.
+inline constexpr int kAheadKeys = kLanes == 16 ? 4 : 8;  // to a call of ahead.advance()
 template <int R, class T>
-inline int64_t advances(int64_t keys, int64_t d) {
+inline int64_t value_advances(int64_t keys, int64_t d) {
   constexpr int columns =
       std::is_same_v<typename Operand<T>::type, bf16> ? 64 : 2 * kLanes * kPairs<R>;
-  return (d + columns - 1) / columns * ((keys + kAheadKeys<R> - 1) / kAheadKeys<R>);
+  return (d + columns - 1) / columns * ((keys + kAheadKeys - 1) / kAheadKeys);
 }
 
 // Columns i and on; load_value(v, c) gives pair c of v's.
@@ -260,9 +269,9 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < kVecs; ++c)
       acc[r][c] = load(sums + r * stride + i + c * kLanes) * broadcast(alpha[r * kKeys]);
   for (int j = 0; j < keys; j += kKeys, p += kLanes) {
-    if (j % kAheadKeys<R> == 0) ahead.advance();
 #pragma GCC unroll 2
     for (int u = 0; u < kKeys; ++u) {
+      if (u % 2 == 0 && (j + u) % kAheadKeys == 0) ahead.advance();
       Pair value[kPairs];
 #pragma GCC unroll 16
       for (int c = 0; c < kPairs; ++c) value[c] = load_value(v[j + u] + i, c);
@@ -319,9 +328,9 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < 2 * kVecs; ++c)
       acc[r][c] = load(sums + r * stride + i + c * kLanes) * broadcast(alpha[r * kKeys]);
   for (int j = 0; j < keys; j += kKeys, p += kLanes) {
-    ahead.advance();
 #pragma GCC unroll 2
     for (int u = 0; u < kKeys; u += 2) {
+      if (u % kAheadKeys == 0) ahead.advance();
       __m512i pair[2 * kVecs];
 #pragma GCC unroll 16
       for (int c = 0; c < kVecs; ++c) {
@@ -360,7 +369,8 @@ inline void weighted_sum(float* sums, const float* alpha, const bf16* p, const b
                            d - i < 32 ? (1u << (d - i)) - 1u : kAll);
 }
 inline void finish_sums(float* sums, int64_t n, const bf16*) {
-  const __m512i first = _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+  const __m512i first =
+      _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
   for (int64_t i = 0; i < n; i += 32) {
     const __m512 lo = load(sums + i).v, hi = load(sums + i + 16).v;
@@ -375,9 +385,10 @@ inline void finish_sums(float* sums, int64_t n, const bf16*) {
 // Takes n keys, all seen by all R rows, into the tile's state. k and v must point at rows that can
 // be read, and v's be finite, up to the next multiple of kLanes / R past n.
 template <int R, class T>
-__attribute__((noinline)) void attend_block(TileState& state, const typename Operand<T>::type* q, int64_t q_stride,
-                         const T* const* k, const T* const* v, int n, int64_t d, float log2_scale,
-                         RowStream& keys_ahead, RowStream& values_ahead) {
+__attribute__((noinline)) void attend_block(TileState& state, const typename Operand<T>::type* q,
+                                            int64_t q_stride, const T* const* k, const T* const* v,
+                                            int n, int64_t d, float log2_scale,
+                                            RowStream& keys_ahead, RowStream& values_ahead) {
   constexpr int kKeys = kLanes / R;
   constexpr auto larger = [](Vec a, Vec b) { return max(a, b); };
   alignas(64) float s[kKeyBlock * R];
@@ -386,8 +397,7 @@ __attribute__((noinline)) void attend_block(TileState& state, const typename Ope
 
   Vec top = broadcast(-FLT_MAX);
   for (int j = 0; j < steps; ++j) {
-    keys_ahead.advance();
-    Vec x = scores<R>(q, q_stride, k + j * kKeys, d) * broadcast(log2_scale);
+    Vec x = scores<R>(q, q_stride, k + j * kKeys, d, keys_ahead) * broadcast(log2_scale);
     store(s + j * kLanes, x);
     if (n - j * kKeys < kKeys) {
       for (int i = 0; i < kLanes; ++i)

@@ -10,10 +10,12 @@
 //   swap_pairs       lanes 2i and 2i + 1 change places
 //   round_to<T>      the value that T would store
 //   round_exponent   x, or x * factor, to the nearest integer n, ties to even; |n| < 2^21
-//   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or, where
+//   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or,
+//   where
 //                    kLdexpUnit is 2, [-126, 128], and 0 at -126: no denormal ever comes out
 //   Pair             two vectors of a row; kEvenOdd<T>: the elements with even and with odd indices
-//   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear, which
+//   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear,
+//   which
 //                    no NaN is that comes from 16 bits or from arithmetic. plain_nan clears them.
 // What is built on the above stands here.
 #pragma once
@@ -58,7 +60,8 @@ inline void store2(T* p, Pair x) {
 template <class T>
 inline Pair load2_n(const T* p, int n) {
   if constexpr (!kEvenOdd<T>)
-    return n <= kLanes ? Pair{load_n(p, n), zeros()} : Pair{load(p), load_n(p + kLanes, n - kLanes)};
+    return n <= kLanes ? Pair{load_n(p, n), zeros()}
+                       : Pair{load(p), load_n(p + kLanes, n - kLanes)};
   T buffer[2 * kLanes] = {};
   std::memcpy(buffer, p, n * sizeof(T));
   return load2(buffer);

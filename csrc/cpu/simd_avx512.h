@@ -192,7 +192,8 @@ inline Pair round2_to(Pair x) {
 inline Pair even_odd(Pair x) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-  return {{_mm512_permutex2var_ps(x.a.v, even, x.b.v)}, {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}};
+  return {{_mm512_permutex2var_ps(x.a.v, even, x.b.v)},
+          {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}};
 }
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
@@ -210,7 +211,9 @@ inline constexpr float kLdexpUnit = 1.0f;
 inline Exponent round_exponent(Vec x) {
   return {{_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}};
 }
-inline Exponent round_exponent(Vec x, float factor) { return round_exponent(x * broadcast(factor)); }
+inline Exponent round_exponent(Vec x, float factor) {
+  return round_exponent(x * broadcast(factor));
+}
 inline Vec ldexp(Vec x, Exponent e) { return {_mm512_scalef_ps(x.v, e.n.v)}; }
 inline Vec ldexp(Vec x, Exponent e, Vec addend) { return ldexp(x, e) + addend; }
 
