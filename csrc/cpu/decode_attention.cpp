@@ -227,8 +227,8 @@ class Decode {
         return RowStream(rows, source.first_head * stride[2], then.n,
                          (last + p_.head_dim) * static_cast<int64_t>(sizeof(T)), calls);
       };
-      const int rows = group_ >= 3 ? 4 : static_cast<int>(group_);
-      const int64_t d = p_.head_dim, n = block.n, key_calls = key_advances(rows, n, d);
+      const int64_t rows = group_ >= 3 ? 4 : group_;
+      const int64_t d = p_.head_dim, n = block.n, key_calls = (n * rows + kLanes - 1) / kLanes;
       const int64_t value_calls = rows == 4   ? value_advances<4, T>(n, d)
                                   : rows == 2 ? value_advances<2, T>(n, d)
                                               : value_advances<1, T>(n, d);

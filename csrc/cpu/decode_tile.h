@@ -7,6 +7,7 @@
 // products count as zero there) and fp32 arithmetic serves everything else.
 #pragma once
 #include "attention_tile.h"
+#include "row_stream.h"
 
 namespace lf::LF_ISA {
 
@@ -127,56 +128,16 @@ inline Vec across(Vec a, Op op) {
   return a;
 }
 
-// Prefetches rows to L2 in the order of memory, a few lines for every vector of scores (weights)
-// computed meanwhile: in one burst they would stall the loads of the block at hand.
-class RowStream {
- public:
-  RowStream() = default;
-  // `bytes` from each of n rows on, in as many calls of advance().
-  template <class T>
-  RowStream(const T* const* rows, int64_t offset, int64_t n, int64_t bytes, int64_t calls)
-      : rows_(reinterpret_cast<const char* const*>(rows)),
-        last_(rows_ + n),
-        offset_(offset * static_cast<int64_t>(sizeof(T))),
-        bytes_(bytes),
-        bursts_(((bytes + kBurst - 1) / kBurst * n + calls - 1) / calls) {}
-
-  void advance() {
-    for (int64_t i = bursts_; i > 0 && rows_ != last_; --i) {
-      const char* from = *rows_ + offset_ + at_;
-#pragma GCC unroll 4
-      for (int byte = 0; byte < kBurst; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-      if ((at_ += kBurst) >= bytes_) at_ = 0, ++rows_;
-    }
-  }
-
- private:
-  static constexpr int kBurst = 256;
-  const char* const* rows_ = nullptr;
-  const char* const* last_ = nullptr;
-  int64_t offset_ = 0, bytes_ = 0, bursts_ = 0, at_ = 0;
-};
-
 // ---- scores: q . k for R rows and kLanes / R keys ----
-
-// Calls of ahead.advance() that the scores of a block of keys make: the fewer rows, the more keys
-// lie between two vectors of scores.
-inline int64_t key_advances(int rows, int64_t keys, int64_t d) {
-  const int64_t vectors = (keys * rows + kLanes - 1) / kLanes;
-  return rows >= 4 ? vectors : vectors * ((d + 2 * kLanes - 1) / (2 * kLanes));
-}
 
 // q's rows are as load2 leaves rows of T. Each load of a row of q serves two keys: more, and the
 // accumulators would leave no registers for them.
 template <int R, class T>
-inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d,
-                  RowStream& ahead) {
+inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d) {
   constexpr int kKeys = kLanes / R, kTogether = kLanes == 16 && kKeys >= 4 ? 4 : kKeys >= 2 ? 2 : 1;
   Vec acc[kLanes];
   for (Vec& a : acc) a = zeros();
-  if constexpr (R >= 4) ahead.advance();
   const auto step = [&](int64_t i, auto load_key) __attribute__((always_inline)) {
-    if constexpr (R < 4) ahead.advance();
 #pragma GCC unroll 16
     for (int first = 0; first < kKeys; first += kTogether) {
       Pair key[kTogether];
@@ -203,14 +164,11 @@ inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d
 
 #if defined(LF_AVX512_BF16)
 template <int R>
-inline Vec scores(const bf16* q, int64_t q_stride, const bf16* const* k, int64_t d,
-                  RowStream& ahead) {
+inline Vec scores(const bf16* q, int64_t q_stride, const bf16* const* k, int64_t d) {
   constexpr int kKeys = kLanes / R;
   Vec acc[kLanes];
   for (Vec& a : acc) a = zeros();
-  if constexpr (R >= 4) ahead.advance();
   const auto step = [&](int64_t i, auto load_key) __attribute__((always_inline)) {
-    if constexpr (R < 4) ahead.advance();
     __m512bh key[kKeys];
 #pragma GCC unroll 16
     for (int j = 0; j < kKeys; ++j) key[j] = load_key(k[j] + i);
@@ -397,7 +355,8 @@ __attribute__((noinline)) void attend_block(TileState& state, const typename Ope
 
   Vec top = broadcast(-FLT_MAX);
   for (int j = 0; j < steps; ++j) {
-    Vec x = scores<R>(q, q_stride, k + j * kKeys, d, keys_ahead) * broadcast(log2_scale);
+    keys_ahead.advance();
+    Vec x = scores<R>(q, q_stride, k + j * kKeys, d) * broadcast(log2_scale);
     store(s + j * kLanes, x);
     if (n - j * kKeys < kKeys) {
       for (int i = 0; i < kLanes; ++i)
