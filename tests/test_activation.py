@@ -66,6 +66,18 @@ def test_f30_f31_strides_and_canaries(isa: str) -> None:
     assert torch.equal(canary[1:4], lf.silu_and_mul(gate_up.contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [4095, 4097, 4103, 8191])
+def test_f30_the_end_of_a_row_cut_into_items(width: int, dtype: torch.dtype, isa: str) -> None:
+    """A wide row is several items of work; the last must stop at the row's end."""
+    gate_up = torch.randn(1, 2 * width).to(dtype)
+    canary = torch.full((3, width), 7.0, dtype=dtype)
+    cpu.silu_and_mul(canary[1:2], gate_up)
+    assert (canary[0] == 7).all() and (canary[2] == 7).all()
+    ours, eager = canary[1:2], reference.silu_and_mul(gate_up)
+    assert ulps(ours, eager) <= (SILU_FP32_ULPS if dtype == torch.float32 else 2)
+
+
 def test_f41_a_row_does_not_depend_on_the_batch(isa: str) -> None:
     gate_up = torch.randn(512, 2 * 97).bfloat16()
     alone = lf.silu_and_mul(gate_up[:1])

@@ -136,6 +136,18 @@ def test_f08_a_masked_value_never_counts(
 
 
 @dtypes
+@pytest.mark.parametrize("keys", [64, 128, 200])
+def test_a_row_that_misses_only_its_last_key(isa: str, dtype: torch.dtype, keys: int) -> None:
+    """Two rows: the first misses one key of the block, and that is NaN."""
+    q, k, v = qkv((2, keys), (1, 1), 32, dtype)
+    clean = lf.attention(q, k, v)
+    k[:, -1], v[:, -1] = NAN, NAN
+    out = lf.attention(q, k, v)
+    assert torch.equal(out[:, 0], clean[:, 0])
+    assert out[:, 1].isnan().all()
+
+
+@dtypes
 def test_a_nan_query_spoils_its_own_row_only(isa: str, dtype: torch.dtype) -> None:
     q, k, v = qkv((40, 140), (4, 2), 64, dtype)
     clean = lf.attention(q, k, v)

@@ -256,6 +256,24 @@ def test_f04_keys_and_values_interleaved_in_one_pool(isa: str, dtype: torch.dtyp
     assert torch.equal(out, want)
 
 
+@dtypes
+@queries(1, 60)
+def test_caches_of_different_strides(isa: str, dtype: torch.dtype, sq: int) -> None:
+    """Keys token by token and values head by head, and the other way about."""
+    q, k, v = make(2, sq, 90, (4, 2), 32, dtype)
+    seqlens = lengths(90, 71)
+    want = lf.attention_with_kvcache(q, k, v, seqlens)
+
+    def head_major(cache: Tensor) -> Tensor:
+        memory = cache.new_full((3, 3, 97, 40), NAN)
+        memory[:2, :2, :90, :32] = cache.transpose(1, 2)
+        return memory[:2, :2, :90, :32].transpose(1, 2)
+
+    for keys, values in ((k, head_major(v)), (head_major(k), v)):
+        assert all(a != b for a, b in zip(keys.stride()[:3], values.stride()[:3], strict=True))
+        assert torch.equal(lf.attention_with_kvcache(q, keys, values, seqlens), want)
+
+
 @queries(1, 64)
 def test_f03_highest_block_of_a_pool_past_2_to_the_31(isa: str, sq: int) -> None:
     """Memory that is never touched costs nothing: only the blocks in use are."""
@@ -285,6 +303,18 @@ def test_f22_at_and_past_the_capacity() -> None:
 
 
 # ---- what a result may depend on ----
+
+
+def test_more_chunks_than_one_wave_holds(isa: str) -> None:
+    """9 sequences of 16 heads in 1024 chunks each: over 80 MB of partial results, 64 to a wave."""
+    q, k, v = make(9, 1, 1024, (16, 16), 8, torch.bfloat16)
+    seqlens = lengths(1024, 1023, 1024, 1022, 1024, 1024, 1024, 1024, 1024)
+    out = lf.attention_with_kvcache(q, k, v, seqlens, num_splits=1024)
+    for i in range(9):
+        one = slice(i, i + 1)
+        alone = lf.attention_with_kvcache(q[one], k[one], v[one], seqlens[one], num_splits=1024)
+        assert torch.equal(out[one], alone), i
+    check(q, k, v, seqlens, num_splits=1024)
 
 
 @dtypes

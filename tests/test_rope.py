@@ -90,6 +90,32 @@ def test_append_writes_what_apply_rope_gives(dtype: torch.dtype, isa: str) -> No
     assert (pool == 7).sum() == pool.numel() - k.numel() - v.numel()
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_caches_of_different_strides(interleaved: bool, isa: str) -> None:
+    """v token by token beside a k head by head, with gaps: each goes by its own strides."""
+    q, k, v, positions, table = make(9, 4, 2, 32, torch.bfloat16)
+    _, want = lf.apply_rope(q, k, positions, table, interleaved=interleaved)
+    slots = torch.tensor([3, 17, 0, 5, 22, 9, 11, 1, 23])
+    pools = torch.full((3, 3, 9, 40), 7.0).bfloat16(), torch.full((4, 11, 3, 48), 7.0).bfloat16()
+    k_cache, v_cache = pools[0][:, :2, :8, :32].transpose(1, 2), pools[1][:3, :8, :2, :32]
+    caches = k_cache, v_cache
+    lf.apply_rope_and_append(q, k, v, positions, table, *caches, slots, interleaved=interleaved)
+    assert torch.equal(k_cache[slots // 8, slots % 8], want)
+    assert torch.equal(v_cache[slots // 8, slots % 8], v)
+    for pool in pools:
+        assert (pool != 7).sum() <= k.numel() < pool.numel()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["largest", "negative", "least"])
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) -> None:
+    """Rounding to bf16 by an addition would carry out of a NaN whose lower bits are set."""
+    q, k, _, positions, table = make(3, 4, 2, 128, torch.bfloat16)
+    table = torch.full_like(table, 0).view(torch.int32).fill_(bits).view(torch.float32)
+    for out in lf.apply_rope(q, k, positions, table, interleaved=interleaved):
+        assert out.isnan().all()
+
+
 def test_f19_slot_minus_one_writes_nothing(isa: str) -> None:
     q, k, v, positions, table = make(4, 4, 2, 32, torch.bfloat16)
     caches = torch.randn(2, 2, 8, 2, 32).bfloat16()

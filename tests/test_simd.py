@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,3 +74,42 @@ def test_f38_every_e4m3_tie_and_its_neighbours(isa: str) -> None:
     q, scale = lf.quantize_fp8(torch.cat((x, -x, torch.full((1,), 448.0)))[None])
     assert scale.item() == 1.0
     assert torch.equal(q.view(torch.uint8)[0, :-1], torch.cat((want, want + 128)))
+
+
+@pytest.fixture
+def flushed() -> Iterator[None]:
+    """As another library may leave a thread: denormals are zeros, as operands and as results."""
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["one_thread", "two_threads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_denormals_count_where_a_thread_flushes_them(
+    dtype: torch.dtype, count: int, isa: str, threads: None, request: pytest.FixtureRequest
+) -> None:
+    torch.set_num_threads(count)
+    x, residual = (torch.randn(2, 64, 4096) * 1e-38).to(dtype)
+    q = x.view(-1, 32, 128)[:64]
+    keys, values = (t.view(1, -1, 2, 128)[:, :999] for t in (torch.randn_like(x), x))
+    table, positions = lf.rope_table(1e4, 64, head_dim=128), torch.arange(64)
+    lengths = torch.tensor([999], dtype=torch.int32)
+    ops: list[Callable[[], Any]] = [
+        lambda: lf.add_rms_norm(x, residual, torch.ones_like(x[0])),
+        lambda: lf.rms_norm_fp8(x, torch.ones_like(x[0])),
+        lambda: lf.silu_and_mul(x),
+        lambda: lf.quantize_fp8(x),
+        lambda: lf.quantize_fp8(torch.zeros_like(x), "tensor"),
+        lambda: lf.quantize_fp8(x, "block"),
+        lambda: lf.apply_rope(q, q, positions, table),
+        lambda: lf.attention(keys[:, :99], keys, values),
+        lambda: lf.attention_with_kvcache(keys[:, :1], keys, values, lengths),
+        lambda: lf.linear(values[0, :9, 0], torch.eye(128, dtype=dtype)),
+    ]
+    want = [op() for op in ops]
+    request.getfixturevalue("flushed")
+    for i, op in enumerate(ops):
+        got, expected = (t if isinstance(t, tuple) else (t,) for t in (op(), want[i]))
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), i

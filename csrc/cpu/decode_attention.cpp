@@ -16,6 +16,7 @@
 namespace lf::LF_ISA {
 namespace {
 
+constexpr int kStep = 2 * kLanes;
 constexpr int64_t kChunk = 512;      // keys; 2 MiB of an 8-head bf16 cache
 constexpr int64_t kMaxChunks = 64;   // bounds what the second pass reads
 constexpr int64_t kRunBytes = 4096;  // of one token's heads, walked together: two blocks fit L2
@@ -75,45 +76,6 @@ struct Item {
 // Up to 4 heads of a query that share a kv head; `first` among them.
 struct Tile {
   int64_t query, first;
-};
-
-// Prefetches a block's rows to L2, token by token, a few rows for every vector of scores (weights)
-// computed meanwhile: in one burst they would stall the loads of the block at hand.
-template <class T>
-class Ahead {
- public:
-  Ahead(const KeyBlock<T>& block, const KvCacheAttentionParams& p, const Item& item,
-        int64_t key_steps, int64_t value_steps)
-      : k_{block.k, item.first_head * p.k_cache_stride[2], p.k_cache_stride[2], 0, 0, 0},
-        v_{block.v, item.first_head * p.v_cache_stride[2], p.v_cache_stride[2], 0, 0, 0},
-        tokens_(block.n),
-        heads_(item.heads),
-        row_bytes_(p.head_dim * static_cast<int64_t>(sizeof(T))) {
-    k_.per_step = (tokens_ * heads_ + key_steps - 1) / key_steps;
-    v_.per_step = (tokens_ * heads_ + value_steps - 1) / value_steps;
-  }
-  void keys() { advance(k_); }
-  void values() { advance(v_); }
-
- private:
-  struct Cursor {
-    const T* const* rows;
-    int64_t offset, stride, per_step, token, head;
-  };
-  void advance(Cursor& c) {
-    for (int64_t i = 0; i < c.per_step && c.token < tokens_; ++i) {
-      const char* row =
-          reinterpret_cast<const char*>(c.rows[c.token] + c.offset + c.head * c.stride);
-      for (int64_t byte = 0; byte < row_bytes_; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-      if (++c.head == heads_) c.head = 0, ++c.token;
-    }
-  }
-  Cursor k_, v_;
-  int64_t tokens_, heads_, row_bytes_;
-};
-struct NothingAhead {
-  void keys() {}
-  void values() {}
 };
 
 template <class T>
@@ -233,7 +195,12 @@ class Decode {
         if constexpr (std::is_same_v<Q, T>)
           std::memcpy(to, from, static_cast<size_t>(p_.head_dim) * sizeof(T));
         else
-          for (int64_t i = 0; i < p_.head_dim; ++i) to[i] = to_float(from[i]);
+          for (int64_t i = 0; i < p_.head_dim; i += kStep) {
+            const int64_t left = p_.head_dim - i;
+            const Pair x =
+                left < kStep ? load2_n(from + i, static_cast<int>(left)) : load2(from + i);
+            store(to + i, x.a), store(to + i + kLanes, x.b);
+          }
       }
     });
   }
@@ -254,11 +221,21 @@ class Decode {
       const int64_t after = block.first + block.n;
       const Item& source = after < item.end ? item : next;
       const KeyBlock<T> then = locate(source, after < item.end ? after : next.begin);
+      // Heads that lie side by side are one run of memory.
+      const auto ahead = [&](const T* const* rows, const int64_t (&stride)[3], int64_t calls) {
+        const int64_t last = source.heads > 1 ? (source.heads - 1) * stride[2] : 0;
+        return RowStream(rows, source.first_head * stride[2], then.n,
+                         (last + p_.head_dim) * static_cast<int64_t>(sizeof(T)), calls);
+      };
       const int64_t rows = group_ >= 3 ? 4 : group_;
-      const int64_t vectors = item.heads * ((block.n * rows + kLanes - 1) / kLanes);
-      Ahead<T> ahead(then, p_, source, vectors, vectors * value_passes<T>(p_.head_dim));
+      const int64_t d = p_.head_dim, n = block.n, key_calls = (n * rows + kLanes - 1) / kLanes;
+      const int64_t value_calls = rows == 4   ? value_advances<4, T>(n, d)
+                                  : rows == 2 ? value_advances<2, T>(n, d)
+                                              : value_advances<1, T>(n, d);
+      RowStream keys = ahead(then.k, p_.k_cache_stride, item.heads * key_calls);
+      RowStream values = ahead(then.v, p_.v_cache_stride, item.heads * value_calls);
       for (int64_t h = 0; h < item.heads; ++h)
-        attend_head(block, item, item.first_head + h, q + h * q_size, ahead);
+        attend_head(block, item, item.first_head + h, q + h * q_size, keys, values);
       if (after >= item.end) break;
       block = then;
     }
@@ -270,32 +247,28 @@ class Decode {
   }
 
   void attend_head(const KeyBlock<T>& block, const Item& item, int64_t kv_head, const Q* q,
-                   Ahead<T>& ahead) const {
+                   RowStream& keys_ahead, RowStream& values_ahead) const {
     const T *k[kKeyBlock], *v[kKeyBlock];
     const int64_t k_offset = kv_head * p_.k_cache_stride[2];
     const int64_t v_offset = kv_head * p_.v_cache_stride[2];
     for (int j = 0; j < block.n; ++j) k[j] = block.k[j] + k_offset, v[j] = block.v[j] + v_offset;
-    const float scale = p_.softmax_scale * 1.44269504088896341f;
+    const float scale = plain_nan(p_.softmax_scale * 1.44269504088896341f);
+    RowStream nothing;
     for_each_tile([&](auto rows, const Tile& tile) {
       constexpr int R = decltype(rows)::value;
       const int64_t left = seen(item.sequence, tile.query) - block.first;
       const int n = static_cast<int>(clamp(left, 0, block.n));
       if (n == 0) return;
       const T *tail_k[kKeyBlock], *tail_v[kKeyBlock];
-      const bool whole = n % (kLanes / R) == 0;
+      const bool whole = n % (kLanes / R) == 0, first = row(tile) == 0;
       if (!whole)
         for (int j = 0; j < kKeyBlock; ++j) {
           tail_k[j] = j < n ? k[j] : reinterpret_cast<const T*>(kZeroRow);
           tail_v[j] = j < n ? v[j] : reinterpret_cast<const T*>(kZeroRow);
         }
-      const auto attend = [&](auto&& more) {
-        attend_block<R>(state(item.slot, kv_head, tile), q + row(tile) * stride_, stride_,
-                        whole ? k : tail_k, whole ? v : tail_v, n, p_.head_dim, scale, more);
-      };
-      if (row(tile) == 0)
-        attend(ahead);
-      else
-        attend(NothingAhead{});
+      attend_block<R>(state(item.slot, kv_head, tile), q + row(tile) * stride_, stride_,
+                      whole ? k : tail_k, whole ? v : tail_v, n, p_.head_dim, scale,
+                      first ? keys_ahead : nothing, first ? values_ahead : nothing);
     });
   }
 
@@ -327,17 +300,18 @@ class Decode {
       const Vec weight = exp2_nonpositive<false>(broadcast(s.max[lane] - top));
       total = fma(weight, broadcast(s.total[lane]), total);
       const float* x = s.sums() + r * stride_;
-      for (int64_t i = 0; i < p_.head_dim; i += kLanes)
+      for (int64_t i = 0; i < stride_; i += kLanes)
         store(sums + i, fma(load(x + i), weight, load(sums + i)));
     }
     const bool none = seen(sequence, tile.query) == 0;
-    for (int64_t i = 0; i < p_.head_dim; i += kLanes) {
-      const Vec x = none ? zeros() : load(sums + i) / total;
+    for (int64_t i = 0; i < p_.head_dim; i += kStep) {
+      Pair x = {zeros(), zeros()};
+      if (!none) x = {load(sums + i) / total, load(sums + i + kLanes) / total};
       const int64_t left = p_.head_dim - i;
-      if (left >= kLanes)
-        store(out + i, x);
+      if (left >= kStep)
+        store2(out + i, x);
       else
-        store_n(out + i, x, static_cast<int>(left));
+        store2_n(out + i, x, static_cast<int>(left));
     }
   }
 

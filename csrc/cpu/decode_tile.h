@@ -7,6 +7,7 @@
 // products count as zero there) and fp32 arithmetic serves everything else.
 #pragma once
 #include "attention_tile.h"
+#include "row_stream.h"
 
 namespace lf::LF_ISA {
 
@@ -45,6 +46,7 @@ inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; 
 
 #if defined(LF_AVX512)
 
+inline void add_product(Vec& sum, Vec a, Vec b) { sum = fma(a, b, sum); }
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xb1)};
@@ -74,6 +76,11 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #elif defined(LF_AVX2)
 
+// Of fma's three forms gcc takes those that overwrite a factor too, copies registers for it and,
+// out of them, spills sums: 1.5 times the time.
+inline void add_product(Vec& sum, Vec a, Vec b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "xm"(b.v));
+}
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   if constexpr (kDistance == 1) return {_mm256_permute_ps(a.v, 0xb1)};
@@ -81,14 +88,22 @@ inline Vec swap_lanes(Vec a) {
   if constexpr (kDistance == 4) return {_mm256_permute2f128_ps(a.v, a.v, 0x01)};
 }
 inline Vec transpose_sum(const Vec (&a)[kLanes]) {
-  const __m256 lo = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
-  const __m256 hi = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
-  return {
-      _mm256_add_ps(_mm256_permute2f128_ps(lo, hi, 0x20), _mm256_permute2f128_ps(lo, hi, 0x31))};
+  const auto pairs = [](Vec x, Vec y) {
+    return _mm256_castps_pd(
+        _mm256_add_ps(_mm256_unpacklo_ps(x.v, y.v), _mm256_unpackhi_ps(x.v, y.v)));
+  };
+  const auto quads = [](__m256d x, __m256d y) {
+    return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  };
+  const __m256 lo = quads(pairs(a[0], a[1]), pairs(a[2], a[3]));
+  const __m256 hi = quads(pairs(a[4], a[5]), pairs(a[6], a[7]));
+  return {_mm256_add_ps(_mm256_blend_ps(lo, hi, 0xf0), _mm256_permute2f128_ps(lo, hi, 0x21))};
 }
 
 #else
 
+inline void add_product(Vec& sum, Vec a, Vec b) { sum = fma(a, b, sum); }
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   Vec r;
@@ -115,26 +130,35 @@ inline Vec across(Vec a, Op op) {
 
 // ---- scores: q . k for R rows and kLanes / R keys ----
 
+// q's rows are as load2 leaves rows of T. Each load of a row of q serves two keys: more, and the
+// accumulators would leave no registers for them.
 template <int R, class T>
 inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d) {
-  constexpr int kKeys = kLanes / R;
+  constexpr int kKeys = kLanes / R, kTogether = kLanes == 16 && kKeys >= 4 ? 4 : kKeys >= 2 ? 2 : 1;
   Vec acc[kLanes];
   for (Vec& a : acc) a = zeros();
   const auto step = [&](int64_t i, auto load_key) __attribute__((always_inline)) {
-    Vec key[kKeys];
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) key[j] = load_key(k[j] + i);
+    for (int first = 0; first < kKeys; first += kTogether) {
+      Pair key[kTogether];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec qv = load(q + r * q_stride + i);
+      for (int j = 0; j < kTogether; ++j) key[j] = load_key(k[first + j] + i);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) acc[r * kKeys + j] = fma(qv, key[j], acc[r * kKeys + j]);
+        for (int r = 0; r < R; ++r) {
+          Vec* const sums = acc + r * kKeys + first;
+          const Vec qv = load(q + r * q_stride + i + half * kLanes);
+#pragma GCC unroll 16
+          for (int j = 0; j < kTogether; ++j) add_product(sums[j], half ? key[j].b : key[j].a, qv);
+        }
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= d; i += kLanes) step(i, [](const T* x) { return load(x); });
+#pragma GCC unroll 4
+  for (; i + 2 * kLanes <= d; i += 2 * kLanes) step(i, [](const T* x) { return load2(x); });
   if (const int tail = static_cast<int>(d - i))
-    step(i, [tail](const T* x) { return load_n(x, tail); });
+    step(i, [tail](const T* x) { return load2_n(x, tail); });
   return transpose_sum(acc);
 }
 
@@ -176,11 +200,26 @@ inline void store_weights(bf16* p, Vec a) {
 }
 #endif
 
-// `ahead` is called once per vector of weights.
-template <int R, int kVecs, class T, class Ahead>
+// Keys to a run of such passes: rows a power of two apart share few sets of the first level of
+// cache, 16 of them fit where each line takes two passes.
+inline constexpr int kValueKeys = kLanes == 16 ? kKeyBlock : 16;
+// Pairs of columns in one pass over the keys: R * 2 * kPairs sums fit the registers.
+template <int R>
+inline constexpr int kPairs = kLanes == 16 ? 2 : 4 / R;
+inline constexpr int kAheadKeys = kLanes == 16 ? 4 : 8;  // to a call of ahead.advance()
+template <int R, class T>
+inline int64_t value_advances(int64_t keys, int64_t d) {
+  constexpr int columns =
+      std::is_same_v<typename Operand<T>::type, bf16> ? 64 : 2 * kLanes * kPairs<R>;
+  return (d + columns - 1) / columns * ((keys + kAheadKeys - 1) / kAheadKeys);
+}
+
+// Columns i and on; load_value(v, c) gives pair c of v's.
+template <int R, int kPairs, class T, class Load>
 inline void weighted_columns(float* sums, const float* alpha, int64_t stride, const float* p,
-                             const T* const* v, int keys, int64_t i, int n, Ahead&& ahead) {
-  constexpr int kKeys = kLanes / R;
+                             const T* const* v, RowStream& ahead, int keys, int64_t i,
+                             Load load_value) {
+  constexpr int kKeys = kLanes / R, kVecs = 2 * kPairs;
   Vec acc[R][kVecs];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -188,18 +227,21 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < kVecs; ++c)
       acc[r][c] = load(sums + r * stride + i + c * kLanes) * broadcast(alpha[r * kKeys]);
   for (int j = 0; j < keys; j += kKeys, p += kLanes) {
-    ahead();
+#pragma GCC unroll 2
     for (int u = 0; u < kKeys; ++u) {
-      const T* row = v[j + u] + i;
-      Vec value[kVecs];
+      if (u % 2 == 0 && (j + u) % kAheadKeys == 0) ahead.advance();
+      Pair value[kPairs];
 #pragma GCC unroll 16
-      for (int c = 0; c < kVecs; ++c)
-        value[c] = n == kVecs * kLanes ? load(row + c * kLanes) : load_n(row, n);
+      for (int c = 0; c < kPairs; ++c) value[c] = load_value(v[j + u] + i, c);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        const Vec weight = broadcast(p[r * kKeys + u]);
 #pragma GCC unroll 16
-        for (int c = 0; c < kVecs; ++c)
-          acc[r][c] = fma(broadcast(p[r * kKeys + u]), value[c], acc[r][c]);
+        for (int c = 0; c < kPairs; ++c) {
+          add_product(acc[r][2 * c], value[c].a, weight);
+          add_product(acc[r][2 * c + 1], value[c].b, weight);
+        }
+      }
     }
   }
 #pragma GCC unroll 16
@@ -208,30 +250,34 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < kVecs; ++c) store(sums + r * stride + i + c * kLanes, acc[r][c]);
 }
 
-template <int R, class T, class Ahead>
+template <int R, class T>
 inline void weighted_sum(float* sums, const float* alpha, const float* p, const T* const* v,
-                         int keys, int64_t d, Ahead&& ahead) {
-  constexpr int kVecs = kLanes == 16 ? 4 : 2;  // R * kVecs sums fit the registers
+                         RowStream& ahead, int keys, int64_t d) {
+  constexpr int kStep = 2 * kLanes, kColumns = kStep * kPairs<R>;
+  const auto whole = [](const T* row, int c) { return load2(row + c * kStep); };
   const int64_t stride = padded_dim(d);
   int64_t i = 0;
-  for (; i + kVecs * kLanes <= d; i += kVecs * kLanes)
-    weighted_columns<R, kVecs>(sums, alpha, stride, p, v, keys, i, kVecs * kLanes, ahead);
-  for (; i < d; i += kLanes) {
-    const int n = static_cast<int>(d - i < kLanes ? d - i : kLanes);
-    weighted_columns<R, 1>(sums, alpha, stride, p, v, keys, i, n, ahead);
-  }
+  for (; i + kColumns <= d; i += kColumns)
+    weighted_columns<R, kPairs<R>>(sums, alpha, stride, p, v, ahead, keys, i, whole);
+  if constexpr (kPairs<R> > 1)
+    for (; i + kStep <= d; i += kStep)
+      weighted_columns<R, 1>(sums, alpha, stride, p, v, ahead, keys, i, whole);
+  if (const int n = static_cast<int>(d - i))
+    weighted_columns<R, 1>(sums, alpha, stride, p, v, ahead, keys, i,
+                           [n](const T* row, int) { return load2_n(row, n); });
 }
+// The sums lie as load2 leaves a row of T.
 template <class T>
 inline void finish_sums(float*, int64_t, const T*) {}
 
 #if defined(LF_AVX512_BF16)
 // Two keys at a time: their values interleave into the pairs that vdpbf16ps takes, by unpacks
 // within 128-bit lanes. The sums of 32 columns thus lie as 0-3 8-11 16-19 24-27 | 4-7 12-15 ...
-// until finish_sums.
-template <int R, int kVecs, class Ahead>
+// until finish_sums puts the even ones before the odd ones.
+template <int R, int kVecs>
 inline void weighted_columns(float* sums, const float* alpha, int64_t stride, const bf16* p,
-                             const bf16* const* v, int keys, int64_t i, __mmask32 valid,
-                             Ahead&& ahead) {
+                             const bf16* const* v, RowStream& ahead, int keys, int64_t i,
+                             __mmask32 valid) {
   constexpr int kKeys = kLanes / R;
   Vec acc[R][2 * kVecs];
 #pragma GCC unroll 16
@@ -240,9 +286,9 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < 2 * kVecs; ++c)
       acc[r][c] = load(sums + r * stride + i + c * kLanes) * broadcast(alpha[r * kKeys]);
   for (int j = 0; j < keys; j += kKeys, p += kLanes) {
-    ahead();
 #pragma GCC unroll 2
     for (int u = 0; u < kKeys; u += 2) {
+      if (u % kAheadKeys == 0) ahead.advance();
       __m512i pair[2 * kVecs];
 #pragma GCC unroll 16
       for (int c = 0; c < kVecs; ++c) {
@@ -268,21 +314,22 @@ inline void weighted_columns(float* sums, const float* alpha, int64_t stride, co
     for (int c = 0; c < 2 * kVecs; ++c) store(sums + r * stride + i + c * kLanes, acc[r][c]);
 }
 
-template <int R, class Ahead>
+template <int R>
 inline void weighted_sum(float* sums, const float* alpha, const bf16* p, const bf16* const* v,
-                         int keys, int64_t d, Ahead&& ahead) {
+                         RowStream& ahead, int keys, int64_t d) {
   const int64_t stride = padded_dim(d);
   constexpr __mmask32 kAll = ~0u;
   int64_t i = 0;
   for (; i + 64 <= d; i += 64)
-    weighted_columns<R, 2>(sums, alpha, stride, p, v, keys, i, kAll, ahead);
+    weighted_columns<R, 2>(sums, alpha, stride, p, v, ahead, keys, i, kAll);
   for (; i < d; i += 32)
-    weighted_columns<R, 1>(sums, alpha, stride, p, v, keys, i,
-                           d - i < 32 ? (1u << (d - i)) - 1u : kAll, ahead);
+    weighted_columns<R, 1>(sums, alpha, stride, p, v, ahead, keys, i,
+                           d - i < 32 ? (1u << (d - i)) - 1u : kAll);
 }
 inline void finish_sums(float* sums, int64_t n, const bf16*) {
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512i first =
+      _mm512_setr_epi32(0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
   for (int64_t i = 0; i < n; i += 32) {
     const __m512 lo = load(sums + i).v, hi = load(sums + i + 16).v;
     store(sums + i, {_mm512_permutex2var_ps(lo, first, hi)});
@@ -291,23 +338,15 @@ inline void finish_sums(float* sums, int64_t n, const bf16*) {
 }
 #endif
 
-// Passes of weighted_sum over the keys.
-template <class T>
-inline int64_t value_passes(int64_t d) {
-  constexpr int64_t kColumns = std::is_same_v<typename Operand<T>::type, bf16> ? 64
-                               : kLanes == 16                                  ? 64
-                                                                               : 16;
-  return (d + kColumns - 1) / kColumns;
-}
-
 // ---- a block of keys ----
 
 // Takes n keys, all seen by all R rows, into the tile's state. k and v must point at rows that can
 // be read, and v's be finite, up to the next multiple of kLanes / R past n.
-template <int R, class T, class Ahead>
-inline void attend_block(TileState& state, const typename Operand<T>::type* q, int64_t q_stride,
-                         const T* const* k, const T* const* v, int n, int64_t d, float log2_scale,
-                         Ahead&& ahead) {
+template <int R, class T>
+__attribute__((noinline)) void attend_block(TileState& state, const typename Operand<T>::type* q,
+                                            int64_t q_stride, const T* const* k, const T* const* v,
+                                            int n, int64_t d, float log2_scale,
+                                            RowStream& keys_ahead, RowStream& values_ahead) {
   constexpr int kKeys = kLanes / R;
   constexpr auto larger = [](Vec a, Vec b) { return max(a, b); };
   alignas(64) float s[kKeyBlock * R];
@@ -316,7 +355,7 @@ inline void attend_block(TileState& state, const typename Operand<T>::type* q, i
 
   Vec top = broadcast(-FLT_MAX);
   for (int j = 0; j < steps; ++j) {
-    ahead.keys();
+    keys_ahead.advance();
     Vec x = scores<R>(q, q_stride, k + j * kKeys, d) * broadcast(log2_scale);
     store(s + j * kLanes, x);
     if (n - j * kKeys < kKeys) {
@@ -339,7 +378,11 @@ inline void attend_block(TileState& state, const typename Operand<T>::type* q, i
   store(state.total, total);
   alignas(64) float factor[kLanes];
   store(factor, shrink);
-  weighted_sum<R>(state.sums(), factor, p, v, steps * kKeys, d, [&] { ahead.values(); });
+  for (int j = 0; j < steps * kKeys; j += kValueKeys) {
+    if (j) store(factor, broadcast(1.0f));
+    const int keys = steps * kKeys - j < kValueKeys ? steps * kKeys - j : kValueKeys;
+    weighted_sum<R>(state.sums(), factor, p + j * R, v + j, values_ahead, keys, d);
+  }
 }
 
 template <int R, class T>

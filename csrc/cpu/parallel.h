@@ -4,8 +4,35 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#if defined(LF_X86)
+#include <xmmintrin.h>
+#endif
 
 namespace lf::LF_ISA {
+
+// While it lives this thread computes with denormals, though another library has set it to flush
+// them to zero (torch.set_flush_denormal).
+class KeepDenormals {
+#if defined(LF_X86)
+ public:
+  KeepDenormals() : before_(_mm_getcsr()) {
+    if (before_ & kFlush) _mm_setcsr(before_ & ~kFlush);
+  }
+  ~KeepDenormals() {
+    if (before_ & kFlush) _mm_setcsr(before_);
+  }
+  KeepDenormals(const KeepDenormals&) = delete;
+  KeepDenormals& operator=(const KeepDenormals&) = delete;
+
+ private:
+  static constexpr unsigned kFlush = 0x8040;  // results to zero, operands as zero
+  const unsigned before_;
+#else
+ public:
+  KeepDenormals() {}
+  ~KeepDenormals() {}
+#endif
+};
 
 // Calls body(i) for every i in [0, n), each exactly once. Work is handed out one item at a time: on
 // shared machines a thread that loses its core then delays one item, not its whole share.
@@ -13,11 +40,16 @@ template <class Body>
 inline void parallel_for(int64_t n, int threads, Body&& body) {
   if (threads > n) threads = static_cast<int>(n);
   if (threads <= 1) {
+    const KeepDenormals keep;
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) body(i);
+#pragma omp parallel num_threads(threads)
+  {
+    const KeepDenormals keep;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) body(i);
+  }
 }
 
 // As parallel_for, but every thread claims one item early: body(i, next) knows which item the
@@ -27,6 +59,7 @@ inline void parallel_for_ahead(int64_t n, int threads, Body&& body) {
   if (threads > n) threads = static_cast<int>(n);
   int64_t claimed = 0;
   const auto work = [&] {
+    const KeepDenormals keep;
     const auto claim = [&] {
       int64_t i;
 #pragma omp atomic capture

@@ -87,7 +87,7 @@ void run(const RmsNormParams& p, int threads) {
         squares = sum_of_squares(Plain<T>{x}, p.hidden);
       }
       const float mean = squares / static_cast<float>(p.hidden);
-      const float rstd = 1.0f / std::sqrt(mean + p.eps);
+      const float rstd = plain_nan(1.0f / std::sqrt(mean + p.eps));
       const T* weight = static_cast<const T*>(p.weight);
       if (!p.scale) {
         normalise(static_cast<T*>(p.out) + row * p.hidden, x, weight, p.hidden, rstd);

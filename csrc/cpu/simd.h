@@ -7,11 +7,15 @@
 //   max, min         return their second argument when either is NaN
 //   swap_pairs       lanes 2i and 2i + 1 change places
 //   round_to<T>      the value that T would store
-//   round_int        to the nearest integer, ties to even
-//   ldexp            x * 2^n for integral n in [-252, 254] held as floats; overflows to Inf,
-//                    underflows gradually
-//   reciprocal       1 / x to 1 ulp for 1 <= x <= Inf (0) and NaN
-// Two vectors at a time, a Pair, and what is built on the above stand here.
+//   round_exponent   x, or x * factor, to the nearest integer n, ties to even; |n| < 2^21
+//   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or,
+//   where
+//                    kLdexpUnit is 2, [-126, 128], and 0 at -126: no denormal ever comes out
+//   Pair             two vectors of a row; kEvenOdd<T>: the elements with even and with odd indices
+//   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear,
+//   which
+//                    no NaN is that comes from 16 bits or from arithmetic. plain_nan clears them.
+// What is built on the above stands here.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -30,7 +34,7 @@
 
 namespace lf::LF_ISA {
 
-#if !defined(LF_AVX512)
+#if !defined(LF_AVX512) && !defined(LF_AVX2)
 struct Pair {
   Vec a, b;
 };
@@ -38,6 +42,8 @@ template <class T>
 inline Pair round2_to(Pair x) {
   return {round_to<T>(x.a), round_to<T>(x.b)};
 }
+template <class T>
+inline constexpr bool kEvenOdd = false;
 #endif
 template <class T>
 inline Pair load2(const T* p) {
@@ -48,30 +54,36 @@ inline void store2(T* p, Pair x) {
   store(p, x.a);
   store(p + kLanes, x.b);
 }
+// The first n elements, 0 < n < 2 * kLanes; what is loaded beyond them is zero.
+template <class T>
+inline Pair load2_n(const T* p, int n) {
+  if constexpr (!kEvenOdd<T>)
+    return n <= kLanes ? Pair{load_n(p, n), zeros()}
+                       : Pair{load(p), load_n(p + kLanes, n - kLanes)};
+  T buffer[2 * kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load2(buffer);
+}
+template <class T>
+inline void store2_n(T* p, Pair x, int n) {
+  T buffer[2 * kLanes];
+  store2(buffer, x);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
 // Reorders a row of fp32 in steps of two vectors so that load2 finds it as it finds a row of T.
 template <class T>
 inline void arrange(float* to, const float* from, int64_t n) {
   int64_t i = 0;
-#if defined(LF_AVX512)
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __m512i even =
-        _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      const Pair x = load2(from + i);
-      store2(to + i, Pair{{_mm512_permutex2var_ps(x.a.v, even, x.b.v)},
-                          {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}});
-    }
-  }
+#if defined(LF_AVX512) || defined(LF_AVX2)
+  if constexpr (kEvenOdd<T>)
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) store2(to + i, even_odd(load2(from + i)));
 #endif
   for (; i < n; ++i) to[i] = from[i];
 }
 // Elements 2i and 2i + 1 of a row of T change places.
 template <class T>
 inline Pair swap_neighbours(Pair x) {
-#if defined(LF_AVX512)
-  if constexpr (std::is_same_v<T, bf16>) return {x.b, x.a};
-#endif
+  if constexpr (kEvenOdd<T>) return {x.b, x.a};
   return {swap_pairs(x.a), swap_pairs(x.b)};
 }
 // How many lanes the next vector of a row uses when n > 0 elements are left.
@@ -82,22 +94,25 @@ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
 inline Pair operator*(Pair x, Vec y) { return {x.a * y, x.b * y}; }
 inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 
-// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 (a masked score), NaN at NaN. Minimax on
-// [-1/2, 1/2] with the constant term held at 1: relative error 2e-9, or 3e-6 for short.
+// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 or, where kLdexpUnit is 2, -126 (a masked
+// score), NaN at NaN. Minimax on [-1/2, 1/2] with the constant term held at 1: relative error 2e-9,
+// or 3e-6 for short.
 template <bool kShort = false>
 inline Vec exp2_nonpositive(Vec x) {
-  x = max(broadcast(-151.0f), x);
-  const Vec n = round_int(x), r = x - n;
-  Vec p = broadcast(kShort ? 0.009582852944731712f : 0.00015353361959569156f);
+  constexpr float u = kLdexpUnit;
+  x = max(broadcast(u == 1.0f ? -151.0f : -126.0f), x);
+  const Exponent e = round_exponent(x);
+  const Vec r = x - e.n;
+  Vec p = broadcast(u * (kShort ? 0.009582852944731712f : 0.00015353361959569156f));
   if constexpr (!kShort) {
-    p = fma(p, r, broadcast(0.0013398875016719103f));
-    p = fma(p, r, broadcast(0.00961843691766262f));
+    p = fma(p, r, broadcast(u * 0.0013398875016719103f));
+    p = fma(p, r, broadcast(u * 0.00961843691766262f));
   }
-  p = fma(p, r, broadcast(kShort ? 0.055906426161527634f : 0.055503323674201965f));
-  p = fma(p, r, broadcast(kShort ? 0.24024099111557007f : 0.24022647738456726f));
-  p = fma(p, r, broadcast(kShort ? 0.6931241750717163f : 0.6931471824645996f));
-  p = fma(p, r, broadcast(1.0f));
-  return ldexp(p, n);
+  p = fma(p, r, broadcast(u * (kShort ? 0.055906426161527634f : 0.055503323674201965f)));
+  p = fma(p, r, broadcast(u * (kShort ? 0.24024099111557007f : 0.24022647738456726f)));
+  p = fma(p, r, broadcast(u * (kShort ? 0.6931241750717163f : 0.6931471824645996f)));
+  p = fma(p, r, broadcast(u));
+  return ldexp(p, e);
 }
 
 // Calls f with a null pointer of the C++ type that an activation's dtype names: f(T*).

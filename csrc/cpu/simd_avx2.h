@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "simd_scalar.h"
 
@@ -123,17 +124,67 @@ inline Vec round_to<f16>(Vec a) {
 inline bool any_nan(Vec a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)) != 0;
 }
-inline Vec ldexp(Vec x, Vec n) {  // in two steps: 2^n alone may not fit
-  const __m256i i = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(i, 1);
-  const __m256i bias = _mm256_set1_epi32(127);
-  const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
-  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), bias), 23);
-  return {_mm256_mul_ps(_mm256_mul_ps(x.v, _mm256_castsi256_ps(a)), _mm256_castsi256_ps(b))};
-}
 inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
-inline Vec reciprocal(Vec x) { return broadcast(1.0f) / x; }
-inline Vec round_int(Vec a) {
-  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+
+// `biased` holds n + 126 in its lowest bits: shifted into the exponent they are 2^(n - 1).
+struct Exponent {
+  Vec n, biased;
+};
+inline constexpr float kLdexpUnit = 2.0f;
+inline Exponent round_biased(Vec x) { return {x - broadcast(0x1.8p23f + 126.0f), x}; }
+inline Exponent round_exponent(Vec x) { return round_biased(x + broadcast(0x1.8p23f + 126.0f)); }
+inline Exponent round_exponent(Vec x, float factor) {
+  return round_biased(fma(x, broadcast(factor), broadcast(0x1.8p23f + 126.0f)));
+}
+inline Vec half_exp2(Exponent e) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(e.biased.v), 23))};
+}
+inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
+inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
+
+// Two vectors at a time. Of bf16, a holds the elements with even indices and b those with odd ones:
+// a shift and a mask where widening 8 takes a shuffle, and no packing on the way back.
+struct Pair {
+  Vec a, b;
+};
+template <class T>
+inline constexpr bool kEvenOdd = std::is_same_v<T, bf16>;
+inline __m256 upper_halves(__m256i x) {
+  return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+inline Pair load2(const bf16* p) {
+  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  asm("" : "+x"(h));  // gcc would load twice, and two loads a cycle are what there is
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(h, 16))}, {upper_halves(h)}};
+}
+// The upper half of each lane is the bf16, the lower one is left over.
+inline __m256i round_upper_half(Vec x) {
+  const __m256i u = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+}
+inline void store2(bf16* p, Pair x) {
+  const __m256i even = _mm256_srli_epi32(round_upper_half(x.a), 16), odd = round_upper_half(x.b);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
+}
+template <class T>
+inline Pair round2_to(Pair x) {
+  if constexpr (kEvenOdd<T>)
+    return {{upper_halves(round_upper_half(x.a))}, {upper_halves(round_upper_half(x.b))}};
+  else
+    return {round_to<T>(x.a), round_to<T>(x.b)};
+}
+inline Vec plain_nan(Vec x) {
+  return {_mm256_blendv_ps(x.v, _mm256_set1_ps(bits_float(0x7fc00000u)),
+                           _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
+}
+// Two vectors in order, fp32 from outside, as a Pair of bf16.
+inline Pair even_odd(Pair x) {
+  const auto gather = [](__m256 halves) {
+    return plain_nan({_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8))});
+  };
+  return {gather(_mm256_shuffle_ps(x.a.v, x.b.v, 0x88)),
+          gather(_mm256_shuffle_ps(x.a.v, x.b.v, 0xdd))};
 }
 
 }  // namespace lf::LF_ISA

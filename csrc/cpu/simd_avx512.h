@@ -163,17 +163,28 @@ inline __m512i f32_to_bf16(Pair x) {
 #endif
   return f32_to_bf16_exact(x);
 }
+template <class T>
+inline constexpr bool kEvenOdd = std::is_same_v<T, bf16>;
 inline Pair load2(const bf16* p) { return bf16_to_f32(_mm512_loadu_si512(p)); }
+inline Pair load2_n(const bf16* p, int n) {
+  return bf16_to_f32(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p));
+}
 inline void store2(bf16* p, Pair x) { _mm512_storeu_si512(p, f32_to_bf16(x)); }
 template <class T>
 inline Pair round2_to(Pair x) {
-  if constexpr (std::is_same_v<T, bf16>)
+  if constexpr (kEvenOdd<T>)
     return bf16_to_f32(f32_to_bf16(x));
   else
     return {round_to<T>(x.a), round_to<T>(x.b)};
 }
+// Two vectors in order, as a Pair of bf16.
+inline Pair even_odd(Pair x) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(x.a.v, even, x.b.v)},
+          {_mm512_permutex2var_ps(x.a.v, odd, x.b.v)}};
+}
 inline bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
-inline Vec ldexp(Vec x, Vec n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 // An estimate and one Newton step, at half the cost of a division.
 inline Vec reciprocal_from(Vec x, Vec estimate) {
@@ -181,9 +192,18 @@ inline Vec reciprocal_from(Vec x, Vec estimate) {
   const __mmask16 finite = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(INFINITY), _CMP_NEQ_UQ);
   return {_mm512_maskz_fmadd_ps(finite, estimate.v, error, estimate.v)};
 }
-inline Vec reciprocal(Vec x) { return reciprocal_from(x, {_mm512_rcp14_ps(x.v)}); }
-inline Vec round_int(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+
+struct Exponent {
+  Vec n;
+};
+inline constexpr float kLdexpUnit = 1.0f;
+inline Exponent round_exponent(Vec x) {
+  return {{_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}};
 }
+inline Exponent round_exponent(Vec x, float factor) {
+  return round_exponent(x * broadcast(factor));
+}
+inline Vec ldexp(Vec x, Exponent e) { return {_mm512_scalef_ps(x.v, e.n.v)}; }
+inline Vec ldexp(Vec x, Exponent e, Vec addend) { return ldexp(x, e) + addend; }
 
 }  // namespace lf::LF_ISA

@@ -87,24 +87,26 @@ inline bool any_nan(Vec a) {
   LF_EACH nan |= a.v[i] != a.v[i];
   return nan;
 }
-inline float exp2_int(int32_t n) { return bits_float(static_cast<uint32_t>(n + 127) << 23); }
-inline Vec ldexp(Vec x, Vec n) {  // in two steps: 2^n alone may not fit
-  LF_EACH {
-    const int32_t whole = n.v[i] == n.v[i] ? static_cast<int32_t>(n.v[i]) : 0;
-    const int32_t half = whole / 2;
-    x.v[i] = x.v[i] * exp2_int(half) * exp2_int(whole - half);
-  }
-  return x;
+// `biased` holds n + 126 in its lowest bits: shifted into the exponent they are 2^(n - 1).
+struct Exponent {
+  Vec n, biased;
+};
+inline constexpr float kLdexpUnit = 2.0f;
+inline Exponent round_biased(Vec x) { return {x - broadcast(0x1.8p23f + 126.0f), x}; }
+inline Exponent round_exponent(Vec x) { return round_biased(x + broadcast(0x1.8p23f + 126.0f)); }
+inline Exponent round_exponent(Vec x, float factor) {
+  return round_biased(fma(x, broadcast(factor), broadcast(0x1.8p23f + 126.0f)));
 }
+inline Vec half_exp2(Exponent e) {
+  LF_EACH e.biased.v[i] = bits_float(float_bits(e.biased.v[i]) << 23);
+  return e.biased;
+}
+inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
+inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
 inline Vec swap_pairs(Vec a) {
   Vec r;
   LF_EACH r.v[i] = a.v[i ^ 1];
   return r;
-}
-inline Vec reciprocal(Vec x) { return broadcast(1.0f) / x; }
-inline Vec round_int(Vec a) {
-  LF_EACH a.v[i] = std::nearbyint(a.v[i]);
-  return a;
 }
 #undef LF_EACH
 

@@ -27,6 +27,9 @@ inline float bits_float(uint32_t u) {
   return f;
 }
 
+// x; of a NaN, the one whose lower bits are clear.
+inline float plain_nan(float x) { return x == x ? x : bits_float(0x7fc00000u); }
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16 x) {
