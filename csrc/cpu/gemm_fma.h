@@ -13,7 +13,6 @@
 // the way, and a panel that holds one is computed again in the exact form, which knows NaN.
 #pragma once
 #if defined(LF_X86)
-#include <xmmintrin.h>
 #endif
 
 #include "simd.h"
@@ -47,22 +46,6 @@ inline void prefetch(const void* p) {
   __builtin_prefetch(p);
 #endif
 }
-
-// Denormal numbers count for as long as it lives, whatever another library has set: e4m3's
-// subnormals are fp32 denormals on their way through a product, and so may a sum be.
-class KeepDenormals {
- public:
-  KeepDenormals(const KeepDenormals&) = delete;
-#if defined(LF_X86)
-  KeepDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }  // FTZ, DAZ
-  ~KeepDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  KeepDenormals() {}  // decoding makes no denormals there
-#endif
-};
 
 // A group's weights: at(0) for k, at(1) for k + 1. features() undoes its order of lanes.
 template <class T, bool kExact>

@@ -36,7 +36,6 @@ struct FmaPlan {
 template <class S>
 bool pack_tile(const FmaPlan& plan, float* out, int64_t share_rows, int64_t tile, const S* x,
                int64_t x_stride, float scale) {
-  const KeepDenormals keep;
   const int64_t begin = plan.tile_begin(share_rows, tile);
   const int64_t rows = plan.tile_begin(share_rows, tile + 1) - begin;
   Vec most = zeros();
@@ -78,8 +77,7 @@ class FmaTask {
         sums_(workspace().acc.get<float>(static_cast<size_t>(rows * kPanel))) {}
 
   void run() {
-    const KeepDenormals keep;
-    if constexpr (std::is_same_v<T, e4m3> && kWeightShift != 0) {
+      if constexpr (std::is_same_v<T, e4m3> && kWeightShift != 0) {
       if (!scaled_ || run<false>(1.0f)) run<true>(scaled_ ? 1.0f : power_of_two(kWeightShift));
     } else {
       run<false>(1.0f);
