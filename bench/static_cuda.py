@@ -1,8 +1,9 @@
 """python -m bench.static_cuda: the CUDA kernels that were built, checked without a GPU.
 
 Reads the machine code in llama_fast/_cuda, which an install has compiled already: registers, local
-memory, shared memory and instructions of every kernel on every architecture, against the plans in
-static_cuda_plans.py. What is planned and not there is a problem too.
+memory, shared memory and instructions of every kernel on every architecture that it was compiled
+for, against the plans in static_cuda_plans.py. An instance that is planned and not there is a
+problem too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any
 
 import llama_fast
 
-from . import report
 from .occupancy import Occupancy
 from .static_cuda_binary import Kernel, ToolError, read
 from .static_cuda_plans import PLANS, Plan
@@ -27,7 +27,6 @@ from .static_cuda_rules import fits, problems, unexpected
 
 EPILOG = """examples:
   python -m bench.static_cuda                          every kernel
-  python -m bench.static_cuda --write docs/kernels.md  put the table between its markers
   python -m bench.static_cuda --binary build/x.o       another file than the installed one
 
 Exit code 1: a kernel spills, is not there, has lost an instruction that it is built on, or leaves
@@ -81,39 +80,6 @@ def line(row: Row) -> str:
     return text + (f"  WRONG: {'; '.join(row.problems)}" if row.problems else "")
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """A line for each kernel and architecture, over its instances: the range of the registers, the
-    most shared memory, the fewest blocks, and the instructions that any instance has."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        plan = _plan(row.kernel)
-        if plan.launched(row.kernel.arguments, row.kernel.arch):
-            key = row.kernel.file, row.kernel.name, row.kernel.arch
-            groups.setdefault(key, []).append(row)
-    lines = [
-        "| kernel | chip | instances | registers | local memory | shared memory "
-        "| blocks x warps an SM | instructions |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (file, name, arch), group in groups.items():
-        registers = sorted({row.kernel.registers for row in group})
-        span = f"{registers[0]} to {registers[-1]}" if len(registers) > 1 else str(registers[0])
-        tightest = min((row.occupancy for row in group), key=lambda o: (o.blocks, o.warps))
-        found = {name: None for row in group for name in row.kernel.instructions}
-        lines.append(
-            f"| `{file}.cu` `{name}` | {arch} | {len(group)} | {span} "
-            f"| {max(row.kernel.stack for row in group) or 'none'} "
-            f"| {max(row.shared for row in group)} "
-            f"| {tightest.blocks} x {tightest.warps // max(tightest.blocks, 1)} "
-            f"| {', '.join(found)} |"
-        )
-    return "\n".join(lines)
-
-
-def _plan(kernel: Kernel) -> Plan:
-    return next(p for p in PLANS if (p.file, p.kernel) == (kernel.file, kernel.name))
-
-
 def to_json(rows: list[Row], wrong: list[str]) -> dict[str, Any]:
     return {"problems": wrong, "rows": [asdict(row) for row in rows]}
 
@@ -128,7 +94,6 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--binary", type=Path, metavar="FILE", help="default: llama_fast/_cuda*.so")
     p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--write", type=Path, metavar="FILE", help="put the table between its markers")
     return p
 
 
@@ -154,8 +119,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(to_json(rows, wrong), indent=1) + "\n")
-    if args.write:
-        report.insert(args.write, markdown(rows), "static-cuda")
     return 1 if wrong else 0
 
 

@@ -82,13 +82,15 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
 
 
 def unexpected(kernels: Iterable[Kernel], plans: Iterable[Plan]) -> list[str]:
-    """Instances that are planned and missing, or there and not planned."""
+    """Instances that are planned and missing, or there and not planned, on the architectures that
+    were compiled for."""
     there = {(k.file, k.name, k.arguments, k.arch) for k in kernels}
+    archs = {arch for *_, arch in there}
     planned = {
         (p.file, p.kernel, arguments, arch)
         for p in plans
         for arguments in p.instances
-        for arch in p.archs
+        for arch in archs.intersection(p.archs)
     }
     text = "{0}.cu: {1}<{2}> on {3}".format
     return [
