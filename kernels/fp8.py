@@ -125,9 +125,9 @@ def quantize(x, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
     division an element (12 instructions and a branch) would cost more than the memory traffic.
     Markstein's theorem gets the same bits from two more fma: with r = 1 / scale rounded to nearest
     and y = x r, the remainder y scale - x is exact, and y - r (y scale - x) rounds to x / scale,
-    provided nothing under- or overflows on the way. Hence the factor below, exact as well, but for x
-    that come to 0 anyway: it brings scales near fp32's smallest and largest to the middle, and makes
-    an infinite one 1 and its x 0 (NaN, where infinite).
+    provided nothing under- or overflows on the way. Hence the factor below, exact as well but for
+    an x that comes to 0 anyway: it brings scales near fp32's smallest and largest to the middle,
+    and makes an infinite one 1 and its x 0 (NaN, where infinite).
     """
     factor = tl.where(scale < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # 2^-60, 2^64
     factor = tl.where(scale > 1.152921504606846976e18, 5.421010862427522e-20, factor)  # 2^60, 2^-64

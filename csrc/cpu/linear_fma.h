@@ -77,7 +77,7 @@ class FmaTask {
         sums_(workspace().acc.get<float>(static_cast<size_t>(rows * kPanel))) {}
 
   void run() {
-      if constexpr (std::is_same_v<T, e4m3> && kWeightShift != 0) {
+    if constexpr (std::is_same_v<T, e4m3> && kWeightShift != 0) {
       if (!scaled_ || run<false>(1.0f)) run<true>(scaled_ ? 1.0f : power_of_two(kWeightShift));
     } else {
       run<false>(1.0f);

@@ -67,9 +67,9 @@ def other_triton(version: str) -> Path:
     return folder
 
 
-# Every configuration on sm_90 only, which has the most instructions to lose; elsewhere, and by other
-# versions, what runs unless someone tunes. All of everything takes twice as long as the rest of the
-# tests: python -m bench.static, before a release.
+# Every configuration on sm_90 only, which has the most instructions to lose; elsewhere, and by
+# other versions, what runs unless someone tunes. Everything takes twice as long: python -m
+# bench.static, before a release.
 FIRST = ["--first", "--arch", "sm_80", "sm_90"]
 MATRIX = {
     OLDEST: [FIRST],
