@@ -30,7 +30,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
     scaling = LlamaConfig.from_hf(hf_model.config).rope_scaling
-    if scaling is not None:  # the library's fix is newer than the package
+    if scaling is not None:  # ikawrakow/ik_llama.cpp#2291 is newer
         raise Unsupported("ik-llama-cpp-python 0.1.5 reads a model's rotary scaling and ignores it")
     return llamacpp.every_kind(Model, hf_model, device)
 

@@ -1,8 +1,11 @@
 """llama.cpp, through llama-cpp-python's bindings of its C API.
 
 The same weights, written as a GGUF file: in bf16, and in Q8_0, llama.cpp's own 8-bit form (blocks
-of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). The
-cache is in fp16, its default; flash attention is on; activations are quantised as it sees fit.
+of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). The cache is in fp16, its
+default; flash attention is on; activations are quantized as it sees fit.
+
+Its last layer's feed-forward runs only for tokens whose logits are asked for, one of a prompt: in a
+model of four layers that saves a fifth of a prompt's work, in one of 32 layers 3 %.
 """
 
 from __future__ import annotations
