@@ -4,6 +4,7 @@ skips its tests by name."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import importlib
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch.testing import assert_close
 import llama_fast as lf
 from llama_fast import reference
 from llama_fast.bench import peers
-from llama_fast.bench.peers import gguf_file, in_transformers
+from llama_fast.bench.peers import gguf_file, ik_llamacpp, in_transformers, llamacpp
 from llama_fast.bench.peers.in_transformers import InTransformers
 from llama_fast.bench.peers.peer import Unsupported, refusing
 
@@ -65,6 +67,16 @@ def hf() -> Any:
 
 
 @pytest.fixture(scope="module")
+def unscaled(hf: Any) -> Any:
+    """The same weights under plain rotary embedding."""
+    config = copy.deepcopy(hf.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+    model = type(hf)(config).eval()
+    model.load_state_dict(hf.state_dict())
+    return model
+
+
+@pytest.fixture(scope="module")
 def tokens(hf: Any) -> Tensor:
     """[1, CONTEXT + STEPS]: the last of the context again and again, as decode's runs do."""
     context = torch.randint(hf.config.vocab_size, (1, CONTEXT), generator=torch.manual_seed(1))
@@ -102,7 +114,7 @@ def test_a_peer_asked_for_by_name_has_to_be_there(nobody: None) -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"got vllm, want some of llama\.cpp, openvino, liger"):
+    with pytest.raises(ValueError, match=r"got vllm, want some of llama\.cpp, ik_llama\.cpp, "):
         peers.wanted(["torchao", "vllm"], "cpu")
 
 
@@ -220,22 +232,27 @@ def check_model(model: peers.ModelPeer, tokens: Tensor, exact: Tensor, allowed: 
     assert error(decode(1).float(), first) < allowed, model.label
 
 
-# Found: 0.017 and 0.003, 0.016 and 0.007. Q8_0 and int8 round each weight to 1/254 of the largest
-# in its block or row; OpenVINO rounds its cache to u8 as well.
+# Found: 0.017 and 0.003, 0.018 and 0.0005, 0.016 and 0.007. Q8_0 and int8 round each weight to
+# 1/254 of the largest in its block or row; OpenVINO rounds its cache to u8 as well.
 MODELS = {
     "llama.cpp": {"llama.cpp Q8_0": 0.03, "llama.cpp bf16": 0.006},
+    "ik_llama.cpp": {"ik_llama.cpp Q8_0": 0.03, "ik_llama.cpp bf16": 0.006},
     "openvino": {"openvino int8": 0.03, "openvino bf16": 0.015},
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_peers_model_agrees_with_transformers_in_fp32(
-    hf: Any, tokens: Tensor, exact: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
+    hf: Any, unscaled: Any, tokens: Tensor, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in peers.PEERS[name].modules:
         pytest.importorskip(module)
     adapter = importlib.import_module(f"llama_fast.bench.peers.{peers.PEERS[name].adapter}")
-    monkeypatch.setattr(adapter, "CHUNK", 20)  # the context comes in several pieces
+    for module in (adapter, llamacpp):
+        monkeypatch.setattr(module, "CHUNK", 20, raising=False)  # the context in several pieces
+    hf = unscaled if name == "ik_llama.cpp" else hf
+    with torch.inference_mode():
+        exact = hf(tokens).logits
     config = lf.LlamaConfig.from_hf(hf.config)
     labels = []
     for model in peers.PEERS[name].models(copy.deepcopy(hf).bfloat16(), config, CPU):
@@ -244,6 +261,98 @@ def test_a_peers_model_agrees_with_transformers_in_fp32(
         assert model.weight_bytes() > 0
         model.close()
     assert labels == [*MODELS[name]]
+
+
+def test_ik_llama_cpp_refuses_what_it_would_ignore(hf: Any) -> None:
+    with pytest.raises(Unsupported, match="rotary scaling"):
+        ik_llamacpp.models(hf, lf.LlamaConfig.from_hf(hf.config), CPU)
+
+
+class StandIn:
+    """ik_llama.cpp's bindings, as far as they are called. A token's logits are where it is, what
+    it is, and how many tokens it sees."""
+
+    class llama_batch(ctypes.Structure):
+        _fields_ = [
+            ("n_tokens", ctypes.c_int32),
+            ("token", ctypes.POINTER(ctypes.c_int32)),
+            ("logits", ctypes.POINTER(ctypes.c_int8)),
+            ("all_pos_0", ctypes.c_int32),
+            ("all_pos_1", ctypes.c_int32),
+        ]
+
+    def __init__(self) -> None:
+        self.caches: list[set[int]] = []  # positions
+        self.found, self.freed = np.zeros((0, 3), np.float32), 0
+
+    def llama_model_default_params(self) -> Any:
+        return _structure(n_gpu_layers=9, use_mmap=True)
+
+    def llama_context_default_params(self) -> Any:
+        return _structure(
+            **dict.fromkeys(("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch"), 0),
+            flash_attn=False,
+        )
+
+    def llama_model_load_from_file(self, path: bytes, params: Any) -> int:
+        assert (params.n_gpu_layers, params.use_mmap) == (0, False)
+        return 1
+
+    def llama_init_from_model(self, model: int, params: Any) -> int:
+        assert params.flash_attn and params.n_threads == torch.get_num_threads()
+        self.caches.append(set())
+        return len(self.caches)
+
+    def llama_kv_cache_seq_rm(self, context: int, sequence: int, begin: int, end: int) -> bool:
+        assert (sequence, end) == (0, -1)
+        self.caches[context - 1] = {p for p in self.caches[context - 1] if p < begin}
+        return True
+
+    def llama_decode(self, context: int, batch: Any) -> int:
+        assert batch.all_pos_1 == 1
+        cache, rows = self.caches[context - 1], []
+        for i in range(batch.n_tokens):
+            position = batch.all_pos_0 + i
+            assert position not in cache
+            cache.add(position)
+            rows.append((position, batch.token[i], len(cache)))
+        self.found = np.array(rows if batch.logits else rows[-1:], np.float32)
+        return 0
+
+    def llama_get_logits(self, context: int) -> Any:
+        return self.found.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+    def llama_free(self, context: int) -> None:
+        self.freed += 1
+
+    llama_free_model = llama_free
+
+
+def _structure(**values: int) -> Any:
+    fields = [(name, ctypes.c_int32) for name in values]
+    return type("params", (ctypes.Structure,), {"_fields_": fields})(*values.values())
+
+
+def test_ik_llama_cpp_is_told_each_batchs_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = StandIn()
+    monkeypatch.setattr(ik_llamacpp, "_bindings", lambda: library)
+    monkeypatch.setattr(gguf_file, "write", lambda *_: 7)
+    monkeypatch.setattr(llamacpp, "CHUNK", 4)  # the context comes in several pieces
+    hf = SimpleNamespace(config=SimpleNamespace(vocab_size=3))
+    model = ik_llamacpp.Model("ik_llama.cpp Q8_0", hf, "Q8_0")
+    tokens = torch.arange(20, 29)[None]
+    want = torch.tensor([[p, 20 + p, p + 1] for p in range(9)]).float()
+    assert torch.equal(model.logits(tokens)[0], want)
+    prefill = model.extend(tokens[:, :0], tokens)
+    extend = model.extend(tokens[:, :7], tokens[:, 7:])
+    decode = model.decode(tokens[:, :7], steps=3)
+    for i in range(2):  # the second finds what the first left behind
+        assert prefill(i).tolist() == [[8, 28, 9]]
+        assert extend(i).tolist() == [[8, 28, 9]]
+        assert decode(i).tolist() == [[9, 26, 10]]
+    assert model.weight_bytes() == 7
+    model.close()
+    assert library.freed == len(library.caches) + 1
 
 
 def test_transformers_with_parts_exchanged(
@@ -303,15 +412,16 @@ def cases() -> Iterator[tuple[str, dict[str, Any], Any, float]]:
     )
 
 
+@pytest.mark.parametrize("name", ("llama.cpp", "ik_llama.cpp"))
 @pytest.mark.parametrize(
     "op, inputs, wanted, allowed", list(cases()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_llama_cpps_ops_agree_with_ours(
-    op: str, inputs: dict[str, Any], wanted: Any, allowed: float
+    op: str, inputs: dict[str, Any], wanted: Any, allowed: float, name: str
 ) -> None:
-    for module in peers.PEERS["llama.cpp"].modules:
+    for module in peers.PEERS[name].modules:
         pytest.importorskip(module)
-    (run,) = peers.PEERS["llama.cpp"].ops(op, inputs).values()
+    (run,) = peers.PEERS[name].ops(op, inputs).values()
     for i in range(3):
         assert error(run(i), wanted(i)) < allowed
 

@@ -26,6 +26,14 @@ PEERS = {
             at_least="0.3.36",
         ),
         Peer(
+            "ik_llama.cpp",
+            "ik-llama-cpp-python",
+            ("cpu",),
+            "ik_llamacpp",
+            {"ik_llama_cpp": "ik-llama-cpp-python", "gguf": "gguf"},
+            at_least="0.1.5",
+        ),
+        Peer(
             "openvino",
             "openvino",
             ("cpu",),

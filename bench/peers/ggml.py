@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from .peer import Inputs, Run, Unsupported
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml_type
 BYTES = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), BF16: (1, 2)}  # elements of a block, its bytes
+PAD = 64  # rows of a mask: a multiple, in older versions and forks
 OVERHEAD = 1 << 20  # bytes: the tensors' headers and the graph
 
 
@@ -54,33 +55,45 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-@cache
-def _library() -> dict[str, Any]:
-    """The functions, from the shared libraries that llama-cpp-python has loaded."""
-    import llama_cpp
+@dataclass(frozen=True)
+class Library:
+    """llama.cpp's or a fork's."""
 
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    libraries = [ctypes.CDLL(str(p)) for p in sorted(folder.glob("libggml*.so"))]
-    found = {}
+    name: str
+    package: str
+    load: Callable[[], list[ctypes.CDLL]]  # the shared libraries that export the functions
+
+
+@cache
+def _functions(library: Library) -> dict[str, Any]:
+    libraries, found = library.load(), {}
     for name, (result, arguments) in _FUNCTIONS.items():
         f = next((getattr(lib, name) for lib in libraries if hasattr(lib, name)), None)
         if f is None:
-            raise Unsupported(f"this version of llama-cpp-python exports no {name}")
+            raise Unsupported(f"this version of {library.package} exports no {name}")
         f.restype, f.argtypes = result, arguments
         found[name] = f
     return found
 
 
+@cache
+def _backend(library: Library, threads: int) -> Any:
+    f = _functions(library)
+    backend = f["ggml_backend_cpu_init"]()
+    f["ggml_backend_cpu_set_n_threads"](backend, threads)
+    return backend
+
+
 class Graph:
     """Tensors and one graph over them, in memory of their own. Sizes are innermost first."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, library: Library, size: int) -> None:
         """size: bytes of all tensors' data."""
-        self._f = _library()
+        self._f = _functions(library)
         self._context = self._f["ggml_init"](_InitParams(size + OVERHEAD, None, False))
         if not self._context:
             raise Unsupported(f"ggml has no {size} bytes")
-        self._backend = _backend()
+        self._backend = _backend(library, torch.get_num_threads())
         self._graph: Any = None
         self._out: Any = None
 
@@ -116,18 +129,6 @@ class Graph:
         return run
 
 
-@cache
-def _backend_of(threads: int) -> Any:
-    f = _library()
-    backend = f["ggml_backend_cpu_init"]()
-    f["ggml_backend_cpu_set_n_threads"](backend, threads)
-    return backend
-
-
-def _backend() -> Any:
-    return _backend_of(torch.get_num_threads())
-
-
 def _data(t: Tensor, kind: int) -> np.ndarray:
     t = t.detach().contiguous()
     if kind == Q8_0:
@@ -146,7 +147,7 @@ def _rotating(runs: list[Run]) -> Run:
     return lambda i: runs[i % len(runs)](i)
 
 
-def _product(inputs: Inputs, kind: int, label: str) -> dict[str, Run]:
+def _product(library: Library, inputs: Inputs, kind: int, label: str) -> dict[str, Run]:
     x, weights = inputs["x"], inputs["weights"]
     m, k = x.shape
     n = weights[0].shape[0]
@@ -154,62 +155,67 @@ def _product(inputs: Inputs, kind: int, label: str) -> dict[str, Run]:
         raise Unsupported(f"K = {k} does not divide into blocks of {BYTES[kind][0]}")
     runs = []
     for weight in weights:
-        g = Graph(_bytes(kind, (n, k)) + _bytes(F32, (m, k), (m, n)))
+        g = Graph(library, _bytes(kind, (n, k)) + _bytes(F32, (m, k), (m, n)))
         runs.append(g.run(g.mul_mat(g.tensor(weight, kind), g.tensor(x)), (m, n)))
-    return {label: _rotating(runs)}
+    return {f"{library.name} {label}": _rotating(runs)}
 
 
-def fp8_linear(inputs: Inputs) -> dict[str, Run]:
-    return _product(inputs, Q8_0, "llama.cpp Q8_0")
+def fp8_linear(library: Library, inputs: Inputs) -> dict[str, Run]:
+    return _product(library, inputs, Q8_0, "Q8_0")
 
 
-def linear(inputs: Inputs) -> dict[str, Run]:
-    return _product(inputs, BF16, "llama.cpp bf16")
+def linear(library: Library, inputs: Inputs) -> dict[str, Run]:
+    return _product(library, inputs, BF16, "bf16")
 
 
-def rms_norm(inputs: Inputs) -> dict[str, Run]:
+def rms_norm(library: Library, inputs: Inputs) -> dict[str, Run]:
     x = inputs["x"]
-    g = Graph(_bytes(F32, x.shape, x.shape, x.shape, (x.shape[1],)))
+    g = Graph(library, _bytes(F32, x.shape, x.shape, x.shape, (x.shape[1],)))
     normed = g.rms_norm(g.tensor(x), inputs["eps"])
-    return {"llama.cpp fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))}
+    return {
+        f"{library.name} fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))
+    }
 
 
-def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
+def add_rms_norm(library: Library, inputs: Inputs) -> dict[str, Run]:
     x = inputs["x"]
-    g = Graph(_bytes(F32, *[x.shape] * 5, (x.shape[1],)))
+    g = Graph(library, _bytes(F32, *[x.shape] * 5, (x.shape[1],)))
     normed = g.rms_norm(g.add(g.tensor(x), g.tensor(inputs["residual"])), inputs["eps"])
-    return {"llama.cpp fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))}
+    return {
+        f"{library.name} fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))
+    }
 
 
-def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
+def silu_and_mul(library: Library, inputs: Inputs) -> dict[str, Run]:
     x = inputs["gate_up"]
     rows, width = x.shape
-    g = Graph(_bytes(F32, (rows, width), (rows, width // 2)))
-    return {"llama.cpp fp32": g.run(g.swiglu(g.tensor(x)), (rows, width // 2))}
+    g = Graph(library, _bytes(F32, (rows, width), (rows, width // 2)))
+    return {f"{library.name} fp32": g.run(g.swiglu(g.tensor(x)), (rows, width // 2))}
 
 
-def attention(inputs: Inputs) -> dict[str, Run]:
+def attention(library: Library, inputs: Inputs) -> dict[str, Run]:
     q, k, v = (inputs[name] for name in "qkv")
     queries, keys = q.shape[1], k.shape[1]
-    hidden = torch.ones(queries, keys).triu(1 + keys - queries).bool()
-    mask = torch.zeros(queries, keys).masked_fill(hidden, float("-inf"))
-    return {"llama.cpp, fp16 K and V": _attend(q, k, v, mask)}
+    hidden = torch.ones(-queries % PAD + queries, keys).triu(1 + keys - queries).bool()
+    mask = torch.zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+    return {f"{library.name}, fp16 K and V": _attend(library, q, k, v, mask)}
 
 
-def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
+def attention_with_kvcache(library: Library, inputs: Inputs) -> dict[str, Run]:
     q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
     room = ks[0].shape[1]
     if q.shape[1] != 1 or any(n != room for n in inputs["cache_seqlens"].tolist()):
-        raise Unsupported("without a mask llama.cpp attends with one query to a full cache")
-    runs = [_attend(q, k, v, None) for k, v in zip(ks, vs, strict=True)]
-    return {"llama.cpp, fp16 K and V": _rotating(runs)}
+        raise Unsupported(f"without a mask {library.name} attends with one query to a full cache")
+    runs = [_attend(library, q, k, v, None) for k, v in zip(ks, vs, strict=True)]
+    return {f"{library.name}, fp16 K and V": _rotating(runs)}
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Run:
+def _attend(library: Library, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Run:
     """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; mask [Sq, Sk], added to the scores."""
     g = Graph(
+        library,
         _bytes(F32, q.shape, q.shape)
-        + _bytes(F16, k.shape, v.shape, *([] if mask is None else [tuple(mask.shape)]))
+        + _bytes(F16, k.shape, v.shape, *([] if mask is None else [tuple(mask.shape)])),
     )
     heads_out = [g.permute(g.tensor(q), 0, 2, 1, 3)]
     heads_out += [g.permute(g.tensor(t, F16), 0, 2, 1, 3) for t in (k, v)]
@@ -218,7 +224,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Run:
     return g.run(out, tuple(q.shape))
 
 
-OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {
+OPS: dict[str, Callable[[Library, Inputs], dict[str, Run]]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
     "silu_and_mul": silu_and_mul,
@@ -227,3 +233,7 @@ OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {
     "fp8_linear": fp8_linear,
     "linear": linear,
 }
+
+
+def ops(library: Library) -> dict[str, Callable[[Inputs], dict[str, Run]]]:
+    return {op: partial(make, library) for op, make in OPS.items()}
