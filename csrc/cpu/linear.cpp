@@ -58,15 +58,16 @@ void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t
 
 void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t stride, bool fp8,
                    int threads) {
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = 256;  // of a packed weight's row, in L1
+  const int64_t step = stride < 0 ? kColumns : k;
   const auto decode = [&](auto unit) {
     using T = decltype(unit);
     const T* from = static_cast<const T*>(weight);
     parallel_for((n + kPanel - 1) / kPanel, threads, [&](int64_t panel) {
       const int64_t first = panel * kPanel, end = first + kPanel < n ? first + kPanel : n;
-      for (int64_t k0 = 0; k0 < k; k0 += kColumns)
+      for (int64_t k0 = 0; k0 < k; k0 += step)
         for (int64_t row = first; row < end; ++row) {
-          const int64_t count = k - k0 < kColumns ? k - k0 : kColumns;
+          const int64_t count = k - k0 < step ? k - k0 : step;
           const T* columns = from + row * stride + k0;
           T line[kColumns];
           if (stride < 0) {  // packed
