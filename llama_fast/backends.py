@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cpu, choices, cpu, cuda
+from . import _cpu, amx, choices, cpu, cuda
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
@@ -167,7 +167,9 @@ def _cannot(backend: str, device: str, index: int | None) -> str | None:
 
 def _default(op: str, device: str, index: int | None) -> Choice:
     if device == "cpu":
-        return Choice("cpu", f"compiled kernels, {_cpu.isa()}")
+        products = op in ("fp8_gemm", "fp8_linear", "linear")
+        on_amx = amx.why() if amx.enabled and products else ""
+        return Choice("cpu", f"compiled kernels, {_cpu.isa()}{on_amx}")
     if device != "cuda":
         return Choice("reference", f"no kernels for {device}: eager PyTorch")
     return _on_gpu(op, index).choice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cpu
+from . import _cpu, amx
 from .native import Native
 
 _native = Native(_cpu, lambda _: torch.get_num_threads())
@@ -15,7 +15,22 @@ quantize_fp8 = _native.quantize_fp8
 rope = _native.rope
 attention = _native.attention
 attention_with_kvcache = _native.attention_with_kvcache
-linear = _native.linear
+compiled_linear = _native.linear
+
+
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """Native.linear, or oneDNN's product where amx.py finds that faster."""
+    if amx.enabled and amx.serves(out, x, weight, x_scale):
+        amx.linear(out, x, weight, bias, x_scale, weight_scale)
+    else:
+        compiled_linear(out, x, weight, bias, x_scale, weight_scale)
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:

@@ -442,7 +442,7 @@ def fp8_linear(
     to the backend: on a CPU no, since only the weight's bytes cost there; on a GPU that multiplies
     e4m3 (sm_89 and later) yes, at any number of rows, so that a row does not depend on the batch;
     on other GPUs no. On a GPU a row's last bits may differ between calls of up to 64 rows and of
-    more, and nowhere else.
+    more, and nowhere else; on a CPU with AMX, with bf16 x, as linear says.
     """
     checks.activation("x", x)
     checks.has_dtype("weight", weight, checks.FP8)
@@ -460,7 +460,10 @@ def fp8_linear(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias, summed in fp32 in an order that does not depend on the batch.
 
-    x [..., K], weight of x's dtype [N, K] or pack_weight's, bias [N] -> [..., N].
+    x [..., K], weight of x's dtype [N, K] or pack_weight's, bias [N] -> [..., N]. On a CPU with
+    AMX, bf16 x of at least 32 rows may go to oneDNN (backends() says from how many on), and a row's
+    last bits depend on that. LLAMA_FAST_CPU_AMX=off or torch.use_deterministic_algorithms keeps one
+    path.
     """
     checks.activation("x", x)
     checks.like("weight", weight, "x", x)

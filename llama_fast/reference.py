@@ -210,10 +210,10 @@ def _fp8_scale(amax: Tensor, scale_ub: float | None) -> Tensor:
 
 def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """x = q * scale for any granularity, read off the shapes. q [rows, cols]."""
-    return (q.float() * _spread_scale(scale, *q.shape)).to(dtype)
+    return (q.float() * spread_scale(scale, *q.shape)).to(dtype)
 
 
-def _spread_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
+def spread_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
     """Scales of any granularity, repeated to broadcast over [rows, cols]."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)

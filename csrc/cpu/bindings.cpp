@@ -95,6 +95,12 @@ void pack_weight(Ptr weight, Ptr packed, int64_t n, int64_t k, int64_t stride, i
   kernels().pack_weight(as<void>(weight), as<void>(packed), n, k, stride, itemsize, threads);
 }
 
+void decode_weight(Ptr weight, Ptr out, int64_t n, int64_t k, int64_t stride, bool fp8,
+                   int threads) {
+  py::gil_scoped_release release;
+  kernels().decode_weight(as<void>(weight), as<void>(out), n, k, stride, fp8, threads);
+}
+
 uint64_t read_bandwidth_probe(Ptr data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   return kernels().read_memory(as<void>(data), bytes, threads);
@@ -124,6 +130,7 @@ PYBIND11_MODULE(_cpu, m) {
 
   lf::bind::ops<Cpu>(m);
   m.def("pack_weight", &pack_weight, "linear.cpp: the layout that linear streams fastest");
+  m.def("decode_weight", &decode_weight, "linear.cpp: bf16 [N, K] out of e4m3 or of packed bf16");
   m.def("advise_huge_pages", &advise_huge_pages, "For memory not yet written; a hint, on Linux");
   m.def("read_bandwidth_probe", &read_bandwidth_probe,
         "bandwidth.cpp: XOR of the 64-bit words, read as fast as memory gives them");

@@ -14,6 +14,7 @@ namespace {
    isa::kvcache_attention, \
    isa::linear,            \
    isa::pack_weight,       \
+   isa::decode_weight,     \
    isa::read_memory,       \
    isa::multiply_add}
 

@@ -186,10 +186,27 @@ struct Weights<e4m3, kExact> {
   }
 };
 
+// Four columns of a group: its even features' codes, [8][4], then its odd features'.
+struct Quad {
+  e4m3 code[4];
+};
+template <bool kExact>
+struct Weights<Quad, kExact> {
+  __m256i even, odd;
+  Weights(const Quad* p, Vec) : even(load_bits(p)), odd(load_bits(p + kLanes)) {}
+  Pair at(int k) const { return {at(even, k), at(odd, k)}; }
+  static Vec at(__m256i codes, int k) {
+    __m256i c = _mm256_srai_epi16(k % 2 ? codes : _mm256_slli_epi16(codes, 8), 4);
+    if (k < 2) c = _mm256_slli_epi32(c, 16);
+    return {
+        _mm256_castsi256_ps(_mm256_and_si256(c, _mm256_set1_epi32(static_cast<int>(0x87f00000))))};
+  }
+};
+
 struct NanSearch {
   __m256i most = _mm256_setzero_si256();
   template <bool kInMemory = false>
-  void see(const e4m3* p) {
+  void see(const void* p) {
     const __m256i c = load_bits(p);
     most = _mm256_max_epu8(most, _mm256_add_epi8(c, c));
     if constexpr (kInMemory) asm volatile("" : "+m"(most));

@@ -17,6 +17,9 @@ struct Kernels {
   // [N, K] of itemsize bytes -> [N / 64, K / 2, 64, 2].
   void (*pack_weight)(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,
                       int itemsize, int threads);
+  // e4m3 or bf16, [N, K] or, with stride -1, packed -> bf16 [N, K].
+  void (*decode_weight)(const void* weight, void* out, int64_t n, int64_t k, int64_t stride,
+                        bool fp8, int threads);
   // XOR of the 64-bit words of data; bytes a multiple of 8.
   uint64_t (*read_memory)(const void* data, int64_t bytes, int threads);
   // At least so many operations of multiply-add in registers; how many they were. pairs: of bf16,
@@ -35,6 +38,8 @@ struct Kernels {
   void linear(const LinearParams& p, int threads);                                         \
   void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride, \
                    int itemsize, int threads);                                             \
+  void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t stride,  \
+                     bool fp8, int threads);                                               \
   uint64_t read_memory(const void* data, int64_t bytes, int threads);                      \
   double multiply_add(bool pairs, double flops, int threads);                              \
   }

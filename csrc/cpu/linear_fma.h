@@ -21,11 +21,15 @@ struct FmaPlan {
 
   FmaPlan(const LinearParams& p, int64_t itemsize) : k(p.k), stride(p.k + p.k % 2) {
 #if defined(LF_AVX2)
-    block = 128 / itemsize;  // 8 KB of a panel as it lies
+    block = by_quads(p) ? kQuadColumns : 128 / itemsize;  // 16 or 8 KB of a panel as it lies
 #else
     block = 64;  // 16 KB of a panel, decoded
     (void)itemsize;
 #endif
+  }
+  // 16 bits of results from one row and a plain e4m3 weight, without block scales.
+  static bool by_quads(const LinearParams& p) {
+    return p.m == 1 && !p.packed && p.weight_dtype == DType::e4m3 && !promotes(p);
   }
   static int64_t tiles(int64_t rows) { return (rows + kFmaRows - 1) / kFmaRows; }
   // The row at which a tile begins: as even as can be.
@@ -65,7 +69,7 @@ class FmaTask {
  public:
   // x: this share's. scaled: by the inverse of the weights' factor, except for `unscale`.
   FmaTask(const LinearParams& p, const FmaPlan& plan, const float* x, bool scaled, float unscale,
-          int64_t m0, int64_t rows, int64_t panel)
+          int64_t m0, int64_t rows, int64_t panel, int threads)
       : p_(p),
         plan_(plan),
         x_(x),
@@ -74,6 +78,7 @@ class FmaTask {
         m0_(m0),
         rows_(rows),
         panel_(panel),
+        threads_(threads),
         sums_(workspace().acc.get<float>(static_cast<size_t>(rows * kPanel))) {}
 
   void run() {
@@ -115,6 +120,10 @@ class FmaTask {
   // The block after this one comes in while this one is used.
   template <bool kExact>
   bool run_block(int64_t k0, int64_t k1, bool fresh, float factor, bool stream) {
+#if defined(LF_AVX2)
+    if constexpr (std::is_same_v<T, e4m3> && !kExact)
+      if (plan_.block == kQuadColumns && k1 - k0 == kQuadColumns) return run_quads(k0);
+#endif
     const T* w = pair_rows<T>(p_, panel_, k0, k1);
     const float* x = x_ + k0 * rows_;
     const int64_t pairs = (k1 - k0 + 1) / 2;
@@ -130,6 +139,19 @@ class FmaTask {
       }
     return run_tiles<T, kExact>(fresh, x, w, pairs, factor, next);
   }
+
+#if defined(LF_AVX2)
+  bool run_quads(int64_t k0) {
+    Quad* quads = workspace().packed.get<Quad>(kQuadColumns / 4 * kPanel);
+    const QuadRows rows(panel_features(p_, panel_), p_.weight_stride);
+    const e4m3* w = static_cast<const e4m3*>(p_.weight) + panel_ * kPanel * p_.weight_stride + k0;
+    pack_quads(quads, w, rows);
+    // The next columns, or the first of the panel that this thread is likely to take next.
+    const e4m3* next = w + kQuadColumns;
+    if (p_.k - k0 < 2 * kQuadColumns) next = w - k0 + threads_ * kPanel * p_.weight_stride;
+    return fma_quads(sums_, k0 == 0, x_ + k0, quads, next, rows);
+  }
+#endif
 
   template <class W, bool kExact>
   bool run_tiles(bool fresh, const float* x, const W* w, int64_t pairs, float factor,
@@ -163,7 +185,7 @@ class FmaTask {
   const float* x_;
   bool scaled_;
   float unscale_;
-  int64_t m0_, rows_, panel_;
+  int64_t m0_, rows_, panel_, threads_;
   float* sums_;  // [rows][64] running sums, in the order of Weights
 };
 
@@ -209,7 +231,7 @@ void run_fma(const LinearParams& p, int threads) {
       const int64_t s = item % splits, count = share_rows(s);
       if (count > 0)
         FmaTask<T>(p, plan, x + s * share * plan.stride, scaled, scaled ? unscale : 1.0f,
-                   m0 + s * share, count, item / splits)
+                   m0 + s * share, count, item / splits, threads)
             .run();
     });
   }

@@ -94,6 +94,78 @@ void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
 
 #endif
 
+#if defined(LF_AVX2)
+
+// One row of x by a plain e4m3 weight: kQuadColumns of a panel at a time become quads in L1, a
+// third less work than pair rows. The even features of a group come first, where FmaMath looks for
+// them.
+inline constexpr int kQuadColumns = 256;
+
+// From a panel's first row to each in that order, in elements.
+struct QuadRows {
+  int64_t offset[kPanel];
+  QuadRows(int64_t features, int64_t stride) {
+    for (int i = 0; i < kPanel; ++i) {
+      const int64_t feature = i / kGroup * kGroup + 2 * (i % kLanes) + i % kGroup / kLanes;
+      offset[i] = (feature < features ? feature : features - 1) * stride;
+    }
+  }
+};
+
+// out [kQuadColumns / 4][64] from the columns at `weight`. A line of eight rows at a time: the rows
+// of most weights share a set of L1, which holds eight.
+inline void pack_quads(Quad* out, const e4m3* weight, const QuadRows& rows) {
+  for (int row = 0; row < kPanel; row += kLanes)
+    for (int line = 0; line < kQuadColumns; line += 64)
+#pragma GCC unroll 4
+      for (int k = line; k < line + 64; k += 16) {
+        Bytes r[4], a, b, c, d;
+        const auto load = [&](int i) {
+          const e4m3* p = weight + rows.offset[row + i] + k;
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        };
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          r[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i)), load(i + 4), 1);
+        interleave<4>(r[0], r[1], a, b);
+        interleave<4>(r[2], r[3], c, d);
+        interleave<8>(a, c, r[0], r[1]);
+        interleave<8>(b, d, r[2], r[3]);
+        Quad* to = out + k / 4 * kPanel + row;
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+          _mm256_store_si256(reinterpret_cast<Bytes*>(to + i * kPanel), r[i]);
+      }
+}
+
+// fma_tile for one row of x and those quads, in the same order. Each step prefetches a row of the
+// kQuadColumns at `next`: 64 rows at once are more than the hardware prefetcher follows.
+__attribute__((noinline)) inline bool fma_quads(float* sums, bool fresh, const float* x,
+                                                const Quad* quads, const e4m3* next,
+                                                const QuadRows& rows) {
+  static_assert(kQuadColumns / 4 == kPanel, "a row to a step");
+  NanSearch nan;
+  Sums<1, 2 * kGroups> sum(sums, fresh);
+  for (int step = 0; step < kPanel; ++step, x += 4, quads += kPanel) {
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      nan.see(quads + g * kGroup);
+      nan.see(quads + g * kGroup + kLanes);
+      asm volatile("" : "+r"(x));  // load x again rather than spill sums
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        sum.add(0, 2 * g, Weights<Quad, false>(quads + g * kGroup, zeros()).at(k), broadcast(x[k]));
+    }
+    const e4m3* row = next + rows.offset[step];
+#pragma GCC unroll 4
+    for (int line = 0; line < kQuadColumns; line += 64) __builtin_prefetch(row + line, 0, 2);
+  }
+  sum.store_to(sums);
+  return nan.found();
+}
+
+#endif
+
 // out [ceil(k / 2)][64][2] from `n` <= 64 rows of k elements. Features past n repeat the last row
 // (their sums are never stored); an odd k is padded with a zero.
 template <class T>

@@ -1,0 +1,147 @@
+"""bf16 products of many rows on a CPU with AMX: oneDNN's, through PyTorch, where they are faster.
+
+csrc/cpu has no AMX kernels. FP8 and packed weights are decoded a part at a time to bf16, in which
+e4m3 is exact. The product comes back in bf16, so scales of tensors and rows cost a second rounding:
+up to one ulp in all; scales of blocks are multiplied into the decoded weights instead, which rounds
+each of them. Nothing here has run on a CPU with AMX: tests stand in for its flags and its times.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _cpu, reference
+
+# Below this many rows a row's bits never depend on the batch: decoding and its speculation.
+LEAST_ROWS = 32
+_COUNTS = (512, 256, 128, 64, LEAST_ROWS)
+_FEATURES = 512  # of a weight decoded at once: 4 MB in bf16 at K = 4096
+
+
+def _has_amx() -> bool:
+    probe: Callable[[], bool] | None = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and probe()
+
+
+def allowed() -> bool:
+    """Whether this CPU has AMX and LLAMA_FAST_CPU_AMX=off does not forbid it. An instruction set
+    that LLAMA_FAST_CPU_ISA names is kept to."""
+    switch = os.environ.get("LLAMA_FAST_CPU_AMX", "on")
+    if switch not in ("on", "off"):
+        raise ValueError(f"LLAMA_FAST_CPU_AMX: got {switch!r}, want on or off")
+    return switch == "on" and not os.environ.get("LLAMA_FAST_CPU_ISA") and _has_amx()
+
+
+enabled = allowed()
+
+
+def serves(out: Tensor, x: Tensor, weight: Tensor, x_scale: Tensor | None) -> bool:
+    """Whether linear() below takes a call; enabled is asked before."""
+    if x.shape[0] < LEAST_ROWS or out.dtype != torch.bfloat16:
+        return False
+    if x.dtype == torch.bfloat16 and x_scale is None:
+        pass
+    elif x.dtype != torch.float8_e4m3fn or x_scale is None or _by_block(x_scale, x.shape[0]):
+        return False
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    return x.shape[0] >= first_rows(weight.dtype, weight.dim() == 4, torch.get_num_threads())
+
+
+def _by_block(scale: Tensor, rows: int) -> bool:
+    return scale.numel() > 1 and scale.shape != (rows, 1)
+
+
+def _decode(weight: Tensor, out: Tensor) -> None:
+    stride = -1 if weight.dim() == 4 else weight.stride(0)
+    fp8, threads = weight.dtype == torch.float8_e4m3fn, torch.get_num_threads()
+    _cpu.decode_weight(weight.data_ptr(), out.data_ptr(), *out.shape, stride, fp8, threads)
+
+
+@torch.no_grad()
+def linear(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """Native.linear for bf16 results."""
+    n, k = out.shape[1], x.shape[1]
+    if x_scale is not None:
+        codes, x = x, x.new_empty(x.shape, dtype=torch.bfloat16)
+        _decode(codes, x)
+    plain = weight.dim() == 2 and weight.dtype == torch.bfloat16
+    step = n if plain else _FEATURES
+    scratch = None if plain else x.new_empty((min(step, n), k))
+    for begin in range(0, n, step):
+        end = min(begin + step, n)
+        part, y = weight, out[:, begin:end]
+        if scratch is not None:
+            packed = weight.dim() == 4
+            part = weight[begin // 64 : end // 64] if packed else weight[begin:end]
+            _decode(part, scratch[: end - begin])
+            part = scratch[: end - begin]
+        if weight_scale is None:
+            if bias is None:
+                torch.mm(x, part.t(), out=y)
+            else:
+                torch.addmm(bias[begin:end], x, part.t(), out=y)
+            continue
+        scale = weight_scale
+        if _by_block(scale, n):
+            per = 1 if scale.shape[0] == n else reference.FP8_BLOCK
+            blocks = scale[begin // per : -(-end // per)]
+            part *= reference.spread_scale(blocks, end - begin, k)
+            scale = scale.new_ones(1)
+        sums = torch.mm(x, part.t()).float()
+        if x_scale is not None:
+            sums *= x_scale.view(-1, 1)
+        sums *= scale if scale.numel() == 1 else scale[begin:end].view(1, -1)
+        y.copy_(sums if bias is None else sums + bias[begin:end])
+
+
+@functools.lru_cache
+def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
+    """The number of rows from which oneDNN's product is faster than csrc/cpu's for weights of that
+    dtype and layout; infinite if it never is. Measured once in a process: 0.2 s on two cores."""
+    from .cpu import compiled_linear
+
+    weight = torch.zeros((1024, 2048), dtype=torch.bfloat16).to(dtype)
+    weight = reference.pack_weight(weight) if packed else weight
+    scale = torch.ones(1) if dtype == torch.float8_e4m3fn else None
+
+    def seconds(op: Callable[..., None], rows: int) -> float:
+        x = torch.zeros((rows, 2048), dtype=torch.bfloat16)
+        out, times = x.new_empty((rows, 1024)), []
+        for _ in range(3):
+            start = time.perf_counter()
+            op(out, x, weight, None, None, scale)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    first = math.inf
+    for rows in _COUNTS:
+        if seconds(linear, rows) >= seconds(compiled_linear, rows):
+            break
+        first = rows
+    return first
+
+
+def why() -> str:
+    """For backends(): from how many rows on, for each kind of weight."""
+    threads, parts = torch.get_num_threads(), []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "fp8")):
+        for packed in (False, True):
+            rows = first_rows(dtype, packed, threads)
+            if rows < math.inf:
+                parts.append(f"{rows:.0f} rows of {'packed' if packed else 'plain'} {name} weights")
+    return f"; bf16 results by oneDNN (AMX) from {', '.join(parts)}" if parts else ""
