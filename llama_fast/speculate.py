@@ -154,6 +154,7 @@ class Draft:
         self._model, self._texts, self._generators = model, texts, generators
         self._settings = settings
         self._cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
+        self._last = [(0, list[int]())] * len(texts)  # where the last proposals began, and they
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
         runs = {i: self._missing(i) for i in wanted}
@@ -172,12 +173,18 @@ class Draft:
                 if len(proposals[i]) < wanted[i]:
                     going[i] = [token]
             runs = going
+        for i, proposal in proposals.items():
+            self._last[i] = len(self._texts[i]), proposal
         return proposals
 
     def _missing(self, i: int) -> list[int]:
         """Drops refused proposals from the cache. The text's last tokens, which are not there."""
-        text, cache = self._texts[i], self._cache.select([i])
-        cache.truncate([min(cache.seqlens[0], len(text) - 1)])
+        text, cache, (right, proposal) = self._texts[i], self._cache.select([i]), self._last[i]
+        for token, guess in zip(text[right:], proposal, strict=False):
+            if token != guess:
+                break
+            right += 1
+        cache.truncate([min(cache.seqlens[0], right, len(text) - 1)])
         while len(text) - cache.seqlens[0] > MOST_DRAFT_TOKENS:
             start = cache.seqlens[0]
             chunk = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
@@ -199,10 +206,13 @@ class _Sequence:
         self.gain, self.cost = 0.5, 0.0
         self.width, self.most = min(3, most), most
         self.rest, self.pause = 0, SHORTEST_PAUSE
+        self.trying = False  # whether the next proposals are the first after a pause
 
     def learn(self, proposed: int, accepted: int, cost: float) -> None:
-        self.gain += (accepted - self.gain) / 4
-        self.cost += (cost - self.cost) / 4
+        tried, self.trying = self.trying, False
+        weight = 1.0 if tried and accepted == proposed else 0.25  # what was before is over
+        self.gain += (accepted - self.gain) * weight
+        self.cost += (cost - self.cost) * weight
         if accepted == proposed:
             self.width = min(2 * max(self.width, proposed) + 1, self.most)
         else:
@@ -211,6 +221,7 @@ class _Sequence:
             self.pause = SHORTEST_PAUSE
         else:
             self.rest, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
+            self.trying = True
 
 
 class Pace:

@@ -239,7 +239,11 @@ def test_on_token_order_is_plain_decodings(
     )
     proposes(monkeypatch, [free[0], [0] * 25, free[2]], True)
     got = model.generate(
-        batch, 25, stop_ids=stops, speculate="lookup", on_token=lambda *at: orders[1].append(at),
+        batch,
+        25,
+        stop_ids=stops,
+        speculate="lookup",
+        on_token=lambda *at: orders[1].append(at),
         **options,
     )
     assert got == expected and orders[0] == orders[1]
@@ -251,7 +255,11 @@ def test_f44_nan_says_the_same_after_the_same_tokens(
     """A token whose embedding is NaN is sampled in the midst of an accepted run."""
     batch, options = prompts(5, 9), {"temperature": 1.0, "top_p": 1.0, "seed": 3, "stop_ids": ()}
     free = model.generate(batch, 20, **options)
-    bad = next(t for at, t in enumerate(free[1]) if at > 8 and t not in (*free[0], *free[1][:at], *batch[0], *batch[1]))
+    bad = next(
+        t
+        for at, t in enumerate(free[1])
+        if at > 8 and t not in (*free[0], *free[1][:at], *batch[0], *batch[1])
+    )
     embedding = model.weights.embedding.clone()
     embedding[bad] = math.nan
     broken = Llama(CONFIG, dataclasses.replace(model.weights, embedding=embedding))
@@ -259,7 +267,9 @@ def test_f44_nan_says_the_same_after_the_same_tokens(
     for by in (None, "lookup"):
         seen: list[tuple[int, int]] = []
         with pytest.raises(ValueError, match="prompt 1, new token .*: logits") as error:
-            broken.generate(batch, 20, speculate=by, on_token=lambda *at: seen.append(at), **options)
+            broken.generate(
+                batch, 20, speculate=by, on_token=lambda *at: seen.append(at), **options
+            )
         said.append((str(error.value), seen))
         proposes(monkeypatch, free, True)
     assert said[0] == said[1] and len(said[0][1]) > 16
@@ -269,7 +279,12 @@ def test_f44_nan_says_the_same_after_the_same_tokens(
 
 
 def test_lookup() -> None:
-    texts = [[1, 2, 3, 4, 5, 9, 2, 3], [7, 8], [5, 6, 5, 6, 5, 6], [1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3]]
+    texts = [
+        [1, 2, 3, 4, 5, 9, 2, 3],
+        [7, 8],
+        [5, 6, 5, 6, 5, 6],
+        [1, 2, 3, 9, 4, 2, 3, 8, 1, 2, 3],
+    ]
     lookup = Lookup(texts)
     assert lookup({0: 3, 1: 4, 2: 5, 3: 2}) == {
         0: [4, 5, 9],
@@ -376,9 +391,7 @@ def test_room_is_never_exceeded() -> None:
     assert [len(p) for p in pace.propose([0, 1], [0, 2])] == [0, 2]
 
 
-def test_tokens_with_pauses(
-    model: Llama, draft: Llama, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_with_pauses(model: Llama, draft: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculate, "Pace", Pace)
     batch = [*repetitive(40), *prompts(9)]
     for by in ("lookup", draft):
@@ -405,14 +418,16 @@ def test_speculate_of_a_wrong_type(model: Llama, by: Any) -> None:
 
 
 def test_a_draft_model_that_does_not_fit(model: Llama) -> None:
-    def like(dtype: torch.dtype = torch.bfloat16, device: str = "cpu", **other: Any) -> Llama:
+    def like(dtype: torch.dtype = torch.bfloat16, **other: Any) -> Llama:
         config = dataclasses.replace(CONFIG, num_hidden_layers=1, **other)
-        return Llama.from_config(config, dtype=dtype, device=device)
+        return Llama.from_config(config, dtype=dtype)
 
+    elsewhere = like()
+    elsewhere.device = torch.device("cuda", 1)
     for draft, message in (
         (like(vocab_size=321), "vocab_size 321, want the model's, 320"),
         (like(torch.float16), "dtype torch.float16, want the model's, torch.bfloat16"),
-        (like(device="meta"), "device meta, want the model's, cpu"),
+        (elsewhere, "device cuda:1, want the model's, cpu"),
     ):
         with pytest.raises(ValueError, match=f"speculate: got a draft model of {message}"):
             model.generate([[1]], 2, speculate=draft)
