@@ -268,7 +268,7 @@ def test_f44_nan_says_the_same_after_the_same_tokens(
         seen: list[tuple[int, int]] = []
         with pytest.raises(ValueError, match="prompt 1, new token .*: logits") as error:
             broken.generate(
-                batch, 20, speculate=by, on_token=lambda *at: seen.append(at), **options
+                batch, 20, speculate=by, on_token=lambda *at, to=seen: to.append(at), **options
             )
         said.append((str(error.value), seen))
         proposes(monkeypatch, free, True)
