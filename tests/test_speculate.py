@@ -166,7 +166,11 @@ def test_a_stop_id_inside_an_accepted_run(
     stop = free[0][place]
     expected = model.generate(batch, 30, stop_ids=[stop], **options)
     proposes(monkeypatch, free, True)
+    draws: list[int] = []
+    real = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args: (draws.append(1), real(*args))[1])
     assert expected == model.generate(batch, 30, stop_ids=[stop], speculate="lookup", **options)
+    assert len(draws) == sum(map(len, expected))  # nothing after the stop id
 
 
 @pytest.mark.parametrize("count", range(1, 10))
