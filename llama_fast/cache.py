@@ -185,24 +185,28 @@ class KVCache:
                 self._table[sequence.row, column] = self._free.pop()
             sequence.blocks = max(sequence.blocks, n)
 
-    def append(self, count: int) -> Append:
-        """Reserves room for `count` more tokens of each sequence; advance() then keeps them.
+    def append(self, count: int | Sequence[int]) -> Append:
+        """Reserves room for `count` more tokens of each sequence; advance() then keeps them. A list
+        has a number for each sequence; every token is then a row of its own, with one query.
 
         Raises ValueError, and changes nothing, when the pool or a sequence's table is full.
         """
-        totals = [s.length + count for s in self._sequences]
+        counts = [count] * len(self) if isinstance(count, int) else list(count)
+        totals = [s.length + n for s, n in zip(self._sequences, counts, strict=True)]
         self.reserve(totals)
         table = self.block_table[:, : -(-max(totals, default=0) // self.block_size)]
-        seqlens = torch.tensor(self.seqlens, dtype=torch.int64)
-        positions = seqlens[:, None] + torch.arange(count)
-        block = table.gather(1, positions // self.block_size).long()
+        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        pieces = [torch.arange(t - n, t) for t, n in zip(totals, counts, strict=True)]
+        positions = torch.cat(pieces) if pieces else rows
+        block = table[rows, positions // self.block_size].long()
         slots = block * self.block_size + positions % self.block_size
+        uniform = isinstance(count, int)
         return Append(
-            upload(positions.flatten(), self.k.device),
-            upload(slots.flatten(), self.k.device),
-            upload(table, self.k.device),
-            upload((seqlens + count).int(), self.k.device),
-            self._run(table, totals),
+            upload(positions, self.k.device),
+            upload(slots, self.k.device),
+            upload(table if uniform else table[rows], self.k.device),
+            upload(torch.tensor(totals).int() if uniform else (positions + 1).int(), self.k.device),
+            self._run(table, totals) if uniform else None,
         )
 
     def _run(self, table: Tensor, totals: list[int]) -> slice | None:
@@ -215,7 +219,8 @@ class KVCache:
             return None
         return slice(first * self.block_size, first * self.block_size + totals[0])
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int | Sequence[int]) -> None:
         """The tokens of append() have been written, in every layer."""
-        for sequence in self._sequences:
-            sequence.length += count
+        counts = [count] * len(self) if isinstance(count, int) else count
+        for sequence, n in zip(self._sequences, counts, strict=True):
+            sequence.length += n

@@ -27,6 +27,7 @@ _GENERATE_EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B --prompt "The capital of France is" --temperature 0
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --quantize fp8 \\
       --system "Answer in one sentence." --prompt "Why is the sky blue?"
+  llama-fast generate --model Llama-3.1-8B-Instruct --chat --speculate lookup --prompt - < edit.txt
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt - < question.txt
 
 Text goes to stdout, figures to stderr. Ctrl-C ends the text, not the figures."""
@@ -124,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
     add("--no-graphs", action="store_true", help="on a GPU: launch each kernel on its own")
     add("--threads", type=_positive, metavar="N", help="default: torch's choice")
+    add(
+        "--speculate",
+        metavar="lookup|DIR",
+        help="the same tokens, several a pass: proposed by what followed the last ones earlier in "
+        "the text, or by a smaller checkpoint of the same tokenizer",
+    )
+    add("--draft-tokens", type=int, metavar="N", help="proposed for a pass, 1 to 16; default 7")
 
     quantize = command(
         "quantize", _quantize, "write a checkpoint again with FP8 weights", _QUANTIZE_EXAMPLES
@@ -153,13 +161,18 @@ def _positive(text: str) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
-    from . import chat, sampling
+    from . import chat, sampling, speculate
     from .model import Llama
 
     if args.system is not None and not args.chat:
         args.parser.error("--system goes with --chat")
+    if args.draft_tokens is None:
+        args.draft_tokens = speculate.DRAFT_TOKENS
+    elif args.speculate is None:
+        args.parser.error("--draft-tokens goes with --speculate")
     try:
         sampling.check(args.temperature, args.top_p, args.top_k)
+        speculate.check_draft_tokens(args.draft_tokens)
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
     if args.threads is not None:
@@ -177,6 +190,10 @@ def _generate(args: argparse.Namespace) -> int:
     model = Llama.from_pretrained(
         args.model, getattr(torch, args.dtype), quantize=args.quantize, device=args.device
     )
+    if args.speculate not in (None, "lookup"):
+        args.speculate = Llama.from_pretrained(
+            args.speculate, model.dtype, quantize=args.quantize, device=args.device
+        )
     return _stream(model, tokenizer, ids, args)
 
 
@@ -207,6 +224,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
         times.append(time.perf_counter())
         streamer.put(token)
 
+    passes: list[tuple[int, int]] = []
     code = 0
     start = time.perf_counter()
     try:
@@ -219,12 +237,20 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             seed=args.seed,
             on_token=on_token,
             graphs=False if args.no_graphs else None,
+            speculate=args.speculate,
+            draft_tokens=args.draft_tokens,
+            on_pass=lambda *counts: passes.append(counts),
         )
     except KeyboardInterrupt:
         code = 130
     streamer.end()
     show("\n")
-    print(_footer(len(ids), start, times), file=sys.stderr)
+    footer = _footer(len(ids), start, times)
+    if args.speculate is not None and passes:
+        proposed, accepted = map(sum, zip(*passes, strict=True))
+        a_pass = (len(times) - 1) / len(passes)
+        footer += f" | accepted {accepted} / {proposed} proposed, {a_pass:.2f} tokens a pass"
+    print(footer, file=sys.stderr)
     return code
 
 

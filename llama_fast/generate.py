@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import decode, sampling
+from . import speculate as speculation
 from .cache import KVCache
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     graphs: bool | None = None,
+    speculate: str | Llama | None = None,
+    draft_tokens: int = speculation.DRAFT_TOKENS,
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, which is a list of token ids (BOS included, where wanted).
 
@@ -40,11 +44,20 @@ def generate(
     graphs: whether decoding replays CUDA graphs; None: on a GPU. There the model keeps the cache
     and the graphs for its next call, until model.decoders.clear().
 
+    speculate: what proposes up to draft_tokens (1 to 16) tokens for a pass of the model to verify:
+    "lookup", the tokens that followed the last ones earlier in the text, or a smaller model of the
+    same vocabulary, dtype and device. The tokens stay what they are without it, greedy or sampled,
+    and so does the order in which on_token sees them: see speculate.py, also for the GPU's
+    exception. It pauses where it loses time. on_pass(proposed, accepted) then follows each pass of
+    decoding. On a GPU it takes the plain loop, one launch a kernel.
+
     A prompt's result does not depend on the others: with a seed it draws from a random stream of
     its own, made of the seed and its tokens, and, for repeated prompts, which repetition it is.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that with
-    max_new_tokens exceeds the model's positions, logits that are NaN, and graphs on a CPU.
+    max_new_tokens exceeds the model's positions, logits that are NaN, graphs on a CPU or with
+    speculate, draft_tokens out of range, and a draft model that does not fit; TypeError for another
+    kind of speculate.
     """
     _check_count("max_new_tokens", max_new_tokens)
     sampling.check(temperature, top_p, top_k)
@@ -53,6 +66,9 @@ def generate(
     cannot = decode.cannot_capture(model.device)
     if graphs and cannot:
         raise ValueError(f"graphs: got True, but {cannot}")
+    speculation.check(model, speculate, draft_tokens)
+    if graphs and speculate is not None:
+        raise ValueError("graphs: got True, but speculate launches each kernel on its own")
     vocab = model.config.vocab_size
     stops = frozenset(_ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids))
     checked = [_prompt(i, prompt, vocab, max_new_tokens, model) for i, prompt in enumerate(prompts)]
@@ -61,6 +77,9 @@ def generate(
         return new
     generators = _generators(checked, seed)
 
+    def is_last(token: int, count: int) -> bool:
+        return token in stops or count == max_new_tokens
+
     def emit(i: int, token: int) -> bool:
         """Takes a token of sequence i. Whether it goes on."""
         if token < 0:
@@ -68,9 +87,9 @@ def generate(
         new[i].append(token)
         if on_token is not None:
             on_token(i, token)
-        return token not in stops and len(new[i]) < max_new_tokens
+        return not is_last(token, len(new[i]))
 
-    if _runs_ahead(model.device):
+    if speculate is None and _runs_ahead(model.device):
         settings = decode.Settings(temperature, top_p, top_k)
         u = None
         if temperature:
@@ -83,26 +102,61 @@ def generate(
 
     lengths = [len(prompt) + max_new_tokens for prompt in checked]
     cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
+    texts = [list(prompt) for prompt in checked]  # with what has been sampled
+    pending: list[deque[int | ValueError]] = [deque() for _ in checked]  # not yet emitted
+    going, unfinished = [True] * len(checked), list(range(len(checked)))
+    proposer = speculation.proposer(
+        speculate, texts, lengths, generators, (temperature, top_p, top_k)
+    )
+    pace = speculation.Pace(proposer, len(checked), draft_tokens)
 
-    def goes_on(i: int, logits: torch.Tensor) -> bool:
-        try:
-            token = sampling.sample(logits, temperature, top_p, top_k, generators[i])
-        except ValueError as error:
-            raise _no_token(i, len(new[i]), str(error)) from None
-        if emit(i, token):
-            return True
-        cache.release(i)
-        return False
+    def accept(i: int, logits: torch.Tensor, proposal: Sequence[int]) -> int:
+        """Samples after the last token and after each proposal that equals the token sampled
+        before it. How many do."""
+        accepted = 0
+        for row, guess in zip(logits, [*proposal, -1], strict=True):
+            try:
+                token = sampling.sample(row, temperature, top_p, top_k, generators[i])
+            except ValueError as error:
+                pending[i].append(_no_token(i, len(texts[i]) - len(checked[i]), str(error)))
+                going[i] = False
+                return accepted
+            texts[i].append(token)
+            pending[i].append(token)
+            accepted += token == guess
+            if is_last(token, len(texts[i]) - len(checked[i])):
+                cache.release(i)
+                going[i] = False
+                return accepted
+            if token != guess:
+                break
+        cache.select([i]).truncate([len(texts[i]) - 1])
+        return accepted
 
-    active = [
-        i
-        for i, prompt in enumerate(checked)
-        if goes_on(i, _prefill(model, prompt, cache.select([i])))
-    ]
-    while active:
-        tokens = torch.tensor([[new[i][-1]] for i in active], device=model.device)
-        logits = model(tokens, cache=cache.select(active))[:, 0]
-        active = [i for i, row in zip(active, logits, strict=True) if goes_on(i, row)]
+    def send(i: int) -> None:
+        token = pending[i].popleft()
+        if isinstance(token, ValueError):
+            raise token
+        if not emit(i, token):
+            unfinished.remove(i)
+
+    for i, prompt in enumerate(checked):
+        accept(i, _prefill(model, prompt, cache.select([i]))[None], [])
+        send(i)
+    while active := [i for i in unfinished if going[i]]:
+        room = [lengths[i] - len(texts[i]) - 1 for i in active]
+        proposals = pace.propose(active, room)
+        runs = [[texts[i][-1], *proposal] for i, proposal in zip(active, proposals, strict=True)]
+        logits = speculation.extend(model, cache.select(active), runs).split([*map(len, runs)])
+        accepted = [accept(*each) for each in zip(active, logits, proposals, strict=True)]
+        pace.passed(active, proposals, accepted)
+        if on_pass is not None:
+            on_pass(sum(map(len, proposals)), sum(accepted))
+        # A token of each sequence in turn, as far as all have one: an order that does not depend
+        # on what was accepted.
+        while unfinished and all(pending[i] for i in unfinished):
+            for i in list(unfinished):
+                send(i)
     return new
 
 

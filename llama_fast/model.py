@@ -17,6 +17,7 @@ from . import checkpoint, decode, generate, ops
 from .cache import Append, KVCache
 from .config import LlamaConfig
 from .reference import FP8_DTYPE
+from .speculate import DRAFT_TOKENS
 from .weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
 
 
@@ -139,6 +140,9 @@ class Llama:
         stop_ids: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
         graphs: bool | None = None,
+        speculate: str | Llama | None = None,
+        draft_tokens: int = DRAFT_TOKENS,
+        on_pass: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """See llama_fast.generate.generate."""
         return generate.generate(
@@ -152,6 +156,9 @@ class Llama:
             stop_ids=stop_ids,
             on_token=on_token,
             graphs=graphs,
+            speculate=speculate,
+            draft_tokens=draft_tokens,
+            on_pass=on_pass,
         )
 
     def _plain_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 import types
@@ -88,6 +89,12 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], "top_p"),
         (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature"),
         (["generate", "--model", "x", "--prompt", "x", "--system", "y"], "goes with --chat"),
+        (["generate", "--model", "x", "--prompt", "x", "--draft-tokens", "3"], "with --speculate"),
+        (
+            ["generate", "--model", "x", "--prompt", "x", "--speculate", "lookup"]
+            + ["--draft-tokens", "17"],
+            "want 1 to 16",
+        ),
         (["quantize", "in"], "required: OUT"),
         (["tune", "--output"], "expected one argument"),
         (["env", "--everything"], "unrecognized arguments"),
@@ -156,6 +163,28 @@ def test_no_graphs_reaches_generate(
     )
     assert generate(checkpoint, "--prompt", "x", "--device", "cpu", *options) == 0
     assert seen == [False if options else None]
+
+
+def test_speculate_gives_the_same_text_and_says_what_was_accepted(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prompt", "abcabcabcabc", "--temperature", "0", "--max-new-tokens", "24")
+    assert generate(checkpoint, *options) == 0
+    plain, err = capsys.readouterr()
+    assert "accepted" not in err
+    for by in ("lookup", str(checkpoint)):
+        assert generate(checkpoint, *options, "--speculate", by, "--draft-tokens", "3") == 0
+        out, err = capsys.readouterr()
+        found = re.search(
+            r"accepted (\d+) / (\d+) proposed, (\d\.\d\d) tokens a pass$", err.strip()
+        )
+        assert out == plain and found, err
+        accepted, proposed, a_pass = int(found[1]), int(found[2]), float(found[3])
+        assert accepted <= proposed and 1 <= a_pass <= 4
+        if by != "lookup":  # the model itself is always right
+            assert accepted == proposed > 0 and a_pass > 1
+    assert generate(checkpoint, "--prompt", "x", "--speculate", str(checkpoint / "none")) == 1
+    assert "none/config.json: no such file" in failure(capsys)
 
 
 def test_prompt_from_stdin(

@@ -1,0 +1,279 @@
+"""More than one token a pass: something cheap proposes the next tokens, one pass of the model
+verifies them.
+
+The model samples after every proposal, with the very number that it would have drawn there, and
+keeps proposals as long as they equal what it samples. So the tokens are those of plain decoding
+wherever a row's bits do not depend on how many rows there are: always on a CPU. On a GPU linears
+with 16-bit weights, and FP8 ones from 65 rows, may tip a tie in the last bits.
+
+Verifying is compute that decoding leaves idle, up to a point: it pauses where it loses time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import sampling
+from .cache import KVCache, upload
+
+if TYPE_CHECKING:
+    from .model import Llama
+
+MOST_DRAFT_TOKENS = 16
+DRAFT_TOKENS = 7  # with the last token 8 rows, two tiles of the CPU's linears
+NGRAMS = (4, 3, 2)  # tokens that a lookup compares, the longest match first
+CHUNK = 512  # tokens of a text that a draft model takes at a time
+PLAIN_PASSES = 2  # timed before the first proposals, and one more every REFRESH passes
+REFRESH = 64
+SHORTEST_PAUSE, LONGEST_PAUSE = 8, 64  # passes; doubles as long as proposals lose
+
+
+def check(model: Llama, speculate: Any, draft_tokens: Any) -> None:
+    """Raises ValueError or TypeError for what generate cannot speculate with."""
+    from .model import Llama
+
+    check_draft_tokens(draft_tokens)
+    if isinstance(speculate, Llama):
+        pairs: tuple[tuple[str, Any, Any], ...] = (
+            ("vocab_size", speculate.config.vocab_size, model.config.vocab_size),
+            ("dtype", speculate.dtype, model.dtype),
+            ("device", speculate.device, model.device),
+        )
+        for name, got, want in pairs:
+            if got != want:
+                raise ValueError(
+                    f"speculate: got a draft model of {name} {got}, want the model's, {want}"
+                )
+    elif isinstance(speculate, str):
+        if speculate != "lookup":
+            raise ValueError(f"speculate: got {speculate!r}, want 'lookup', a draft model or None")
+    elif speculate is not None:
+        got = type(speculate).__name__
+        raise TypeError(f"speculate: got {got}, want 'lookup', a draft model (Llama) or None")
+
+
+def check_draft_tokens(draft_tokens: Any) -> None:
+    count = isinstance(draft_tokens, int) and not isinstance(draft_tokens, bool)
+    if not count or not 1 <= draft_tokens <= MOST_DRAFT_TOKENS:
+        raise ValueError(f"draft_tokens: got {draft_tokens!r}, want 1 to {MOST_DRAFT_TOKENS}")
+
+
+@torch.inference_mode()
+def extend(model: Llama, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tensor:
+    """Appends runs[i], at least one token, to each sequence: logits [tokens of all runs, vocab].
+
+    Every token is a row with a single query. Attention with several queries a sequence reads the
+    cache once for all of them, but it cuts the keys by the last query's length and takes the tiles
+    of prefill from 48 rows a kv head: other bits. At 4096 tokens of context and 8 rows the pass
+    takes as long either way.
+    """
+    counts = [len(run) for run in runs]
+    tokens = torch.tensor([[token] for run in runs for token in run])
+    tokens = upload(tokens, model.device)
+    if len(tokens) == len(runs):
+        return model(tokens, cache=cache)[:, 0]
+    append = cache.append(counts)
+    hidden = model.forward(model.embed(tokens), append.positions, cache, append)
+    cache.advance(counts)
+    return model.logits(hidden[:, 0])
+
+
+# ---- what proposes ----
+
+
+class Proposer(Protocol):
+    def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
+        """Up to wanted[i] tokens after the text of sequence i, for each i of wanted."""
+
+
+def proposer(
+    speculate: str | Llama | None,
+    texts: list[list[int]],
+    lengths: Sequence[int],
+    generators: Sequence[torch.Generator],
+    settings: tuple[float, float, int],
+) -> Proposer | None:
+    """texts: what each sequence has so far, which generate goes on to extend. lengths: of the texts
+    in the end. settings: see sampling.sample."""
+    if speculate is None:
+        return None
+    if isinstance(speculate, str):
+        return Lookup(texts)
+    return Draft(speculate, texts, lengths, generators, settings)
+
+
+class Lookup:
+    """Proposes the tokens that followed where the text last had its last few tokens."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self._texts = texts
+        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in texts]  # n-gram -> its end
+        self._seen = [1] * len(texts)  # ends up to here are in it
+
+    def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
+        return {i: self._propose(i, count) for i, count in wanted.items()}
+
+    def _propose(self, i: int, count: int) -> list[int]:
+        text, after = self._texts[i], self._after[i]
+        for end in range(self._seen[i], len(text)):  # not the text's own end
+            for n in NGRAMS:
+                if n <= end:
+                    after[tuple(text[end - n : end])] = end
+        self._seen[i] = len(text)
+        for n in NGRAMS:
+            start = after.get(tuple(text[-n:])) if n <= len(text) else None
+            if start is not None:
+                period = text[start:]  # all of it repeats, where it is shorter than the proposal
+                return [period[j % len(period)] for j in range(count)]
+        return []
+
+
+class Draft:
+    """A smaller model's tokens, sampled with the numbers that the model itself will draw."""
+
+    def __init__(
+        self,
+        model: Llama,
+        texts: list[list[int]],
+        lengths: Sequence[int],
+        generators: Sequence[torch.Generator],
+        settings: tuple[float, float, int],
+    ) -> None:
+        if max(lengths) > model.config.max_position_embeddings:
+            raise ValueError(
+                f"speculate: the draft model has {model.config.max_position_embeddings} positions, "
+                f"want {max(lengths)}, the longest prompt with max_new_tokens"
+            )
+        self._model, self._texts, self._generators = model, texts, generators
+        self._settings = settings
+        self._cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
+        self._last = [(0, list[int]())] * len(texts)  # where the last proposals began, and they
+
+    def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
+        runs = {i: self._missing(i) for i in wanted}
+        proposals: dict[int, list[int]] = {i: [] for i in wanted}
+        draws = {i: _copy(self._generators[i]) for i in wanted}
+        while runs:
+            logits = extend(self._model, self._cache.select(list(runs)), list(runs.values()))
+            last = torch.tensor([len(run) for run in runs.values()]).cumsum(0) - 1
+            going = {}
+            for i, row in zip(runs, logits[last.to(logits.device)], strict=True):
+                try:
+                    token = sampling.sample(row, *self._settings, draws[i])
+                except ValueError:  # the draft's logits mean nothing: no proposal
+                    continue
+                proposals[i].append(token)
+                if len(proposals[i]) < wanted[i]:
+                    going[i] = [token]
+            runs = going
+        for i, proposal in proposals.items():
+            self._last[i] = len(self._texts[i]), proposal
+        return proposals
+
+    def _missing(self, i: int) -> list[int]:
+        """Drops refused proposals from the cache. The text's last tokens, which are not there."""
+        text, cache, (right, proposal) = self._texts[i], self._cache.select([i]), self._last[i]
+        for token, guess in zip(text[right:], proposal, strict=False):
+            if token != guess:
+                break
+            right += 1
+        cache.truncate([min(cache.seqlens[0], right, len(text) - 1)])
+        while len(text) - cache.seqlens[0] > MOST_DRAFT_TOKENS:
+            start = cache.seqlens[0]
+            chunk = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
+            self._model.hidden(upload(chunk, self._model.device), cache=cache)
+        return text[cache.seqlens[0] :]
+
+
+def _copy(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator().set_state(generator.get_state())
+
+
+# ---- when ----
+
+
+class _Sequence:
+    """What proposals brought and cost lately, in tokens a pass, and how many come next."""
+
+    def __init__(self, most: int) -> None:
+        self.gain, self.cost = 0.5, 0.0
+        self.width, self.most = min(3, most), most
+        self.rest, self.pause = 0, SHORTEST_PAUSE
+        self.trying = False  # whether the next proposals are the first after a pause
+
+    def learn(self, proposed: int, accepted: int, cost: float) -> None:
+        tried, self.trying = self.trying, False
+        weight = 1.0 if tried and accepted == proposed else 0.25  # what was before is over
+        self.gain += (accepted - self.gain) * weight
+        self.cost += (cost - self.cost) * weight
+        if accepted == proposed:
+            self.width = min(2 * max(self.width, proposed) + 1, self.most)
+        else:
+            self.width = accepted + 1
+        if self.gain > self.cost:
+            self.pause = SHORTEST_PAUSE
+        else:
+            self.rest, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
+            self.trying = True
+
+
+class Pace:
+    """How many tokens to propose: more while they are accepted, none while they lose time.
+
+    A pass over n sequences that verifies takes t, where a plain one takes t0: that costs
+    (t / t0 - 1) * n tokens, shared by the proposals. A sequence whose accepted tokens stay below
+    its share, in an exponential average, pauses, and then tries a few again.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer | None,
+        sequences: int,
+        most: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._proposer, self._clock = proposer, clock
+        self._sequences = [_Sequence(most) for _ in range(sequences)]
+        self._plain: dict[int, deque[float]] = {}  # seconds of passes over so many sequences
+        self._since = 0  # passes since the last plain one
+
+    def propose(self, active: Sequence[int], room: Sequence[int]) -> list[list[int]]:
+        """For each active sequence, at most room[i] tokens. Starts the time of a pass."""
+        self._start = self._clock()
+        if self._proposer is None:
+            return [[]] * len(active)
+        wanted: dict[int, int] = {}
+        known = len(self._plain.get(len(active), ())) >= PLAIN_PASSES
+        if known and self._since < REFRESH:
+            for i, most in zip(active, room, strict=True):
+                sequence = self._sequences[i]
+                if sequence.rest:
+                    sequence.rest -= 1
+                elif most > 0:
+                    wanted[i] = min(sequence.width, most)
+        proposals = self._proposer(wanted) if wanted else {}
+        return [proposals.get(i, []) for i in active]
+
+    def passed(
+        self, active: Sequence[int], proposals: Sequence[Sequence[int]], accepted: Sequence[int]
+    ) -> None:
+        """Ends the time of a pass, in which accepted[i] of proposals[i] proved right."""
+        seconds = self._clock() - self._start
+        total = sum(map(len, proposals))
+        if not total:
+            self._plain.setdefault(len(active), deque(maxlen=5)).append(seconds)
+            self._since = 0
+            return
+        self._since += 1
+        plain = median(self._plain[len(active)])
+        cost = max(seconds / plain - 1, 0.0) * len(active) / total
+        for i, proposal, count in zip(active, proposals, accepted, strict=True):
+            if proposal:
+                self._sequences[i].learn(len(proposal), count, cost * len(proposal))
