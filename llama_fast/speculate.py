@@ -3,8 +3,9 @@ verifies them.
 
 The model samples after every proposal, with the very number that it would have drawn there, and
 keeps proposals as long as they equal what it samples. So the tokens are those of plain decoding
-wherever a row's bits do not depend on how many rows there are: always on a CPU. On a GPU linears
-with 16-bit weights, and FP8 ones from 65 rows, may tip a tie in the last bits.
+wherever a row's bits do not depend on how many rows there are: on every CPU without AMX, and with
+it up to 31 rows a pass (amx.py). On a GPU linears with 16-bit weights, and FP8 ones from 65 rows,
+may tip a tie in the last bits.
 
 Verifying is compute that decoding leaves idle, up to a point: it pauses where it loses time.
 """
