@@ -82,15 +82,16 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
 
 
 def unexpected(kernels: Iterable[Kernel], plans: Iterable[Plan]) -> list[str]:
-    """Instances that are planned and missing, or there and not planned, on the architectures that
-    were compiled for."""
+    """Instances that are planned and missing, or there and not planned. A build may do without
+    sm_89, as the Makefile's does on a machine that has no GPU."""
     there = {(k.file, k.name, k.arguments, k.arch) for k in kernels}
-    archs = {arch for *_, arch in there}
+    spared = set() if not there or any(k[3] == "sm_89" for k in there) else {"sm_89"}
     planned = {
         (p.file, p.kernel, arguments, arch)
         for p in plans
         for arguments in p.instances
-        for arch in archs.intersection(p.archs)
+        for arch in p.archs
+        if arch not in spared
     }
     text = "{0}.cu: {1}<{2}> on {3}".format
     return [

@@ -6,7 +6,7 @@ result has the same bits in any batch. 256 keys a split up to eight of them: 128
 16 bits, 4 tiles, enough to amortise a start. (An SM with 64 KB on their way for 0.8 us takes in 80
 GB/s: 1,000 keys of a head are 6 us of one program, and 2 of three.) From 4,096 keys on 512 a split,
 which halves what is written and read again; at most as many as fill the chip with that sequence
-alone (most_splits). CUDA's decode_plan.cuh has the same rule. The grid covers the capacity, since
+alone (most_splits). The grid covers the capacity, since
 the lengths are on the device; programs past their sequence's splits exit at once, and come last. A
 sequence of one split is written directly.
 """
