@@ -178,7 +178,7 @@ def _runs(
     n: int = 1,
 ) -> dict[str, Run]:
     """Everybody's, and the limits' of decodes. n: transformers in bf16 has an nth of a prompt.
-    Whoever has a long context to read first does it here."""
+    A model that has a long context to read first reads it here."""
     # One token at least to go on from: nothing is generated from nothing.
     context = prompt[:, : max(job.depth, 1 if job.kind == "tg" else 0)]
     tokens = prompt[:, job.depth :][:, : job.tokens]

@@ -48,7 +48,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_all() -> None:
-    """For an interrupt: whoever waits for one of them goes on, and starts no other."""
+    """For an interrupt: a wait for one of them ends, and no other is started."""
     interrupted.set()
     for process in list(live):
         with contextlib.suppress(ProcessLookupError):

@@ -144,7 +144,7 @@ class Session:
         return report.row(case, joined(so_far.passes), so_far.errors)
 
     def _implementations(self, case: Case, so_far: Measured) -> Baselines:
-        """Ours, and whoever else can be had for this case, in passes after the first as in that."""
+        """Ours and every baseline of this case; later passes run those of the first."""
         found = Baselines(case.ours)
         for name, run in case.baselines.items():
             if not so_far.passes and self._wants(name):

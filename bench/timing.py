@@ -158,7 +158,7 @@ def measure(
     Whoever takes SLOW times as long as the first of the runs spends no more than a budget of its
     own, or one slow baseline would eat the rounds of all. A call that takes a quarter of the budget
     counts as a round, though it is the first. The order turns round every other round, so that
-    nobody always runs on a neighbour's caches. move: is called every STAY rounds, to put tensors
+    none always runs on a neighbor's caches. move: is called every STAY rounds, to put tensors
     elsewhere in memory. On the host's clock; gpu_timing.measure is a GPU's.
     """
     budget /= passes

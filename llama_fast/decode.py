@@ -137,7 +137,7 @@ class Read:
         """ids [B]: the first ones are those of the sequences, the rest belongs to empty rows."""
         self._sequences = tuple(sequences)
         self._there: torch.cuda.Event | None = None
-        # A copy in any case: the next step writes ids anew.
+        # A copy in any case: the next step writes ids again.
         self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
         self._ids.copy_(ids, non_blocking=True)
         if ids.is_cuda:

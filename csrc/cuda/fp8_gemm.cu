@@ -84,7 +84,7 @@ class WeightStream {
   // Starts the copy of k0 .. k0 + 127; what is past k_end or N is zero and not read.
   LF_DEVICE void copy(int stage, int64_t k0) const {
     if (k0 >= k_end_) return;
-    // Looked up anew: eight features' addresses would take 16 registers.
+    // Looked up again: eight features' addresses would take 16 registers.
     const int lane = ptx::opaque(static_cast<int>(threadIdx.x) % 32), chunk = lane % 8;
     const int64_t k = k0 + chunk * 16, n = n0_ + lane / 8, left = k_end_ - k;
     const int count = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r) {
         uint32_t low[x_words], high[x_words];  // rows group and group + 8
-        // Looked up anew: eight rows' addresses would take 16 registers.
+        // Looked up again: eight rows' addresses would take 16 registers.
         const int64_t m = row0 + ptx::opaque(r * 16 + group);
         const X* x = static_cast<const X*>(p.x);
         load_run<X, aligned>(low, x + m * p.x_stride, k, k_end, m < p.m);

@@ -268,7 +268,7 @@ LF_DEVICE void consume(const Problem& problem, const CUtensorMap& out_map,
         ptx::wgmma_wait<0>();
         if (half == kN / kPart - 1) {
           __syncwarp();  // all lanes have read their scales
-          // Whoever writes here next waits for the readers of all that it writes to.
+          // The next writer waits for the readers of all that it writes to.
           if (lane < problem.cluster)
             ptx::mbarrier_arrive_at(&shared.empty[stage], static_cast<unsigned>(lane));
         }
