@@ -7,7 +7,8 @@
 #              is installed. SANITIZE="--tool racecheck --backend cuda" passes options
 # make emulate   the CUDA kernels through the GPU tests and their own, on the CPU (part of make test)
 # make lint | format | sanitize | clean
-# JOBS=8      processes of the tests that run side by side; default: the cores, 4 at most
+# JOBS=8      processes of the tests that run side by side; default: a core more than there are (some
+#             only wait), 5 at most
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 
 VENV ?= .venv
@@ -30,7 +31,7 @@ STDCXX_LIBRARY = $(shell $(CXX) -print-file-name=libstdc++.so)
 SANITIZED := build/sanitize/site
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 
 BIN := $(VENV)/bin
 HERE := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
