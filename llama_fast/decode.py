@@ -158,6 +158,7 @@ class Decoder:
     """
 
     def __init__(self, model: Llama, size: Size) -> None:
+        self._free: torch.cuda.Event | None = None  # when the last generation's work is done
         self.size, device = size, model.device
         self.cache = KVCache(
             model.config,
@@ -176,7 +177,6 @@ class Decoder:
         self._warm: dict[Any, CudaGraph] = {}
         self._captured: dict[Any, tuple[CudaGraph, Tensor]] = {}
         self._shared: Any = None
-        self._free: torch.cuda.Event | None = None  # when the last generation's work is done
 
     @torch.inference_mode()
     def begin(self, lengths: Sequence[int], settings: Settings, u: Tensor | None) -> None:

@@ -137,7 +137,7 @@ def test_a_step_launches_little_beside_its_graphs(
 
 
 def test_memory_is_given_back_when_the_last_step_is_done(model: Llama) -> None:
-    """Dropped by whoever: another stream may still be at it."""
+    """However it is dropped: another stream may still use it."""
 
     class Event:
         waited = False

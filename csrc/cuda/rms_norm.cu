@@ -132,11 +132,11 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       return load(at);
   };
   // Registers: where each place is in its row, or past it, is not kept over the reduction.
-  const int64_t anew = begin + int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
+  const int64_t start = begin + int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
   const auto each = [&](auto&& body) {
     if constexpr (vectors > 0) {
 #pragma unroll
-      for (int k = 0; k < vectors; ++k) body(k, anew + k * step);
+      for (int k = 0; k < vectors; ++k) body(k, start + k * step);
     } else {
       for (int64_t at = first; at < end; at += step) body(0, at);
     }

@@ -25,7 +25,7 @@ inline void land(const std::vector<AsyncCopy>& group) {
   }
 }
 
-// Poisons what it will fill: whoever still reads the old data, or reads before the wait, gets NaN.
+// Poisons what it will fill: a read of the old data, or before the wait, gives NaN.
 inline void cp_async(const char* what, void* to, const void* from, size_t size, int valid) {
   check_shared(what, to, size, size);
   if (reinterpret_cast<uintptr_t>(from) % size)

@@ -379,7 +379,7 @@ void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") 
 }
 
 // Of a product that is 2^13 times another, Hopper's sum of e4m3 loses the other's half; of a sum so
-// far, whatever the products' 14 bits do not reach. Sums that start anew keep what a chain loses.
+// far, whatever the products' 14 bits do not reach. Sums started at zero keep what a chain loses.
 void wgmma_e4m3_sum() {
   const auto sum = [](std::vector<float> products, float so_far) {
     std::vector<float> ones(products.size(), 1.0f);
