@@ -117,7 +117,7 @@ sanitize: $(READY)
 	    -DPython_EXECUTABLE="$(HERE)$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
 	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
 	"$(BIN)/cmake" --build build/sanitize
-	ln -sf "$(CURDIR)"/llama_fast/*.py "$(CURDIR)"/llama_fast/*.json "$(CURDIR)"/llama_fast/library $(SANITIZED)/llama_fast/
+	ln -sf "$(CURDIR)"/llama_fast/*.py "$(CURDIR)"/llama_fast/ops "$(CURDIR)"/llama_fast/generation "$(CURDIR)"/llama_fast/checkpoint $(SANITIZED)/llama_fast/
 	LD_PRELOAD="$(ASAN_LIBRARY) $(STDCXX_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py -m "not big" $(OP_TESTS) $(PYTEST)
 
