@@ -140,8 +140,10 @@ mapped = {
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
+ours = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "ops")]
+
 setup(
-    packages=["llama_fast", "llama_fast.library", *mapped],
+    packages=["llama_fast", *ours, *mapped],
     package_dir={"llama_fast": "llama_fast", **mapped},
     ext_modules=[Extension("llama_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,5 +1,4 @@
-"""python -m bench: the suite; with --gpu-report everything there is to know about a GPU; with
---choose what committed reports say about which backend should serve."""
+"""python -m bench: the suite; with --gpu-report everything there is to know about a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +11,6 @@ def main(argv: list[str] | None = None) -> int:
         from . import gpu_report  # builds llama_fast: nothing before it may import that
 
         return gpu_report.main(argv)
-    if "--choose" in argv:
-        from . import choose
-
-        return choose.main(argv)
     from . import suite
 
     return suite.main(argv)

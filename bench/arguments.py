@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import llama_fast as lf
-from llama_fast.backends import BACKENDS
+from llama_fast.dispatch import BACKENDS
 
 from . import cases, peers
 from .shapes import MODELS

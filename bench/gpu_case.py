@@ -90,7 +90,7 @@ class GpuCase:
     uncapturable: tuple[str, ...] = ()
     copies: int = 1
     predict: dict[str, Any] = field(default_factory=dict)  # cost_model.predict's keywords
-    arguments: tuple[Any, ...] = ()  # what choices.shape_class decides by
+    arguments: tuple[Any, ...] = ()  # what dispatch.shape_class decides by
 
     @property
     def unit(self) -> str:

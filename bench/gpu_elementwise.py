@@ -11,7 +11,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference
-from llama_fast.cache import BLOCK_SIZE
+from llama_fast.generation.cache import BLOCK_SIZE
 
 from .baselines import Baselines
 from .case import errors

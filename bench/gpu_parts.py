@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from llama_fast import backends, choices
-from llama_fast.backends import choose
+from llama_fast import backends, dispatch
+from llama_fast.dispatch import choose
 
 from . import (
     gpu_attention,
@@ -191,7 +191,7 @@ def op_row(
     return {
         "op": case.op,
         "shape": case.shape,
-        "class": choices.shape_class(case.op, *case.arguments) if case.arguments else None,
+        "class": dispatch.shape_class(case.op, *case.arguments) if case.arguments else None,
         "tag": spec.tag,
         "backend": served,
         "unit": case.unit,

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
-from llama_fast.cache import KVCache
-from llama_fast.weights import Linear, assemble, packed, quantized
+from llama_fast.checkpoint.weights import Linear, assemble, packed, quantized
+from llama_fast.generation.cache import KVCache
 
 from .case import CPU
 from .peers.peer import CHUNK

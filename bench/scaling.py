@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import llama_fast as lf
-from llama_fast.cache import KVCache
-from llama_fast.generate import PREFILL_CHUNK
+from llama_fast.generation.cache import KVCache
+from llama_fast.generation.generate import PREFILL_CHUNK
 
 from . import attention_cases, gpu_timing, models
 from .case import Case, Spec, relative_error

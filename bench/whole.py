@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import llama_fast as lf
-from llama_fast.cache import KVCache
+from llama_fast.generation.cache import KVCache
 
 from . import models
 from .case import CPU

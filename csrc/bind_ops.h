@@ -1,247 +1,228 @@
-// What the CPU's and CUDA's Python modules have in common: each op's arguments, as addresses, sizes
-// and strides, put into the op's params struct. Backend::Where says what a call runs on (threads; a
-// device and a stream), and Backend::<op>(params, where) runs it, without the interpreter's lock.
-// llama_fast/native.py is the only caller, and llama_fast/ops.py has checked every argument.
+// What the CPU's and CUDA's Python modules have in common: each family's tensors, put into its
+// params struct by name. llama_fast/ops/<family>.py has checked the arguments and allocated the
+// outputs, which come first, and are contiguous; dispatch.py's Backend says what each function
+// takes.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <cmath>
 
-#include <array>
-
-#include "params.h"
+#include "tensor.h"
 
 namespace lf::bind {
 
-namespace py = pybind11;
-using Ptr = uintptr_t;
-
-template <class T>
-T* as(Ptr address) {
-  return reinterpret_cast<T*>(address);
+template <class T = void>
+T* data(const MaybeTensor& t) {
+  return t ? t->data<T>() : nullptr;
 }
 
-template <class Backend>
-void rms_norm(Ptr x, Ptr residual, Ptr weight, Ptr out, Ptr residual_out, Ptr scale, int64_t rows,
-              int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, float scale_ub,
-              int dtype, typename Backend::Where where) {
-  lf::RmsNormParams p{};
-  p.x = as<void>(x);
-  p.residual = as<void>(residual);
-  p.weight = as<void>(weight);
-  p.out = as<void>(out);
-  p.residual_out = as<void>(residual_out);
-  p.scale = as<float>(scale);
-  p.rows = rows;
-  p.hidden = hidden;
-  p.x_stride = x_stride;
-  p.residual_stride = residual_stride;
+inline float bound(std::optional<float> scale_ub) { return scale_ub.value_or(INFINITY); }
+
+// Strides of the last dimension but one, and of those before it: of tokens and heads, of batches.
+template <int N>
+void strides(int64_t (&to)[N], const Tensor& t) {
+  for (int i = 0; i < N; ++i) to[i] = t.stride(t.ndim() - 1 - N + i);
+}
+
+// An FP8 cache's scales: [1], or one a head.
+template <class Params>
+void cache_scales(Params& p, const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
+  p.k_scale = data<float>(k_scale);
+  p.v_scale = data<float>(v_scale);
+  p.k_scale_per_head = k_scale && k_scale->numel() > 1;
+  p.v_scale_per_head = v_scale && v_scale->numel() > 1;
+}
+
+inline RmsNormParams rms_norm(const Tensor& out, const Tensor& x, const Tensor& weight, float eps,
+                              const MaybeTensor& residual, const MaybeTensor& residual_out,
+                              const MaybeTensor& scale, std::optional<float> scale_ub) {
+  RmsNormParams p{};
+  p.x = x.data();
+  p.residual = data(residual);
+  p.weight = weight.data();
+  p.out = out.data();
+  p.residual_out = data(residual_out);
+  p.scale = data<float>(scale);
+  p.rows = x.size(0);
+  p.hidden = x.size(1);
+  p.x_stride = x.stride(0);
+  p.residual_stride = residual ? residual->stride(0) : 0;
   p.eps = eps;
-  p.scale_ub = scale_ub;
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::rms_norm(p, where);
+  p.scale_ub = bound(scale_ub);
+  p.dtype = x.dtype();
+  return p;
 }
 
-template <class Backend>
-void silu_and_mul(Ptr gate_up, Ptr out, Ptr scale, int64_t rows, int64_t width,
-                  int64_t gate_up_stride, float scale_ub, int dtype,
-                  typename Backend::Where where) {
-  lf::SiluAndMulParams p{};
-  p.gate_up = as<void>(gate_up);
-  p.out = as<void>(out);
-  p.scale = as<float>(scale);
-  p.rows = rows;
-  p.width = width;
-  p.gate_up_stride = gate_up_stride;
-  p.scale_ub = scale_ub;
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::silu_and_mul(p, where);
+inline ActivationParams activation(const Tensor& out, const Tensor& gate_up,
+                                   const MaybeTensor& scale, std::optional<float> scale_ub) {
+  ActivationParams p{};
+  p.gate_up = gate_up.data();
+  p.out = out.data();
+  p.scale = data<float>(scale);
+  p.rows = gate_up.size(0);
+  p.width = gate_up.size(1) / 2;
+  p.gate_up_stride = gate_up.stride(0);
+  p.scale_ub = bound(scale_ub);
+  p.dtype = gate_up.dtype();
+  return p;
 }
 
-template <class Backend>
-void quantize_fp8(Ptr x, Ptr q, Ptr scale, int64_t rows, int64_t cols, int64_t x_stride,
-                  int64_t block_rows, float scale_ub, int granularity, int dtype,
-                  typename Backend::Where where) {
-  lf::QuantizeFp8Params p{};
-  p.x = as<void>(x);
-  p.q = as<void>(q);
-  p.scale = as<float>(scale);
-  p.rows = rows;
-  p.cols = cols;
-  p.x_stride = x_stride;
-  p.block_rows = block_rows;
-  p.scale_ub = scale_ub;
-  p.granularity = static_cast<Scale>(granularity);
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::quantize_fp8(p, where);
+inline QuantizeParams quantize(const Tensor& q, const Tensor& scale, const Tensor& x,
+                               const std::string& granularity, std::optional<float> scale_ub) {
+  QuantizeParams p{};
+  p.x = x.data();
+  p.q = q.data();
+  p.scale = scale.data<float>();
+  p.rows = x.size(0);
+  p.cols = x.size(1);
+  p.x_stride = x.stride(0);
+  p.block_rows = granularity == "block_2d" ? 128 : 1;
+  p.scale_ub = bound(scale_ub);
+  p.granularity = granularity == "tensor" ? Scale::tensor
+                  : granularity == "row"  ? Scale::row
+                                          : Scale::block;
+  p.dtype = x.dtype();
+  return p;
 }
 
-template <class Backend>
-void rope(Ptr q, Ptr k, Ptr v, Ptr q_out, Ptr k_out, Ptr k_cache, Ptr v_cache, Ptr positions,
-          Ptr slots, Ptr table, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
-          int64_t max_positions, int64_t num_slots, int64_t block_size,
-          std::array<int64_t, 6> qkv_strides, std::array<int64_t, 6> cache_strides,
-          int64_t table_stride, Ptr k_scale, Ptr v_scale, bool k_scale_per_head,
-          bool v_scale_per_head, bool positions_are_64bit, bool slots_are_64bit, bool interleaved,
-          int dtype, typename Backend::Where where) {
-  lf::RopeParams p{};
-  p.q = as<void>(q);
-  p.k = as<void>(k);
-  p.v = as<void>(v);
-  p.q_out = as<void>(q_out);
-  p.k_out = as<void>(k_out);
-  p.k_cache = as<void>(k_cache);
-  p.v_cache = as<void>(v_cache);
-  p.positions = as<void>(positions);
-  p.slots = as<void>(slots);
-  p.table = as<float>(table);
-  p.tokens = tokens;
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.head_dim = head_dim;
-  p.max_positions = max_positions;
-  p.num_slots = num_slots;
-  p.block_size = block_size;
-  for (int i = 0; i < 2; ++i) {
-    p.q_stride[i] = qkv_strides[i];
-    p.k_stride[i] = qkv_strides[2 + i];
-    p.v_stride[i] = qkv_strides[4 + i];
+// apply_rope with k_out; apply_rope_and_append with v, both caches and slots.
+inline RopeParams rope(const Tensor& q_out, const MaybeTensor& k_out, const Tensor& q,
+                       const Tensor& k, const Tensor& positions, const Tensor& table,
+                       bool interleaved, const MaybeTensor& v, const MaybeTensor& k_cache,
+                       const MaybeTensor& v_cache, const MaybeTensor& slots,
+                       const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
+  RopeParams p{};
+  p.q = q.data();
+  p.k = k.data();
+  p.v = data(v);
+  p.q_out = q_out.data();
+  p.k_out = data(k_out);
+  p.k_cache = data(k_cache);
+  p.v_cache = data(v_cache);
+  p.positions = positions.data();
+  p.slots = data(slots);
+  p.table = table.data<float>();
+  p.tokens = q.size(0);
+  p.heads = q.size(1);
+  p.kv_heads = k.size(1);
+  p.head_dim = q.size(2);
+  p.max_positions = table.size(0);
+  strides(p.q_stride, q);
+  strides(p.k_stride, k);
+  if (v) strides(p.v_stride, *v);
+  if (k_cache && v_cache) {
+    p.block_size = k_cache->size(1);
+    p.num_slots = k_cache->size(0) * p.block_size;
+    strides(p.k_cache_stride, *k_cache);
+    strides(p.v_cache_stride, *v_cache);
   }
-  for (int i = 0; i < 3; ++i) {
-    p.k_cache_stride[i] = cache_strides[i];
-    p.v_cache_stride[i] = cache_strides[3 + i];
-  }
-  p.table_stride = table_stride;
-  p.k_scale = as<float>(k_scale);
-  p.v_scale = as<float>(v_scale);
-  p.k_scale_per_head = k_scale_per_head;
-  p.v_scale_per_head = v_scale_per_head;
-  p.positions_are_64bit = positions_are_64bit;
-  p.slots_are_64bit = slots_are_64bit;
+  p.table_stride = table.stride(0);
+  cache_scales(p, k_scale, v_scale);
+  p.positions_are_64bit = positions.is_int64();
+  p.slots_are_64bit = slots && slots->is_int64();
   p.interleaved = interleaved;
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::rope(p, where);
+  p.dtype = q.dtype();
+  return p;
 }
 
-template <class Backend>
-void attention(Ptr q, Ptr k, Ptr v, Ptr out, Ptr cu_seqlens_q, Ptr cu_seqlens_k, int64_t batch,
-               int64_t seqlen_q, int64_t seqlen_k, int64_t heads, int64_t kv_heads,
-               int64_t head_dim, std::array<int64_t, 12> strides, float softmax_scale, bool causal,
-               int dtype, typename Backend::Where where) {
-  lf::AttentionParams p{};
-  p.q = as<void>(q);
-  p.k = as<void>(k);
-  p.v = as<void>(v);
-  p.out = as<void>(out);
-  p.cu_seqlens_q = as<int32_t>(cu_seqlens_q);
-  p.cu_seqlens_k = as<int32_t>(cu_seqlens_k);
-  p.batch = batch;
-  p.seqlen_q = seqlen_q;
-  p.seqlen_k = seqlen_k;
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.head_dim = head_dim;
-  for (int i = 0; i < 3; ++i) {
-    p.q_stride[i] = strides[i];
-    p.k_stride[i] = strides[3 + i];
-    p.v_stride[i] = strides[6 + i];
-    p.out_stride[i] = strides[9 + i];
+inline AttentionParams attention(const Tensor& out, const Tensor& q, const Tensor& k,
+                                 const Tensor& v, bool causal, float softmax_scale,
+                                 const MaybeTensor& cu_seqlens_q, const MaybeTensor& cu_seqlens_k) {
+  AttentionParams p{};
+  p.q = q.data();
+  p.k = k.data();
+  p.v = v.data();
+  p.out = out.data();
+  p.cu_seqlens_q = data<int32_t>(cu_seqlens_q);
+  p.cu_seqlens_k = data<int32_t>(cu_seqlens_k);
+  p.batch = cu_seqlens_q ? cu_seqlens_q->size(0) - 1 : q.size(0);
+  p.seqlen_q = q.size(-3);
+  p.seqlen_k = k.size(-3);
+  p.heads = q.size(-2);
+  p.kv_heads = k.size(-2);
+  p.head_dim = q.size(-1);
+  const int packed = cu_seqlens_q ? 1 : 0;  // no stride between sequences
+  for (int i = packed; i < 3; ++i) {
+    p.q_stride[i] = q.stride(i - packed);
+    p.k_stride[i] = k.stride(i - packed);
+    p.v_stride[i] = v.stride(i - packed);
+    p.out_stride[i] = out.stride(i - packed);
   }
   p.softmax_scale = softmax_scale;
   p.causal = causal;
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::attention(p, where);
+  p.dtype = q.dtype();
+  return p;
 }
 
-template <class Backend>
-void kvcache_attention(Ptr q, Ptr k_cache, Ptr v_cache, Ptr out, Ptr cache_seqlens, Ptr block_table,
-                       int64_t batch, int64_t seqlen_q, int64_t heads, int64_t kv_heads,
-                       int64_t head_dim, int64_t num_blocks, int64_t block_size,
-                       int64_t table_stride, int64_t table_blocks, std::array<int64_t, 12> strides,
-                       int64_t num_splits, Ptr k_scale, Ptr v_scale, bool k_scale_per_head,
-                       bool v_scale_per_head, Ptr workspace, int64_t workspace_splits,
-                       float softmax_scale, bool causal, int dtype, int cache_dtype,
-                       typename Backend::Where where) {
-  lf::KvCacheAttentionParams p{};
-  p.q = as<void>(q);
-  p.k_cache = as<void>(k_cache);
-  p.v_cache = as<void>(v_cache);
-  p.out = as<void>(out);
-  p.cache_seqlens = as<int32_t>(cache_seqlens);
-  p.block_table = as<int32_t>(block_table);
-  p.batch = batch;
-  p.seqlen_q = seqlen_q;
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.head_dim = head_dim;
-  p.num_blocks = num_blocks;
-  p.block_size = block_size;
-  p.table_stride = table_stride;
-  p.table_blocks = table_blocks;
-  for (int i = 0; i < 3; ++i) {
-    p.q_stride[i] = strides[i];
-    p.out_stride[i] = strides[3 + i];
-    p.k_cache_stride[i] = strides[6 + i];
-    p.v_cache_stride[i] = strides[9 + i];
-  }
+inline DecodeAttentionParams decode_attention(
+    const Tensor& out, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+    const Tensor& cache_seqlens, const MaybeTensor& block_table, bool causal, float softmax_scale,
+    int64_t num_splits, const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
+  DecodeAttentionParams p{};
+  p.q = q.data();
+  p.k_cache = k_cache.data();
+  p.v_cache = v_cache.data();
+  p.out = out.data();
+  p.cache_seqlens = cache_seqlens.data<int32_t>();
+  p.block_table = data<int32_t>(block_table);
+  p.batch = q.size(0);
+  p.seqlen_q = q.size(1);
+  p.heads = q.size(2);
+  p.kv_heads = k_cache.size(2);
+  p.head_dim = q.size(3);
+  p.num_blocks = k_cache.size(0);
+  p.block_size = k_cache.size(1);
+  p.table_stride = block_table ? block_table->stride(0) : 0;
+  p.table_blocks = block_table ? block_table->size(1) : 0;
+  strides(p.q_stride, q);
+  strides(p.out_stride, out);
+  strides(p.k_cache_stride, k_cache);
+  strides(p.v_cache_stride, v_cache);
   p.num_splits = num_splits;
-  p.k_scale = as<float>(k_scale);
-  p.v_scale = as<float>(v_scale);
-  p.k_scale_per_head = k_scale_per_head;
-  p.v_scale_per_head = v_scale_per_head;
-  p.workspace = as<float>(workspace);
-  p.workspace_splits = workspace_splits;
-  p.cache_dtype = static_cast<DType>(cache_dtype);
+  cache_scales(p, k_scale, v_scale);
+  p.workspace_splits = 1;
   p.softmax_scale = softmax_scale;
   p.causal = causal;
-  p.dtype = static_cast<DType>(dtype);
-  py::gil_scoped_release release;
-  Backend::kvcache_attention(p, where);
+  p.dtype = q.dtype();
+  p.cache_dtype = k_cache.dtype();
+  return p;
 }
 
-template <class Backend>
-void linear(Ptr x, Ptr weight, Ptr x_scale, Ptr weight_scale, Ptr bias, Ptr out, int64_t m,
-            int64_t n, int64_t k, int64_t x_stride, int64_t weight_stride, int x_dtype,
-            int weight_dtype, int out_dtype, int x_granularity, int weight_granularity,
-            int64_t weight_block_rows, bool packed, typename Backend::Where where) {
-  lf::LinearParams p{};
-  p.x = as<void>(x);
-  p.weight = as<void>(weight);
-  p.x_scale = as<float>(x_scale);
-  p.weight_scale = as<float>(weight_scale);
-  p.bias = as<void>(bias);
-  p.out = as<void>(out);
-  p.m = m;
-  p.n = n;
-  p.k = k;
-  p.x_stride = x_stride;
-  p.weight_stride = weight_stride;
-  p.x_dtype = static_cast<DType>(x_dtype);
-  p.weight_dtype = static_cast<DType>(weight_dtype);
-  p.out_dtype = static_cast<DType>(out_dtype);
-  p.x_granularity = static_cast<Scale>(x_granularity);
-  p.weight_granularity = static_cast<Scale>(weight_granularity);
-  p.weight_block_rows = weight_block_rows;
-  p.packed = packed;
-  py::gil_scoped_release release;
-  Backend::linear(p, where);
+// fp8_gemm (both scales), fp8_linear (weight_scale) and linear (neither).
+inline LinearParams linear(const Tensor& out, const Tensor& x, const Tensor& weight,
+                           const MaybeTensor& bias, const MaybeTensor& x_scale,
+                           const MaybeTensor& weight_scale) {
+  LinearParams p{};
+  p.x = x.data();
+  p.weight = weight.data();
+  p.x_scale = data<float>(x_scale);
+  p.weight_scale = data<float>(weight_scale);
+  p.bias = data(bias);
+  p.out = out.data();
+  p.m = x.size(0);
+  p.n = out.size(1);
+  p.k = x.size(1);
+  p.x_stride = x.stride(0);
+  p.weight_stride = weight.stride(0);
+  p.x_dtype = x.dtype();
+  p.weight_dtype = weight.dtype();
+  p.out_dtype = out.dtype();
+  p.weight_block_rows = 1;
+  if (x_scale && x_scale->numel() > 1)
+    p.x_granularity = x_scale->size(1) > 1 ? Scale::block : Scale::row;
+  if (weight_scale && weight_scale->numel() > 1) {
+    const bool by_row = weight_scale->size(0) == p.n;
+    p.weight_granularity = by_row && weight_scale->size(1) == 1 ? Scale::row : Scale::block;
+    p.weight_block_rows = by_row ? 1 : 128;
+  }
+  p.packed = weight.ndim() == 4;
+  return p;
 }
 
-// The table of contents.
-template <class Backend>
-void ops(py::module_& m) {
-  m.def("rms_norm", &rms_norm<Backend>, "rms_norm: (+ residual) (+ FP8 out)");
-  m.def("silu_and_mul", &silu_and_mul<Backend>, "activation: SwiGLU's middle (+ FP8 out)");
-  m.def("quantize_fp8", &quantize_fp8<Backend>, "quantize: per tensor, row or block");
-  m.def("rope", &rope<Backend>, "rope: rotate q and k (+ append k and v to the cache)");
-  m.def("attention", &attention<Backend>, "attention: prefill, batched or packed");
-  m.def("kvcache_attention", &kvcache_attention<Backend>, "decode_attention: over a KV cache");
-  m.def("linear", &linear<Backend>, "linear, fp8_gemm: FP8 and 16-bit weights");
+// Defines m.name(tensors, ...): fill makes the params struct of them, run(params, first tensor) the
+// rest.
+template <class Params, class... Rest, class Run>
+void define(py::module_& m, const char* name, Params (*fill)(const Tensor&, Rest...), Run run) {
+  m.def(name, [fill, run](const Tensor& out, Rest... rest) { run(fill(out, rest...), out); });
 }
 
 }  // namespace lf::bind

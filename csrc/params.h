@@ -1,6 +1,6 @@
-// One struct per op: raw pointers, sizes and strides. The CPU and the CUDA kernels take the same
-// structs, so a launcher differs only in where the work runs. Strides count elements, never bytes,
-// and are 64-bit everywhere: a KV pool or a fused QKV view passes 2^31 elements early.
+// One struct per family of ops: raw pointers, sizes and strides. The CPU and the CUDA kernels take
+// the same structs, so a launcher differs only in where the work runs. Strides count elements,
+// never bytes, and are 64-bit everywhere: a KV pool or a fused QKV view passes 2^31 elements early.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +27,7 @@ struct RmsNormParams {
 };
 
 // silu_and_mul and its FP8 form.
-struct SiluAndMulParams {
+struct ActivationParams {
   const void* gate_up;  // [rows, 2 * width] dtype, gate first
   void* out;            // [rows, width] contiguous; dtype, or e4m3 when scale is set
   float* scale;         // [rows], or null: no quantisation
@@ -37,7 +37,7 @@ struct SiluAndMulParams {
   DType dtype;
 };
 
-struct QuantizeFp8Params {
+struct QuantizeParams {
   const void* x;  // [rows, cols] dtype
   void* q;        // [rows, cols] contiguous e4m3
   float* scale;   // tensor [1]; row [rows]; block [ceil(rows / block_rows), ceil(cols / 128)]
@@ -91,7 +91,7 @@ struct AttentionParams {
 };
 
 // attention_with_kvcache: contiguous or paged cache.
-struct KvCacheAttentionParams {
+struct DecodeAttentionParams {
   const void* q;                 // [B, Sq, H, D]
   const void* k_cache;           // [B, S, Hkv, D], or [blocks, block_size, Hkv, D] with block_table
   const void* v_cache;           // as k_cache
@@ -132,5 +132,17 @@ struct LinearParams {
   int64_t weight_block_rows;  // block: 1 or 128
   bool packed;
 };
+
+// The one list of families: tables, declarations and bindings are made of it. Each names a
+// function, csrc/cpu/<name>.cpp, csrc/cuda/<name>.cu, kernels/<name>.py and
+// llama_fast/ops/<name>.py.
+#define LF_OPS(OP)                                                                          \
+  OP(rms_norm, RmsNormParams)                 /* (+ residual) (+ FP8 out) */                \
+  OP(activation, ActivationParams)            /* SwiGLU's middle (+ FP8 out) */             \
+  OP(quantize, QuantizeParams)                /* per tensor, row or block */                \
+  OP(rope, RopeParams)                        /* q and k (+ append k and v to the cache) */ \
+  OP(attention, AttentionParams)              /* prefill, batched or packed */              \
+  OP(decode_attention, DecodeAttentionParams) /* over a KV cache */                         \
+  OP(linear, LinearParams)                    /* FP8 and 16-bit weights */
 
 }  // namespace lf

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import common, fp8
 from .common import LOG2E, Chip, Config, Tuner
-from .fp8 import amax_bits, fma, quantize, round_to, row_scale, to_fp32
+from .fp8 import amax_bits, divide_to_e4m3, fma, round_to, row_scale, to_fp32
 
 LOG2E_REST: tl.constexpr = tl.constexpr(1.925963033500211e-08)  # log2(e) less its fp32 value
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -101,7 +101,7 @@ def _row_fp8_kernel(
         y = _silu_and_mul(gate, up, gate.dtype)
         row_scales = row_scale(amax_bits(y, 1).to(tl.float32, bitcast=True), scale_ub)
         tl.store(scale + row, row_scales, mask=row < rows)
-        q = quantize(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
+        q = divide_to_e4m3(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
         to = row[:, None] * WIDTH + cols
         if BLOCK >= 8:
             to = tl.max_contiguous(to, (1, 8))  # rms_norm.py says why
@@ -142,7 +142,7 @@ def _wide_fp8_kernel(
             up = tl.load(gate_up + at + WIDTH + cols, mask=cols < WIDTH, other=0.0)
             y = to_fp32(_silu_and_mul(gate, up, gate.dtype))
             to = tl.max_contiguous(tl.cast(row, tl.int64) * WIDTH + cols, 8)
-            tl.store(out + to, quantize(y, its_scale, BOUNDED, NATIVE), mask=cols < WIDTH)
+            tl.store(out + to, divide_to_e4m3(y, its_scale, BOUNDED, NATIVE), mask=cols < WIDTH)
 
 
 def _tile_configs(chip: Chip) -> list[Config]:
@@ -188,12 +188,12 @@ _tiles = Tuner("silu_and_mul", _tile_configs)
 _rows = Tuner("silu_and_mul_fp8", _fp8_configs)
 
 
-def silu_and_mul(
+def activation(
     out: Tensor, gate_up: Tensor, scale: Tensor | None = None, scale_ub: float | None = None
 ) -> None:
     """gate_up [rows, 2 width], gate first -> out [rows, width], contiguous; e4m3 when scale fp32
     [rows, 1] is given."""
-    rows, width = out.shape
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     chip, stride = common.chip_of(gate_up), gate_up.stride(0)
 
     def run_tiles(config: Config) -> None:

@@ -234,7 +234,7 @@ def _combine(
 _tuner = common.Tuner("attention_with_kvcache", configs)
 
 
-def attention_with_kvcache(
+def decode_attention(
     out: Tensor,
     q: Tensor,
     k_cache: Tensor,

@@ -115,7 +115,7 @@ def row_scale(amax, scale_ub):
 
 
 @triton.jit
-def quantize(x, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
+def divide_to_e4m3(x, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
     """x / scale as e4m3 bits, the quotient rounded as IEEE division rounds it.
 
     x: block of fp32; scale: row_scale's, of a shape that broadcasts to x's and few values.

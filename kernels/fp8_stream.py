@@ -20,7 +20,7 @@ an SM; the stages of an SM's one or two programs hold 64 KB or more.
 - 16-bit activations: e4m3 becomes x's dtype in registers, on its way from shared memory to the
   tensor core, exactly. At full bandwidth an SM gets 18 values a clock; two take two to four
   instructions of a thread, and an SM issues 128: a third of them at most.
-- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (fp8_gemm.py says why); of
+- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (linear.py says why); of
   fp32 ones, which are chains of fma, every 32: over K = 4096 a single chain is several times as
   far from fp64 as a blocked product.
 """
@@ -227,7 +227,7 @@ def stream(
     x_scale: Tensor | None,
     weight_scale: Tensor,
 ) -> None:
-    """fp8_gemm.linear(), which describes the arguments, by way of this file's kernels."""
+    """linear.linear(), which describes the arguments, by way of this file's kernels."""
     chip = common.chip_of(out)
     (m, k), n = x.shape, weight.shape[0]
     few = m <= MOST_ROWS

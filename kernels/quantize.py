@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import common, fp8
 from .common import Chip, Config, Tuner
-from .fp8 import amax_bits, quantize, row_scale, to_fp32
+from .fp8 import amax_bits, divide_to_e4m3, row_scale, to_fp32
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _group_kernel(
     to = row[:, None] * COLS + cols
     if BLOCK >= 8:
         to = tl.max_contiguous(to, (1, 8))  # rms_norm.py says why
-    tl.store(q + to, quantize(v, group_scale[:, None], BOUNDED, NATIVE), mask=inside)
+    tl.store(q + to, divide_to_e4m3(v, group_scale[:, None], BOUNDED, NATIVE), mask=inside)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _square_kernel(
         inside = (row < rows) & (cols < COLS)
         v = to_fp32(tl.load(x + (row * x_stride + cols), mask=inside, other=0.0))
         to = tl.max_contiguous(row * COLS + cols, (1, 8))
-        tl.store(q + to, quantize(v, block_scale, BOUNDED, NATIVE), mask=inside)
+        tl.store(q + to, divide_to_e4m3(v, block_scale, BOUNDED, NATIVE), mask=inside)
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def _wide_row_kernel(
         at = (pieces - 1 - piece) * BLOCK + within
         v = to_fp32(tl.load(x + row * x_stride + at, mask=at < cols, other=0.0))
         to = tl.max_contiguous(row * cols + at, 8)
-        tl.store(q + to, quantize(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
+        tl.store(q + to, divide_to_e4m3(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _tensor_kernel(
     for piece in tl.range(tl.program_id(0), pieces, tl.num_programs(0), num_stages=STAGES):
         v, row, at = _load_piece(x, pieces - 1 - piece, across, cols, x_stride, BLOCK)
         to = tl.max_contiguous(row * cols + at, 8)
-        tl.store(q + to, quantize(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
+        tl.store(q + to, divide_to_e4m3(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
 
 
 _WIDEST = 16384  # columns of a row held in registers
@@ -219,9 +219,7 @@ _pieces = Tuner("quantize_pieces", _piece_configs)
 _squares = Tuner("quantize_squares", _square_configs)
 
 
-def quantize_fp8(
-    q: Tensor, scale: Tensor, x: Tensor, granularity: str, scale_ub: float | None
-) -> None:
+def quantize(q: Tensor, scale: Tensor, x: Tensor, granularity: str, scale_ub: float | None) -> None:
     """x [rows, cols] -> q [rows, cols] e4m3 and scale fp32, contiguous; granularity "tensor" (scale
     [1]), "row" ([rows, 1]), "block" ([rows, ceil(cols / 128)]) or "block_2d" (both / 128)."""
     rows, cols = x.shape

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from . import common, fp8
 from .common import Chip, Config, Tuner
-from .fp8 import amax_bits, quantize, round_to, row_scale, to_fp32
+from .fp8 import amax_bits, divide_to_e4m3, round_to, row_scale, to_fp32
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _rms_norm_kernel(
             amax = amax_bits(y, 1).to(tl.float32, bitcast=True)
             row_scales = row_scale(amax, scale_ub)
             tl.store(scale + row, row_scales, mask=row < rows)
-            q = quantize(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
+            q = divide_to_e4m3(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
             tl.store(out + to, q, mask=inside)
         else:
             tl.store(out + to, y, mask=inside)
@@ -179,7 +179,7 @@ def _wide_kernel(
                 w = to_fp32(tl.load(weight + here, mask=inside, other=0.0))
                 s = to_fp32(tl.load(s_row + here, mask=inside, other=0.0))
                 y = to_fp32(_normed(s, rstd, w, DTYPE))
-                q = quantize(y, its_scale, BOUNDED, NATIVE)
+                q = divide_to_e4m3(y, its_scale, BOUNDED, NATIVE)
                 tl.store(out + at * HIDDEN + here, q, mask=inside)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import common, fp8
 from .common import Chip, Config, Tuner
-from .fp8 import quantize, round_to, to_fp32
+from .fp8 import divide_to_e4m3, round_to, to_fp32
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _to_cache(
     """A block [HEADS, HALF] as the cache holds it. scale: fp32 [1] or [Hkv], for e4m3 caches."""
     if FP8:
         by = tl.load(scale + head * SCALE_STRIDE, mask=mine, other=1.0)[:, None]
-        return quantize(to_fp32(x), by, True, NATIVE)
+        return divide_to_e4m3(to_fp32(x), by, True, NATIVE)
     else:
         return x
 

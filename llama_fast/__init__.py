@@ -9,27 +9,17 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
-from .backends import backends, use_backend  # noqa: E402
-from .cache import KVCache  # noqa: E402
 from .config import LlamaConfig, RopeScaling  # noqa: E402
+from .dispatch import backends, use_backend  # noqa: E402
+from .generation.cache import KVCache  # noqa: E402
 from .model import Llama  # noqa: E402
-from .ops import (  # noqa: E402
-    add_rms_norm,
-    apply_rope,
-    apply_rope_and_append,
-    attention,
-    attention_with_kvcache,
-    fp8_gemm,
-    fp8_linear,
-    linear,
-    pack_weight,
-    quantize_fp8,
-    rms_norm,
-    rms_norm_fp8,
-    rope_table,
-    silu_and_mul,
-    silu_and_mul_fp8,
-)
+from .ops.activation import silu_and_mul, silu_and_mul_fp8  # noqa: E402
+from .ops.attention import attention  # noqa: E402
+from .ops.decode_attention import attention_with_kvcache  # noqa: E402
+from .ops.linear import fp8_gemm, fp8_linear, linear, pack_weight  # noqa: E402
+from .ops.quantize import quantize_fp8  # noqa: E402
+from .ops.rms_norm import add_rms_norm, rms_norm, rms_norm_fp8  # noqa: E402
+from .ops.rope import apply_rope, apply_rope_and_append, rope_table  # noqa: E402
 from .text import TextStreamer  # noqa: E402
 
 __version__ = "0.1.0"

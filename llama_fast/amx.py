@@ -59,12 +59,6 @@ def _by_block(scale: Tensor, rows: int) -> bool:
     return scale.numel() > 1 and scale.shape != (rows, 1)
 
 
-def _decode(weight: Tensor, out: Tensor) -> None:
-    stride = -1 if weight.dim() == 4 else weight.stride(0)
-    fp8, threads = weight.dtype == torch.float8_e4m3fn, torch.get_num_threads()
-    _cpu.decode_weight(weight.data_ptr(), out.data_ptr(), *out.shape, stride, fp8, threads)
-
-
 @torch.no_grad()
 def linear(
     out: Tensor,
@@ -74,11 +68,11 @@ def linear(
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
 ) -> None:
-    """Native.linear for bf16 results."""
+    """As _cpu.linear, for bf16 results."""
     n, k = out.shape[1], x.shape[1]
     if x_scale is not None:
         codes, x = x, x.new_empty(x.shape, dtype=torch.bfloat16)
-        _decode(codes, x)
+        _cpu.decode_weight(x, codes)
     plain = weight.dim() == 2 and weight.dtype == torch.bfloat16
     step = n if plain else _FEATURES
     scratch = None if plain else x.new_empty((min(step, n), k))
@@ -88,7 +82,7 @@ def linear(
         if scratch is not None:
             packed = weight.dim() == 4
             part = weight[begin // 64 : end // 64] if packed else weight[begin:end]
-            _decode(part, scratch[: end - begin])
+            _cpu.decode_weight(scratch[: end - begin], part)
             part = scratch[: end - begin]
         if weight_scale is None:
             if bias is None:
@@ -113,8 +107,6 @@ def linear(
 def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
     """The number of rows from which oneDNN's product is faster than csrc/cpu's for weights of that
     dtype and layout; infinite if it never is. Measured once in a process: 0.2 s on two cores."""
-    from .cpu import compiled_linear
-
     weight = torch.randn((1024, 2048), dtype=torch.bfloat16).to(dtype)
     weight = reference.pack_weight(weight) if packed else weight
     scale = torch.ones(1) if dtype == torch.float8_e4m3fn else None
@@ -130,7 +122,7 @@ def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
 
     first = math.inf
     for rows in _COUNTS:
-        if seconds(linear, rows) >= seconds(compiled_linear, rows):
+        if seconds(linear, rows) >= seconds(_cpu.linear, rows):
             break
         first = rows
     return first

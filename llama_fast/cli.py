@@ -161,7 +161,8 @@ def _positive(text: str) -> int:
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
-    from . import chat, sampling, speculate
+    from . import chat
+    from .generation import sampling, speculate
     from .model import Llama
 
     if args.system is not None and not args.chat:
@@ -279,7 +280,7 @@ def _quantize(args: argparse.Namespace) -> int:
         TransferSpeedColumn,
     )
 
-    from .quantize_checkpoint import quantize_checkpoint
+    from .checkpoint.quantize import quantize_checkpoint
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     disable = not sys.stderr.isatty()

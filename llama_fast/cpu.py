@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _cpu, amx
-from .native import Native
+from ._cpu import (
+    activation,
+    attention,
+    decode_attention,
+    pack_weight,
+    quantize,
+    rms_norm,
+    rope,
+)
 
-_native = Native(_cpu, lambda _: torch.get_num_threads())
-rms_norm = _native.rms_norm
-silu_and_mul = _native.silu_and_mul
-quantize_fp8 = _native.quantize_fp8
-rope = _native.rope
-attention = _native.attention
-attention_with_kvcache = _native.attention_with_kvcache
-compiled_linear = _native.linear
+__all__ = [
+    "activation",
+    "attention",
+    "decode_attention",
+    "linear",
+    "pack_weight",
+    "prefers_fp8_activations",
+    "quantize",
+    "rms_norm",
+    "rope",
+]
 
 
 def linear(
@@ -23,29 +33,14 @@ def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
 ) -> None:
-    """Native.linear, or oneDNN's product where amx.py finds that faster."""
-    if amx.enabled and amx.serves(out, x, weight, x_scale):
-        amx.linear(out, x, weight, bias, x_scale, weight_scale)
-    else:
-        compiled_linear(out, x, weight, bias, x_scale, weight_scale)
+    """The compiled kernels, or oneDNN's product where amx.py finds that faster."""
+    run = amx.linear if amx.enabled and amx.serves(out, x, weight, x_scale) else _cpu.linear
+    run(out, x, weight, bias, x_scale, weight_scale)
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:
-    """No: the weights' bandwidth is the cost here, which quantised activations do not lower."""
+    """No: the weights' bandwidth is the cost here, which quantized activations do not lower."""
     return False
-
-
-def pack_weight(packed: Tensor, weight: Tensor) -> None:
-    n, k = weight.shape
-    _cpu.pack_weight(
-        weight.data_ptr(),
-        packed.data_ptr(),
-        n,
-        k,
-        weight.stride(0),
-        weight.itemsize,
-        torch.get_num_threads(),
-    )

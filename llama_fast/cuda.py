@@ -13,8 +13,6 @@ import os
 import torch
 from torch import Tensor
 
-from .native import Native
-
 EMULATED = os.environ.get("LLAMA_FAST_CUDA_EMULATOR", "0") == "1"
 _MODULE = f"llama_fast.{'_cuda_emulated' if EMULATED else '_cuda'}"
 
@@ -26,13 +24,6 @@ def missing() -> str | None:
     return None
 
 
-def _where(t: Tensor) -> tuple[int, int]:
-    """Device index and stream."""
-    if not t.is_cuda:
-        return 0, 0
-    return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
-
-
 def prefers_fp8_activations(x: Tensor) -> bool:
     """Where matrix instructions take e4m3. For every number of rows: a row's result must not depend
     on the batch."""
@@ -40,11 +31,29 @@ def prefers_fp8_activations(x: Tensor) -> bool:
 
 
 if missing() is None:
-    _native = Native(importlib.import_module(_MODULE), _where)
-    rms_norm = _native.rms_norm
-    silu_and_mul = _native.silu_and_mul
-    quantize_fp8 = _native.quantize_fp8
-    rope = _native.rope
-    attention = _native.attention
-    attention_with_kvcache = _native.attention_with_kvcache
-    linear = _native.linear
+    _module = importlib.import_module(_MODULE)
+    rms_norm, activation, quantize = _module.rms_norm, _module.activation, _module.quantize
+    rope, attention, linear = _module.rope, _module.attention, _module.linear
+
+
+def decode_attention(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    causal: bool,
+    softmax_scale: float,
+    num_splits: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """With a workspace for the partial results of the keys' splits, where there are several."""
+    splits = _module.decode_attention_splits(q, k_cache, block_table, num_splits)
+    rest = (cache_seqlens, block_table, causal, softmax_scale, num_splits, k_scale, v_scale)
+    if splits == 1:
+        return _module.decode_attention(out, q, k_cache, v_cache, *rest)
+    shape = (*q.shape[:3], splits, q.shape[3] + 2)
+    workspace = q.new_empty(shape, dtype=torch.float32)
+    _module.decode_attention_split(workspace, out, q, k_cache, v_cache, *rest)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, _cpu
-from .backends import backends
+from .dispatch import backends
 
 # The ones that a kernel is compiled for or could be; a CPU lists hundreds.
 _FEATURES = (

@@ -6,27 +6,28 @@ Source: The Llama 3 Herd of Models, arXiv:2407.21783.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import checkpoint, decode, generate, ops
-from .cache import Append, KVCache
+from .checkpoint.load import load
+from .checkpoint.weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
 from .config import LlamaConfig
+from .generation.cache import Append, KVCache
+from .generation.decode import Decoder
+from .generation.generate import generate
+from .ops import activation, attention, decode_attention, rms_norm, rope
 from .reference import FP8_DTYPE
-from .speculate import DRAFT_TOKENS
-from .weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
 
 
 class Llama:
     def __init__(self, config: LlamaConfig, weights: Weights) -> None:
         self.config, self.weights = config, weights
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
-        self.rope = ops.rope_table(config, config.max_position_embeddings, device=self.device)
-        self.decoders: list[decode.Decoder] = []  # idle ones, kept for generate's next call
+        self.rope = rope.rope_table(config, config.max_position_embeddings, device=self.device)
+        self.decoders: list[Decoder] = []  # idle ones, kept for generate's next call
 
     @classmethod
     def from_pretrained(
@@ -48,9 +49,7 @@ class Llama:
         dtype, device = _checked(dtype, device)
         return cls(
             config,
-            checkpoint.load(
-                path, config, dtype=dtype, quantize=quantize, device=device, progress=progress
-            ),
+            load(path, config, dtype=dtype, quantize=quantize, device=device, progress=progress),
         )
 
     @classmethod
@@ -129,37 +128,7 @@ class Llama:
         """[..., hidden] -> [..., vocab] fp32: ask only for the tokens that are wanted."""
         return self.weights.head(hidden).float()
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int = 256,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop_ids: Sequence[int] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-        graphs: bool | None = None,
-        speculate: str | Llama | None = None,
-        draft_tokens: int = DRAFT_TOKENS,
-        on_pass: Callable[[int, int], None] | None = None,
-    ) -> list[list[int]]:
-        """See llama_fast.generate.generate."""
-        return generate.generate(
-            self,
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop_ids=stop_ids,
-            on_token=on_token,
-            graphs=graphs,
-            speculate=speculate,
-            draft_tokens=draft_tokens,
-            on_pass=on_pass,
-        )
+    generate = generate
 
     def _plain_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor
@@ -167,8 +136,8 @@ class Llama:
         """rms_norm of x + residual, and the sum itself."""
         eps = self.config.rms_norm_eps
         if residual is None:
-            return ops.rms_norm(x, weight, eps), x
-        return ops.add_rms_norm(x, residual, weight, eps)
+            return rms_norm.rms_norm(x, weight, eps), x
+        return rms_norm.add_rms_norm(x, residual, weight, eps)
 
     def _norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, into: Linear
@@ -176,15 +145,17 @@ class Llama:
         """The same, in the form that the linear it goes into takes best."""
         if not into.wants_fp8:
             return self._plain_norm(x, residual, weight)
-        q, scale, *total = ops.rms_norm_fp8(
+        q, scale, *total = rms_norm.rms_norm_fp8(
             x, weight, self.config.rms_norm_eps, residual=residual, scale_ub=into.scale_ub
         )
         return Quantized(q, scale, x.dtype), total[0] if total else x
 
     def _swiglu(self, gate_up: Tensor, into: Linear) -> Tensor | Quantized:
         if into.wants_fp8:
-            return Quantized(*ops.silu_and_mul_fp8(gate_up, scale_ub=into.scale_ub), gate_up.dtype)
-        return ops.silu_and_mul(gate_up)
+            return Quantized(
+                *activation.silu_and_mul_fp8(gate_up, scale_ub=into.scale_ub), gate_up.dtype
+            )
+        return activation.silu_and_mul(gate_up)
 
     def _attend(
         self,
@@ -199,16 +170,16 @@ class Llama:
         heads = qkv.flatten(0, 1).unflatten(1, (-1, c.head_dim))
         q, k, v = heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
         if cache is None or append is None:
-            q, k = ops.apply_rope(q, k, positions, self.rope)
-            out = ops.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
+            q, k = rope.apply_rope(q, k, positions, self.rope)
+            out = attention.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
             return out.flatten(2)
         kv, scales = (cache.k[layer], cache.v[layer]), cache.scales(layer)
-        q = ops.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
+        q = rope.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
         q = q.unflatten(0, shape)
         if append.run is not None and shape[1] > 1:
             k, v = (pool.flatten(0, 1)[append.run].unsqueeze(0) for pool in kv)
-            return ops.attention(q, k, v).flatten(2)
-        out = ops.attention_with_kvcache(
+            return attention.attention(q, k, v).flatten(2)
+        out = decode_attention.attention_with_kvcache(
             q, *kv, append.cache_seqlens, block_table=append.block_table, **scales
         )
         return out.flatten(2)

@@ -1,8 +1,4 @@
-"""The triton backend: the same functions as cpu.py, from the kernels of kernels/.
-
-Arguments are checked and outputs allocated by then (ops.py, library/). Every function fills its
-outputs in place and never waits for the device.
-"""
+"""The triton backend: the kernels of kernels/."""
 
 from __future__ import annotations
 
@@ -12,29 +8,29 @@ from pathlib import Path
 from torch import Tensor
 
 from .kernels import common
-from .kernels.activation import silu_and_mul
+from .kernels.activation import activation
 from .kernels.attention import attention
-from .kernels.decode_attention import attention_with_kvcache
-from .kernels.fp8_gemm import linear
-from .kernels.quantize import quantize_fp8
+from .kernels.decode_attention import decode_attention
+from .kernels.linear import linear
+from .kernels.quantize import quantize
 from .kernels.rms_norm import rms_norm
 from .kernels.rope import rope
 
 __all__ = [
     "attention",
-    "attention_with_kvcache",
+    "decode_attention",
     "linear",
     "prefers_fp8_activations",
-    "quantize_fp8",
+    "quantize",
     "rms_norm",
     "rope",
-    "silu_and_mul",
+    "activation",
     "tuned_folder",
 ]
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:
-    """Whether fp8_linear quantises x where the caller does not say: on chips that multiply e4m3, at
+    """Whether fp8_linear quantizes x where the caller does not say: on chips that multiply e4m3, at
     any number of rows, so that a row does not depend on the batch."""
     return common.chip_of(x).has_e4m3
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops, triton_backend
-from .backends import use_backend
-from .cache import BLOCK_SIZE
+import llama_fast as lf
+
+from . import triton_backend
 from .config import LlamaConfig
+from .dispatch import use_backend
+from .generation.cache import BLOCK_SIZE
 from .kernels import common
 
 # Rows of the matrix products and of what surrounds them: decode by one and in batches, prompts.
@@ -62,15 +64,15 @@ def calls(
 
     d, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
     yield from _elementwise(c, rows, randn)
-    table = ops.rope_table(c, prompt, device=device)
+    table = lf.rope_table(c, prompt, device=device)
     for n in sorted({1, prompt}):
         q, k, v = randn(n, heads + 2 * kv_heads, d).split((heads, kv_heads, kv_heads), 1)
         at = torch.arange(n, device=device)
-        yield f"apply_rope {n}", partial(ops.apply_rope, q, k, at, table)
+        yield f"apply_rope {n}", partial(lf.apply_rope, q, k, at, table)
         cache = randn(2, -(-n // BLOCK_SIZE), BLOCK_SIZE, kv_heads, d)
         yield (
             f"apply_rope_and_append {n}",
-            partial(ops.apply_rope_and_append, q, k, v, at, table, cache[0], cache[1], at),
+            partial(lf.apply_rope_and_append, q, k, v, at, table, cache[0], cache[1], at),
         )
     q, k, v = (
         randn(1, prompt, heads, d),
@@ -79,10 +81,10 @@ def calls(
     )
     starts = torch.tensor([0, prompt // 2, prompt], dtype=torch.int32, device=device)
     for causal in (True, False):
-        yield "attention", partial(ops.attention, q, k, v, causal=causal)
+        yield "attention", partial(lf.attention, q, k, v, causal=causal)
     yield (
         "attention, packed",
-        partial(ops.attention, q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts),
+        partial(lf.attention, q[0], k[0], v[0], cu_seqlens_q=starts, cu_seqlens_k=starts),
     )
     for batch, keys in contexts:
         yield from _cached(c, batch, keys, randn)
@@ -96,17 +98,17 @@ def _elementwise(
     for n in rows:
         x, residual = randn(n, c.hidden_size), randn(n, c.hidden_size)
         gate_up = randn(n, 2 * c.intermediate_size)
-        yield f"rms_norm {n}", partial(ops.rms_norm, x, weight)
-        yield f"add_rms_norm {n}", partial(ops.add_rms_norm, x, residual, weight)
-        yield f"rms_norm_fp8 {n}", partial(ops.rms_norm_fp8, x, weight)
+        yield f"rms_norm {n}", partial(lf.rms_norm, x, weight)
+        yield f"add_rms_norm {n}", partial(lf.add_rms_norm, x, residual, weight)
+        yield f"rms_norm_fp8 {n}", partial(lf.rms_norm_fp8, x, weight)
         yield (
             f"rms_norm_fp8 + residual {n}",
-            partial(ops.rms_norm_fp8, x, weight, residual=residual),
+            partial(lf.rms_norm_fp8, x, weight, residual=residual),
         )
-        yield f"silu_and_mul {n}", partial(ops.silu_and_mul, gate_up)
-        yield f"silu_and_mul_fp8 {n}", partial(ops.silu_and_mul_fp8, gate_up)
+        yield f"silu_and_mul {n}", partial(lf.silu_and_mul, gate_up)
+        yield f"silu_and_mul_fp8 {n}", partial(lf.silu_and_mul_fp8, gate_up)
         for kind in ("tensor", "row", "block", "block_2d"):
-            yield f"quantize_fp8 {kind} {n}", partial(ops.quantize_fp8, x, kind)
+            yield f"quantize_fp8 {kind} {n}", partial(lf.quantize_fp8, x, kind)
 
 
 def _cached(
@@ -124,9 +126,9 @@ def _cached(
         name = f"attention_with_kvcache {batch} x {keys}, {queries} queries"
         yield (
             name,
-            partial(ops.attention_with_kvcache, q, pool[0], pool[1], lengths, block_table=table),
+            partial(lf.attention_with_kvcache, q, pool[0], pool[1], lengths, block_table=table),
         )
-        yield name, partial(ops.attention_with_kvcache, q, flat[0], flat[1], lengths)
+        yield name, partial(lf.attention_with_kvcache, q, flat[0], flat[1], lengths)
 
 
 def _products(
@@ -141,17 +143,17 @@ def _products(
     }
     for name, (n, k) in shapes.items():
         plain = randn(n, k)
-        by_row, by_block = (ops.quantize_fp8(plain, kind) for kind in ("row", "block_2d"))
+        by_row, by_block = (lf.quantize_fp8(plain, kind) for kind in ("row", "block_2d"))
         for m in rows:
             x = randn(m, k)
-            yield f"linear {name} {m}", partial(ops.linear, x, plain)
+            yield f"linear {name} {m}", partial(lf.linear, x, plain)
             for kind, (w, scale) in (("row", by_row), ("block", by_block)):
                 yield (
                     f"fp8_linear {name} {m} {kind}",
-                    partial(ops.fp8_linear, x, w, scale),
+                    partial(lf.fp8_linear, x, w, scale),
                 )
-                a, a_scale = ops.quantize_fp8(x, kind)
+                a, a_scale = lf.quantize_fp8(x, kind)
                 yield (
                     f"fp8_gemm {name} {m} {kind}",
-                    partial(ops.fp8_gemm, a, w, a_scale, scale),
+                    partial(lf.fp8_gemm, a, w, a_scale, scale),
                 )

@@ -19,7 +19,8 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run on CPU tensors (tests/gpu).
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from llama_fast import Llama, _cpu, decode, generate
+from llama_fast import Llama, _cpu
+from llama_fast.generation import decode, generate
 
 from .recorded_graph import RecordedGraph
 

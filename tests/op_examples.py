@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast.library import activation, attention, linear, quantize, rms_norm, rope
+from llama_fast import ops
+from llama_fast.dispatch import FAMILIES
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
 
 
 def watch_kernels(monkeypatch: pytest.MonkeyPatch, look: Callable[..., Any]) -> None:
-    """Every op asks look instead of backends.kernels who serves it."""
-    for family in (activation, attention, linear, quantize, rms_norm, rope):
-        monkeypatch.setattr(family, "kernels", look)
+    """Every op asks look instead of dispatch.kernels which backend serves it."""
+    for family in FAMILIES:
+        monkeypatch.setattr(getattr(ops, family), "kernels", look)
 
 
 def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

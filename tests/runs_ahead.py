@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama_fast import Llama, generate
+from llama_fast import Llama
+from llama_fast.generation import generate
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},

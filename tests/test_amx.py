@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import _cpu, amx, cpu, reference
+from llama_fast import _cpu, amx, reference
 
 from .tolerances import assert_close_to_eager
 
@@ -150,7 +150,7 @@ def test_first_rows_is_where_the_other_begins_to_win(monkeypatch: pytest.MonkeyP
         return op
 
     monkeypatch.setattr(amx.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(cpu, "compiled_linear", lasts(lambda rows: rows * 1e-6))
+    monkeypatch.setattr(_cpu, "linear", lasts(lambda rows: rows * 1e-6))
     for constant, want in ((100e-6, 128), (1.0, math.inf), (0.0, 32)):
         monkeypatch.setattr(amx, "linear", lasts(lambda _, c=constant: c))
         amx.first_rows.cache_clear()

@@ -3,13 +3,12 @@ what is not there."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import pytest
 
 import llama_fast as lf
-from llama_fast import cuda, reference
+from llama_fast import cuda, dispatch, reference
 
 from .op_examples import OPS, call
 
@@ -51,8 +50,7 @@ def test_use_backend_reaches_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_absent_backend_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "missing", lambda: "llama_fast._cuda was not built")
-    backends = importlib.import_module("llama_fast.backends")  # the package's name is a function
-    monkeypatch.setattr(backends, "_no_triton", lambda: "triton is not installed")
+    monkeypatch.setattr(dispatch, "_no_triton", lambda: "triton is not installed")
     for backend, why in (("cuda", "was not built"), ("triton", "is not installed")):
         with pytest.raises(NotImplementedError, match=why), lf.use_backend(backend):
             pass

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from llama_fast import Llama, reference
-from llama_fast.formats import Format
-from llama_fast.shards import Shards
+from llama_fast.checkpoint.formats import Format
+from llama_fast.checkpoint.shards import Shards
 
 from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import __version__, sampling
+from llama_fast import __version__
 from llama_fast.cli import main
+from llama_fast.generation import sampling
 
 from .checkpoints import hf_model, save
 from .llama3 import byte_tokenizer

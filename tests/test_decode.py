@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_fast import Llama, LlamaConfig, decode, generate
+from llama_fast import Llama, LlamaConfig
+from llama_fast.generation import decode, generate
 
 from .recorded_graph import RecordedGraph
 from .runs_ahead import OPTIONS, plainly

@@ -215,7 +215,8 @@ def test_f13_forced_splits_of_strided_queries(isa: str, dtype: torch.dtype, spli
     seqlens = lengths(300, 61)
     check(q, k, v, seqlens, num_splits=splits)
     memory = torch.full((4, 1, 6, 32), 7.0, dtype=dtype)
-    cpu.attention_with_kvcache(memory[1:3], q, k, v, seqlens, None, True, 0.2, splits)
+    rest = (None, True, 0.2, splits, None, None)
+    cpu.decode_attention(memory[1:3], q, k, v, seqlens, *rest)
     assert (memory[[0, 3]] == 7).all()
     options: dict[str, Any] = {"softmax_scale": 0.2, "num_splits": splits}
     want = lf.attention_with_kvcache(q.contiguous(), k, v, seqlens, **options)

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
-from llama_fast import Llama, decode
-from llama_fast.decode import Decoder, Settings, Size, bucket
+from llama_fast import Llama
+from llama_fast.generation import decode
+from llama_fast.generation.decode import Decoder, Settings, Size, bucket
 
 from .recorded_graph import RecordedGraph
 from .runs_ahead import OPTIONS, plainly

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast.cache import KVCache
+from llama_fast.generation.cache import KVCache
 
 from .op_examples import HKV, described, example, fp8, registered_arguments, x
 

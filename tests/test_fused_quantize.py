@@ -40,27 +40,34 @@ def test_fused_quantisation_changes_no_bit(
 ) -> None:
     """Norm and SwiGLU that quantise, against the separate ops that they stand for; with an
     activation bound low enough to bite."""
-    from llama_fast import library, ops, weights
+    from llama_fast.checkpoint import weights
+    from llama_fast.ops import activation, linear, rms_norm
+    from llama_fast.ops import quantize as quantizing
 
     monkeypatch.setattr(weights, "ACTIVATION_BOUND", 1.5)
     config = dataclasses.replace(CONFIG, num_hidden_layers=3)
     model = unpacked(Llama.from_config(config, quantize=quantize))
     tokens = torch.randint(320, (2, 9))
     called: list[str] = []
-    for name in ("rms_norm_fp8", "silu_and_mul_fp8", "fp8_gemm", "quantize_fp8"):
-        real = getattr(ops, name)
+    for family, name in (
+        (rms_norm, "rms_norm_fp8"),
+        (activation, "silu_and_mul_fp8"),
+        (linear, "fp8_gemm"),
+        (quantizing, "quantize_fp8"),
+    ):
+        real = getattr(family, name)
         monkeypatch.setattr(
-            ops, name, lambda *a, _n=name, _f=real, **k: (called.append(_n), _f(*a, **k))[1]
+            family, name, lambda *a, _n=name, _f=real, **k: (called.append(_n), _f(*a, **k))[1]
         )
     with lf.use_backend(backend):
         plain = model(tokens)
         assert called == []
-        real_linear = ops.fp8_linear
+        real_linear = linear.fp8_linear
         quantising = lambda *a, **k: real_linear(*a, **{"quantize_activation": True} | k)  # noqa: E731
-        monkeypatch.setattr(ops, "fp8_linear", quantising)
+        monkeypatch.setattr(linear, "fp8_linear", quantising)
         expected = model(tokens)
         assert called == [] and not torch.equal(expected, plain)
-        monkeypatch.setattr(library, "prefers_fp8_activations", lambda weight: True)
+        monkeypatch.setattr(linear, "prefers_fp8_activations", lambda weight: True)
         assert torch.equal(model(tokens), expected)
         norms, ffns = {"fp8": (6, 3), "fp8_ffn": (1, 1)}[quantize]
         assert called.count("rms_norm_fp8") == norms and called.count("silu_and_mul_fp8") == ffns
@@ -79,10 +86,10 @@ def test_fused_quantisation_changes_no_bit(
 
 
 def test_weights_in_blocks_are_left_to_fp8_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_fast import library
-    from llama_fast.weights import Linear
+    from llama_fast.checkpoint.weights import Linear
+    from llama_fast.ops import linear
 
-    monkeypatch.setattr(library, "prefers_fp8_activations", lambda weight: True)
+    monkeypatch.setattr(linear, "prefers_fp8_activations", lambda weight: True)
     weight = torch.zeros(256, 256).to(torch.float8_e4m3fn)
     assert Linear(weight, torch.ones(256, 1)).wants_fp8 and Linear(weight, torch.ones(1)).wants_fp8
     assert not Linear(weight, torch.ones(2, 2)).wants_fp8

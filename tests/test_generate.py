@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_fast import Llama, LlamaConfig, TextStreamer
-from llama_fast.generate import PREFILL_CHUNK
-from llama_fast.sampling import sample
-from llama_fast.weights import Linear, packed
+from llama_fast.checkpoint.weights import Linear, packed
+from llama_fast.generation.generate import PREFILL_CHUNK
+from llama_fast.generation.sampling import sample
 
 from .checkpoints import hf_model, save
 

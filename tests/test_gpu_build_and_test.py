@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from llama_fast.backends import _ON_GPU
 from llama_fast.bench import build_and_test, processes
 from llama_fast.bench.build_and_test import PARTS
 from llama_fast.bench.files import commit, write
+from llama_fast.dispatch import _ON_GPU
 
 from .gpu import conftest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import choices, cuda
+from llama_fast import cuda, dispatch
 from llama_fast.bench import (
     baselines,
     gpu_attention,
@@ -25,7 +24,6 @@ from llama_fast.bench.files import BROKEN, WRONG, read
 
 from .op_examples import watch_kernels
 
-backends = importlib.import_module("llama_fast.backends")  # the package's name is a function
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -67,7 +65,7 @@ def wrong_rival(monkeypatch: pytest.MonkeyPatch, f: Any) -> None:
 
     def attend(*args: Any, **options: Any) -> torch.Tensor:
         out = right(*args, **options)
-        return f(out) if backends.kernels("attention", args[0]) is None else out
+        return f(out) if dispatch.kernels("attention", args[0]) is None else out
 
     monkeypatch.setattr(gpu_attention.lf, "attention", attend)
 
@@ -177,16 +175,16 @@ def test_side_by_side() -> None:
 
 
 def test_every_case_says_its_class(place: gpu_case.Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the case claims is what its op asks backends.kernels for, at the report's own sizes but
+    """What the case claims is what its op asks dispatch.kernels for, at the report's own sizes but
     for the lengths; and every class but one is measured."""
     sizes = gpu_case.Sizes(**{**vars(gpu_case.TINY), "head_dim": 128, "few": (1,), "many": (80,)})
     object.__setattr__(sizes, "square", 128)
     object.__setattr__(place, "sizes", sizes)
     seen: list[Any] = []
-    right = backends.kernels
+    right = dispatch.kernels
     watch_kernels(
         monkeypatch,
-        lambda op, *a: seen.append((op, choices.shape_class(op, *a))) or right(op, *a),
+        lambda op, *a: seen.append((op, dispatch.shape_class(op, *a))) or right(op, *a),
     )
     monkeypatch.setattr(baselines.Baselines, "offer", lambda *_: False)
     claimed = set()
@@ -197,8 +195,7 @@ def test_every_case_says_its_class(place: gpu_case.Place, monkeypatch: pytest.Mo
             continue
         seen.clear()
         case.runs["ours"](0)
-        claimed.add((case.op, choices.shape_class(case.op, *case.arguments)))
-        assert seen[0] == (case.op, choices.shape_class(case.op, *case.arguments)), spec.name
-    unclaimed = {(op, c) for op, names in choices.CLASSES.items() for c in names} - claimed
-    assert all("FP8 cache" in c or op.startswith("fp8_") for op, c in unclaimed), unclaimed
+        claimed.add((case.op, dispatch.shape_class(case.op, *case.arguments)))
+        assert seen[0] == (case.op, dispatch.shape_class(case.op, *case.arguments)), spec.name
+    assert {op for op, _ in claimed} == {op for op in dispatch.OPS if op not in ("linear", "pack_weight")}
     assert all(c for _, c in claimed)

@@ -136,7 +136,7 @@ def test_f31_strides_and_canaries(dtype: torch.dtype, isa: str) -> None:
         x.copy_(integers(rows, 129, dtype))
         weight.copy_(integers(70, 129, dtype))
         canary = torch.full((rows + 2, 70), 7.0, dtype=dtype)
-        cpu.linear(canary[1:-1], x, weight, None)
+        cpu.linear(canary[1:-1], x, weight, None, None, None)
         assert (canary[0] == 7).all() and (canary[-1] == 7).all()
         assert torch.equal(canary[1:-1], exact(x, weight).to(dtype))
         cube = x.unsqueeze(0).expand(2, rows, 129)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import llama_fast as lf
-from llama_fast import quantize_checkpoint as module
-from llama_fast.quantize_checkpoint import quantize_checkpoint
+from llama_fast.checkpoint import quantize as module
+from llama_fast.checkpoint.quantize import quantize_checkpoint
 from llama_fast.reference import dequantize_fp8, quantize_fp8
 
 from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, tensors, write

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import sampling
-from llama_fast.decode import Settings
+from llama_fast.generation import sampling
+from llama_fast.generation.decode import Settings
 
 from .runs_ahead import OPTIONS
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import KVCache, Llama, sampling, speculate
-from llama_fast import generate as loop
-from llama_fast.speculate import LONGEST_PAUSE, Draft, Lookup, Pace, Proposer, extend
+from llama_fast import KVCache, Llama
+from llama_fast.generation import generate as loop
+from llama_fast.generation import sampling, speculate
+from llama_fast.generation.speculate import LONGEST_PAUSE, Draft, Lookup, Pace, Proposer, extend
 
 from .runs_ahead import OPTIONS
 from .test_generate import CONFIG, prompts

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_fast import LlamaConfig
-from llama_fast.rope import inv_freq
+from llama_fast.ops.rope import inv_freq
 
 LAYER = {
     "attn_norm": "input_layernorm",

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast import LlamaConfig
-from llama_fast.rope import inv_freq
+from llama_fast.ops.rope import inv_freq
 
 from .peer import CHUNK, Inputs, ModelPeer, Run, Unsupported
 

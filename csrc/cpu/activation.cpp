@@ -112,7 +112,7 @@ void silu_and_mul_row(T* out, const T* gate, const T* up, int64_t n) {
 }
 
 template <class T>
-void run(const SiluAndMulParams& p, int threads) {
+void run(const ActivationParams& p, int threads) {
   // A work item: columns [c * kWidth, ...) of a row, or whole rows where they are short or FP8.
   constexpr int64_t kWidth = 4096;
   const int64_t width = p.scale || p.width < kWidth ? p.width : kWidth;
@@ -138,7 +138,7 @@ void run(const SiluAndMulParams& p, int threads) {
 
 }  // namespace
 
-void silu_and_mul(const SiluAndMulParams& p, int threads) {
+void activation(const ActivationParams& p, int threads) {
   with_dtype(p.dtype, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(p, threads); });
 }
 

@@ -1,6 +1,4 @@
-// The table of contents of llama_fast._cpu. Tensors arrive as addresses (Tensor.data_ptr()), so the
-// module includes no torch header and one build serves every torch version. llama_fast/cpu.py is
-// the only caller and llama_fast/ops.py has checked every argument by then.
+// The table of contents of llama_fast._cpu. llama_fast/ops/ has checked every argument by then.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -16,25 +14,31 @@ namespace py = pybind11;
 
 namespace {
 
-using lf::bind::as;
-using lf::bind::Ptr;
+using lf::MaybeTensor;
+using lf::Tensor;
+using lf::Torch;
+using Address = uintptr_t;
 
 std::atomic<const lf::Kernels*> g_kernels{nullptr};
 
 const lf::Kernels& kernels() { return *g_kernels.load(std::memory_order_acquire); }
 
-struct Cpu {
-  using Where = int;  // threads
-  static void rms_norm(const lf::RmsNormParams& p, int n) { kernels().rms_norm(p, n); }
-  static void silu_and_mul(const lf::SiluAndMulParams& p, int n) { kernels().silu_and_mul(p, n); }
-  static void quantize_fp8(const lf::QuantizeFp8Params& p, int n) { kernels().quantize_fp8(p, n); }
-  static void rope(const lf::RopeParams& p, int n) { kernels().rope(p, n); }
-  static void attention(const lf::AttentionParams& p, int n) { kernels().attention(p, n); }
-  static void kvcache_attention(const lf::KvCacheAttentionParams& p, int n) {
-    kernels().kvcache_attention(p, n);
-  }
-  static void linear(const lf::LinearParams& p, int n) { kernels().linear(p, n); }
-};
+// Raises NotImplementedError for what the CPU has no kernel of.
+template <class Params>
+void refuse(const Params&) {}
+
+void refuse_fp8_cache(const char* op, const void* k_scale) {
+  if (!k_scale) return;
+  PyErr_Format(PyExc_NotImplementedError,
+               "%s: the cpu backend has no FP8 KV cache, got a float8_e4m3fn k_cache; eager "
+               "PyTorch has one: use_backend(\"reference\", op=\"%s\")",
+               op, op);
+  throw py::error_already_set();
+}
+void refuse(const lf::RopeParams& p) { refuse_fp8_cache("apply_rope_and_append", p.k_scale); }
+void refuse(const lf::DecodeAttentionParams& p) {
+  refuse_fp8_cache("attention_with_kvcache", p.k_scale);
+}
 
 std::vector<std::string> isas() {
   const lf::Kernels* table[4];
@@ -62,48 +66,59 @@ int64_t first_outside(const T* x, int64_t n, int64_t low, int64_t high) {
   return -1;
 }
 
+// Index of the first integer of t, contiguous, outside [low, high], or -1.
+int64_t first_outside_of(const Tensor& t, int64_t low, int64_t high) {
+  return t.is_int64() ? first_outside(t.data<int64_t>(), t.numel(), low, high)
+                      : first_outside(t.data<int32_t>(), t.numel(), low, high);
+}
+
 // (row, column, block id) of the first block id outside [0, num_blocks) among those that the
 // lengths reach, or None.
-py::object first_bad_block(Ptr block_table, int64_t stride, Ptr cache_seqlens, int64_t batch,
+py::object first_bad_block(const Tensor& block_table, const Tensor& cache_seqlens,
                            int64_t block_size, int64_t num_blocks) {
-  for (int64_t row = 0; row < batch; ++row) {
-    const int64_t used = (as<int32_t>(cache_seqlens)[row] + block_size - 1) / block_size;
-    const int32_t* blocks = as<int32_t>(block_table) + row * stride;
+  for (int64_t row = 0; row < cache_seqlens.size(0); ++row) {
+    const int64_t used = (cache_seqlens.data<int32_t>()[row] + block_size - 1) / block_size;
+    const int32_t* blocks = block_table.data<int32_t>() + row * block_table.stride(0);
     const int64_t bad = first_outside(blocks, used, 0, num_blocks - 1);
     if (bad >= 0) return py::make_tuple(row, bad, blocks[bad]);
   }
   return py::none();
 }
 
-// Asks for huge pages for the whole 2 MiB pages within [data, data + bytes), before they are first
-// written. A hint: whether the system grants it changes nothing but speed.
-void advise_huge_pages(Ptr data, int64_t bytes) {
+// Asks for huge pages for the whole 2 MiB pages within t, before they are first written. A hint:
+// whether the system grants it changes nothing but speed.
+void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__)
-  constexpr Ptr kHuge = Ptr{2} << 20;
-  const Ptr begin = (data + kHuge - 1) / kHuge * kHuge;
-  const Ptr end = (data + static_cast<Ptr>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(as<void>(begin), end - begin, MADV_HUGEPAGE);
+  constexpr Address kHuge = Address{2} << 20;
+  const auto data = reinterpret_cast<Address>(t.data());
+  const Address begin = (data + kHuge - 1) / kHuge * kHuge;
+  const Address end = (data + static_cast<Address>(t.numel() * t.itemsize())) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
-  (void)data, (void)bytes;
+  (void)t;
 #endif
 }
 
-void pack_weight(Ptr weight, Ptr packed, int64_t n, int64_t k, int64_t stride, int itemsize,
-                 int threads) {
+void pack_weight(const Tensor& packed, const Tensor& weight) {
+  advise_huge_pages(packed);  // M = 1 reads it 1.1 times as fast
+  const int threads = Torch::num_threads();
   py::gil_scoped_release release;
-  advise_huge_pages(packed, n * k * itemsize);  // M = 1 reads it 1.1 times as fast
-  kernels().pack_weight(as<void>(weight), as<void>(packed), n, k, stride, itemsize, threads);
+  kernels().pack_weight(weight.data(), packed.data(), weight.size(0), weight.size(1),
+                        weight.stride(0), static_cast<int>(weight.itemsize()), threads);
 }
 
-void decode_weight(Ptr weight, Ptr out, int64_t n, int64_t k, int64_t stride, bool fp8,
-                   int threads) {
+void decode_weight(const Tensor& out, const Tensor& weight) {
+  const int threads = Torch::num_threads();
+  const int64_t stride = weight.ndim() == 4 ? -1 : weight.stride(0);
+  const bool fp8 = weight.dtype() == lf::DType::e4m3;
   py::gil_scoped_release release;
-  kernels().decode_weight(as<void>(weight), as<void>(out), n, k, stride, fp8, threads);
+  kernels().decode_weight(weight.data(), out.data(), out.size(0), out.size(1), stride, fp8,
+                          threads);
 }
 
-uint64_t read_bandwidth_probe(Ptr data, int64_t bytes, int threads) {
+uint64_t read_bandwidth_probe(Address data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
-  return kernels().read_memory(as<void>(data), bytes, threads);
+  return kernels().read_memory(reinterpret_cast<void*>(data), bytes, threads);
 }
 
 double multiply_add_probe(bool pairs, double flops, int threads) {
@@ -114,21 +129,24 @@ double multiply_add_probe(bool pairs, double flops, int threads) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  Torch::load();
   set_isa(isas().back());
 
   m.def("isas", &isas, "Instruction sets this machine can run, slowest first.");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
   m.def("set_isa", &set_isa, "Use another of isas(); ValueError for any other name.");
-  m.def(
-      "first_outside",
-      [](Ptr x, int64_t n, bool is_64bit, int64_t low, int64_t high) {
-        return is_64bit ? first_outside(as<int64_t>(x), n, low, high)
-                        : first_outside(as<int32_t>(x), n, low, high);
-      },
-      "Index of the first integer outside [low, high], or -1.");
-  m.def("first_bad_block", &first_bad_block, "First block id that no block of the pool has.");
+  m.def("first_outside", &first_outside_of,
+        "Index of the first integer outside [low, high], or -1");
+  m.def("first_bad_block", &first_bad_block, "First block id that no block of the pool has");
 
-  lf::bind::ops<Cpu>(m);
+#define LF_DEFINE(op, Params)                                                      \
+  lf::bind::define(m, #op, &lf::bind::op, [](const lf::Params& p, const Tensor&) { \
+    refuse(p);                                                                     \
+    const int threads = Torch::num_threads();                                      \
+    py::gil_scoped_release release;                                                \
+    kernels().op(p, threads);                                                      \
+  });
+  LF_OPS(LF_DEFINE)
   m.def("pack_weight", &pack_weight, "linear.cpp: the layout that linear streams fastest");
   m.def("decode_weight", &decode_weight, "linear.cpp: bf16 [N, K] out of e4m3 or of packed bf16");
   m.def("advise_huge_pages", &advise_huge_pages, "For memory not yet written; a hint, on Linux");

@@ -31,7 +31,7 @@ alignas(64) constexpr char kZeroRow[256 * sizeof(float)] = {};
 template <class T>
 class Rows {
  public:
-  Rows(const void* cache, const int64_t (&stride)[3], const KvCacheAttentionParams& p,
+  Rows(const void* cache, const int64_t (&stride)[3], const DecodeAttentionParams& p,
        int64_t sequence)
       : cache_(static_cast<const T*>(cache)),
         table_(p.block_table ? p.block_table + sequence * p.table_stride : nullptr),
@@ -83,7 +83,7 @@ class Decode {
   using Q = typename Operand<T>::type;
 
  public:
-  Decode(const KvCacheAttentionParams& params, int threads) : p_(params), threads_(threads) {}
+  Decode(const DecodeAttentionParams& params, int threads) : p_(params), threads_(threads) {}
 
   // In waves of sequences that bound the memory of the partial results.
   void run() {
@@ -315,7 +315,7 @@ class Decode {
     }
   }
 
-  const KvCacheAttentionParams& p_;
+  const DecodeAttentionParams& p_;
   const int threads_;
   const int64_t group_ = p_.heads / p_.kv_heads;
   const int64_t group_rows_ = round_up(group_, 4);  // a query's tiles start at multiples of 4
@@ -328,7 +328,7 @@ class Decode {
 
 // As attention.cpp: a tile of queries of one sequence and kv head is an item of work.
 template <class T>
-void prefill(const KvCacheAttentionParams& p, int threads) {
+void prefill(const DecodeAttentionParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
   int64_t tokens = kPrefillTile / group > 0 ? kPrefillTile / group : 1;
   const auto tiles = [&] { return (p.seqlen_q + tokens - 1) / tokens; };
@@ -364,7 +364,7 @@ void prefill(const KvCacheAttentionParams& p, int threads) {
 }
 
 template <class T>
-void run(const KvCacheAttentionParams& p, int threads) {
+void run(const DecodeAttentionParams& p, int threads) {
   if (p.seqlen_q > 1 && p.seqlen_q * (p.heads / p.kv_heads) >= kPrefillRows)
     prefill<T>(p, threads);
   else
@@ -373,7 +373,7 @@ void run(const KvCacheAttentionParams& p, int threads) {
 
 }  // namespace
 
-void kvcache_attention(const KvCacheAttentionParams& p, int threads) {
+void decode_attention(const DecodeAttentionParams& p, int threads) {
   if (p.batch == 0 || p.seqlen_q == 0 || p.heads == 0) return;
   with_dtype(p.dtype, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(p, threads); });
 }

@@ -4,19 +4,13 @@
 namespace lf {
 namespace {
 
-#define LF_TABLE(isa)      \
-  {#isa,                   \
-   isa::rms_norm,          \
-   isa::silu_and_mul,      \
-   isa::quantize_fp8,      \
-   isa::rope,              \
-   isa::attention,         \
-   isa::kvcache_attention, \
-   isa::linear,            \
-   isa::pack_weight,       \
-   isa::decode_weight,     \
-   isa::read_memory,       \
-   isa::multiply_add}
+// In the order of Kernels' members.
+#define LF_TABLE(isa)                                                                             \
+  [] {                                                                                            \
+    using namespace isa;                                                                          \
+    return Kernels{#isa, LF_OPS(LF_ENTRY) pack_weight, decode_weight, read_memory, multiply_add}; \
+  }()
+#define LF_ENTRY(op, Params) op,
 
 constexpr Kernels kGeneric = LF_TABLE(generic);
 #if defined(LF_X86)

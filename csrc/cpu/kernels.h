@@ -7,13 +7,9 @@ namespace lf {
 
 struct Kernels {
   const char* isa;
-  void (*rms_norm)(const RmsNormParams&, int threads);
-  void (*silu_and_mul)(const SiluAndMulParams&, int threads);
-  void (*quantize_fp8)(const QuantizeFp8Params&, int threads);
-  void (*rope)(const RopeParams&, int threads);
-  void (*attention)(const AttentionParams&, int threads);
-  void (*kvcache_attention)(const KvCacheAttentionParams&, int threads);
-  void (*linear)(const LinearParams&, int threads);
+#define LF_FIELD(op, Params) void (*op)(const Params&, int threads);
+  LF_OPS(LF_FIELD)
+#undef LF_FIELD
   // [N, K] of itemsize bytes -> [N / 64, K / 2, 64, 2].
   void (*pack_weight)(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride,
                       int itemsize, int threads);
@@ -27,15 +23,10 @@ struct Kernels {
   double (*multiply_add)(bool pairs, double flops, int threads);
 };
 
+#define LF_DECLARE(op, Params) void op(const Params& p, int threads);
 #define LF_DECLARE_KERNELS(isa)                                                            \
   namespace isa {                                                                          \
-  void rms_norm(const RmsNormParams& p, int threads);                                      \
-  void silu_and_mul(const SiluAndMulParams& p, int threads);                               \
-  void quantize_fp8(const QuantizeFp8Params& p, int threads);                              \
-  void rope(const RopeParams& p, int threads);                                             \
-  void attention(const AttentionParams& p, int threads);                                   \
-  void kvcache_attention(const KvCacheAttentionParams& p, int threads);                    \
-  void linear(const LinearParams& p, int threads);                                         \
+  LF_OPS(LF_DECLARE)                                                                       \
   void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t stride, \
                    int itemsize, int threads);                                             \
   void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t stride,  \

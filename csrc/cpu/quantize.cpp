@@ -16,7 +16,7 @@ constexpr int64_t kGrain = 16384;  // elements a work item: 5 us, enough to hide
 
 template <class T>
 struct Quantizer {
-  const QuantizeFp8Params& p;
+  const QuantizeParams& p;
   int threads;
 
   const T* row(int64_t i) const { return static_cast<const T*>(p.x) + i * p.x_stride; }
@@ -68,7 +68,7 @@ struct Quantizer {
 
 }  // namespace
 
-void quantize_fp8(const QuantizeFp8Params& p, int threads) {
+void quantize(const QuantizeParams& p, int threads) {
   with_dtype(p.dtype, [&](auto* t) {
     const Quantizer<std::remove_pointer_t<decltype(t)>> quantizer{p, threads};
     if (p.granularity == Scale::row) return quantizer.by_row();

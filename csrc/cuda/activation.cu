@@ -57,7 +57,7 @@ LF_DEVICE Vector<T> product(const T* gate, int64_t at, int64_t width) {
 // A thread takes a vector of the output.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    silu_and_mul_kernel(const SiluAndMulParams p, Divider<uint32_t> pieces) {
+    silu_and_mul_kernel(const ActivationParams p, Divider<uint32_t> pieces) {
   uint32_t piece;
   const int64_t row = pieces.divide(blockIdx.x, piece);
   const int64_t at = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * Vector<T>::size;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block takes a row. vectors: how many a thread holds; 0: none, they are computed twice.
 template <class T, bool aligned, int vectors>
 __global__ void __launch_bounds__(kMostThreads, 1)
-    silu_and_mul_fp8_kernel(const SiluAndMulParams p) {
+    silu_and_mul_fp8_kernel(const ActivationParams p) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 }
 
 template <class T, bool aligned>
-void run(const SiluAndMulParams& p, const Where& where) {
+void run(const ActivationParams& p, const Where& where) {
   const int64_t all = (p.width + Vector<T>::size - 1) / Vector<T>::size;
   if (!p.scale) {
     const int64_t pieces = (all + kThreads - 1) / kThreads;
@@ -134,7 +134,7 @@ void run(const SiluAndMulParams& p, const Where& where) {
 
 }  // namespace
 
-void silu_and_mul(const SiluAndMulParams& p, const Where& where) {
+void activation(const ActivationParams& p, const Where& where) {
   with_dtype(p.dtype, "silu_and_mul", [&](auto t) {
     using T = decltype(t);
     constexpr int64_t size = Vector<T>::size;

@@ -1,48 +1,53 @@
 // The table of contents of llama_fast._cuda; and, compiled with LF_CUDA_EMULATOR, of the module
 // that runs the same kernels on a CPU for tests (tests/cuda_emulator).
-#include <pybind11/pybind11.h>
-
-#include <utility>
-
 #include "../bind_ops.h"
 #include "kernels.h"
 
 namespace {
 
-struct Cuda {
-  using Where = std::pair<int, uintptr_t>;  // device index, cudaStream_t
+using lf::DecodeAttentionParams;
+using lf::MaybeTensor;
+using lf::Tensor;
 
-  static lf::cuda::Where at(const Where& w) { return {w.first, reinterpret_cast<void*>(w.second)}; }
-  static void rms_norm(const lf::RmsNormParams& p, const Where& w) { lf::cuda::rms_norm(p, at(w)); }
-  static void silu_and_mul(const lf::SiluAndMulParams& p, const Where& w) {
-    lf::cuda::silu_and_mul(p, at(w));
-  }
-  static void quantize_fp8(const lf::QuantizeFp8Params& p, const Where& w) {
-    lf::cuda::quantize_fp8(p, at(w));
-  }
-  static void rope(const lf::RopeParams& p, const Where& w) { lf::cuda::rope(p, at(w)); }
-  static void attention(const lf::AttentionParams& p, const Where& w) {
-    lf::cuda::attention(p, at(w));
-  }
-  static void kvcache_attention(const lf::KvCacheAttentionParams& p, const Where& w) {
-    lf::cuda::kvcache_attention(p, at(w));
-  }
-  static void linear(const lf::LinearParams& p, const Where& w) { lf::cuda::linear(p, at(w)); }
-};
+namespace py = pybind11;
 
-int64_t kvcache_attention_splits(int64_t seqlen_q, int64_t heads, int64_t kv_heads,
-                                 int64_t head_dim, int64_t capacity, int64_t num_splits, int dtype,
-                                 int cache_dtype, const Cuda::Where& where) {
-  lf::KvCacheAttentionParams p{};
-  p.seqlen_q = seqlen_q;
-  p.heads = heads;
-  p.kv_heads = kv_heads;
-  p.head_dim = head_dim;
-  p.block_size = capacity;
+// The tensors' device, and its current stream. The emulator has neither.
+lf::cuda::Where where(const Tensor& t) {
+  constexpr int32_t kCuda = 2;  // DLDeviceType
+  const lf::DLDevice device = t.device();
+  if (device.type != kCuda) return {0, nullptr};
+  void* stream = nullptr;
+  if (lf::Torch::get().dlpack->current_stream(device.type, device.index, &stream))
+    throw py::error_already_set();
+  return {device.index, stream};
+}
+
+// How many partial results of each query's head decode_attention leaves in a workspace.
+int64_t decode_attention_splits(const Tensor& q, const Tensor& k_cache,
+                                const MaybeTensor& block_table, int64_t num_splits) {
+  DecodeAttentionParams p{};
+  p.seqlen_q = q.size(1);
+  p.heads = q.size(2);
+  p.kv_heads = k_cache.size(2);
+  p.head_dim = q.size(3);
+  p.block_size = k_cache.size(1) * (block_table ? block_table->size(1) : 1);
   p.num_splits = num_splits;
-  p.dtype = static_cast<lf::DType>(dtype);
-  p.cache_dtype = static_cast<lf::DType>(cache_dtype);
-  return lf::cuda::kvcache_attention_splits(p, Cuda::at(where));
+  p.dtype = q.dtype();
+  p.cache_dtype = k_cache.dtype();
+  return lf::cuda::decode_attention_splits(p, where(q));
+}
+
+// decode_attention with a workspace [B, Sq, H, splits, D + 2] fp32 before its other arguments.
+template <class... Rest>
+void define_split(py::module_& m, DecodeAttentionParams (*fill)(const Tensor&, Rest...)) {
+  m.def("decode_attention_split", [fill](const Tensor& workspace, const Tensor& out, Rest... rest) {
+    DecodeAttentionParams p = fill(out, rest...);
+    p.workspace = workspace.data<float>();
+    p.workspace_splits = workspace.size(3);
+    const lf::cuda::Where on = where(out);
+    py::gil_scoped_release release;
+    lf::cuda::decode_attention(p, on);
+  });
 }
 
 }  // namespace
@@ -60,7 +65,14 @@ PYBIND11_MODULE(_cuda_emulated, m) {
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif
-  lf::bind::ops<Cuda>(m);
-  m.def("kvcache_attention_splits", &kvcache_attention_splits,
-        "decode_attention: partial results that its workspace holds, a query's head");
+  lf::Torch::load();
+#define LF_DEFINE(op, Params)                                                          \
+  lf::bind::define(m, #op, &lf::bind::op, [](const lf::Params& p, const Tensor& out) { \
+    const lf::cuda::Where on = where(out);                                             \
+    py::gil_scoped_release release;                                                    \
+    lf::cuda::op(p, on);                                                               \
+  });
+  LF_OPS(LF_DEFINE)
+  define_split(m, &lf::bind::decode_attention);
+  m.def("decode_attention_splits", &decode_attention_splits, "1, and then it needs none, or more");
 }

@@ -44,7 +44,7 @@ namespace {
 // C: what the products are of; Cache: C, or uint8_t for e4m3. A warp holds row_tiles x 16 rows.
 template <class C, class Cache, int D, int row_tiles>
 __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 2)
-    decode_kernel(const KvCacheAttentionParams p, const DecodePlan plan) {
+    decode_kernel(const DecodeAttentionParams p, const DecodePlan plan) {
   using S = DecodeShape<Cache, D, row_tiles>;
   constexpr bool fp8 = sizeof(Cache) == 1;
   constexpr int keys = S::keys;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
 // warp adds every fourth split in order, then the warps' sums are added in order. Its launch
 // overlaps decode_kernel's end.
 __global__ void __launch_bounds__(128)
-    combine_kernel(const KvCacheAttentionParams p, const DecodePlan plan) {
+    combine_kernel(const DecodeAttentionParams p, const DecodePlan plan) {
   LF_DYNAMIC_SHARED(memory);
   float* sums = reinterpret_cast<float*>(memory);  // [4, 256 + 1]
   const unsigned row = blockIdx.x, heads = static_cast<unsigned>(p.heads);
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(128)
 
 template <class Cache>
 __global__ void __launch_bounds__(32 * kFp32Warps, 4)
-    decode_fp32_kernel(const KvCacheAttentionParams p, const DecodePlan plan, int64_t parts) {
+    decode_fp32_kernel(const DecodeAttentionParams p, const DecodePlan plan, int64_t parts) {
   LF_DYNAMIC_SHARED(memory);
   ptx::griddepcontrol_launch_dependents();
   const int64_t part = static_cast<int64_t>(blockIdx.x) * kFp32Warps + threadIdx.x / 32;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(32 * kFp32Warps, 4)
 // ---- the host ----
 
 template <class Kernel>
-void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePlan plan,
+void launch_parts(const DecodeAttentionParams& p, const Where& where, DecodePlan plan,
                   int parts_per_block, int threads, size_t shared_bytes, Kernel kernel) {
   const int64_t size = p.cache_dtype == DType::e4m3 ? 16 : p.cache_dtype == DType::f32 ? 4 : 8;
   plan.q_aligned = rows_aligned(p.q, p.q_stride, 8) && rows_aligned(p.out, p.out_stride, 8);
@@ -339,7 +339,7 @@ void launch_parts(const KvCacheAttentionParams& p, const Where& where, DecodePla
 
 // Calls f with the plan, and how to run it.
 template <class C, class Cache, int D, class F>
-auto with_tile(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+auto with_tile(const DecodeAttentionParams& p, const Where& where, F&& f) {
   const auto go = [&](auto row_tiles) {
     constexpr int count = decltype(row_tiles)::value;
     using S = DecodeShape<Cache, D, count>;
@@ -357,7 +357,7 @@ auto with_tile(const KvCacheAttentionParams& p, const Where& where, F&& f) {
 }
 
 template <class Cache, class F>
-auto with_fp32(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+auto with_fp32(const DecodeAttentionParams& p, const Where& where, F&& f) {
   const DecodePlan plan = plan_of(p, device_of(where), 1, 32, kFp32SharedBytes, 8 * kFp32Warps);
   return f(plan, kFp32Warps, 32 * kFp32Warps, kFp32SharedBytes,
            [&](const LaunchShape& s, const DecodePlan& x, int64_t parts) {
@@ -366,14 +366,14 @@ auto with_fp32(const KvCacheAttentionParams& p, const Where& where, F&& f) {
 }
 
 template <class C, class Cache, class F>
-auto with_head_dim(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+auto with_head_dim(const DecodeAttentionParams& p, const Where& where, F&& f) {
   if (p.head_dim <= 64) return with_tile<C, Cache, 64>(p, where, f);
   if (p.head_dim <= 128) return with_tile<C, Cache, 128>(p, where, f);
   return with_tile<C, Cache, 256>(p, where, f);
 }
 
 template <class F>
-auto with_kernel(const KvCacheAttentionParams& p, const Where& where, F&& f) {
+auto with_kernel(const DecodeAttentionParams& p, const Where& where, F&& f) {
   const bool fp8 = p.cache_dtype == DType::e4m3;
   if (p.dtype == DType::f32)
     return fp8 ? with_fp32<uint8_t>(p, where, f) : with_fp32<float>(p, where, f);
@@ -384,13 +384,13 @@ auto with_kernel(const KvCacheAttentionParams& p, const Where& where, F&& f) {
 
 }  // namespace
 
-int64_t kvcache_attention_splits(const KvCacheAttentionParams& p, const Where& where) {
+int64_t decode_attention_splits(const DecodeAttentionParams& p, const Where& where) {
   if (p.seqlen_q == 0 || p.heads == 0) return 1;
   return with_kernel(p, where,
                      [](const DecodePlan& plan, auto&&...) -> int64_t { return plan.most; });
 }
 
-void kvcache_attention(const KvCacheAttentionParams& p, const Where& where) {
+void decode_attention(const DecodeAttentionParams& p, const Where& where) {
   if (p.cache_dtype == DType::e4m3 && !(p.k_scale && p.v_scale))
     throw std::runtime_error("attention_with_kvcache: an FP8 cache needs k_scale and v_scale");
   with_kernel(

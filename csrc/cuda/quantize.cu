@@ -13,16 +13,16 @@ constexpr int kMostThreads = 1024;
 constexpr int kBlock = 128;  // columns that share a scale
 
 template <class T>
-LF_DEVICE const T* row_of(const QuantizeFp8Params& p, int64_t row) {
+LF_DEVICE const T* row_of(const QuantizeParams& p, int64_t row) {
   return static_cast<const T*>(p.x) + row * p.x_stride;
 }
-LF_DEVICE uint8_t* codes_of(const QuantizeFp8Params& p, int64_t row) {
+LF_DEVICE uint8_t* codes_of(const QuantizeParams& p, int64_t row) {
   return static_cast<uint8_t*>(p.q) + row * p.cols;
 }
 
 // A block takes a row. vectors: what a thread holds; 0: the second pass reads the row again.
 template <class T, bool aligned, int vectors>
-__global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeFp8Params p) {
+__global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeParams p) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
   const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeF
 // 128 columns of a row are 16 bytes each of half a warp, or of a warp in fp32.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    by_block_kernel(const QuantizeFp8Params p, Divider<uint64_t> blocks) {
+    by_block_kernel(const QuantizeParams p, Divider<uint64_t> blocks) {
   constexpr int size = Vector<T>::size, lanes = kBlock / size;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   uint64_t block;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
 // A block takes 128 x 128 elements, twice: the second time from L1 or L2.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    by_square_kernel(const QuantizeFp8Params p, Divider<uint32_t> blocks) {
+    by_square_kernel(const QuantizeParams p, Divider<uint32_t> blocks) {
   LF_DYNAMIC_SHARED(memory);
   constexpr int size = Vector<T>::size, across = kBlock / size, down = kThreads / across;
   uint32_t block;
@@ -95,11 +95,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Per tensor: p.scale holds the largest magnitude's bits until the last kernel.
-__global__ void clear_kernel(const QuantizeFp8Params p) { p.scale[0] = 0.0f; }
+__global__ void clear_kernel(const QuantizeParams p) { p.scale[0] = 0.0f; }
 
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    tensor_amax_kernel(const QuantizeFp8Params p, Divider<uint32_t> pieces) {
+    tensor_amax_kernel(const QuantizeParams p, Divider<uint32_t> pieces) {
   LF_DYNAMIC_SHARED(memory);
   uint32_t piece;
   const int64_t row = pieces.divide(blockIdx.x, piece);
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
-    tensor_quantize_kernel(const QuantizeFp8Params p, Divider<uint32_t> pieces) {
+    tensor_quantize_kernel(const QuantizeParams p, Divider<uint32_t> pieces) {
   uint32_t piece;
   const int64_t row = pieces.divide(blockIdx.x, piece);
   const int64_t at = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * Vector<T>::size;
@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(kThreads)
                       load_vector<aligned>(row_of<T>(p, row), at, p.cols).at,
                       Fp8Divisor(fp8_scale(amax, p.scale_ub), amax));
 }
-__global__ void tensor_scale_kernel(const QuantizeFp8Params p) {
+__global__ void tensor_scale_kernel(const QuantizeParams p) {
   p.scale[0] = fp8_scale(p.scale[0], p.scale_ub);
 }
 
 template <class T, bool aligned>
-void run(const QuantizeFp8Params& p, const Where& where) {
+void run(const QuantizeParams& p, const Where& where) {
   constexpr size_t scratch = 32 * sizeof(float);
   const int64_t all = (p.cols + Vector<T>::size - 1) / Vector<T>::size;
   const auto shape = [&](int64_t blocks, int64_t threads, size_t shared = 0) {
@@ -162,7 +162,7 @@ void run(const QuantizeFp8Params& p, const Where& where) {
 
 }  // namespace
 
-void quantize_fp8(const QuantizeFp8Params& p, const Where& where) {
+void quantize(const QuantizeParams& p, const Where& where) {
   with_dtype(p.dtype, "quantize_fp8", [&](auto t) {
     using T = decltype(t);
     constexpr int64_t size = Vector<T>::size;

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
-from llama_fast.native import Native
+from llama_fast import cuda
+from llama_fast.dispatch import FAMILIES
 
 SEEDS = (0, 1, 2)
 
 
-def emulated() -> Any:
-    """The ops; set_seed(n) for another order of threads. Skips where the module was not built."""
+def emulated() -> SimpleNamespace:
+    """A function for each family; set_seed(n) for another order of threads; module, the extension.
+    Skips where it was not built, or the cuda backend is not the emulated one."""
     if importlib.util.find_spec("llama_fast._cuda_emulated") is None:
         pytest.skip("needs llama_fast._cuda_emulated: configure with -DLLAMA_FAST_EMULATE=ON")
+    if not cuda.EMULATED:
+        pytest.skip("needs LLAMA_FAST_CUDA_EMULATOR=1")
     module = importlib.import_module("llama_fast._cuda_emulated")
     module.set_seed(0)
-    native: Any = Native(module, lambda _: (0, 0))
-    native.set_seed = module.set_seed
-    native.module = module
-    return native
+    families = {family: getattr(cuda, family) for family in FAMILIES}
+    return SimpleNamespace(**families, set_seed=module.set_seed, module=module)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llama_fast import reference
-from llama_fast.native import DTYPE
 
 from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import emulated
@@ -82,9 +81,8 @@ def run(
 ) -> Tensor:
     out = torch.full(q.shape, NAN, dtype=q.dtype)
     scale = q.shape[-1] ** -0.5
-    cuda.attention_with_kvcache(
-        out, q, k, v, seqlens, block_table, causal, scale, num_splits, **scales
-    )
+    both = (scales.get("k_scale"), scales.get("v_scale"))
+    cuda.decode_attention(out, q, k, v, seqlens, block_table, causal, scale, num_splits, *both)
     return out
 
 
@@ -168,7 +166,8 @@ def test_f13_forced_splits_of_strided_queries(cuda: Any, dtype: torch.dtype, spl
     check(cuda, q, k, v, seqlens, num_splits=splits)
     memory = torch.full((4, 1, 6, 35), 7.0, dtype=dtype)
     out = memory[1:3, :, :, 1:33]
-    cuda.attention_with_kvcache(out, q, k, v, seqlens, None, True, 32**-0.5, splits)
+    rest = (None, True, 32**-0.5, splits, None, None)
+    cuda.decode_attention(out, q, k, v, seqlens, *rest)
     assert (memory[[0, 3]] == 7).all() and (memory[..., 33:] == 7).all()
     assert torch.equal(out, run(cuda, q.contiguous(), k, v, seqlens, num_splits=splits))
 
@@ -286,11 +285,11 @@ def h100(cuda: Any) -> Iterator[Any]:
 def test_workspace_is_for_the_splits_that_a_capacity_can_have(h100: Any) -> None:
     """Llama 3.1 8B: of 128 keys up to eight, of 512 from then on, and 32 fill the chip. At B32 x 4k
     that is a workspace of 4 MB, and 2,048 blocks; by tiles alone it was 17 MB and 8,192."""
-    for fp8 in (False, True):
+    q = torch.empty(1, 1, 32, 128, dtype=BF16)
+    for dtype in (BF16, E4M3):
+        pool = torch.empty(1, 1, 1, 1, dtype=dtype)
         splits = {
-            capacity: h100.kvcache_attention_splits(
-                1, 32, 8, 128, capacity, 0, DTYPE[BF16], DTYPE[E4M3 if fp8 else BF16], (0, 0)
-            )
+            capacity: h100.decode_attention_splits(q, pool.expand(1, capacity, 8, 128), None, 0)
             for capacity in (1, 255, 256, 512, 1024, 4096, 8192, 16384, 131072)
         }
         assert list(splits.values()) == [1, 1, 2, 4, 8, 8, 16, 32, 32]

@@ -76,8 +76,8 @@ def test_rms_norm(cuda: Any, hidden: int, dtype: torch.dtype) -> None:
     def run() -> tuple[Tensor, ...]:
         out, total = poisoned(rows, hidden, dtype=dtype), poisoned(rows, hidden, dtype=dtype)
         q, scale = poisoned(rows, hidden, dtype=E4M3), poisoned(rows, 1, dtype=F32)
-        cuda.rms_norm(out, x, w[0], 1e-5, residual, total)
-        cuda.rms_norm(q, total, w[0], 1e-5, scale=scale)
+        cuda.rms_norm(out, x, w[0], 1e-5, residual, total, None, None)
+        cuda.rms_norm(q, total, w[0], 1e-5, None, None, scale, None)
         return out, total, q, scale
 
     out, total, q, scale = under_every_seed(cuda, run)
@@ -96,8 +96,8 @@ def test_silu_and_mul(cuda: Any, width: int, dtype: torch.dtype) -> None:
     def run() -> tuple[Tensor, ...]:
         out, scale = poisoned(2, width, dtype=dtype), poisoned(2, 1, dtype=F32)
         q = poisoned(2, width, dtype=E4M3)
-        cuda.silu_and_mul(out, gate_up)
-        cuda.silu_and_mul(q, gate_up, scale)
+        cuda.activation(out, gate_up, None, None)
+        cuda.activation(q, gate_up, scale, None)
         return out, q, scale
 
     out, q, scale = under_every_seed(cuda, run)
@@ -116,7 +116,7 @@ def test_quantize(cuda: Any, shape: tuple[int, int], dtype: torch.dtype, granula
 
     def run() -> tuple[Tensor, ...]:
         q, scale = torch.full_like(want_q, float("nan")), torch.full_like(want_scale, float("nan"))
-        cuda.quantize_fp8(q, scale, x, granularity, None)
+        cuda.quantize(q, scale, x, granularity, None)
         return q, scale
 
     q, scale = under_every_seed(cuda, run)
@@ -171,21 +171,19 @@ def test_decode(cuda: Any, d: int, dtype: torch.dtype, fp8: bool, sq: int) -> No
     k_pool, v_pool = (at_page_end(t) for t in pool)
     table = at_page_end(torch.randperm(45)[None, : -(-length // size)].int())
     seqlens = at_page_end(torch.tensor([length], dtype=torch.int32))
-    scales = {}
+    scales: tuple[Tensor | None, Tensor | None] = (None, None)
     if fp8:
-        scales = {"k_scale": torch.tensor([0.5, 2.0]), "v_scale": torch.tensor([4.0, 0.25])}
+        scales = (torch.tensor([0.5, 2.0]), torch.tensor([4.0, 0.25]))
 
     def run() -> tuple[Tensor, ...]:
         out = poisoned(1, sq, 4, d, dtype=dtype)
-        cuda.attention_with_kvcache(
-            out, q, k_pool, v_pool, seqlens, table, True, d**-0.5, 2, **scales
-        )
+        cuda.decode_attention(out, q, k_pool, v_pool, seqlens, table, True, d**-0.5, 2, *scales)
         return (out,)
 
     out = under_every_seed(cuda, run)[0]
     k, v = (t[table[0].long()].flatten(0, 1)[None, :length].float() for t in (k_pool, v_pool))
-    if fp8:
-        k, v = k * scales["k_scale"][:, None], v * scales["v_scale"][:, None]
+    if scales[0] is not None and scales[1] is not None:
+        k, v = k * scales[0][:, None], v * scales[1][:, None]
     check(out, q, k.to(dtype), v.to(dtype), causal=True)
 
 

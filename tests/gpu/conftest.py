@@ -9,7 +9,6 @@ kernels: their configurations, their launches.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import zlib
@@ -21,7 +20,7 @@ import torch
 from triton.runtime.jit import KernelInterface
 
 import llama_fast as lf
-from llama_fast import cuda
+from llama_fast import cuda, dispatch
 from llama_fast.kernels import common
 
 from . import interpreter
@@ -143,7 +142,7 @@ def launcher(op: str) -> Any:
     """The module that launches op in these tests: for outputs and lengths that the op itself would
     not pass on."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return importlib.import_module("llama_fast.backends").kernels(op, torch.empty(0, device=device))
+    return dispatch.kernels(op, torch.empty(0, device=device))
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,8 @@ def test_f29_f30_f31_strides_offsets_and_canaries(width: int, device: torch.devi
     out = torch.full((5, width), 7.0, dtype=torch.bfloat16, device=device)
     q = torch.full((5, width), 7, dtype=torch.uint8, device=device)
     scale = torch.full((5, 1), 7.0, device=device)
-    launcher("silu_and_mul").silu_and_mul(out[1:4], gate_up)
-    launcher("silu_and_mul").silu_and_mul(q[1:4].view(torch.float8_e4m3fn), gate_up, scale[1:4])
+    launcher("silu_and_mul").activation(out[1:4], gate_up, None, None)
+    launcher("silu_and_mul").activation(q[1:4].view(torch.float8_e4m3fn), gate_up, scale[1:4], None)
     for t in (out, q, scale):
         assert (t[[0, 4]] == 7).all()
     assert torch.equal(out[1:4], lf.silu_and_mul(dense))
@@ -140,7 +140,7 @@ def test_f33_every_configuration(width: int, device: torch.device) -> None:
     for config in activation._tile_configs(chip):
         with common.force("silu_and_mul", config):
             out = torch.full_like(want, float("nan"))
-            triton_backend.silu_and_mul(out, gate_up)
+            triton_backend.activation(out, gate_up)
             assert torch.equal(out, want), config
     configs = activation._fp8_configs(chip, width, 2)
     assert configs
@@ -148,5 +148,5 @@ def test_f33_every_configuration(width: int, device: torch.device) -> None:
         with common.force("silu_and_mul_fp8", config):
             for _ in range(2):
                 q, scale = torch.full_like(bits(want_q), 0x7F), torch.full_like(want_scale, -1)
-                triton_backend.silu_and_mul(q.view(want_q.dtype), gate_up, scale)
+                triton_backend.activation(q.view(want_q.dtype), gate_up, scale)
                 assert torch.equal(q, bits(want_q)) and torch.equal(scale, want_scale), config

@@ -245,8 +245,8 @@ def test_f13_f31_forced_splits_of_strided_queries(
     want = check(q, k, v, seqlens, num_splits=splits, softmax_scale=0.2)
     memory = torch.full((4, 3, 8, 48), 7.0, dtype=dtype, device=q.device)
     out = memory[1:3, 1:2, 1:7, 16:32]
-    launcher("attention_with_kvcache").attention_with_kvcache(
-        out, q, k, v, seqlens, None, True, 0.2, splits
+    launcher("attention_with_kvcache").decode_attention(
+        out, q, k, v, seqlens, None, True, 0.2, splits, None, None
     )
     assert torch.equal(out, want)
     out.fill_(7.0)
@@ -337,8 +337,8 @@ def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) 
     for keys, values, ids in ((k, v, None), (paged_k, paged_v, table)):
         out = torch.empty_like(q)
         wrong = lengths(49, -1, 2**31 - 1, -(2**31))
-        launcher("attention_with_kvcache").attention_with_kvcache(
-            out, q, keys, values, wrong, ids, True, 32**-0.5, 0
+        launcher("attention_with_kvcache").decode_attention(
+            out, q, keys, values, wrong, ids, True, 32**-0.5, 0, None, None
         )
         assert torch.equal(out, want)
 
@@ -358,8 +358,8 @@ def test_f19_f22_blocks_that_do_not_exist_are_not_seen(
         before = paged_k.clone(), paged_v.clone()
         for splits in (1, 3) if sq == 1 else (1,):
             out = torch.empty_like(q)
-            launcher("attention_with_kvcache").attention_with_kvcache(
-                out, q, paged_k, paged_v, lengths(384), ids, False, 32**-0.5, splits
+            launcher("attention_with_kvcache").decode_attention(
+                out, q, paged_k, paged_v, lengths(384), ids, False, 32**-0.5, splits, None, None
             )
             kept = [torch.cat((t[:, :128], t[:, 256:]), 1) for t in (k, v)]
             want = reference.attention_with_kvcache(q, *kept, lengths(256), causal=False)

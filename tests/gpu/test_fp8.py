@@ -48,7 +48,7 @@ def quantize_kernel(
     row = tl.program_id(0)
     i = row * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + i)
-    tl.store(out + i, fp8.quantize(v, tl.load(scale + row), BOUNDED, NATIVE))
+    tl.store(out + i, fp8.divide_to_e4m3(v, tl.load(scale + row), BOUNDED, NATIVE))
 
 
 @pytest.fixture(params=[False, True], ids=["integers", "instructions"])
@@ -128,7 +128,7 @@ def test_f37_rounding_and_widening_of_16_bits(dtype: torch.dtype, device: torch.
 def test_the_quotient_is_ieee_division(
     exponents: tuple[int, int], bounded: bool, native: bool, device: torch.device
 ) -> None:
-    """quantize() divides by two fma and a product. Rows of every magnitude that fp32 has, values
+    """divide_to_e4m3() divides by two fma and a product. Rows of every magnitude that fp32 has, values
     down to its smallest, exact ties of the quotient, zeros of both signs; and, bounded, values far
     beyond 448 scales."""
     rows = 64

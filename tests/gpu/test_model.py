@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import KVCache, Llama, LlamaConfig, decode, generate, library
+from llama_fast import KVCache, Llama, LlamaConfig
+from llama_fast.checkpoint.weights import Linear
+from llama_fast.generation import decode, generate
+from llama_fast.ops import linear as products
 from llama_fast.reference import unpack_weight
-from llama_fast.weights import Linear
 
 from ..checkpoints import relative_error
 from ..recorded_graph import RecordedGraph
@@ -73,7 +75,7 @@ def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None)
     model = tiny(device, quantize)
     tokens = torch.randint(TINY.vocab_size, (2, 37), device=device)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference", "fp8_linear"):
-        patch.setattr(library, "prefers_fp8_activations", lambda weight: False)
+        patch.setattr(products, "prefers_fp8_activations", lambda weight: False)
         ours = model(tokens)
         with lf.use_backend("reference"):
             expected = model(tokens)
@@ -98,7 +100,7 @@ def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dt
     """The kernels that quantise in passing against those that do nothing else."""
     model = tiny(device, "fp8", dtype)
     tokens = torch.randint(TINY.vocab_size, (2, 7), device=device)
-    if not library.prefers_fp8_activations(model.weights.head.weight):
+    if not products.prefers_fp8_activations(model.weights.head.weight):
         pytest.skip("fp8_linear does not quantise on this chip")
     fused = model(tokens)
     with pytest.MonkeyPatch.context() as patch:

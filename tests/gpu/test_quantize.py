@@ -196,7 +196,7 @@ def test_f29_f30_f31_strides_offsets_and_canaries(
     q = torch.full((7, cols), 7, dtype=torch.uint8, device=device)
     memory = torch.full((want_scale.numel() + 2,), 7.0, device=device)
     scale = memory[1:-1].view(want_scale.shape)
-    launcher("quantize_fp8").quantize_fp8(q[1:6].view(FP8), scale, x, granularity, None)
+    launcher("quantize_fp8").quantize(q[1:6].view(FP8), scale, x, granularity, None)
     assert (q[[0, 6]] == 7).all() and (memory[[0, -1]] == 7).all()
     assert torch.equal(q[1:6], want.view(torch.uint8)) and torch.equal(scale, want_scale)
 
@@ -266,6 +266,6 @@ def test_f33_every_configuration(cols: int, device: torch.device) -> None:
                 q = torch.full((70, cols), 0x7F, dtype=torch.uint8, device=device)
                 scale = torch.full(want_scale.shape, -1.0, device=device)
                 with common.force(name, config):
-                    triton_backend.quantize_fp8(q.view(FP8), scale, x, granularity, None)
+                    triton_backend.quantize(q.view(FP8), scale, x, granularity, None)
                 assert torch.equal(q.cpu(), want.view(torch.uint8)), config
                 assert torch.equal(scale.cpu(), want_scale), config

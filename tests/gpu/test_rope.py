@@ -163,7 +163,9 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     caches = pool[:, 1:3]  # a block before them and one after
     slots = torch.tensor([0, 1, 16, far, -far, 15], dtype=index, device=device)
     q_out = torch.empty(6, 4, 32, dtype=q.dtype, device=device)
-    launcher("apply_rope").rope(q_out, None, q, k, positions, table, False, v, *caches, slots)
+    launcher("apply_rope").rope(
+        q_out, None, q, k, positions, table, False, v, *caches, slots, None, None
+    )
     bad = torch.tensor([True, True, False, True, True, False], device=device)
     assert q_out[bad].isnan().all()
     want_q, want_k = reference.apply_rope(q[~bad].clone(), k[~bad].clone(), positions[~bad], table)
@@ -173,7 +175,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
     assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
-    launcher("apply_rope").rope(q_out, k_out, q, k, positions, table, False)
+    launcher("apply_rope").rope(q_out, k_out, q, k, positions, table, False, *[None] * 6)
     assert k_out[bad].isnan().all() and torch.equal(k_out[~bad], want_k)
 
 
@@ -191,7 +193,9 @@ def test_f29_f30_f31_offsets_strides_and_canaries(
         fenced = poisoned(5, x.shape[1] + 2, d + 3, x)
         views.append(fenced[1:4, 1:-1, 1 : 1 + d].copy_(x))
     outs = [torch.full((5, x.shape[1], d), 7.0, dtype=x.dtype, device=device) for x in (q, k)]
-    launcher("apply_rope").rope(outs[0][1:4], outs[1][1:4], *views, positions, table, interleaved)
+    launcher("apply_rope").rope(
+        outs[0][1:4], outs[1][1:4], *views, positions, table, interleaved, *[None] * 6
+    )
     for out, expected in zip(outs, want, strict=True):
         assert (out[[0, 4]] == 7).all() and torch.equal(out[1:4], expected)
 

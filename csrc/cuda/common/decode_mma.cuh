@@ -10,7 +10,7 @@ namespace lf::cuda {
 // The queries' operands of 16 rows; in the order of e4m3 codes, as fp16 times a power of two, for
 // an FP8 cache. scale: of the two rows' scores, multiplied by that power.
 template <class C, bool fp8, int D>
-LF_DEVICE void load_queries(const KvCacheAttentionParams& p, const DecodePlan& plan, const Part& w,
+LF_DEVICE void load_queries(const DecodeAttentionParams& p, const DecodePlan& plan, const Part& w,
                             int first_row, int rows, uint32_t (&q)[D / 16][4], float (&scale)[2]) {
   const int i = lane_id() % 4;
 #pragma unroll

@@ -17,13 +17,13 @@ struct DecodePlan {
   bool q_aligned, cache_aligned;
 };
 
-LF_DEVICE int length_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t b) {
+LF_DEVICE int length_of(const DecodeAttentionParams& p, const DecodePlan& plan, int64_t b) {
   const int length = p.cache_seqlens[b], capacity = static_cast<int>(plan.capacity);
   return length < 0 ? 0 : length > capacity ? capacity : length;
 }
 
 // How many keys, from the first, the last query of a tile of rows sees.
-LF_DEVICE int keys_of(const KvCacheAttentionParams& p, const DecodePlan& plan, int length,
+LF_DEVICE int keys_of(const DecodeAttentionParams& p, const DecodePlan& plan, int length,
                       int row_tile) {
   const int last = static_cast<int>(p.seqlen_q) - 1;
   if (!p.causal || last == 0) return length;
@@ -53,7 +53,7 @@ struct Part {
 };
 
 // index: of [batch, kv_heads, row_tiles].
-LF_DEVICE Part part_of(const KvCacheAttentionParams& p, const DecodePlan& plan, unsigned index,
+LF_DEVICE Part part_of(const DecodeAttentionParams& p, const DecodePlan& plan, unsigned index,
                        unsigned split) {
   Part w;
   const unsigned row_tiles = plan.row_tiles, kv_heads = static_cast<unsigned>(p.kv_heads);
@@ -83,24 +83,24 @@ struct Row {
   LF_DEVICE int64_t in(const int64_t (&stride)[3], int64_t b) const {
     return b * stride[0] + query * stride[1] + head * stride[2];
   }
-  LF_DEVICE int64_t index(const KvCacheAttentionParams& p, int64_t b) const {
+  LF_DEVICE int64_t index(const DecodeAttentionParams& p, int64_t b) const {
     return (b * p.seqlen_q + query) * p.heads + head;
   }
 };
 
 // The workspace: sums [B, Sq, H, most, D], then maxima and totals [B, Sq, H, most, 2].
-LF_DEVICE float* partial_sums(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t row,
+LF_DEVICE float* partial_sums(const DecodeAttentionParams& p, const DecodePlan& plan, int64_t row,
                               int split) {
   return p.workspace + (row * plan.most + split) * p.head_dim;
 }
-LF_DEVICE float* partial_stats(const KvCacheAttentionParams& p, const DecodePlan& plan, int64_t row,
+LF_DEVICE float* partial_stats(const DecodeAttentionParams& p, const DecodePlan& plan, int64_t row,
                                int split) {
   const int64_t rows = p.batch * p.seqlen_q * p.heads;
   return p.workspace + rows * plan.most * p.head_dim + (row * plan.most + split) * 2;
 }
 
 // Four columns of a row, rounded to out's dtype.
-LF_DEVICE void store_io(const KvCacheAttentionParams& p, int64_t at, const float (&x)[4],
+LF_DEVICE void store_io(const DecodeAttentionParams& p, int64_t at, const float (&x)[4],
                         bool aligned) {
   if (p.dtype == DType::f32) {
 #pragma unroll

@@ -19,7 +19,7 @@ inline int64_t filling(int64_t parts, int64_t slots) {
     if (full(s) >= 0.95 * best) return s;
 }
 
-inline DecodePlan plan_of(const KvCacheAttentionParams& p, const Device& device, int tile_rows,
+inline DecodePlan plan_of(const DecodeAttentionParams& p, const Device& device, int tile_rows,
                           int tile_keys, size_t shared_bytes, int parts_per_block) {
   constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
   constexpr int64_t kMostSplits = 65535;                         // of a grid's second dimension

@@ -34,8 +34,8 @@ class KeyStream {
   using S = DecodeShape<Cache, D, row_tiles>;
 
   // memory: the block's, its Kept::part set.
-  LF_DEVICE KeyStream(const KvCacheAttentionParams& p, const DecodePlan& plan,
-                      unsigned char* memory, int warp)
+  LF_DEVICE KeyStream(const DecodeAttentionParams& p, const DecodePlan& plan, unsigned char* memory,
+                      int warp)
       : p_(p),
         plan_(plan),
         memory_(memory + warp * S::warp_bytes),
@@ -109,7 +109,7 @@ class KeyStream {
       target[e] = e < count ? from[e] : Cache();
   }
 
-  const KvCacheAttentionParams& p_;
+  const DecodeAttentionParams& p_;
   const DecodePlan& plan_;
   unsigned char* const memory_;  // this warp's stages
   typename S::Kept& kept_;

@@ -18,18 +18,16 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import asked_for, choose
 from . import sampling
-from .backends import asked_for, choose
 from .cache import BLOCK_SIZE, Append, KVCache, upload
-
-if TYPE_CHECKING:
-    from .model import Llama
+from .protocol import Model
 
 AHEAD = 1  # steps queued behind the one that is awaited: hides the host's work on a step's tokens
 MOST_GRAPHS = 64  # of a decoder: a caller with new settings in each call would pile them up
@@ -157,7 +155,7 @@ class Decoder:
     Used by one generation at a time. It holds no model: the model holds it between calls.
     """
 
-    def __init__(self, model: Llama, size: Size) -> None:
+    def __init__(self, model: Model, size: Size) -> None:
         self._free: torch.cuda.Event | None = None  # when the last generation's work is done
         self.size, device = size, model.device
         self.cache = KVCache(
@@ -195,7 +193,7 @@ class Decoder:
         self._sampled = 0  # tokens of each sequence
 
     @torch.inference_mode()
-    def prefill(self, model: Llama, index: int, prompt: Sequence[int]) -> Read:
+    def prefill(self, model: Model, index: int, prompt: Sequence[int]) -> Read:
         """Fills one sequence's part of the cache, and samples its first token."""
         cache = self.cache.select([index])
         for start in range(0, len(prompt), PREFILL_CHUNK):
@@ -230,7 +228,7 @@ class Decoder:
         self.rows = list(sequences)
 
     @torch.inference_mode()
-    def step(self, model: Llama, graphs: type[CudaGraph] | None) -> Read:
+    def step(self, model: Model, graphs: type[CudaGraph] | None) -> Read:
         """One more token of each sequence."""
         size = bucket(len(self.rows))
         if self._u is not None:
@@ -241,7 +239,7 @@ class Decoder:
         self._sampled += 1
         return Read(ids, self.rows)
 
-    def _forward(self, model: Llama, size: int) -> Tensor:
+    def _forward(self, model: Model, size: int) -> Tensor:
         """Logits [size, vocab] after the last tokens. Reads and writes the fixed tensors only."""
         positions, slots, seqlens, ahead = self._state[:, :size]
         append = Append(positions, slots, self._table[:size], seqlens)
@@ -293,7 +291,7 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _lent(model: Llama, lengths: Sequence[int]) -> Iterator[Decoder]:
+def _lent(model: Model, lengths: Sequence[int]) -> Iterator[Decoder]:
     """One of the model's idle decoders, or a new one. One too small makes way for a larger."""
     need = Size.of(lengths)
     while (decoder := _idle(model)) is not None and decoder.size.joined(need) != decoder.size:
@@ -310,7 +308,7 @@ def _lent(model: Llama, lengths: Sequence[int]) -> Iterator[Decoder]:
         model.decoders.append(decoder)
 
 
-def _idle(model: Llama) -> Decoder | None:
+def _idle(model: Model) -> Decoder | None:
     try:
         return model.decoders.pop()
     except IndexError:
@@ -326,7 +324,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def run(
-    model: Llama,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     settings: Settings,

@@ -4,6 +4,7 @@ through them: nothing here looks at a tensor's data."""
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -33,6 +34,8 @@ def has_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str) -> None:
     """None matches any size; spelled is how the error names the shape, such as '[T, H, D]'."""
     got = t.shape
+    if got == shape:
+        return
     ok = len(got) == len(shape)
     if ok:
         for size, want in zip(got, shape, strict=True):
@@ -55,7 +58,7 @@ def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> 
 
 def rows_contiguous(name: str, t: Tensor) -> None:
     """The last dimension is dense; the others may have any stride."""
-    if t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
+    if not t.is_contiguous() and t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(
             f"{name}: got stride {t.stride(-1)} in the last dimension, want 1 "
             f"(call .contiguous() first)"
@@ -65,7 +68,7 @@ def rows_contiguous(name: str, t: Tensor) -> None:
 def activation(name: str, t: Tensor) -> None:
     """bf16, fp16 or fp32; at least one dimension; a dense, non-empty last dimension."""
     has_dtype(name, t, ACTIVATIONS)
-    if t.dim() == 0 or t.shape[-1] == 0:
+    if t.dim() == 0 or t.size(-1) == 0:
         raise ValueError(f"{name}: got shape {list(t.shape)}, want [..., n] with n >= 1")
     rows_contiguous(name, t)
 
@@ -110,3 +113,43 @@ def heads(q_heads: int, kv_heads: int) -> None:
 def head_dim(d: int) -> None:
     if d < 8 or d > 256 or d % 8:
         raise ValueError(f"q: got head_dim {d}, want a multiple of 8 from 8 to 256")
+
+
+def cache_scales(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """The caches have q's dtype and no scales, or are e4m3, each with its scale [1] or [Hkv]."""
+    fp8 = isinstance(k_cache, Tensor) and k_cache.dtype in FP8
+    caches = (("k_cache", k_cache), ("v_cache", v_cache))
+    for (name, cache), scale in zip(caches, (k_scale, v_scale), strict=True):
+        if fp8 and name == "v_cache":
+            like(name, cache, "k_cache", k_cache)
+        like(name, cache, "q", q, dtype=not fp8)
+        scale_name = f"{name[0]}_scale"
+        if not fp8:
+            if scale is not None:
+                got = str(cache.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{scale_name}: got a scale for a {got} {name}, want None, or a float8_e4m3fn "
+                    f"{name}"
+                )
+            continue
+        if scale is None:
+            raise ValueError(
+                f"{scale_name}: got None, want float32 [1] or [Hkv] for a float8_e4m3fn {name}"
+            )
+        has_dtype(scale_name, scale, FP32)
+        like(scale_name, scale, "q", q, dtype=False)
+        kv_heads = cache.shape[2] if cache.dim() == 4 else 1
+        if scale.dim() != 1 or scale.shape[0] not in (1, kv_heads):
+            raise ValueError(
+                f"{scale_name}: got shape {list(scale.shape)}, want [1] or [Hkv] = [{kv_heads}]"
+            )
+
+
+def softmax_scale(value: float | None, d: int) -> float:
+    """The value given, or 1 / sqrt(head_dim)."""
+    if value is None:
+        return 1.0 / math.sqrt(d)
+    number("softmax_scale", value, 0.0, inclusive=False)
+    return value

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ops
-from .config import LlamaConfig, read_json
+from ..config import LlamaConfig, read_json
+from ..ops.quantize import quantize_fp8
+from ..reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8
 from .formats import IGNORED, Format, parse
-from .reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8
 from .shards import Entry, Shards
 from .weights import Linear, Weights, assemble, packed
 
@@ -76,7 +76,7 @@ class _Checkpoint:
         pieces = zip(q.split(rows), scale.split(rows), parts, strict=True)
         for q_part, scale_part, name in pieces:
             # From the file's own dtype: rounding to the model's first would round twice.
-            values, scales = ops.quantize_fp8(self._plain(name), "row")
+            values, scales = quantize_fp8(self._plain(name), "row")
             q_part.copy_(values), scale_part.copy_(scales)
         return Linear(packed(q), scale, scale_ub=bound)
 
@@ -90,7 +90,7 @@ class _Checkpoint:
         scales = []
         for part, name in zip(q.split(rows), parts, strict=True):
             if straddles:
-                values, scale = ops.quantize_fp8(self._plain(name), "row")
+                values, scale = quantize_fp8(self._plain(name), "row")
             else:
                 values, scale = self._shards.read(f"{name}.weight"), self._scale(name)
                 if not self._format.block:

@@ -16,16 +16,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import sampling
 from .cache import KVCache, upload
-
-if TYPE_CHECKING:
-    from .model import Llama
+from .protocol import Model
 
 MOST_DRAFT_TOKENS = 16
 DRAFT_TOKENS = 7  # with the last token 8 rows, two tiles of the CPU's linears
@@ -36,12 +34,10 @@ REFRESH = 64
 SHORTEST_PAUSE, LONGEST_PAUSE = 8, 64  # passes; doubles as long as proposals lose
 
 
-def check(model: Llama, speculate: Any, draft_tokens: Any) -> None:
+def check(model: Model, speculate: Any, draft_tokens: Any) -> None:
     """Raises ValueError or TypeError for what generate cannot speculate with."""
-    from .model import Llama
-
     check_draft_tokens(draft_tokens)
-    if isinstance(speculate, Llama):
+    if isinstance(speculate, Model):
         pairs: tuple[tuple[str, Any, Any], ...] = (
             ("vocab_size", speculate.config.vocab_size, model.config.vocab_size),
             ("dtype", speculate.dtype, model.dtype),
@@ -67,7 +63,7 @@ def check_draft_tokens(draft_tokens: Any) -> None:
 
 
 @torch.inference_mode()
-def extend(model: Llama, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tensor:
+def extend(model: Model, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tensor:
     """Appends runs[i], at least one token, to each sequence: logits [tokens of all runs, vocab].
 
     Every token is a row with a single query. Attention with several queries a sequence reads the
@@ -95,7 +91,7 @@ class Proposer(Protocol):
 
 
 def proposer(
-    speculate: str | Llama | None,
+    speculate: str | Model | None,
     texts: list[list[int]],
     lengths: Sequence[int],
     generators: Sequence[torch.Generator],
@@ -141,7 +137,7 @@ class Draft:
 
     def __init__(
         self,
-        model: Llama,
+        model: Model,
         texts: list[list[int]],
         lengths: Sequence[int],
         generators: Sequence[torch.Generator],

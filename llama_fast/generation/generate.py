@@ -6,25 +6,22 @@ import hashlib
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from . import decode, sampling
 from . import speculate as speculation
 from .cache import KVCache
-
-if TYPE_CHECKING:
-    from .model import Llama
+from .protocol import Model
 
 PREFILL_CHUNK = 512  # tokens: bounds activations, whatever the length of the prompt
 
 
 def generate(
-    model: Llama,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 256,
-    *,
     temperature: float = 0.6,
     top_p: float = 0.9,
     top_k: int = 0,
@@ -32,7 +29,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     graphs: bool | None = None,
-    speculate: str | Llama | None = None,
+    speculate: str | Model | None = None,
     draft_tokens: int = speculation.DRAFT_TOKENS,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
@@ -169,7 +166,7 @@ def _no_token(i: int, index: int, why: str) -> ValueError:
     return ValueError(f"prompt {i}, new token {index}: {why}")
 
 
-def _prefill(model: Llama, prompt: list[int], cache: KVCache) -> torch.Tensor:
+def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
     """Fills the cache of one sequence. Logits [vocab] after the last token, and only there."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=model.device)
@@ -194,7 +191,7 @@ def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Genera
     return generators
 
 
-def _prompt(index: int, prompt: Any, vocab: int, max_new_tokens: int, model: Llama) -> list[int]:
+def _prompt(index: int, prompt: Any, vocab: int, max_new_tokens: int, model: Model) -> list[int]:
     ids = _ids(f"prompt {index}", prompt)
     if not ids:
         raise ValueError(f"prompt {index}: is empty; want at least one token id, such as BOS")

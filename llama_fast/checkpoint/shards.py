@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import read_json
+from ..config import read_json
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _CONVERT = (

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _cpu
-from .config import LlamaConfig
+from .. import _cpu
+from ..config import LlamaConfig
 
 BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s, with blocks of 64 20.1
 
@@ -98,7 +98,7 @@ class KVCache:
         shape = (2, config.num_hidden_layers, blocks, block_size, heads, dim)
         pool = torch.empty(shape, dtype=dtype, device=device)
         if pool.is_cpu:
-            _cpu.advise_huge_pages(pool.data_ptr(), pool.nbytes)
+            _cpu.advise_huge_pages(pool)
         self.k, self.v = pool
         self.block_size = block_size
         # A CPU's cache attention gathers blocks at no cost; FP8 entries want their scales.

@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import library, ops
-from .config import LlamaConfig
-from .reference import FP8_DTYPE, PACK_ROWS
+from ..config import LlamaConfig
+from ..ops import linear, quantize
+from ..reference import FP8_DTYPE, PACK_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZE = (None, "fp8", "fp8_ffn")
@@ -40,20 +40,20 @@ class Linear:
         if isinstance(x, Quantized):
             assert self.scale is not None  # a caller quantises where wants_fp8 says so
             rows = x.q.flatten(0, -2)
-            out = ops.fp8_gemm(
+            out = linear.fp8_gemm(
                 rows, self.weight, x.scale, self.scale, bias=self.bias, out_dtype=x.dtype
             )
             return out.unflatten(0, x.q.shape[:-1])
         if self.scale is None:
-            return ops.linear(x, self.weight, self.bias)
-        return ops.fp8_linear(x, self.weight, self.scale, self.bias, scale_ub=self.scale_ub)
+            return linear.linear(x, self.weight, self.bias)
+        return linear.fp8_linear(x, self.weight, self.scale, self.bias, scale_ub=self.scale_ub)
 
     @property
     def wants_fp8(self) -> bool:
         """Whether fp8_linear would quantise x by row, which x's producer then does in passing.
         Blocks of weights want blocks of activations, which no producer makes."""
         by_row = self.scale is not None and self.weight.dim() == 2 and self.scale.shape[-1] == 1
-        return by_row and library.prefers_fp8_activations(self.weight)
+        return by_row and linear.prefers_fp8_activations(self.weight)
 
     @property
     def nbytes(self) -> int:
@@ -166,12 +166,12 @@ def packable(n: int, k: int, device: torch.device) -> bool:
 
 def packed(weight: Tensor) -> Tensor:
     n, k = weight.shape
-    return ops.pack_weight(weight) if packable(n, k, weight.device) else weight
+    return linear.pack_weight(weight) if packable(n, k, weight.device) else weight
 
 
 def quantized(weight: Tensor, bound: float | None = None) -> Linear:
     """[N, K] -> row-wise e4m3."""
-    q, scale = ops.quantize_fp8(weight, "row")
+    q, scale = quantize.quantize_fp8(weight, "row")
     return Linear(packed(q), scale, scale_ub=bound)
 
 

@@ -2,8 +2,7 @@
 
 "cpu" is the compiled extension, "triton" the kernels of kernels/, "cuda" those of csrc/cuda,
 "reference" eager PyTorch. Asking for one that this machine lacks is an error, never a quiet
-substitute. On a GPU Triton serves, but for the shapes at which a committed report (bench/results)
-shows the CUDA kernels right and faster on that chip: choices.py.
+substitute. On a GPU Triton serves, but for what CHOICES says.
 """
 
 from __future__ import annotations
@@ -11,35 +10,138 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from . import _cpu, amx, choices, cpu, cuda
+from . import _cpu, amx, cpu, cuda
+
+# The ops of each family, which is named as its files and its kernels are.
+FAMILIES = {
+    "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_fp8"),
+    "activation": ("silu_and_mul", "silu_and_mul_fp8"),
+    "rope": ("apply_rope", "apply_rope_and_append"),
+    "attention": ("attention",),
+    "decode_attention": ("attention_with_kvcache",),
+    "quantize": ("quantize_fp8",),
+    "linear": ("fp8_gemm", "fp8_linear", "linear", "pack_weight"),
+}
+OPS = tuple(op for ops in FAMILIES.values() for op in ops)
+_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
+
+# (family, chip, class of shapes) -> (backend, the folder of bench/results whose report shows it
+# right and fastest there). shape_class() has the classes. A family's ops are chosen together: a
+# fused op and its parts give the same bits, which holds within a backend only.
+CHOICES: dict[tuple[str, str, str], tuple[str, str]] = {}
+
+
+class Backend(Protocol):
+    """The kernels of a device, a function for each family. Arguments are checked by then, outputs,
+    which come first, are allocated and contiguous. None of them waits for the device."""
+
+    def rms_norm(
+        self,
+        out: Tensor,  # [rows, hidden] or of x's own shape; e4m3 where scale is given
+        x: Tensor,  # [rows, hidden]
+        weight: Tensor,  # [hidden]
+        eps: float,
+        residual: Tensor | None,  # [rows, hidden]
+        residual_out: Tensor | None,  # takes x + residual
+        scale: Tensor | None,  # fp32 [rows, 1]
+        scale_ub: float | None,
+        /,
+    ) -> None: ...
+
+    def activation(
+        self,
+        out: Tensor,  # [rows, width]; e4m3 where scale is given
+        gate_up: Tensor,  # [rows, 2 * width]
+        scale: Tensor | None,  # fp32 [rows, 1]
+        scale_ub: float | None,
+        /,
+    ) -> None: ...
+
+    def quantize(
+        self,
+        q: Tensor,  # e4m3 [rows, cols]
+        scale: Tensor,  # fp32
+        x: Tensor,  # [rows, cols]
+        granularity: str,
+        scale_ub: float | None,
+        /,
+    ) -> None: ...
+
+    def rope(
+        self,
+        q_out: Tensor,  # [T, H, D]
+        k_out: Tensor | None,  # [T, Hkv, D]; None: k and v go into the caches
+        q: Tensor,
+        k: Tensor,
+        positions: Tensor,  # [T]
+        table: Tensor,  # fp32 [max_positions, D]
+        interleaved: bool,
+        v: Tensor | None,
+        k_cache: Tensor | None,  # [blocks, block_size, Hkv, D]
+        v_cache: Tensor | None,
+        slots: Tensor | None,  # [T]
+        k_scale: Tensor | None,  # fp32 [1] or [Hkv]
+        v_scale: Tensor | None,
+        /,
+    ) -> None: ...
+
+    def attention(
+        self,
+        out: Tensor,  # [B, Sq, H, D], or packed [total, H, D]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        softmax_scale: float,
+        cu_seqlens_q: Tensor | None,  # int32 [B + 1]
+        cu_seqlens_k: Tensor | None,
+        /,
+    ) -> None: ...
+
+    def decode_attention(
+        self,
+        out: Tensor,  # [B, Sq, H, D]
+        q: Tensor,
+        k_cache: Tensor,  # [B, S, Hkv, D], or with block_table [blocks, block_size, Hkv, D]
+        v_cache: Tensor,
+        cache_seqlens: Tensor,  # int32 [B]
+        block_table: Tensor | None,  # int32 [B, n]
+        causal: bool,
+        softmax_scale: float,
+        num_splits: int,
+        k_scale: Tensor | None,  # fp32 [1] or [Hkv]
+        v_scale: Tensor | None,
+        /,
+    ) -> None: ...
+
+    def linear(
+        self,
+        out: Tensor,  # [M, N]
+        x: Tensor,  # [M, K]
+        weight: Tensor,  # [N, K]; cpu: or packed
+        bias: Tensor | None,  # [N]
+        x_scale: Tensor | None,  # fp8_gemm
+        weight_scale: Tensor | None,  # fp8_gemm and fp8_linear
+        /,
+    ) -> None: ...
+
+    def prefers_fp8_activations(self, x: Tensor, /) -> bool:
+        """What quantize_activation=None means to fp8_linear on x's device. It must not depend on
+        the number of rows: a row's result does not depend on the batch."""
+
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
-OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "rms_norm_fp8",
-    "silu_and_mul",
-    "silu_and_mul_fp8",
-    "apply_rope",
-    "apply_rope_and_append",
-    "attention",
-    "attention_with_kvcache",
-    "quantize_fp8",
-    "fp8_gemm",
-    "fp8_linear",
-    "linear",
-    "pack_weight",
-)
 # What has no kernel of ours on a GPU, and what serves it there.
 _TORCH_ON_CUDA = {
     "linear": "a plain 16-bit product: PyTorch's own (cuBLAS)",
@@ -131,7 +233,6 @@ def _from_environment() -> dict[str, str]:
 _environment = _from_environment()
 if _isa := os.environ.get("LLAMA_FAST_CPU_ISA"):
     _cpu.set_isa(_isa)
-choices.load()  # a broken file is told now, not at the first call on a GPU
 _override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default=_environment)
 
 
@@ -191,21 +292,18 @@ def _on_gpu(op: str, index: int | None) -> _Served:
     missing = _no_triton() or (_no_chip(index) if index is not None else None)
     if missing:
         return _Served(Choice("reference", f"eager PyTorch: {missing}"), "reference", {})
-    by_chip = choices.load().by_chip
     chip = _chip(index) if index is not None else None
-    entries = by_chip.get(chip, {}).get(op, {}) if chip else {}
+    entries = {c: e for (f, sm, c), e in CHOICES.items() if (f, sm) == (_FAMILY_OF[op], chip)}
     if not entries:
-        others = [sm for sm, by_op in by_chip.items() if op in by_op and sm != chip]
-        where = f"{chip or 'this GPU'} (but on {', '.join(others)})" if others else "hardware"
-        why = f"Triton kernels, the default on GPUs; not yet measured on {where}"
+        why = "Triton kernels, the default on GPUs; not yet measured on hardware"
         return _Served(Choice("triton", why), "triton", {})
+    shown = "; ".join(f"{b} for {c} (bench/results/{r})" for c, (b, r) in entries.items())
+    why = f"measured: {shown}; other shapes: triton"
     unbuilt = cuda.missing() or ("cuda is emulated on the CPU" if cuda.EMULATED else None)
-    taken = {name: e.backend for name, e in entries.items() if e.backend == "cuda"}
-    if taken and unbuilt:
-        why = f"Triton kernels: {unbuilt}; {_reasons(entries)}"
-        return _Served(Choice("triton", why), "triton", {})
-    backend = "triton" if not taken else "cuda" if len(taken) == len(entries) else "cuda, triton"
-    return _Served(Choice(backend, _reasons(entries)), "triton", taken)
+    taken = {name: backend for name, (backend, _) in entries.items()}
+    if unbuilt and "cuda" in taken.values():
+        return _Served(Choice("triton", f"Triton kernels: {unbuilt}; {why}"), "triton", {})
+    return _Served(Choice(", ".join(sorted({*taken.values()})), why), "triton", taken)
 
 
 def _chip(index: int) -> str | None:
@@ -217,22 +315,36 @@ def _chip(index: int) -> str | None:
     return f"sm_{major}{minor}"
 
 
-def _reasons(entries: Mapping[str, choices.Entry]) -> str:
-    """Every measured class with its backend, what decided, and the reports that show it."""
-    parts = []
-    for name, entry in entries.items():
-        other = "triton" if entry.backend == "cuda" else "cuda"
-        speed = f" {entry.times:.2f}x {other}" if entry.times is not None else ""
-        parts.append(f"{entry.backend}{speed} for {name} ({entry.why})")
-    reports = dict.fromkeys(r for entry in entries.values() for r in entry.reports)
-    shown = "; ".join(f"{r.gpu} in bench/results/{r.folder}, commit {r.commit}" for r in reports)
-    rest = ", other shapes: triton" if any(e.backend == "cuda" for e in entries.values()) else ""
-    return f"measured on {shown}: {'; '.join(parts)}{rest}"
+def shape_class(op: str, x: Tensor, *rest: Any) -> str | None:
+    """The class of a call's shapes, by what ops/ hands to kernels(); None: Triton serves it.
+
+    A class never depends on the number of rows, sequences or packed tokens, nor on what lies on the
+    device: backends sum in different orders, and a row's bits must not change with its batch. The
+    one exception is where both backends have it already: FP8 products of up to 64 rows and of more.
+    """
+    family = _FAMILY_OF[op]
+    if family == "linear":
+        scale, setting = rest
+        if (setting if op == "fp8_gemm" else x.dtype).itemsize != 2 or setting is False:
+            return None
+        blocks = scale.dim() == 2 and scale.shape[1] > 1
+        few = math.prod(x.shape[:-1]) <= 64
+        return f"{'blocks' if blocks else 'row scales'}, {'up to' if few else 'over'} 64 rows"
+    if x.itemsize != 2:
+        return None
+    if family not in ("attention", "decode_attention"):
+        return "16-bit"
+    if x.shape[-1] != 128:  # Llama 3.1's, the one that reports measure
+        return None
+    if family == "attention":
+        return "16-bit, head_dim 128"
+    queries = "1 query" if x.shape[1] == 1 else "several queries"
+    return f"{queries}, head_dim 128{', FP8 cache' if rest[0].itemsize == 1 else ''}"
 
 
 def choose(op: str, device: torch.device, *arguments: Any) -> str:
-    """The backend that serves op on a device now. arguments: what decides its class of shapes
-    (choices.shape_class), as handed to kernels(); none: shapes that nobody has measured."""
+    """The backend that serves op on a device now. arguments: what decides its class of shapes, as
+    handed to kernels(); none: shapes that no report measures."""
     kind, index = device.type, device.index
     backend = _override.get().get(op)
     if backend is not None:
@@ -245,20 +357,18 @@ def choose(op: str, device: torch.device, *arguments: Any) -> str:
     if otherwise == "reference" and op not in _TORCH_ON_CUDA:
         _warn_once(choice.why)
     if by_class and arguments:
-        name = choices.shape_class(op, *arguments)
-        return by_class.get(name, otherwise) if name else otherwise
+        return by_class.get(shape_class(op, *arguments) or "", otherwise)
     return otherwise
 
 
-def kernels(op: str, x: Tensor, *shape: Any) -> Any:
-    """The module whose functions launch op's kernels for x and its like, or None: eager PyTorch.
+def kernels(op: str, x: Tensor, *shape: Any) -> Backend | None:
+    """The backend that launches op's kernels for x and its like, or None: eager PyTorch.
 
     shape: what else decides the class of shapes. A call on a CPU pays for none of it.
     """
-    device = x.device
-    if device.type == "cpu" and op not in _override.get():
+    if x.is_cpu and op not in _override.get():
         return cpu
-    backend = choose(op, device, x, *shape)
+    backend = choose(op, x.device, x, *shape)
     if backend == "reference":
         return None
     if backend == "cpu":

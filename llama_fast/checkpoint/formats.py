@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .reference import FP8_BLOCK
+from ..reference import FP8_BLOCK
 
 # Tensors that a checkpoint may carry and that this model has no use for.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|input_scale|input_scale_ub|activation_scale)")

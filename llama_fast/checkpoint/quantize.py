@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from .config import LlamaConfig, read_json
-from .ops import quantize_fp8
+from ..config import LlamaConfig, read_json
+from ..ops.quantize import quantize_fp8
 from .shards import Shards
 
 RECIPES = ("fp8", "fp8_ffn")

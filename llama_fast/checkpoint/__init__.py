@@ -1,0 +1,1 @@
+"""Checkpoints: reading Hugging Face's files into Weights, and writing them quantized."""

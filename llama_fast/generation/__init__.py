@@ -1,0 +1,1 @@
+"""Generating: the loops, what they cache, how tokens are chosen and proposed."""

@@ -1,0 +1,37 @@
+"""What generating asks of a model. model.Llama is one: imports point from it to here."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.weights import Weights
+from ..config import LlamaConfig
+from .cache import Append, KVCache
+
+
+@runtime_checkable
+class Model(Protocol):
+    config: LlamaConfig
+    weights: Weights
+    dtype: torch.dtype
+    device: torch.device
+    decoders: list[Any]  # decode.Decoder: idle ones, kept for the next call
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor: ...
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor: ...
+    def embed(self, tokens: Tensor) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: KVCache | None = None,
+        append: Append | None = None,
+    ) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor: ...

@@ -1,0 +1,71 @@
+"""silu_and_mul, and the same with FP8 output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import kernels
+from ..reference import FP8_DTYPE
+from . import checks
+from .common import as_rows, new_scale, register, with_huge_pages
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, the middle of SwiGLU. gate_up [..., 2 * I], gate first -> [..., I].
+
+    silu(gate) is rounded to the dtype before the product, as in eager PyTorch.
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    _check(gate_up)
+    return _silu_and_mul_op(gate_up)
+
+
+def silu_and_mul_fp8(gate_up: Tensor, *, scale_ub: float | None = None) -> tuple[Tensor, Tensor]:
+    """silu_and_mul, then quantize_fp8 by row. [..., 2 * I] -> q e4m3 [..., I], scale [rows, 1]."""
+    _check(gate_up)
+    checks.bound("scale_ub", scale_ub)
+    return _silu_and_mul_fp8_op(gate_up, scale_ub)
+
+
+def _check(gate_up: Tensor) -> None:
+    checks.activation("gate_up", gate_up)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: got shape {list(gate_up.shape)}, want [..., 2 * I], gate first")
+
+
+def _silu_and_mul(gate_up: Tensor) -> Tensor:
+    on = kernels("silu_and_mul", gate_up)
+    if on is None:
+        return reference.silu_and_mul(gate_up)
+    out = with_huge_pages(_half(gate_up))
+    if out.numel():
+        on.activation(out, as_rows(gate_up), None, None)
+    return out
+
+
+def _silu_and_mul_fp8(gate_up: Tensor, scale_ub: float | None) -> tuple[Tensor, Tensor]:
+    on = kernels("silu_and_mul_fp8", gate_up)
+    if on is None:
+        return reference.silu_and_mul_fp8(gate_up, scale_ub=scale_ub)
+    q, scale = _fake_silu_and_mul_fp8(gate_up, scale_ub)
+    if q.numel():
+        on.activation(q, as_rows(gate_up), scale, scale_ub)
+    return q, scale
+
+
+def _half(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+def _fake_silu_and_mul_fp8(gate_up: Tensor, scale_ub: float | None) -> tuple[Tensor, Tensor]:
+    shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    return gate_up.new_empty(shape, dtype=FP8_DTYPE), new_scale(gate_up)
+
+
+_silu_and_mul_op = register("silu_and_mul(Tensor gate_up) -> Tensor", _silu_and_mul, _half)
+_silu_and_mul_fp8_op = register(
+    "silu_and_mul_fp8(Tensor gate_up, float? scale_ub) -> (Tensor, Tensor)",
+    _silu_and_mul_fp8,
+    _fake_silu_and_mul_fp8,
+)

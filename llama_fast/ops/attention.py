@@ -1,0 +1,104 @@
+"""attention: prefill, batched or packed, without a cache."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import kernels
+from . import checks
+from .common import new, register, with_huge_pages
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k^T * softmax_scale) v with grouped-query heads, in memory linear in the length.
+
+    q [B, Sq, H, D], k and v [B, Sk, Hkv, D] -> [B, Sq, H, D]; or packed: q [total_q, H, D],
+    k and v [total_k, Hkv, D] with cu_seqlens_q and cu_seqlens_k [B + 1] int32. H is a multiple of
+    Hkv, D a multiple of 8 up to 256. causal is bottom-right aligned: query i sees the keys
+    j <= i + Sk - Sq; a query that sees none gives zeros. softmax_scale: None means 1 / sqrt(D).
+    Softmax in fp32. Source: Dao, FlashAttention-2, arXiv:2307.08691.
+    """
+    checks.activation("q", q)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    batch, spelled = ((), "[total, Hkv, D]") if packed else ((q.shape[0],), "[B, Sk, Hkv, D]")
+    wanted = "[total, H, D]" if packed else "[B, Sq, H, D]"
+    checks.has_shape("q", q, (*batch, None, None, None), wanted)
+    checks.head_dim(q.shape[-1])
+    for name, t in (("k", k), ("v", v)):
+        checks.like(name, t, "q", q)
+        checks.has_shape(name, t, (*batch, None, None, q.shape[-1]), spelled)
+        checks.rows_contiguous(name, t)
+    checks.has_shape("v", v, tuple(k.shape), "k's shape")
+    checks.heads(q.shape[-2], k.shape[-2])
+    checks.flag("causal", causal)
+    if packed:
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+            raise ValueError(f"{missing}: got None, want both cu_seqlens_q and cu_seqlens_k")
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            checks.has_dtype(name, cu, checks.INT32)
+            checks.like(name, cu, "q", q, dtype=False)
+            if cu.dim() != 1 or cu.shape[0] < 1:
+                raise ValueError(f"{name}: got shape {list(cu.shape)}, want [B + 1]")
+        checks.has_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "[B + 1]")
+    scale = checks.softmax_scale(softmax_scale, q.shape[-1])
+    return _attention_op(q, k, v, causal, scale, cu_seqlens_q, cu_seqlens_k)
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int) -> None:
+    if not cu_seqlens.is_cpu:
+        return
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total or starts != sorted(starts):
+        raise ValueError(
+            f"{name}: got {starts if len(starts) < 9 else [*starts[:4], '...', *starts[-4:]]}, "
+            f"want non-decreasing offsets from 0 to the {total} packed tokens"
+        )
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> Tensor:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+        _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    on = kernels("attention", q)
+    if on is None:
+        return reference.attention(
+            q,
+            k,
+            v,
+            causal=causal,
+            softmax_scale=softmax_scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
+    out = with_huge_pages(new(q))
+    if out.numel():
+        on.attention(out, q, k, v, causal, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+    return out
+
+
+_attention_op = register(
+    "attention(Tensor q, Tensor k, Tensor v, bool causal, float softmax_scale,"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> Tensor",
+    _attention,
+    lambda q, *_: new(q),
+)

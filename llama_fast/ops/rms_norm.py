@@ -1,0 +1,138 @@
+"""rms_norm, add_rms_norm, and both with FP8 output."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import kernels
+from ..reference import FP8_DTYPE
+from . import checks
+from .common import as_rows, new, new_scale, register, with_huge_pages
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight.
+
+    x [..., hidden], weight [hidden] of x's dtype -> [..., hidden]. Normalized in fp32, rounded to
+    x's dtype, then multiplied by the weight in x's dtype, as transformers' LlamaRMSNorm does.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+    """
+    _check(x, weight, eps)
+    return _rms_norm_op(x, weight, eps)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(s), s) with s = x + residual rounded to x's dtype.
+
+    x and residual [..., hidden], weight [hidden] -> two tensors like x.
+    """
+    _check(x, weight, eps)
+    _check_residual(residual, x)
+    return _add_rms_norm_op(x, residual, weight, eps)
+
+
+def rms_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    scale_ub: float | None = None,
+) -> tuple[Tensor, ...]:
+    """rms_norm (add_rms_norm with a residual), then quantize_fp8 by row, in one pass.
+
+    x [..., hidden] -> q e4m3 like x, scale fp32 [rows, 1] and, with residual, x + residual.
+    scale_ub bounds a row's amax.
+    """
+    _check(x, weight, eps)
+    checks.bound("scale_ub", scale_ub)
+    if residual is None:
+        return _rms_norm_fp8_op(x, weight, eps, scale_ub)
+    _check_residual(residual, x)
+    return _add_rms_norm_fp8_op(x, residual, weight, eps, scale_ub)
+
+
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    checks.activation("x", x)
+    checks.vector("weight", weight, x.shape[-1], "x", x)
+    checks.number("eps", eps, 0.0)
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    checks.like("residual", residual, "x", x)
+    checks.has_shape("residual", residual, x.shape, "x's shape")
+    checks.rows_contiguous("residual", residual)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    on = kernels("rms_norm", x)
+    if on is None:
+        return reference.rms_norm(x, weight, eps)
+    out = with_huge_pages(new(x))
+    if x.numel():
+        on.rms_norm(out, as_rows(x), weight, eps, None, None, None, None)
+    return out
+
+
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    on = kernels("add_rms_norm", x)
+    if on is None:
+        return reference.add_rms_norm(x, residual, weight, eps)
+    out, total = with_huge_pages(new(x)), with_huge_pages(new(x))
+    if x.numel():
+        on.rms_norm(out, as_rows(x), weight, eps, as_rows(residual), total, None, None)
+    return out, total
+
+
+def _rms_norm_fp8(
+    x: Tensor, weight: Tensor, eps: float, scale_ub: float | None
+) -> tuple[Tensor, Tensor]:
+    on = kernels("rms_norm_fp8", x)
+    if on is None:
+        q, scale = reference.rms_norm_fp8(x, weight, eps, scale_ub=scale_ub)
+        return q, scale
+    q, scale = with_huge_pages(new(x, FP8_DTYPE)), new_scale(x)
+    if x.numel():
+        on.rms_norm(q, as_rows(x), weight, eps, None, None, scale, scale_ub)
+    return q, scale
+
+
+def _add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, scale_ub: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    on = kernels("rms_norm_fp8", x)
+    if on is None:
+        q, scale, total = reference.rms_norm_fp8(
+            x, weight, eps, residual=residual, scale_ub=scale_ub
+        )
+        return q, scale, total
+    q, scale, total = with_huge_pages(new(x, FP8_DTYPE)), new_scale(x), with_huge_pages(new(x))
+    if x.numel():
+        on.rms_norm(q, as_rows(x), weight, eps, as_rows(residual), total, scale, scale_ub)
+    return q, scale, total
+
+
+_rms_norm_op = register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    _rms_norm,
+    lambda x, weight, eps: new(x),
+)
+_add_rms_norm_op = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _add_rms_norm,
+    lambda x, residual, weight, eps: (new(x), new(x)),
+)
+_rms_norm_fp8_op = register(
+    "rms_norm_fp8(Tensor x, Tensor weight, float eps, float? scale_ub) -> (Tensor, Tensor)",
+    _rms_norm_fp8,
+    lambda x, weight, eps, scale_ub: (new(x, FP8_DTYPE), new_scale(x)),
+)
+_add_rms_norm_fp8_op = register(
+    "add_rms_norm_fp8(Tensor x, Tensor residual, Tensor weight, float eps, float? scale_ub)"
+    " -> (Tensor, Tensor, Tensor)",
+    _add_rms_norm_fp8,
+    lambda x, residual, weight, eps, scale_ub: (new(x, FP8_DTYPE), new_scale(x), new(x)),
+)

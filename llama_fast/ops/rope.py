@@ -1,0 +1,233 @@
+"""apply_rope, apply_rope_and_append, which writes the KV cache, and rope_table, which both read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import kernels
+from . import checks
+from .common import check_range, new, register, with_huge_pages
+
+
+class Scaling(Protocol):
+    """What rope_table reads of a RopeScaling."""
+
+    @property
+    def factor(self) -> float: ...
+    @property
+    def low_freq_factor(self) -> float: ...
+    @property
+    def high_freq_factor(self) -> float: ...
+    @property
+    def original_max_position_embeddings(self) -> int: ...
+
+
+def inv_freq(theta: float, head_dim: int, scaling: Scaling | None = None) -> Tensor:
+    """Frequencies in radians a token, fp32 [head_dim / 2].
+
+    Llama 3.1 divides the frequencies whose wavelength exceeds the original context by `factor`,
+    keeps the short ones, and interpolates between.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    freqs = 1.0 / theta**exponents
+    if scaling is None:
+        return freqs
+    wavelength = 2 * math.pi / freqs
+    context = scaling.original_max_position_embeddings
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * freqs / scaling.factor + smooth * freqs
+    scaled = torch.where(wavelength > context / low, freqs / scaling.factor, freqs)
+    is_between = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(is_between, between, scaled)
+
+
+def rope_table(
+    config_or_theta: Any,
+    max_positions: int,
+    *,
+    head_dim: int | None = None,
+    scaling: Scaling | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """fp32 [max_positions, head_dim]: cosines, then sines, head_dim / 2 each.
+
+    From a LlamaConfig (theta, head_dim and scaling are read off it), or from theta with head_dim
+    and, for Llama 3.1, a RopeScaling. Angles are formed in fp32, position times frequency, as
+    Meta's code and transformers do: the model was trained with them. Keep the table in fp32
+    whatever the model's dtype; in bf16 positions past 256 would collapse.
+    """
+    if hasattr(config_or_theta, "rope_theta"):
+        theta = float(config_or_theta.rope_theta)
+        head_dim = config_or_theta.head_dim if head_dim is None else head_dim
+        scaling = config_or_theta.rope_scaling if scaling is None else scaling
+    elif isinstance(config_or_theta, (int, float)) and not isinstance(config_or_theta, bool):
+        theta = float(config_or_theta)
+    else:
+        got = type(config_or_theta).__name__
+        raise TypeError(f"config_or_theta: got {got}, want a LlamaConfig or a number")
+    if not math.isfinite(theta) or theta <= 1.0:
+        raise ValueError(f"config_or_theta: got theta {theta}, want a finite number > 1")
+    if isinstance(max_positions, bool) or not isinstance(max_positions, int):
+        raise TypeError(f"max_positions: got {type(max_positions).__name__}, want an int")
+    if max_positions < 1:
+        raise ValueError(f"max_positions: got {max_positions}, want at least 1")
+    if head_dim is None:
+        raise ValueError("head_dim: got None, want it when theta is given as a number")
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: got {head_dim!r}, want an even number")
+    if scaling is not None and not all(
+        hasattr(scaling, f) for f in ("factor", "low_freq_factor", "high_freq_factor")
+    ):
+        raise TypeError(f"scaling: got {type(scaling).__name__}, want a RopeScaling")
+    freqs = inv_freq(theta, head_dim, scaling)
+    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * freqs
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k by their positions: [T, H, D], [T, Hkv, D], [T] (int32 or int64) -> (q, k).
+
+    table: rope_table(...), fp32 [max_positions, D]. interleaved pairs (2i, 2i + 1) as Meta's
+    checkpoints do; the default pairs (i, i + D / 2) as Hugging Face's do. Rotates in fp32 and
+    rounds once. A position outside the table raises ValueError (CPU tensors).
+    Source: Su et al., RoFormer, arXiv:2104.09864.
+    """
+    _check(q, k, positions, table, interleaved)
+    return _apply_rope_op(q, k, positions, table, interleaved)
+
+
+def apply_rope_and_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    interleaved: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """apply_rope, with the rotated k and v [T, Hkv, D] written into a KV cache. Returns q rotated.
+
+    k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (contiguous caches: blocks = B,
+    block_size = S). slots [T] (int32 or int64): block * block_size + offset for each token; -1
+    skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and v_scale, fp32
+    [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), k rotated and rounded to its
+    dtype first; caches of q's dtype take none.
+    """
+    _check(q, k, positions, table, interleaved)
+    checks.like("v", v, "q", q)
+    checks.has_shape("v", v, tuple(k.shape), "k's shape")
+    checks.rows_contiguous("v", v)
+    checks.cache_scales(q, k_cache, v_cache, k_scale, v_scale)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.has_shape(
+            name, cache, (None, None, k.shape[1], k.shape[2]), "[blocks, block_size, Hkv, D]"
+        )
+        checks.rows_contiguous(name, cache)
+    checks.has_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's shape")
+    checks.has_dtype("slots", slots, checks.INDICES)
+    checks.like("slots", slots, "q", q, dtype=False)
+    checks.has_shape("slots", slots, (q.shape[0],), "[T]")
+    return _apply_rope_and_append_op(
+        q, k, v, positions, table, k_cache, v_cache, slots, interleaved, k_scale, v_scale
+    )
+
+
+def _check(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bool) -> None:
+    checks.activation("q", q)
+    checks.has_shape("q", q, (None, None, None), "[T, H, D]")
+    tokens, _, d = q.shape
+    if d % 2:
+        raise ValueError(f"q: got head_dim {d}, want an even number")
+    checks.like("k", k, "q", q)
+    checks.has_shape("k", k, (tokens, None, d), "[T, Hkv, D]")
+    checks.rows_contiguous("k", k)
+    checks.has_dtype("positions", positions, checks.INDICES)
+    checks.like("positions", positions, "q", q, dtype=False)
+    checks.has_shape("positions", positions, (tokens,), "[T]")
+    checks.has_dtype("table", table, checks.FP32)
+    checks.like("table", table, "q", q, dtype=False)
+    checks.has_shape("table", table, (None, d), "[max_positions, D]")
+    checks.rows_contiguous("table", table)
+    checks.flag("interleaved", interleaved)
+
+
+def _apply_rope(
+    q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    positions = positions.contiguous()
+    check_range("positions", positions, 0, table.shape[0] - 1)
+    on = kernels("apply_rope", q)
+    if on is None:
+        return reference.apply_rope(q, k, positions, table, interleaved=interleaved)
+    q_out, k_out = with_huge_pages(new(q)), with_huge_pages(new(k))
+    if positions.numel():
+        on.rope(
+            q_out, k_out, q, k, positions, table, interleaved, None, None, None, None, None, None
+        )
+    return q_out, k_out
+
+
+def _apply_rope_and_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    interleaved: bool,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    positions, slots = positions.contiguous(), slots.contiguous()
+    check_range("positions", positions, 0, table.shape[0] - 1)
+    check_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
+    on = kernels("apply_rope_and_append", q)
+    if on is None:
+        return reference.apply_rope_and_append(
+            q,
+            k,
+            v,
+            positions,
+            table,
+            k_cache,
+            v_cache,
+            slots,
+            interleaved=interleaved,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+    q_out = with_huge_pages(new(q))
+    if positions.numel():
+        caches = (v, k_cache, v_cache, slots, k_scale, v_scale)
+        on.rope(q_out, None, q, k, positions, table, interleaved, *caches)
+    return q_out
+
+
+_apply_rope_op = register(
+    "apply_rope(Tensor q, Tensor k, Tensor positions, Tensor table, bool interleaved)"
+    " -> (Tensor, Tensor)",
+    _apply_rope,
+    lambda q, k, positions, table, interleaved: (new(q), new(k)),
+)
+_apply_rope_and_append_op = register(
+    "apply_rope_and_append(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table,"
+    " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, bool interleaved,"
+    " Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    _apply_rope_and_append,
+    lambda q, *_: new(q),
+)

@@ -1,0 +1,110 @@
+"""The package's structure: imports form no circle, and a public op is a short walk from its kernel."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from llama_fast.dispatch import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "llama_fast"
+
+
+def modules() -> dict[str, Path]:
+    """Of llama_fast and of kernels, which is installed inside it: name -> file."""
+    found = {}
+    for folder, prefix in ((PACKAGE, "llama_fast"), (ROOT / "kernels", "llama_fast.kernels")):
+        for path in (*folder.rglob("*.py"), *folder.rglob("*.pyi")):  # _cpu has a stub only
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((prefix, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+def imports(name: str, source: str, is_package: bool, known: Iterable[str]) -> Iterator[str]:
+    """The known modules that a module imports: at its top, within functions, for types alike."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            wanted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = name.split(".") if is_package else name.split(".")[:-1]
+            base = base[: len(base) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # A name may be a submodule; if it is not, the module itself is what is read.
+            wanted = [
+                f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module
+                for alias in node.names
+            ]
+        else:
+            continue
+        yield from (module for module in wanted if module in known and module != name)
+
+
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: set(imports(name, path.read_text(), path.name == "__init__.py", known))
+        for name, path in known.items()
+    }
+
+
+def circle(edges: Mapping[str, Iterable[str]]) -> list[str] | None:
+    """The modules along one circle, or None."""
+    done: set[str] = set()
+
+    def search(name: str, trail: list[str]) -> list[str] | None:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        for other in sorted(edges[name]):
+            if found := search(other, [*trail, name]):
+                return found
+        done.add(name)
+        return None
+
+    return next((found for name in sorted(edges) if (found := search(name, []))), None)
+
+
+def test_imports_form_no_circle() -> None:
+    assert circle(graph()) is None
+
+
+def test_a_circle_is_found() -> None:
+    known = ("p", "p.a", "p.b", "p.c")
+    assert list(imports("p.a", "def f():\n    from .b import g", False, known)) == ["p.b"]
+    assert list(imports("p", "from .c import h\nfrom . import a", True, known)) == ["p.c", "p.a"]
+    assert list(imports("p.c", "import p.a, os\nfrom torch import b", False, known)) == ["p.a"]
+    assert circle({"a": ["b"], "b": ["c"], "c": []}) is None
+    assert circle({"a": ["b"], "b": ["c"], "c": ["b"]}) == ["b", "c", "b"]
+
+
+def test_kernels_import_nothing_of_the_package() -> None:
+    for name, wanted in graph().items():
+        if name.startswith("llama_fast.kernels"):
+            assert all(other.startswith("llama_fast.kernels") for other in wanted), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_one_name_and_a_short_walk(family: str) -> None:
+    """From lf.rms_norm to the loop, each file names what leads to the next; dispatch.py chooses
+    between such walks."""
+    walk = {
+        PACKAGE / "__init__.py": f"from .ops.{family} import",
+        PACKAGE / "ops" / f"{family}.py": f"on.{family}(",
+        PACKAGE / "cpu.py": family,
+        ROOT / "csrc" / "bind_ops.h": f"Params {family}(",
+        ROOT / "csrc" / "cpu" / f"{family}.cpp": f"void {family}(const",
+    }
+    assert len(walk) <= 5
+    others = {
+        PACKAGE / "dispatch.py": f"def {family}(",
+        ROOT / "csrc" / "params.h": f"OP({family}, ",
+        ROOT / "csrc" / "cuda" / f"{family}.cu": f"void {family}(const",
+        ROOT / "kernels" / f"{family}.py": f"\ndef {family}(",
+    }
+    for path, leads in {**walk, **others}.items():
+        assert leads in path.read_text(), f"{path.name}: {leads}"
