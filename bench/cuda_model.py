@@ -263,19 +263,19 @@ KERNELS = (
         decode(32, 4096, 1), 4 * 2 * 8192,
     ),
     Kernel(
-        "fp8_gemm.cu", "16 rows, gate and up", "16 x 32", 256, 121, 98304,
+        "linear.cu", "16 rows, gate and up", "16 x 32", 256, 121, 98304,
         few_rows("fp8_gemm", 16, 2 * INNER, HIDDEN), 256 * 256,
     ),
     Kernel(
-        "fp8_gemm.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 84, 98304,
+        "linear.cu", "1 row of 16 bits, gate and up", "16 x 32", 256, 84, 98304,
         few_rows("fp8_linear", 1, 2 * INNER, HIDDEN), 256 * 256,
     ),
     Kernel(
-        "fp8_gemm_sm90.cu", "rows, 8192^3", "128 x 256 x 128", 384, 168, 231504,
+        "linear_sm90.cu", "rows, 8192^3", "128 x 256 x 128", 384, 168, 231504,
         many_rows(8192, 8192, 8192),
     ),
     Kernel(
-        "fp8_gemm_sm90.cu", "blocks, 4096 x 7168 x 16384", "128 x 256 x 128", 384, 168, 232048,
+        "linear_sm90.cu", "blocks, 4096 x 7168 x 16384", "128 x 256 x 128", 384, 168, 232048,
         many_rows(4096, 7168, 16384),
     ),
 )  # fmt: skip

@@ -291,7 +291,7 @@ PLANS = [
         "kFp32SharedBytes",
     ),
     Plan(
-        "fp8_gemm",
+        "linear",
         "few_rows_kernel",
         [
             (x, out, n, aligned, blockwise)
@@ -310,7 +310,7 @@ PLANS = [
         ahead=lambda a: IN_FLIGHT if a[3] == "true" else 0,
     ),
     Plan(
-        "fp8_gemm",
+        "linear",
         "plain_kernel",
         [(F32, F32), *product((E4M3,), TYPES)],
         fixed(256),
@@ -319,7 +319,7 @@ PLANS = [
         lambda a, arch: [],
     ),
     Plan(
-        "fp8_gemm_sm90",
+        "linear_sm90",
         "many_rows_kernel",
         [(t, n, b) for t in TYPES for n in ("128", "256") for b in BOTH if t != F32 or n == "128"],
         fixed(384),

@@ -49,18 +49,18 @@ def test_shared_memory_is_what_the_sources_ask_for() -> None:
     stages, row = c["kStages"], 128 * 2
     tiles = 2 * c["kQueries"] * row + 2 * stages * c["kKeys"] * row
     assert named("attention_sm90.cu").shared == tiles + 8 * (2 + 4 * stages)
-    c = constants("fp8_gemm_sm90.cu")
+    c = constants("linear_sm90.cu")
     loaded = c["kStages"] * (c["kM"] + 256) * c["kK"]
     out = 2 * 2 * c["kRowsEach"] * 128
     barriers = 8 * 2 * (c["kStages"] + 1)
     for case, scales in (("rows", c["kM"] + 256), ("blocks", c["kStages"] * (c["kM"] + 2))):
         shared = loaded + out + 4 * scales + 2 * 256 + barriers
-        assert named("fp8_gemm_sm90.cu", case).shared == shared
-    c = constants("fp8_gemm.cu")
+        assert named("linear_sm90.cu", case).shared == shared
+    c = constants("linear.cu")
     stages = c["kWarps"] * c["kStages"] * c["kFeatures"] * c["kScaleBlock"]
-    assert named("fp8_gemm.cu").shared == stages
-    assert named("fp8_gemm.cu").in_flight == stages * (c["kStages"] - 1) // c["kStages"]
-    assert named("fp8_gemm.cu").threads == 32 * c["kWarps"]
+    assert named("linear.cu").shared == stages
+    assert named("linear.cu").in_flight == stages * (c["kStages"] - 1) // c["kStages"]
+    assert named("linear.cu").threads == 32 * c["kWarps"]
 
 
 def test_blocks_of_a_multiprocessor() -> None:
@@ -71,8 +71,8 @@ def test_blocks_of_a_multiprocessor() -> None:
         "attention.cu": 2,
         "attention_sm90.cu": 1,
         "decode_attention.cu": 2,
-        "fp8_gemm.cu": 2,
-        "fp8_gemm_sm90.cu": 1,
+        "linear.cu": 2,
+        "linear_sm90.cu": 1,
     }
     assert {file: named(file).blocks for file in expected} == expected
 

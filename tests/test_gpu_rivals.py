@@ -24,7 +24,6 @@ from llama_fast.bench.files import BROKEN, WRONG, read
 
 from .op_examples import watch_kernels
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
@@ -197,5 +196,7 @@ def test_every_case_says_its_class(place: gpu_case.Place, monkeypatch: pytest.Mo
         case.runs["ours"](0)
         claimed.add((case.op, dispatch.shape_class(case.op, *case.arguments)))
         assert seen[0] == (case.op, dispatch.shape_class(case.op, *case.arguments)), spec.name
-    assert {op for op, _ in claimed} == {op for op in dispatch.OPS if op not in ("linear", "pack_weight")}
+    assert {op for op, _ in claimed} == {
+        op for op in dispatch.OPS if op not in ("linear", "pack_weight")
+    }
     assert all(c for _, c in claimed)

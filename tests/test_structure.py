@@ -1,4 +1,4 @@
-"""The package's structure: imports form no circle, and a public op is a short walk from its kernel."""
+"""The package's structure: imports form no circle, and an op is a short walk from its kernel."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@
 
 namespace lf::cuda {
 
-// fp8_gemm_sm90.cu; false: not for these arguments
+// linear_sm90.cu; false: not for these arguments
 bool linear_sm90(const LinearParams& p, const Where& where);
 
 namespace {

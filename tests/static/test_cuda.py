@@ -254,7 +254,7 @@ def test_shared_memory_beyond_the_chip_is_found(
 
 def drop_instance(kernels: list[Kernel]) -> list[Kernel]:
     gone = (
-        "fp8_gemm",
+        "linear",
         "few_rows_kernel",
         "sm_89",
         ("unsigned char", "float", "4", "true", "false"),
@@ -275,10 +275,7 @@ def add_instance(kernels: list[Kernel]) -> list[Kernel]:
     [
         (
             drop_instance,
-            [
-                "fp8_gemm.cu: few_rows_kernel<unsigned char, float, 4, true, false> on "
-                "sm_89: missing"
-            ],
+            ["linear.cu: few_rows_kernel<unsigned char, float, 4, true, false> on sm_89: missing"],
         ),
         (drop_hopper, 14),
         (add_instance, ["activation.cu: silu_and_mul_fp8_kernel<double> on sm_80: not planned"]),
