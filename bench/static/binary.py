@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +47,17 @@ COUNTED = {
 }
 SYSTEM = 1024  # bytes of shared memory that cuobjdump adds from sm_90 on, for the system
 
+_USAGE = re.compile(
+    r"^arch = (?P<arch>\S+)|^ Function (?P<symbol>\S+):\n"
+    r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+    re.MULTILINE,
+)
 _LINE = re.compile(r"        /\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?([A-Z][\w.]*)(.*?);")
 _LOAD = re.compile(r"(LD|LDG|LDGSTS|UTMALDG|UBLKCP)(\.|$)")
+_WIDE = re.compile(r"U?ISETP\S*\.EX")
+
+
+Tool = str | Path | None
 
 
 class ToolError(RuntimeError):
@@ -106,22 +116,21 @@ def cuobjdump() -> Path:
     raise ToolError(f"no cuobjdump in {looked}: install the CUDA toolkit, or set CUDA_HOME")
 
 
-def _run(*arguments: str | Path) -> str:
-    done = subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True)
+def _run(tool: Tool, *arguments: str | Path) -> str:
+    done = subprocess.run([tool or cuobjdump(), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ToolError(f"cuobjdump {arguments[-1]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def read(binary: Path, arch: str = "") -> list[Kernel]:
+def read(binary: Path, arch: str = "", tool: Tool = None) -> list[Kernel]:
     """Every kernel of a file, in the order of files, names, architectures and arguments. arch: of
-    a cubin, which does not say."""
-    usage = resources(binary, arch)
+    a cubin, which does not say. tool: a cuobjdump as new as the compiler, where ours may not be."""
+    usage = resources(binary, arch, tool)
     archs = sorted({arch for arch, _ in usage})
     with ThreadPoolExecutor(2) as pool:  # each waits for a cuobjdump, which takes a core
-        code = {
-            k: v for dump in pool.map(lambda a: _machine_code(a, binary), archs) for k, v in dump
-        }
+        dumps = pool.map(lambda arch: _machine_code(binary, arch, tool), archs)
+        code = {key: fields for dump in dumps for key, fields in dump.items()}
     names = _names([symbol for _, symbol in usage])
     kernels = [
         Kernel(*names[symbol], arch, *sizes, **code[arch, symbol])
@@ -130,16 +139,15 @@ def read(binary: Path, arch: str = "") -> list[Kernel]:
     return sorted(kernels, key=lambda k: (k.file, k.name, k.arch, k.arguments))
 
 
-def resources(binary: Path, arch: str = "") -> dict[tuple[str, str], tuple[int, int, int]]:
+def resources(
+    binary: Path, arch: str = "", tool: Tool = None
+) -> dict[tuple[str, str], tuple[int, int, int]]:
     """(arch, symbol) -> registers, stack and static shared memory."""
-    found, symbol = {}, ""
-    for line in _run("--dump-resource-usage", binary).splitlines():
-        if line.startswith("arch = "):
-            arch = line.split()[2]
-        elif match := re.match(r" Function (\S+):", line):
-            symbol = match[1]
-        elif match := re.match(r"  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            registers, stack, shared, local = map(int, match.groups())
+    found = {}
+    for match in _USAGE.finditer(_run(tool, "--dump-resource-usage", binary)):
+        arch = match["arch"] or arch
+        if symbol := match["symbol"]:
+            registers, stack, shared, local = map(int, match.group(3, 4, 5, 6))
             system = SYSTEM if int(re.sub(r"\D", "", arch)) >= 90 else 0
             found[arch, symbol] = registers, stack + local, max(0, shared - system)
     return found
@@ -182,64 +190,39 @@ class _Line(NamedTuple):
         return int(match[1], 16) if match else -1
 
 
-def _machine_code(arch: str, binary: Path) -> list[tuple[tuple[str, str], dict[str, Any]]]:
-    """(arch, symbol) and the Kernel's fields that its machine code tells."""
-    command = [str(cuobjdump()), "--dump-sass", "-arch", arch, str(binary)]
-    found = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        symbol, code = "", list[_Line]()
-        for line in process.stdout:
-            if match := _LINE.match(line):
-                code.append(_Line(int(match[1], 16), match[2], match[3]))
-            elif line.startswith("\t\tFunction : "):
-                symbol, code = line.split()[2], []
-            elif line.startswith("\t\t......") and symbol:
-                found.append(((arch, symbol), _fields(code)))
-    if process.returncode:
-        raise ToolError(f"cuobjdump --dump-sass -arch {arch} {binary}: exit {process.returncode}")
+def _machine_code(binary: Path, arch: str, tool: Tool) -> dict[tuple[str, str], dict[str, Any]]:
+    """(arch, symbol) -> the Kernel's fields that its machine code tells."""
+    found = {}
+    for block in _run(tool, "--dump-sass", "-arch", arch, binary).split("\t\tFunction : ")[1:]:
+        lines = (_Line(int(at, 16), *rest) for at, *rest in _LINE.findall(block))
+        found[arch, block.split(None, 1)[0]] = _fields(list(lines))
     return found
 
 
 def _fields(code: list[_Line]) -> dict[str, Any]:
     operations = [line.operation for line in code]
     wait = operations.index("ACQBULK") if "ACQBULK" in operations else 0
-    registers = {
-        kind: max(
-            (x.number for x in code if x.operation.startswith(f"USETMAXREG.{kind}")), default=0
-        )
-        for kind in ("DEALLOC", "TRY_ALLOC")
-    }
-    wide = [
-        sum(re.match(r"U?ISETP\S*\.EX", line.operation) is not None for line in loop)
-        for loop in _wgmma_loops(code)
-    ]
+    before = takewhile(lambda o: "MMA." not in o and "DEPBAR.LE" not in o, operations)
+    wide = [sum(bool(_WIDE.match(line.operation)) for line in loop) for loop in _wgmma_loops(code)]
+
+    def registers(kind: str) -> int:
+        moves = [x.number for x in code if x.operation.startswith(f"USETMAXREG.{kind}")]
+        return max(moves, default=0)
+
     return {
         "instructions": search(SASS, "\n".join(set(operations))),
         "counts": {
-            name: sum(bool(re.fullmatch(pattern, operation)) for operation in operations)
+            name: sum(bool(re.fullmatch(pattern, o)) for o in operations)
             for name, pattern in COUNTED.items()
         },
         "wgmmas": sum(line.wgmma for line in code),
         "wgmma_groups": sum(line.wgmma and "gsb0" in line.operands for line in code),
         "wide_compares": max(wide, default=0),
-        "early_loads": sum(bool(_LOAD.match(operation)) for operation in operations[:wait]),
-        "ahead": _ahead(operations),
-        "released": registers["DEALLOC"],
-        "taken": registers["TRY_ALLOC"],
+        "early_loads": sum(bool(_LOAD.match(o)) for o in operations[:wait]),
+        "ahead": 16 * sum(o.startswith("LDGSTS.") and ".128" in o for o in before),
+        "released": registers("DEALLOC"),
+        "taken": registers("TRY_ALLOC"),
     }
-
-
-def _ahead(operations: Iterable[str]) -> int:
-    """Kernel.ahead, of the operations in the order of the code."""
-    count = 0
-    for operation in operations:
-        if "MMA." in operation or "DEPBAR.LE" in operation:
-            break
-        count += operation.startswith("LDGSTS.") and ".128" in operation
-    return 16 * count
 
 
 def _wgmma_loops(code: list[_Line]) -> list[list[_Line]]:

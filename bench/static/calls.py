@@ -54,20 +54,20 @@ def qkv(heads: int, d: int, dtype: torch.dtype) -> list[Tensor]:
     return list(fused.split((heads, KV_HEADS, KV_HEADS), 1))
 
 
-def cache(*shape: int, fp8: bool) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def cache(*shape: int, fp8: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """k_cache and v_cache, and the scales of an FP8 one."""
     k, v = (empty(*shape, KV_HEADS, 128, dtype=E4M3 if fp8 else BF16) for _ in range(2))
-    return (k, v), {f"{n}_scale": empty(1, dtype=FP32) if fp8 else None for n in "kv"}
+    return k, v, {f"{n}_scale": empty(1, dtype=FP32) if fp8 else None for n in "kv"}
 
 
 def rotate(append: bool = False, interleaved: bool = False, fp8: bool = False) -> None:
     q, k, v = qkv(32, 128, BF16)
     table, positions = empty(131072, 128, dtype=FP32), empty(TOKENS, dtype=I64)
     if append:
-        caches, scales = cache(1024, 64, fp8=fp8)
+        keys, values, scales = cache(1024, 64, fp8=fp8)
         slots = empty(TOKENS, dtype=I64)
         lf.apply_rope_and_append(
-            q, k, v, positions, table, *caches, slots, interleaved=interleaved, **scales
+            q, k, v, positions, table, keys, values, slots, interleaved=interleaved, **scales
         )
     else:
         lf.apply_rope(q, k, positions, table, interleaved=interleaved)
@@ -87,10 +87,10 @@ def prefill(
 def decode(queries: int = 1, paged: bool = True, fp8: bool = False, heads: int = 32) -> None:
     batch, keys, block = 32, 8192, 64
     shape = (batch * keys // block, block) if paged else (batch, keys)
-    caches, scales = cache(*shape, fp8=fp8)
+    k, v, scales = cache(*shape, fp8=fp8)
     q, lengths = empty(batch, queries, heads, 128), empty(batch, dtype=I32)
     table = empty(batch, keys // block, dtype=I32) if paged else None
-    lf.attention_with_kvcache(q, *caches, lengths, block_table=table, **scales)
+    lf.attention_with_kvcache(q, k, v, lengths, block_table=table, **scales)
 
 
 def product(

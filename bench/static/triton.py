@@ -3,7 +3,7 @@
 Call each op on tensors without memory while its launches are recorded (common.record), for every
 chip and every configuration offered there; compile each distinct launch as it would be on that
 chip, print what came out, and what is wrong with it. Of a Tuner's alternatives to its first
-configuration only those of the calls that ask most of a kernel, or promise equal bits.
+configuration only those of the calls that ask most of a kernel or, on sm_90, promise equal bits.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
     rows: dict[str, Row] = {}
     for arch, depth in chips.items():
         for case in cases:
-            if arch not in case.chips or not (case.largest or depth != LARGEST):
+            matters = case.largest or (bool(case.alike) and arch == "sm_90")
+            if arch not in case.chips or (depth == LARGEST and not matters):
                 continue
             index, offered = 0, 1
             while index < offered:
@@ -241,7 +242,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
                     row.problems.append(_brief(error))
                     rows[f"{arch} {case.op} {case.name}"] = row
                     break
-                if depth == EVERY and (case.largest or case.alike):
+                if depth == EVERY and matters:
                     offered = max((len(o) for o in recording.offers.values()), default=1)
                 index += 1
     return list(rows.values())
@@ -296,9 +297,10 @@ def compile_facts(compiler: Callable[[], Any], arch: str) -> Facts:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        ((registers, stack, _),) = resources(Path(file.name), arch).values()
+        cubin, tool = Path(file.name), triton.knobs.nvidia.cuobjdump.path
+        ((registers, stack, _),) = resources(cubin, arch, tool).values()
         if arch == "sm_90" and "wgmma.mma_async" in ptx:
-            (kernel,) = read(Path(file.name), "sm_90a")
+            (kernel,) = read(cubin, "sm_90a", tool)
             serialized = kernel.serialized
             found = tuple(n for n in found if n in kernel.instructions or n not in SASS)
     threads = re.search(r"\.(?:req|max)ntid (\d+)", ptx)
@@ -420,7 +422,10 @@ def parser() -> argparse.ArgumentParser:
     for depth, what in (
         (EVERY, "compile every configuration"),
         (SERVED, "the first of each Tuner, which runs unless someone tunes"),
-        (LARGEST, "of those, the calls that ask most of each kernel"),
+        (
+            LARGEST,
+            "of those, the calls that ask most of each kernel; sm_90: and promise equal bits",
+        ),
     ):
         p.add_argument(
             f"--{depth}", nargs="+", choices=common.CHIPS, default=[], metavar="CHIP", help=what
