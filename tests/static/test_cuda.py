@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.bench.static import LINEAR, binary, cuda
+from llama_fast.bench.static import LINEAR, binary, cuda, plans
 from llama_fast.bench.static.binary import Kernel
-from llama_fast.bench.static.cuda import PLANS, Plan
+from llama_fast.bench.static.plans import PLANS, Plan
 
 from ..cuda_emulator.build import cuda_include, cxx
 
@@ -291,4 +291,4 @@ def test_every_need_is_an_instruction_that_is_looked_for() -> None:
         for need in p.needs(arguments, arch)
     }
     assert needs <= set(binary.SASS)
-    assert cuda.chip("sm_90a") == "sm_90"
+    assert plans.chip("sm_90a") == "sm_90"

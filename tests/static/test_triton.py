@@ -21,8 +21,9 @@ import triton
 from llama_fast.bench.static import calls
 from llama_fast.bench.static import triton as gate
 from llama_fast.bench.static.binary import SASS, search
+from llama_fast.bench.static.compiled import AMDGCN, PTX, Facts
 from llama_fast.bench.static.occupancy import occupancy
-from llama_fast.bench.static.triton import AMDGCN, MAY_SERIALIZE, PTX, WORDS, Facts
+from llama_fast.bench.static.triton import MAY_SERIALIZE, WORDS
 from llama_fast.kernels import common
 
 from .demo_cases import CASES as DEMO
@@ -105,6 +106,14 @@ def test_every_file_of_kernels_is_there(table: list[dict[str, Any]]) -> None:
     assert {r["op"] for r in table} == {case.op for case in calls.CASES}
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     assert {case.op for case in calls.CASES} <= files
+
+
+def test_every_case_and_every_kernel_that_it_names_is_there(table: list[dict[str, Any]]) -> None:
+    largest = {(case.op, case.name) for case in calls.CASES if case.largest}
+    for arch in {r["arch"] for r in table}:
+        assert largest <= {(r["op"], c) for r in table if r["arch"] == arch for c in r["cases"]}
+    named = {kernel for case in calls.CASES for kernel in case.needs}
+    assert named <= {r["kernel"] for r in table}
 
 
 def test_nothing_spills_or_uses_local_memory(table: list[dict[str, Any]]) -> None:
