@@ -16,7 +16,7 @@ CONFIG = dataclasses.replace(
     intermediate_size=2000,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=100,
+    head_dim=96,
 )
 CHIP = Chip(1.0, 100.0, 200.0)
 
@@ -26,14 +26,14 @@ def test_bytes_and_flops() -> None:
     assert found["add_rms_norm"].bytes == 80_000
     assert found["rms_norm_fp8 + residual"].bytes == 70_040
     assert found["silu_and_mul"].bytes == 120_000
-    assert found["apply_rope"].bytes == 4 * 10 * 6 * 100 + 4 * 10 * 100
-    assert found["apply_rope_and_append"].bytes == 4 * 10 * 8 * 100 + 4 * 10 * 100
+    assert found["apply_rope"].bytes == 4 * 10 * 6 * 96 + 4 * 10 * 96
+    assert found["apply_rope_and_append"].bytes == 4 * 10 * 8 * 96 + 4 * 10 * 96
     causal = limits_table.attention(CONFIG, 1, 256, 256)
-    assert causal.flops == 4 * 100 * 4 * 256 * 257 / 2
-    assert causal.bytes == 2 * 100 * (2 * 256 * 4 + 2 * 256 * 2)
+    assert causal.flops == 4 * 96 * 4 * 256 * 257 / 2
+    assert causal.bytes == 2 * 96 * (2 * 256 * 4 + 2 * 256 * 2)
     decode = limits_table.attention(CONFIG, 2, 1, 1000, 1)
-    assert decode.bytes == 2 * 2 * 1000 * 2 * 100 + 4 * 2 * 4 * 100
-    assert decode.flops == 4 * 100 * 2 * 4 * 1000
+    assert decode.bytes == 2 * 2 * 1000 * 2 * 96 + 4 * 2 * 4 * 96
+    assert decode.flops == 4 * 96 * 2 * 4 * 1000
     linear, weight_only, gemm = limits_table.products(CONFIG, 10)
     assert linear.bytes == 2 * 4000 * 1000 + 2 * 10 * 1000 + 2 * 10 * 4000
     assert linear.bytes - weight_only.bytes == 4000 * 1000
