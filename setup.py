@@ -133,7 +133,7 @@ class CMakeBuild(build_ext):
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
 # with the PyPI package of that name, which transformers looks for.
-folders = ("bench", "bench/peers", "kernels")
+folders = ("bench", "bench/peers", "bench/static", "kernels")
 mapped = {
     f"llama_fast.{name.replace('/', '.')}": name
     for name in folders

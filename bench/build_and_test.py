@@ -270,7 +270,7 @@ def precompile(args: argparse.Namespace, seconds: float) -> Content:
     processes that measure find it."""
     chip = args.sm or "sm_90"
     path = args.out / "logs" / "static.json"
-    command = [sys.executable, "-m", "bench.static", "--arch", chip, "--first"]
+    command = [sys.executable, "-m", "bench.static", "triton", "--served", chip]
     command += ["--json", str(path), *(("--kernel", "rms_norm") if args.tiny else ())]
     output, code = processes.limited(command, seconds, args.out / "logs" / "precompile.log")
     if code not in (0, 1) or not path.exists():

@@ -34,7 +34,6 @@ from . import tasks as running
 from .baselines import Compiler
 from .files import WRONG, read
 from .gpu_case import FULL, TINY, GpuCase, Place, Spec
-from .prediction import predicted
 from .tasks import Rows
 from .timing import Timing
 
@@ -183,9 +182,6 @@ def op_row(
     served = next(iter(entries))
     ours, eager_error = timings["ours"].median, entries[served].pop("eager_error")
     limit = rates.get(case.limit)
-    guess = predicted(case.op, case.predict, environment["gpu"])
-    if guess and "seconds" in guess:
-        guess["of_time"] = guess["seconds"] / ours
     found = {n: _figures(case, e, eager_error, limit) for n, e in entries.items()}
     mine = found[served]
     return {
@@ -211,7 +207,6 @@ def op_row(
         "seconds": {name: t.to_json() for name, t in timings.items()},
         "backends": found,
         "skipped": case.skipped,
-        "predicted": guess,
     }
 
 

@@ -352,7 +352,8 @@ from pathlib import Path
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from llama_fast.bench import build_and_test, static_cases
+from llama_fast.bench import build_and_test
+from llama_fast.bench.static import calls
 from llama_fast.kernels import common
 
 class Driver:
@@ -368,7 +369,7 @@ cache = Path(os.environ["TRITON_CACHE_DIR"])
 before = set(cache.iterdir())
 assert len(before) > 2
 driver.set_active(Driver())
-for case in static_cases.CASES:
+for case in calls.CASES:
     if case.op == "rms_norm":
         with common.record(common.CHIPS["sm_90"]) as recording:
             case.call()

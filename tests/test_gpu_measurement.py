@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_fast import reference
-from llama_fast.bench import baselines, case, gpu_model, prediction, read_probe, report
+from llama_fast.bench import baselines, case, gpu_model, read_probe, report
 
 from .test_gpu_build_and_test import tool
 
@@ -46,32 +46,6 @@ def test_compiling_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         to = baselines.Baselines(lambda i: None)
         compiler.offer(to, torch.neg, lambda i: (torch.ones(2),))
         assert ("torch.compile" in to.skipped) == skipped != ("torch.compile" in to.runs)
-
-
-def test_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Model:
-        GPUS = {"H200": "figures"}
-
-        @staticmethod
-        def predict(op: str, gpu: str, **shape: int) -> argparse.Namespace:
-            assert gpu == "figures" and shape == {"rows": 1}
-            if op != "rms_norm":
-                raise KeyError(op)
-            return argparse.Namespace(seconds=1e-3, limit="copy", bytes=1.0, flops=2.0)
-
-    monkeypatch.setattr(prediction.importlib, "import_module", lambda name: Model)
-    found = prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H200")
-    assert found == {"seconds": 1e-3, "limit": "copy", "bytes": 1.0, "flops": 2.0}
-    found = prediction.predicted("other", {"rows": 1}, "NVIDIA H200")
-    assert found == {"error": "KeyError: 'other'"}
-    assert prediction.predicted("rms_norm", {}, "NVIDIA H200") is None
-    assert prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H100") is None
-
-    def missing(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(prediction.importlib, "import_module", missing)
-    assert prediction.predicted("rms_norm", {"rows": 1}, "NVIDIA H200") is None
 
 
 @pytest.mark.parametrize("words", [1, 4095, 65536, 70001])
