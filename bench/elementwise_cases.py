@@ -26,6 +26,9 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         if not found:
             torch._dynamo.reset()  # or one case's shapes count against another's limit of variants
+            # A cached graph is found again whatever instruction set it was made for: loops in steps
+            # of AVX-512's vectors, held to AVX2, leave half of the elements out.
+            torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
             found.append(torch.compile(f, dynamic=False))
         return found[0](*arguments)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 import torch
 
 import llama_fast as lf
+from llama_fast import reference
 from llama_fast.bench import (
     case,
     cases,
+    elementwise_cases,
     peers,
     session,
     shapes,
@@ -328,6 +332,49 @@ def test_wrong_kernel_is_noticed(
     status, document = bench("--op", "rms_norm", "--no-plot")
     assert status == 1 and document["ops"][0]["wrong"]
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_a_wrong_baseline_is_not_compared_with(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.compile once was: half of its elements were never written."""
+    right = reference.rms_norm
+
+    def half(*args: Any) -> torch.Tensor:
+        result = right(*args)
+        result[..., ::2] = 0
+        return result
+
+    def compiled(twin: Any) -> Any:
+        return half if twin is right else twin
+
+    monkeypatch.setattr(elementwise_cases, "compiled", compiled)
+    status, document = bench("--op", "rms_norm", "--baseline", "eager,torch.compile", "--no-plot")
+    (row,) = document["ops"]
+    assert status == 0 and "eager" in row["times"] and "torch.compile" not in row["times"]
+    (why,) = (why for name, why in document["skipped"].items() if "torch.compile" in name)
+    assert "wrong" in why
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="nothing to hold back"
+)
+def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> None:
+    """Compiled for all that the processor has, then again held to less: PyTorch's own cache takes
+    the first graph for the second."""
+    code = (
+        "import torch\n"
+        "from llama_fast import reference\n"
+        "from llama_fast.bench.elementwise_cases import compiled\n"
+        "x = torch.randn(4, 256).bfloat16()\n"
+        "got = compiled(reference.silu_and_mul)(x)\n"
+        "torch.testing.assert_close(got, reference.silu_and_mul(x), atol=0.05, rtol=0.05)"
+    )
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for held in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **cache, **held}, check=True
+        )
 
 
 @pytest.mark.parametrize("op", cases.OPS)

@@ -61,6 +61,18 @@ def test_f38_ties_round_to_even(isa: str) -> None:
     assert torch.equal(q.float()[0], want)
 
 
+def test_f38_quotients_about_every_tie(isa: str) -> None:
+    """x / scale on a tie between two codes, and one step of fp32 to either side, for scales of any
+    mantissa, those a step from a power of two among them: one bit of the quotient is a code."""
+    near_powers = 1 + torch.arange(-4, 5) * 2.0**-23
+    scale = torch.cat((torch.rand(400) + 1, near_powers))[:, None] * 2.0**-4
+    codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
+    ties = (codes[1:] + codes[:-1]) / 2
+    x = scale * torch.cat((ties, -ties))
+    up, down = (torch.nextafter(x, torch.full_like(x, end)) for end in (1e9, -1e9))
+    assert_same(torch.cat((x, up, down, scale * 448), dim=1), "row")
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_f27_zero_and_tiny_rows(granularity: str, isa: str) -> None:
     x = torch.randn(6, 256)

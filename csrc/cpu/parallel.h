@@ -1,6 +1,8 @@
 // Threads and scratch memory. Compiled once per instruction set (namespace lf::LF_ISA), so that no
 // inline function built with AVX-512 can be picked by the linker for a machine without it.
 #pragma once
+#include <omp.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -76,15 +78,48 @@ inline void parallel_for_ahead(int64_t n, int threads, Body&& body) {
   work();
 }
 
-// Cuts [0, n) into chunks of about `grain` items and calls body(begin, end) for each.
+// Cuts [0, n) into chunks of about `grain` items and calls body(begin, end) for each. A thread
+// begins with a share of neighboring chunks, the same ones in every call of that size: what it read
+// or wrote last time is in its own caches, and rows that wander between cores took up to 1.4 times
+// as long. Whoever is done takes chunks from the others' shares, so that a thread which loses its
+// core delays one chunk.
 template <class Body>
 inline void parallel_chunks(int64_t n, int64_t grain, int threads, Body&& body) {
   if (n <= 0) return;
   if (grain < 1) grain = 1;
-  parallel_for((n + grain - 1) / grain, threads, [&](int64_t c) {
+  const int64_t chunks = (n + grain - 1) / grain;
+  const auto run = [&](int64_t c) {
     const int64_t begin = c * grain;
     body(begin, begin + grain < n ? begin + grain : n);
-  });
+  };
+  if (threads > chunks) threads = static_cast<int>(chunks);
+  if (threads <= 1) {
+    const KeepDenormals keep;
+    for (int64_t c = 0; c < chunks; ++c) run(c);
+    return;
+  }
+  struct alignas(64) Share {
+    int64_t next, end;
+  };
+  constexpr int kMost = 64;  // more threads than that begin in twos or threes
+  Share shares[kMost];
+  const int used = threads < kMost ? threads : kMost;
+  for (int i = 0; i < used; ++i) shares[i] = {chunks * i / used, chunks * (i + 1) / used};
+#pragma omp parallel num_threads(threads)
+  {
+    const KeepDenormals keep;
+    const int mine = omp_get_thread_num();
+    for (int i = 0; i < used; ++i) {
+      Share& share = shares[(mine + i) % used];
+      for (;;) {
+        int64_t c;
+#pragma omp atomic capture
+        c = share.next++;
+        if (c >= share.end) break;
+        run(c);
+      }
+    }
+  }
 }
 
 // 64-byte aligned memory that lives as long as the object; get() grows it. Meant to be

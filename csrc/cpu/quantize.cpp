@@ -43,7 +43,7 @@ struct Quantizer {
           largest = max_amax(largest, amax(row(i) + left, width));
         p.scale[block] = fp8_scale(largest, p.scale_ub);
         for (int64_t i = top; i < bottom; ++i)
-          scale_to_fp8(out(i) + left, row(i) + left, width, p.scale[block]);
+          scale_to_fp8(out(i) + left, row(i) + left, width, p.scale[block], largest);
       }
     });
   }
@@ -61,7 +61,8 @@ struct Quantizer {
     for (int64_t i = 1; i <= kMaxParts; ++i) largest[0] = max_amax(largest[0], largest[i]);
     p.scale[0] = fp8_scale(largest[0], p.scale_ub);
     parallel_chunks(p.rows, grain, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scale_to_fp8(out(i), row(i), p.cols, p.scale[0]);
+      for (int64_t i = begin; i < end; ++i)
+        scale_to_fp8(out(i), row(i), p.cols, p.scale[0], largest[0]);
     });
   }
 };

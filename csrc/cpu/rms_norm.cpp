@@ -29,11 +29,7 @@ template <class T>
 struct Sum {
   T* sum;
   const T *x, *residual;
-  Pair two(int64_t i) const {
-    const Pair s = round2_to<T>(load2(x + i) + load2(residual + i));
-    store2(sum + i, s);
-    return s;
-  }
+  Pair two(int64_t i) const { return store2_rounded(sum + i, load2(x + i) + load2(residual + i)); }
   Vec some(int64_t i, int n) const {
     const Vec s = round_to<T>(load_n(x + i, n) + load_n(residual + i, n));
     store_n(sum + i, s, n);
@@ -58,12 +54,16 @@ float sum_of_squares(const Row& row, int64_t n) {
   return reduce_add((sum[0].a + sum[0].b) + (sum[1].a + sum[1].b));
 }
 
+// next: the row of x that this thread sums next, fetched meanwhile; the prefetchers stop where a
+// page ends, which each row does.
 template <class T>
-void normalise(T* out, const T* x, const T* weight, int64_t n, float rstd) {
+void normalise(T* out, const T* x, const T* weight, int64_t n, float rstd, const T* next) {
   const Vec r = broadcast(rstd);
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep)
+  for (; i + kStep <= n; i += kStep) {
+    __builtin_prefetch(next + i);
     store2(out + i, round2_to<T>(load2(x + i) * r) * load2(weight + i));
+  }
   for (; i < n; i += kLanes) {
     const int m = lanes_left(n - i);
     store_n(out + i, round_to<T>(load_n(x + i, m) * r) * load_n(weight + i, m), m);
@@ -78,6 +78,7 @@ void run(const RmsNormParams& p, int threads) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
       const T* residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+      const T* next = row + 1 < end ? x + p.x_stride : x;
       float squares;
       if (p.residual) {
         T* sum = static_cast<T*>(p.residual_out) + row * p.hidden;
@@ -90,11 +91,11 @@ void run(const RmsNormParams& p, int threads) {
       const float rstd = plain_nan(1.0f / std::sqrt(mean + p.eps));
       const T* weight = static_cast<const T*>(p.weight);
       if (!p.scale) {
-        normalise(static_cast<T*>(p.out) + row * p.hidden, x, weight, p.hidden, rstd);
+        normalise(static_cast<T*>(p.out) + row * p.hidden, x, weight, p.hidden, rstd, next);
         continue;
       }
       T* normed = scratch.get<T>(static_cast<size_t>(p.hidden));
-      normalise(normed, x, weight, p.hidden, rstd);
+      normalise(normed, x, weight, p.hidden, rstd, next);
       p.scale[row] =
           quantize_row(static_cast<e4m3*>(p.out) + row * p.hidden, normed, p.hidden, p.scale_ub);
     }

@@ -54,6 +54,13 @@ inline void store2(T* p, Pair x) {
   store(p, x.a);
   store(p + kLanes, x.b);
 }
+// Stores x and returns what was stored.
+template <class T>
+inline Pair store2_rounded(T* p, Pair x) {
+  const Pair rounded = round2_to<T>(x);
+  store2(p, rounded);
+  return rounded;
+}
 // The first n elements, 0 < n < 2 * kLanes; what is loaded beyond them is zero.
 template <class T>
 inline Pair load2_n(const T* p, int n) {
@@ -70,6 +77,15 @@ inline void store2_n(T* p, Pair x, int n) {
   store2(buffer, x);
   std::memcpy(p, buffer, n * sizeof(T));
 }
+#if defined(LF_AVX512) || defined(LF_AVX2)
+// A Pair as load2 gives it of a row of T, in e4m3.
+template <class T>
+inline void store2_fp8(e4m3* p, Pair x) {
+  if constexpr (kEvenOdd<T>) return store_even_odd(p, x);
+  store(p, x.a);
+  store(p + kLanes, x.b);
+}
+#endif
 // Reorders a row of fp32 in steps of two vectors so that load2 finds it as it finds a row of T.
 template <class T>
 inline void arrange(float* to, const float* from, int64_t n) {

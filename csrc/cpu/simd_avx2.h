@@ -20,6 +20,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec abs(Vec a) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)))};
 }
@@ -55,7 +56,7 @@ inline __m256 e4m3_to_f32(__m128i low8) {
   h = _mm_blendv_epi8(h, _mm_set1_epi16(0x7e00), _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)));
   return _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(256.0f));
 }
-inline __m128i f32_to_e4m3_bits(__m256 x) {  // 8 bytes in the low half
+inline __m256i f32_to_e4m3_lanes(__m256 x) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i magnitude = _mm256_and_si256(u, _mm256_set1_epi32(0x7fffffff));
   const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(u, 24), _mm256_set1_epi32(0x80));
@@ -69,7 +70,10 @@ inline __m128i f32_to_e4m3_bits(__m256 x) {  // 8 bytes in the low half
   r = _mm256_blendv_epi8(r, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), magnitude));
   r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7f),
                          _mm256_cmpgt_epi32(magnitude, _mm256_set1_epi32(0x43e80000)));
-  const __m128i h = narrow_epi32_epi16(_mm256_or_si256(r, sign));
+  return _mm256_or_si256(r, sign);
+}
+inline __m128i f32_to_e4m3_bits(__m256 x) {  // 8 bytes in the low half
+  const __m128i h = narrow_epi32_epi16(f32_to_e4m3_lanes(x));
   return _mm_packus_epi16(h, h);
 }
 
@@ -163,9 +167,17 @@ inline __m256i round_upper_half(Vec x) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
   return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
 }
-inline void store2(bf16* p, Pair x) {
-  const __m256i even = _mm256_srli_epi32(round_upper_half(x.a), 16), odd = round_upper_half(x.b);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
+inline Pair store2_rounded(bf16* p, Pair x) {
+  const __m256i even = round_upper_half(x.a), odd = round_upper_half(x.b);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa));
+  return {{upper_halves(even)}, {upper_halves(odd)}};
+}
+inline void store2(bf16* p, Pair x) { store2_rounded(p, x); }
+inline void store_even_odd(e4m3* p, Pair x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   narrow_epi32_epi16(_mm256_or_si256(
+                       f32_to_e4m3_lanes(x.a.v), _mm256_slli_epi32(f32_to_e4m3_lanes(x.b.v), 8))));
 }
 template <class T>
 inline Pair round2_to(Pair x) {

@@ -21,6 +21,7 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -62,7 +63,7 @@ inline __m512 e4m3_to_f32(__m128i b) {
                             _mm256_set1_epi16(0x7e00));
   return _mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f));
 }
-inline __m128i f32_to_e4m3_bits(__m512 x) {
+inline __m512i f32_to_e4m3_lanes(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i magnitude = _mm512_and_si512(u, _mm512_set1_epi32(0x7fffffff));
   const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(u, 24), _mm512_set1_epi32(0x80));
@@ -77,8 +78,9 @@ inline __m128i f32_to_e4m3_bits(__m512 x) {
                             tiny);
   r = _mm512_mask_mov_epi32(r, _mm512_cmpgt_epi32_mask(magnitude, _mm512_set1_epi32(0x43e80000)),
                             _mm512_set1_epi32(0x7f));
-  return _mm512_cvtepi32_epi8(_mm512_or_si512(r, sign));
+  return _mm512_or_si512(r, sign);
 }
+inline __m128i f32_to_e4m3_bits(__m512 x) { return _mm512_cvtepi32_epi8(f32_to_e4m3_lanes(x)); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load(const bf16* p) {
@@ -170,6 +172,16 @@ inline Pair load2_n(const bf16* p, int n) {
   return bf16_to_f32(_mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, p));
 }
 inline void store2(bf16* p, Pair x) { _mm512_storeu_si512(p, f32_to_bf16(x)); }
+inline void store_even_odd(e4m3* p, Pair x) {
+  const __m512i odd = _mm512_slli_epi32(f32_to_e4m3_lanes(x.b.v), 8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_or_si512(f32_to_e4m3_lanes(x.a.v), odd)));
+}
+inline Pair store2_rounded(bf16* p, Pair x) {
+  const __m512i h = f32_to_bf16(x);
+  _mm512_storeu_si512(p, h);
+  return bf16_to_f32(h);
+}
 template <class T>
 inline Pair round2_to(Pair x) {
   if constexpr (kEvenOdd<T>)
