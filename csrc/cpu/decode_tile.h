@@ -203,9 +203,16 @@ inline void store_weights(bf16* p, Vec a) {
 // Keys to a run of such passes: rows a power of two apart share few sets of the first level of
 // cache, 16 of them fit where each line takes two passes.
 inline constexpr int kValueKeys = kLanes == 16 ? kKeyBlock : 16;
-// Pairs of columns in one pass over the keys: R * 2 * kPairs sums fit the registers.
+// Pairs of columns in one pass over the keys: R * 2 * kPairs sums fit the registers. Without vector
+// instructions a Vec is two of SSE's 16: more than one pair spilled, 1.7 times the time at one row.
 template <int R>
-inline constexpr int kPairs = kLanes == 16 ? 2 : 4 / R;
+#if defined(LF_AVX512)
+inline constexpr int kPairs = 2;
+#elif defined(LF_AVX2)
+inline constexpr int kPairs = 4 / R;
+#else
+inline constexpr int kPairs = 1;
+#endif
 inline constexpr int kAheadKeys = kLanes == 16 ? 4 : 8;  // to a call of ahead.advance()
 template <int R, class T>
 inline int64_t value_advances(int64_t keys, int64_t d) {

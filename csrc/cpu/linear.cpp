@@ -58,33 +58,39 @@ void pack_weight(const void* weight, void* packed, int64_t n, int64_t k, int64_t
 
 void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t stride, bool fp8,
                    int threads) {
-  constexpr int64_t kColumns = 256;  // of a packed weight's row, in L1
-  const int64_t step = stride < 0 ? kColumns : k;
+  const int64_t step = stride < 0 ? kPairRow : k;
   const auto decode = [&](auto unit) {
     using T = decltype(unit);
     const T* from = static_cast<const T*>(weight);
     parallel_for((n + kPanel - 1) / kPanel, threads, [&](int64_t panel) {
       const int64_t first = panel * kPanel, end = first + kPanel < n ? first + kPanel : n;
-      for (int64_t k0 = 0; k0 < k; k0 += step)
-        for (int64_t row = first; row < end; ++row) {
-          const int64_t count = k - k0 < step ? k - k0 : step;
-          const T* columns = from + row * stride + k0;
-          T line[kColumns];
-          if (stride < 0) {  // packed
-            const T* pairs = from + first * k + k0 * kPanel + (row - first) * 2;
-            for (int64_t i = 0; i < count; i += 2)
-              std::memcpy(line + i, pairs + i * kPanel, 2 * sizeof(T));
-            columns = line;
-          }
-          bf16* to = static_cast<bf16*>(out) + row * k + k0;
-          for (int64_t i = 0; i < count; i += kLanes) {
-            const int lanes = lanes_left(count - i);
-            if (lanes == kLanes)
-              store(to + i, load(columns + i));
-            else
-              store_n(to + i, load_n(columns + i, lanes), lanes);
-          }
+      T block[kPanel * kPairRow];  // [64][128], in L1
+      for (int64_t k0 = 0; k0 < k; k0 += step) {
+        const int64_t count = k - k0 < step ? k - k0 : step;
+        if (stride < 0) {  // packed: pair rows, which packing turns back like any 64 rows
+          const T* rows[kPanel];
+          for (int64_t i = 0; i < kPanel; ++i)
+            rows[i] = from + first * k + (k0 + (2 * i < count ? 2 * i : 0)) * kPanel;
+          for (int line = 0; line < kPanel; line += kPairsPerLine<T>)
+            transpose_columns(reinterpret_cast<RowPair<T>*>(block + line * kPairRow), rows,
+                              2 * line);
         }
+        for (int64_t row = first; row < end; ++row) {
+          const T* columns =
+              stride < 0 ? block + (row - first) * kPairRow : from + row * stride + k0;
+          bf16* to = static_cast<bf16*>(out) + row * k + k0;
+          if constexpr (std::is_same_v<T, bf16>)
+            std::memcpy(to, columns, static_cast<size_t>(count) * sizeof(T));
+          else
+            for (int64_t i = 0; i < count; i += kLanes) {
+              const int lanes = lanes_left(count - i);
+              if (lanes == kLanes)
+                store(to + i, load(columns + i));
+              else
+                store_n(to + i, load_n(columns + i, lanes), lanes);
+            }
+        }
+      }
     });
   };
   if (fp8) return decode(e4m3{});
