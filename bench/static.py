@@ -25,8 +25,9 @@ import triton
 
 from llama_fast.kernels import common
 
-from . import compiled, report, static_table
+from . import compiled, static_table
 from .occupancy import Occupancy
+from .results import report
 from .static_rules import Case, compare, fits, problems
 
 EPILOG = """examples:

@@ -320,4 +320,4 @@ def _bench(argv: list[str]) -> int:
         if (error.name or "").startswith("llama_fast.bench"):
             raise ModuleNotFoundError("this installation has no benchmark suite") from None
         raise ModuleNotFoundError(f"{error}; pip install 'llama_fast[bench]'") from None
-    return bench.main(argv) or 0
+    return bench.main(argv, prog="llama-fast bench")

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from llama_fast import LlamaConfig
 from llama_fast.rope import inv_freq
 
-from .peer import CHUNK, Inputs, ModelPeer, Run, Unsupported
+from .peer import CHUNK, Inputs, ModelPeer, Run
 
 OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    if device.type != "cpu":
-        raise Unsupported(f"OpenVINO is driven on the CPU only, not on {device}")
     for int8 in (True, False):
         yield _Model(hf_model, int8)
 
@@ -91,7 +89,7 @@ class _Model:
 
 
 class _Context:
-    """A request whose cache holds some tokens, and is brought back to them by writing it anew from
+    """A request whose cache holds some tokens, and is brought back to them by writing it again from
     a copy: others rewind at no cost, so that is not to be timed."""
 
     def __init__(self, request: Any, tokens: Tensor) -> None:
