@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = p.add_argument_group("what is run")
-    names = {"action": "extend", "type": _names, "metavar": "NAME"}
+    names: dict[str, Any] = {"action": "extend", "type": _names, "metavar": "NAME"}
     what.add_argument(
         "--op",
         help="only these ops, or forward for the forward pass (repeatable, or joined by commas)",
@@ -61,7 +62,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
     level = what.add_mutually_exclusive_group()
     for name, text in (("quick", "a rough answer in a minute"), ("full", "every op and size")):
-        options = {"dest": "level", "action": "store_const", "const": name, "default": "default"}
+        options: dict[str, Any] = {
+            "dest": "level",
+            "action": "store_const",
+            "const": name,
+            "default": "default",
+        }
         level.add_argument(f"--{name}", help=text, **options)
     what.add_argument(
         "--allocator",

@@ -138,7 +138,7 @@ class Session:
         wrong = any(r["wrong"] for r in results["ops"]) or results.get("scaling", {}).get("wrong")
         return WRONG if (wrong or results["failed"]) and status == RAN else status
 
-    def keep(self, what: str, found: dict[str, Any]) -> None:
+    def keep(self, what: str, found: Any) -> None:
         self.results[what] = found
         write(self.args.json, self.results)
 

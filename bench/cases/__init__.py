@@ -9,7 +9,7 @@ import torch
 from ..timing import CPU, machine
 from . import attention, elementwise, linear
 from .case import Case, Plan, Spec, relative_error
-from .shapes import fitted, shapes, sweep
+from .shapes import fitted, layer_shapes, sweep
 
 __all__ = ["BASELINES", "OPS", "Case", "Plan", "Spec", "plan", "relative_error", "spec"]
 
@@ -65,7 +65,7 @@ def spec(
     speed: machine.Speed = machine.UNBOUND,
 ) -> Spec:
     """speed: sizes that would take this machine too long are made smaller, but for a full run."""
-    layer, sizes = shapes(model, tp), sweep(model, device, level)
+    layer, sizes = layer_shapes(model, tp), sweep(model, device, level)
     if level != "full":
         sizes = fitted(sizes, layer, speed.ours)
     return Spec(layer, sizes, dtype, device, speed)

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_fast import reference
 
-from ..timing import limits
-from .case import PARTS, Case, Plan, Run, Spec, eager, ours
+from ..timing import Run, limits
+from .case import PARTS, Case, Plan, Spec, eager, ours
 from .shapes import Shapes
 
 EAGER_SCORES = 2 << 30  # bytes of fp32 scores beyond which eager attention is left out
@@ -96,8 +96,11 @@ def _last(
         return torch.cat((out[:, last, :group], out[:, last, -group:]), dim=2)
 
     def exact() -> Tensor:
-        groups = ((q[:, last, :group], k[:, :, :1], v[:, :, :1]),)
-        groups += ((q[:, last, -group:], k[:, :, -1:], v[:, :, -1:]),)
+        few, one = (slice(None, group), slice(-group, None)), (slice(None, 1), slice(-1, None))
+        groups = [
+            (q[:, last, heads], k[:, :, of], v[:, :, of])
+            for heads, of in zip(few, one, strict=True)
+        ]
         truth = [reference.attention(*(t.double() for t in g), causal=causal) for g in groups]
         return torch.cat(truth, dim=2)
 
@@ -126,6 +129,7 @@ def _prefill(s: Spec, tokens: int, shape: str, causal: bool = True) -> Case:
     baselines = {name: part(1) for name, part in parts.items()}
     if s.on_gpu:
         baselines |= {name: _sdpa_on(backend, q, k, v, causal) for name, backend in SDPA.items()}
+    options: dict[str, Any] = {} if causal else {"causal": False}
     targets = {"SDPA": 2.5, "limit": 0.6} if tokens >= 2048 and causal else {}
     return Case(
         op="attention",
@@ -134,8 +138,8 @@ def _prefill(s: Spec, tokens: int, shape: str, causal: bool = True) -> Case:
         bytes=2.0 * (q.nbytes + k.nbytes),
         flops=(2.0 if causal else 4.0) * tokens**2 * m.heads * m.head_dim,
         arguments=lambda _: (q, k, v),
-        options={"causal": causal},
-        ours=ours("attention", lambda _: (q, k, v), causal=causal),
+        options=options,
+        ours=ours("attention", lambda _: (q, k, v), **options),
         baselines=baselines,
         limit=s.compute(),
         exact=exact,
@@ -154,11 +158,13 @@ def _packed(s: Spec, tokens: int, shape: str) -> Case:
     cu = torch.tensor(starts, dtype=torch.int32, device=s.device)
     q, k, v = _heads(s, tokens)
     spans = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-    value, exact = _last(*(t[None, spans[-1]] for t in (q, k, v)), m.heads // m.kv_heads)
+    one, longest = [t[None] for t in (q, k, v)], spans[-1]
+    ends = [t[:, longest] for t in one]
+    value, exact = _last(ends[0], ends[1], ends[2], m.heads // m.kv_heads)
     options = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
 
     def one_by_one(_: int) -> Tensor:
-        return torch.cat([_sdpa(*(t[None, span] for t in (q, k, v)), True)[0] for span in spans])
+        return torch.cat([_sdpa(*[t[:, span] for t in one], causal=True)[0] for span in spans])
 
     return Case(
         op="attention",
@@ -172,7 +178,7 @@ def _packed(s: Spec, tokens: int, shape: str) -> Case:
         baselines={"SDPA, one by one": one_by_one},
         limit=s.compute(),
         exact=exact,
-        value=lambda out: value(out[None, spans[-1]]),
+        value=lambda out: value(out[None, longest]),
     )
 
 
@@ -211,7 +217,7 @@ def _decode(
     baselines = {"eager": eager(op, arguments, **options)}
     plain = not options
     if plain:
-        baselines["SDPA"] = lambda i: _sdpa(q, *pools[i % n], False)
+        baselines["SDPA"] = lambda i: _sdpa(q, *pools[i % n], causal=False)
     if s.fp32_too and plain:
         wide, (k, v) = q.float(), (t.float() for t in pools[0])  # no cache holds these
         baselines["eager fp32"] = eager(op, lambda _: (wide, k, v, lengths))

@@ -13,8 +13,8 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import reference
 
-from ..timing import limits
-from .case import Arguments, Case, Plan, Run, Spec, checked, compiled, eager, ends, ours
+from ..timing import Run, limits
+from .case import Arguments, Case, Plan, Spec, checked, compiled, eager, ends, ours
 
 EPS = 1e-5
 BLOCK = 128  # tokens of a cache's block
@@ -24,7 +24,7 @@ Make = Callable[[Spec, int, str], Case]
 
 
 def _plans(s: Spec, *ops: tuple[str, str, float, Make]) -> Iterator[Plan]:
-    """ops: the name, what a row is, the elements of memory that a row takes, what makes the case."""
+    """ops: the name, what a row is, the elements of memory that it takes, what makes the case."""
     for rows in s.sweep.tokens:
         for op, row, elements, make in ops:
             shape = f"{rows} x {row}"

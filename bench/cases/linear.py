@@ -14,8 +14,8 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import reference
 
-from ..timing import limits
-from .case import PARTS, Case, Plan, Run, Spec, eager, ends, ours
+from ..timing import Run, limits
+from .case import PARTS, Case, Plan, Spec, eager, ends, ours
 
 CHECKED_FEATURES = 512  # from each end, held against fp64
 FEW = 64  # rows up to which a GPU is limited by reading the weight; a CPU computes from a few on

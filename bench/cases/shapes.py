@@ -47,7 +47,7 @@ class Shapes:
         }
 
 
-def shapes(model: str, tp: int = 1) -> Shapes:
+def layer_shapes(model: str, tp: int = 1) -> Shapes:
     """model: one of MODELS. tp: ranks; key/value heads are repeated when there are fewer of them.
 
     Raises ValueError where tp does not divide the heads or the inner width.

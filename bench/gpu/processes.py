@@ -56,11 +56,11 @@ def interruptible() -> Iterator[None]:
         interrupted.set()
         raise KeyboardInterrupt
 
-    interrupted.clear()
     before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
+        interrupted.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -12,22 +12,19 @@ Needs an environment with torch, triton, pytest, cmake, ninja and pybind11, and 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-from ..results.files import ROOT, commit, read, write
-from . import processes
-from .processes import limited, tail, tool
+from ..results.files import commit, read, write
+from . import processes, tests
+from .processes import limited, tail
+from .tests import Problems
 
 # Of each call, the steps: parts that run side by side, and the seconds that they may take at most.
 # What a step leaves goes to those after it; the last one has all of it.
@@ -42,13 +39,6 @@ CALLS: dict[int, tuple[tuple[tuple[str, ...], float], ...]] = {
 }
 SECONDS = {1: 215.0, 2: 450.0}  # of a call; with what it takes to stop the last part 230 and 470
 PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
-# A hung kernel holds a test for ever; the thread ends its process, and xdist starts another one.
-TIMEOUTS = {"cuda": "20", "triton": "90"}  # seconds a test; Triton's compile as they run
-# Not loadgroup, loadfile or loadscope: with those pytest-xdist 3.8 waits for ever, or runs the same
-# test again, where a worker was lost (its issues 1323, 1327 and 1378).
-SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal", "--max-worker-restart", "50")
-LARGE = "big or large"  # marks: takes gigabytes
-NO_TESTS = 5  # pytest's exit code: nothing of that kind
 AN_OP = 60.0  # seconds of an op's process at most
 HERE = """
 import importlib.metadata, json, torch
@@ -73,8 +63,6 @@ examples:
 
 exit status: 0; 1 a test failed, a result was wrong, or a part did not run to its end; 2 it cannot
 run here; 130 interrupted"""
-
-Problems = list[str]
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -160,146 +148,6 @@ def _run(args: argparse.Namespace, call: int, wanted: set[str]) -> Problems:
     return problems
 
 
-# ---- the build ----
-
-
-def build(target: str, args: argparse.Namespace, seconds: float) -> Problems:
-    """_cpu by itself first: what nvcc does or does not do costs Triton's kernels nothing. Outside a
-    checkout there is nothing to build."""
-    if not (ROOT / "setup.py").exists():
-        return []
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if cmake is None:
-        return [f"build{target}: cmake is not installed"]
-    folder = ROOT / "build" / f"report-{sys.implementation.cache_tag}"
-    chip = os.environ.get("CMAKE_CUDA_ARCHITECTURES") or f"{args.sm[3:] or 90}-real"
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
-    configure += [f"-DLLAMA_FAST_CUDA={'on' if target == '_cuda' else 'off'}"]
-    configure += [f"-DCMAKE_CUDA_ARCHITECTURES={chip}", "--no-warn-unused-cli"]
-    configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    make = [cmake, "--build", str(folder), "--target", target, "--parallel", jobs]
-    end, nvcc = time.monotonic() + seconds, tool("nvcc") or "nvcc"
-    log = args.out / "logs" / f"build{target}.log"
-    for command in (configure, make):
-        code = limited(command, end - time.monotonic(), log, CUDACXX=nvcc)
-        if code != 0:
-            why = f"cmake ended with {code}" if code else f"not built within {seconds:.0f} s"
-            print(tail(log, 30), flush=True)
-            return [f"build{target}: {why}"]
-    return []
-
-
-def precompile(args: argparse.Namespace, seconds: float) -> Problems:
-    """What the ops launch, compiled by every core into Triton's cache, where the processes that
-    measure find it. A help, not a test: failures are the log's."""
-    command = [sys.executable, "-m", "bench.static", "--arch", args.sm or "sm_90", "--first"]
-    only = ["--kernel", "rms_norm"] if args.tiny else []
-    limited([*command, *only], seconds, args.out / "logs" / "precompile.log")
-    return []
-
-
-# ---- tests/gpu ----
-
-
-def tests(backend: str, args: argparse.Namespace, seconds: float) -> Problems:
-    """All of tests/gpu but what torch.compile takes minutes for, a process a file, side by side;
-    with --tiny the small cases. What takes gigabytes comes last, two at a time."""
-    if why := _missing(backend, args):
-        print(f"tests-{backend}: {why}", flush=True)
-        return []
-    end, lock = time.monotonic() + seconds, threading.Lock()
-    found: dict[str, Any] = {"backend": backend, "commit": commit(), "files": {}}
-    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-
-    def one(name: str, paths: list[Path], marks: str) -> None:
-        content = _pytest(f"{backend}-{name}", backend, paths, marks, end - time.monotonic(), args)
-        with lock:
-            found["files"][name] = content
-            write(args.out / f"tests-{backend}.json", found)
-
-    marks = "sanitize" if args.tiny else f"not ({LARGE})"
-    with ThreadPoolExecutor(2 if args.tiny else len(files)) as pool:
-        for future in [pool.submit(one, path.stem, [path], marks) for path in files]:
-            future.result()
-    if not args.tiny:
-        one("large", files, LARGE)
-    problems = []
-    for name, content in found["files"].items():
-        failed = {**content["failed"], **({"": content["error"]} if "error" in content else {})}
-        problems += [f"{backend} {name} {test}: {why}" for test, why in failed.items()]
-    passed = sum(content["passed"] for content in found["files"].values())
-    print(f"tests-{backend}: {passed} passed, {len(problems)} problems", flush=True)
-    return problems
-
-
-def _missing(backend: str, args: argparse.Namespace) -> str | None:
-    if not (ROOT / "tests" / "gpu").exists():
-        return "no tests in this installation"
-    module = "_cuda" if args.device == "cuda" else "_cuda_emulated"
-    built = any((ROOT / "llama_fast").glob(f"{module}.*so"))
-    return None if backend == "triton" or built else f"llama_fast.{module} was not built"
-
-
-def _pytest(
-    name: str,
-    backend: str,
-    files: list[Path],
-    marks: str,
-    seconds: float,
-    args: argparse.Namespace,
-) -> dict[str, Any]:
-    """passed, failed, skipped; error where pytest itself failed or the time ran out."""
-    logs = args.out / "logs"
-    results, log = logs / f"{name}.xml", logs / f"{name}.log"
-    results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
-    command += ["--junitxml", str(results), "-m", marks, "-k", "not compiles_without"]
-    command += ["--timeout", TIMEOUTS[backend], "--timeout-method", "thread"]
-    command += SIDE_BY_SIDE if importlib.util.find_spec("xdist") and not args.tiny else ()
-    emulated = backend == "cuda" and args.device == "cpu"
-    environment = {"LLAMA_FAST_CUDA_EMULATOR": "1"} if emulated else {}
-    began = time.monotonic()
-    code = limited(
-        [*command, *map(str, files)],
-        seconds,
-        log,
-        LLAMA_FAST_TEST_BACKEND=backend,
-        **environment,
-    )
-    content = {**counted(results), "seconds": round(time.monotonic() - began, 1)}
-    if code not in (0, 1, NO_TESTS):
-        why = f"not done within {seconds:.0f} s" if code is None else f"pytest ended with {code}"
-        content["error"] = f"{why}: {tail(log)}"
-    return content
-
-
-def counted(results: Path) -> dict[str, Any]:
-    """A JUnit file's tests; all of them empty where there is none."""
-    found: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
-    for case in ElementTree.parse(results).iter("testcase") if results.exists() else ():
-        outcome = {child.tag: child for child in case}
-        name = f"{case.get('classname')}::{case.get('name')}"
-        for tag, group in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-            if tag in outcome:
-                found[group][name] = (outcome[tag].get("message") or "").strip()[:500]
-                break
-        else:
-            found["passed"] += 1
-    return found
-
-
-def sanitizer(args: argparse.Namespace, seconds: float) -> Problems:
-    """tests/gpu/sanitize.py's memcheck and synccheck of the CUDA kernels."""
-    if args.device == "cpu" or _missing("cuda", args):
-        return []
-    results, log = args.out / "sanitizer.json", args.out / "logs" / "sanitizer.log"
-    command = [sys.executable, "-m", "tests.gpu.sanitize", "--backend", "cuda"]
-    command += ["--tool", "memcheck", "--tool", "synccheck", "--json", str(results)]
-    code = limited([*command, "--seconds", f"{max(1.0, seconds / 2 - 3):.0f}"], seconds, log)
-    return [] if code == 0 else [f"sanitizer: {tail(log) or 'did not end'}"]
-
-
 # ---- figures ----
 
 
@@ -307,11 +155,12 @@ def ops(args: argparse.Namespace, seconds: float) -> Problems:
     """The suite, a process an op. Where one dies, once more with its first backend alone, so that
     the other's faults cost it nothing."""
     backends = ["triton", "cuda"] if args.device == "cuda" else ["cpu", "reference"]
-    if args.device == "cuda" and _missing("cuda", args):
+    if args.device == "cuda" and tests.missing("cuda", args):
         backends = backends[:1]
     listed = args.out / "logs" / "list.log"
     listed.unlink(missing_ok=True)
-    limited([*_suite(args), "--list"], 60.0, listed)
+    every = ["--device", args.device, "--case", args.case, "--full", "--peers", "none", "--list"]
+    limited([sys.executable, "-m", "bench", *every], 60.0, listed)
     lines = [line.split() for line in listed.read_text().splitlines()]
     names = list(dict.fromkeys(words[0] for words in lines if words and words[0] != "forward"))
     end, problems = time.monotonic() + seconds, []
@@ -371,12 +220,12 @@ def merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[[argparse.Namespace, float], Problems]] = {
-    "build-cpu": partial(build, "_cpu"),
-    "build-cuda": partial(build, "_cuda"),
-    "tests-cuda": partial(tests, "cuda"),
-    "sanitizer": sanitizer,
-    "precompile": precompile,
-    "tests-triton": partial(tests, "triton"),
+    "build-cpu": partial(tests.build, "_cpu"),
+    "build-cuda": partial(tests.build, "_cuda"),
+    "tests-cuda": partial(tests.run, "cuda"),
+    "sanitizer": tests.sanitizer,
+    "precompile": tests.precompile,
+    "tests-triton": partial(tests.run, "triton"),
     "ops": ops,
     "forward": forward,
 }

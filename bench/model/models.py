@@ -104,10 +104,13 @@ class Ours:
         return run
 
     def decode(self, context: Tensor, steps: int) -> Run:
+        return self._decode(context, steps, context.device.type != "cpu")
+
+    def _decode(self, context: Tensor, steps: int, on_gpu: bool) -> Run:
         """On a GPU a step is one CUDA graph, repeated at the same length."""
         model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
         held, out = [context.shape[1]] * context.shape[0], []
-        if context.device.type == "cpu":
+        if not on_gpu:
 
             def step() -> None:
                 out[:] = [model(token, cache=cache)]

@@ -21,13 +21,13 @@ import torch
 import llama_fast as lf
 
 from ..cases import Case, Spec, attention, relative_error
-from ..cases.shapes import Sweep, shapes
+from ..cases.shapes import Sweep, layer_shapes
+from ..results.report import WRONG
 from ..timing import Run, Timing, measure
 from ..timing.memory import peak_memory
 from . import models
 from .fit import described, fit, linear_memory
 
-WRONG = 2.0**-7  # of an error beyond twice the others', as in results/report.py
 PREFILL_CHUNK = 512  # tokens of a prompt at once, as generate has them on a CPU
 ONCE = 1.0  # seconds: what takes longer is timed once
 ROUNDS = 0.4  # seconds of rounds a point
@@ -129,7 +129,7 @@ def _curves(device: torch.device, sizes: Level) -> Iterator[tuple[Curve, Iterato
 
 
 def _heads(tp: int) -> str:
-    m = shapes("8b", tp)
+    m = layer_shapes("8b", tp)
     return f"{m.heads}/{m.kv_heads} x {m.head_dim}"
 
 
@@ -141,7 +141,7 @@ def _cases(
     caches: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[Point]:
     """The suite's attention cases at these sizes, made as they are asked for."""
-    spec = Spec(shapes("8b", tp), Sweep((), prompts, caches, (), ()), torch.bfloat16, device)
+    spec = Spec(layer_shapes("8b", tp), Sweep((), prompts, caches, (), ()), torch.bfloat16, device)
     for plan in attention.plans(spec):
         case = plan.make()
         runs = {"ours": case.ours, **{n: r for n, r in case.baselines.items() if n in _OTHERS}}

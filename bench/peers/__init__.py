@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .peer import Inputs, ModelPeer, Peer, Run, Unsupported
+from .peer import Inputs, ModelPeer, Peer, Unsupported
 
-__all__ = ["PEERS", "Inputs", "ModelPeer", "Peer", "Run", "Unsupported", "wanted"]
+__all__ = ["PEERS", "Inputs", "ModelPeer", "Peer", "Unsupported", "wanted"]
 
 _CPU, _CUDA = ("cpu",), ("cuda",)
 _GGUF = {"gguf": "gguf"}

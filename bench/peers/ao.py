@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..timing import Run
 from .in_transformers import exchanged
-from .peer import Inputs, ModelPeer, Run, Unsupported
+from .peer import Inputs, ModelPeer, Unsupported
 
 FP8 = "torchao FP8 by row"
 

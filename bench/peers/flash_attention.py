@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from ..timing import Run
 from .in_transformers import exchanged
-from .peer import Inputs, ModelPeer, Run
+from .peer import Inputs, ModelPeer
 
 
 def _libraries() -> dict[str, ModuleType]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .peer import Inputs, Run, Unsupported
+from ..timing import Run
+from .peer import Inputs, Unsupported
 
 PAGE = 16  # tokens: as in its documentation
 WORKSPACE = 128 << 20  # bytes, as in its documentation

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..timing import Run
 from .gguf_file import q8_0
-from .peer import Inputs, Run, Unsupported
+from .peer import Inputs, Unsupported
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml_type
 BYTES = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), BF16: (1, 2)}  # elements of a block, its bytes

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .peer import CHUNK, Run
+from ..timing import Run
+from .peer import CHUNK
 
 
 class Transformers:
-    """around holds while the model computes: for what can only be changed for all models at once."""
+    """around holds while the model computes: for what only changes for all models at once."""
 
     def __init__(
         self,

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..timing import Run
 from . import ggml, gguf_file
-from .peer import CHUNK, ModelPeer, Run, Unsupported
+from .peer import CHUNK, ModelPeer, Unsupported
 
 ERROR = 4  # ggml_log_level
 KINDS = {"Q8_0": "Q8_0", "bf16": "BF16"}

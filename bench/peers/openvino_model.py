@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from llama_fast import LlamaConfig
 from llama_fast.rope import inv_freq
 
-from .peer import CHUNK, Inputs, ModelPeer, Run
+from ..timing import Run
+from .peer import CHUNK, Inputs, ModelPeer
 
 OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
 

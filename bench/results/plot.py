@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def roofline(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
     points = [(r["flops"] / r["bytes"], _flops(r, "ours"), _fastest(r)) for r in rows]
     xs, ys = [p[0] for p in points], [y for _, *both in points for y in both if y]
     low, high = min(xs) / 2.5, max(xs) * 3
-    labels = [f"{r['op']} {r['shape']}" for r in rows]
+    labels = _labels(rows)
     each = len(rows) <= NAMED
     legend = labels if each else list(dict.fromkeys(r["op"] for r in rows))
     with style() as plt:
@@ -188,6 +189,16 @@ def roofline(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
         return save(figure, path)
 
 
+def _labels(rows: list[dict[str, Any]]) -> list[str]:
+    """The op, and of its shape as much as tells its cases apart."""
+    found: dict[int, str] = {}
+    for op in dict.fromkeys(r["op"] for r in rows):
+        mine = [i for i, r in enumerate(rows) if r["op"] == op]
+        names, _ = short([rows[i]["shape"] for i in mine])
+        found.update({i: f"{op} {n}" for i, n in zip(mine, names, strict=True)})
+    return [found[i] for i in range(len(rows))]
+
+
 def _flops(r: dict[str, Any], name: str) -> float:
     return r["flops"] / r["seconds"][name]["median"]
 
@@ -207,12 +218,14 @@ def _operations(value: float, _: int) -> str:
 def _roofs(axes: Any, roofs: dict[str, float], low: float, high: float) -> None:
     top = roofs.get("compute")
     memory = {name: roofs[name] for name in ("read", "copy") if name in roofs}
+    (_, y0), (_, y1) = (axes.transData.transform((1.0, y)) for y in (1e9, 1e10))
+    (x0, _), (x1, _) = (axes.transData.transform((x, 1e9)) for x in (1.0, 10.0))
+    slope = {"rotation": math.degrees(math.atan2(y1 - y0, x1 - x0)), "rotation_mode": "anchor"}
     for name, rate in memory.items():
         end = top / rate if top else high
         axes.plot([low, end], [low * rate, end * rate], color=INK, linewidth=1.1, zorder=1)
-        place, text = (end * 0.55, end * 0.55 * rate), f"{name} {rate / 1e9:,.0f} GB/s"
-        options = {"rotation": 45, "transform_rotates_text": True, "rotation_mode": "anchor"}
-        axes.text(*place, text, ha="right", va="bottom", size=8, **options)
+        text = f"{name} {rate / 1e9:,.0f} GB/s"
+        axes.text(low * 1.08, low * 1.16 * rate, text, va="bottom", size=8, **slope)
     if top:
         start = top / max(memory.values(), default=top / low)
         axes.plot([start, high], [top, top], color=INK, linewidth=1.1, zorder=1)

@@ -157,7 +157,7 @@ def waited(run: Run, device: torch.device) -> Run:
 
     def wait(i: int) -> object:
         result = run(i)
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         return result
 
     if hasattr(run, "prepare"):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.bench import plot, plot_curves
-from llama_fast.bench.plot_style import colour, short
+from llama_fast.bench.results import curves, plot
+from llama_fast.bench.results.style import apart, color, short
 
-from .bench_runs import example
+from .runs import example
 
 
 def test_same_figures_same_bytes(tmp_path: Path) -> None:
@@ -27,25 +27,25 @@ def test_same_figures_same_bytes(tmp_path: Path) -> None:
 def test_every_kernel_is_on_the_roofline(tmp_path: Path) -> None:
     _, svg = plot.planned(example())["roofline"](tmp_path / "x.svg")
     text = svg.read_text()
-    for label in ("rms_norm 1", "rms_norm 16", "linear", "copy 5 GB/s", "read 5 GB/s"):
+    for label in ("rms_norm 1", "rms_norm 16", "linear M=1, 8 x 4", "copy 5 GB/s", "read 5 GB/s"):
         assert f"<!-- {label} -->" in text, label
 
 
 def test_bars_leave_out_our_own_other_weights() -> None:
-    panels = plot._panels(example()["ops"] + example()["end_to_end"]["rows"])
-    assert [p.name for p in panels] == ["rms_norm   n x 4096", "linear", "forward pass"]
-    assert panels[0].cases[0] == ("1", {"eager": 8.0, "torch.compile": 0.5})
-    assert panels[-1].cases == [
+    panels = plot.panels(example()["ops"] + example()["end_to_end"]["rows"])
+    assert [name for name, _ in panels] == ["rms_norm   n x 4096", "linear", "forward pass"]
+    assert panels[0][1][0] == ("1", {"eager": 8.0, "torch.compile": 0.5})
+    assert panels[-1][1] == [
         ("tg16 @ d512, FP8", {"transformers": 4.0}),
         ("tg16 @ d4096, FP8", {"transformers": 4.0}),
     ]
 
 
-def test_one_colour_an_implementation() -> None:
+def test_one_color_an_implementation() -> None:
     names = ("ours", "eager", "torch.compile", "SDPA", "F.rms_norm", "F.linear", "transformers")
-    assert len({colour(name) for name in names}) == len(names)
-    assert colour("FP8") == colour("ours") and colour("bf16 F.linear") == colour("F.linear")
-    assert colour("somebody's kernel") == colour("somebody's kernel")
+    assert len({color(name) for name in names}) == len(names)
+    assert color("FP8") == color("ours") and color("bf16 F.linear") == color("F.linear")
+    assert color("a user's kernel") == color("a user's kernel")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_shapes_without_what_they_share(shapes: list[str], labels: list[str], re
 
 def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
     rows = example()["end_to_end"]["rows"]
-    found = plot_curves.contexts(rows)
+    found = curves.contexts(rows)
     assert found == {
         "tg": {
             "FP8": ([520.0, 4104.0], [16.0, 16.0]),
@@ -72,11 +72,11 @@ def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
             "transformers": ([520.0, 4104.0], [4.0, 4.0]),
         }
     }
-    assert plot_curves.contexts(rows[:2]) == {}  # one context is no curve
+    assert curves.contexts(rows[:2]) == {}  # one context is no curve
 
 
 def test_labels_are_pushed_apart() -> None:
-    assert plot_curves.apart_by({"a": 5.0, "b": 0.0, "c": 6.0}, 4.0) == {
+    assert apart({"a": 5.0, "b": 0.0, "c": 6.0}, 4.0) == {
         "b": 0.0,
         "a": 5.0,
         "c": 9.0,

@@ -22,8 +22,8 @@ import llama_fast as lf
 from llama_fast import reference
 from llama_fast.bench import peers
 from llama_fast.bench.peers import gguf_file, ik_llamacpp, in_transformers, llamacpp
-from llama_fast.bench.peers.in_transformers import InTransformers
-from llama_fast.bench.peers.peer import Unsupported, refusing
+from llama_fast.bench.peers.in_transformers import exchanged
+from llama_fast.bench.peers.peer import Unsupported
 
 CPU = torch.device("cpu")
 CONTEXT, STEPS = 48, 3
@@ -89,7 +89,7 @@ def exact(hf: Any, tokens: Tensor) -> Tensor:
         return hf(tokens).logits
 
 
-# Who is here.
+# Which are here.
 
 
 @pytest.fixture
@@ -141,12 +141,10 @@ def test_asking_imports_no_peer() -> None:
     assert not modules & (set(sys.modules) - before)
 
 
-def test_a_refusal_says_why_in_one_line() -> None:
-    def run(_: int) -> None:
-        raise RuntimeError("no kernel for sm_70\na long trace")
-
-    with pytest.raises(Unsupported, match=r"^no kernel for sm_70$"):
-        refusing(run)
+def test_a_peers_model_is_refused_where_it_cannot_run() -> None:
+    for name, device in (("openvino", "cuda"), ("liger-kernel", "cpu")):
+        with pytest.raises(Unsupported, match=f"{name} is driven on c"):
+            peers.PEERS[name].models(None, None, torch.device(device))
 
 
 # The same model.
@@ -360,7 +358,7 @@ def test_transformers_with_parts_exchanged(
 ) -> None:
     monkeypatch.setattr(in_transformers, "CHUNK", 20)
     changed: list[Any] = []
-    model = InTransformers("as it is", hf, changed.append)
+    model = exchanged("as it is", hf, changed.append)
     assert changed[0] is not hf
     check_model(model, tokens, exact, 1e-5)
     linears = [m.weight for m in hf.modules() if isinstance(m, torch.nn.Linear)]
@@ -471,7 +469,7 @@ def test_flashinfers_pages_are_the_contiguous_caches(monkeypatch: pytest.MonkeyP
             return torch.cat(out)
 
     library = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=Wrapper)
-    monkeypatch.setattr(flash_infer, "_library", lambda t: library)
+    monkeypatch.setattr(flash_infer, "_library", lambda: library)
     q, lengths = torch.randn(2, 1, 8, 32), torch.tensor([17, 48], dtype=torch.int32)
     ks, vs = ([torch.randn(2, 48, 2, 32) for _ in range(3)] for _ in "kv")
     inputs = {"q": q, "k_caches": ks, "v_caches": vs, "cache_seqlens": lengths}
@@ -490,7 +488,6 @@ def test_flash_attn_is_called_causal_with_the_rounds_cache(monkeypatch: pytest.M
     library.flash_attn_func = reference.attention  # type: ignore[attr-defined]
     library.flash_attn_with_kvcache = reference.attention_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", library)
-    monkeypatch.setattr(flash_attention, "_check", lambda t: None)
     q, k, v = torch.randn(1, 9, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
     (run,) = flash_attention.attention({"q": q, "k": k, "v": v}).values()
     assert_close(run(0), reference.attention(q, k, v))

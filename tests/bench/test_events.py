@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import gpu_timing
+from llama_fast.bench.timing import events as gpu_timing
 
 
 class FakeCuda:
@@ -116,7 +116,7 @@ def test_no_endless_graph(cuda: FakeCuda) -> None:
 @pytest.mark.parametrize("told", [True, False], ids=["told", "found out"])
 def test_what_cannot_be_captured_is_launched(cuda: FakeCuda, told: bool) -> None:
     runs = {"a": cuda.work("a", 1e-3, capturable=False), "b": cuda.work("b", 1e-3)}
-    found = gpu_timing.measure(runs, 0.0, copies=2, uncapturable=("a",) if told else ())
+    found = gpu_timing.measure(runs, 0.0, copies=2, waits=("a",) if told else ())
     assert found["a"].mode == "events" and found["b"].mode == "graph"
     assert found["a"].median == pytest.approx(1e-3) == found["b"].median
     assert (cuda.log.count("ours") == 1) != told  # back from the stream of the failed capture
@@ -139,5 +139,5 @@ def test_captured_and_waited(cuda: FakeCuda) -> None:
     device = torch.device("cuda")
     replay = gpu_timing.captured(lambda: cuda.work("a", 1e-3)(0), device)
     before = cuda.now
-    gpu_timing.waited(replay, device)(0)
+    gpu_timing.waited(lambda _: replay(), device)(0)
     assert cuda.now - before == pytest.approx(1e-3) and cuda.log == ["a0", "a0"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import socket
@@ -15,24 +14,19 @@ import pytest
 import torch
 
 import llama_fast as lf
-from llama_fast.bench import (
-    case,
-    cases,
-    peers,
-    session,
-    shapes,
-    timing,
-)
+from llama_fast.bench import cases, peers, suite
 from llama_fast.bench.__main__ import main
-from llama_fast.bench.case import Plan
+from llama_fast.bench.cases import Plan, case, elementwise, measured, shapes
+from llama_fast.bench.results import files
+from llama_fast.bench.timing import CPU, clock, memory
 
-from .bench_runs import TINY, Bench
+from .runs import TINY, Bench
 
 
 def test_figures_of_every_op(bench: Bench) -> None:
     status, document = bench("--threads", "1", "--no-plot")
     assert status == 0 and document["complete"] and document["environment"]["threads"] == 1
-    assert {r["op"] for r in document["ops"]} == set(cases.OPS)
+    assert {r["op"] for r in document["ops"]} == set(cases.OPS) - set(cases.FOR_GPUS)
     for r in document["ops"]:
         label = f"{r['op']} {r['shape']}"
         assert r["unit"] in ("GB/s", "TFLOP/s") and r["work"] > 0, label
@@ -44,7 +38,7 @@ def test_figures_of_every_op(bench: Bench) -> None:
         assert {"ours", "limit"} < set(r["seconds"]), label
         for name, t in r["seconds"].items():
             assert 0 < t["p10"] <= t["median"] <= t["p90"], f"{label} {name}"
-            assert timing.SLOW_ROUNDS <= t["rounds"] <= timing.MIN_ROUNDS + 1  # in two passes
+            assert clock.SLOW_ROUNDS <= t["rounds"] <= clock.MIN_ROUNDS + 1  # in two passes
             if name != "ours":
                 assert t["ratio"]["error"] >= 0 and math.isfinite(t["ratio"]["log"])
         for name, value in r["times"].items():
@@ -55,7 +49,7 @@ def test_figures_of_every_op(bench: Bench) -> None:
 
 def test_every_row_of_the_targets_is_measured() -> None:
     """What each case is compared with includes everything that it has a target against."""
-    for plan in cases.plan(cases.spec("tiny")):
+    for plan in cases.plan(cases.spec("tiny"), every=True):
         made = plan.make()
         offered = {"limit", *made.baselines, "torch._scaled_mm"}  # which not every torch has
         assert set(made.targets) <= offered, plan.name
@@ -66,7 +60,7 @@ def test_every_row_of_the_targets_is_measured() -> None:
 @pytest.mark.parametrize("model", ("8b", "70b", "405b"))
 def test_shapes_of_a_rank(model: str, tp: int) -> None:
     """Together the ranks hold the layer's weights, key/value heads aside, which are repeated."""
-    whole, rank = shapes.shapes(model), shapes.shapes(model, tp)
+    whole, rank = shapes.layer_shapes(model), shapes.layer_shapes(model, tp)
     for name in ("gate_up", "down", "output"):
         n, k = rank.linears[name]
         assert tp * n * k == whole.linears[name][0] * whole.linears[name][1]
@@ -86,7 +80,7 @@ def test_full_covers_what_it_says() -> None:
 def test_what_does_not_fit_is_skipped_by_name(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(session, "free_memory", lambda device: 1e5)
+    monkeypatch.setattr(measured, "free_memory", lambda device: 1e5)
     status, document = bench("--op", "rms_norm,linear", "--no-plot")
     assert status == 0 and [r["op"] for r in document["ops"]] == ["rms_norm"]
     assert "linear M=1, 128 x 64: skipped, needs about" in capsys.readouterr().out
@@ -97,7 +91,7 @@ def test_what_no_longer_fits_keeps_its_figures(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = iter([1e12] * 2)  # before trimming and after
-    monkeypatch.setattr(session, "free_memory", lambda device: next(asked, 0.0))
+    monkeypatch.setattr(measured, "free_memory", lambda device: next(asked, 0.0))
     status, document = bench("--op", "rms_norm", "--no-plot")
     assert status == 0 and [r["op"] for r in document["ops"]] == ["rms_norm"]
     assert not any("rms_norm" in name for name in document["skipped"])
@@ -105,7 +99,7 @@ def test_what_no_longer_fits_keeps_its_figures(
 
 def test_memory_estimates_hold() -> None:
     """A case takes no more than it says; what it says is within reason."""
-    assert case.free_memory(case.CPU) > 1e8
+    assert memory.free_memory(CPU) > 1e8
     for plan in cases.plan(cases.spec("8b"), ["rms_norm", "attention_with_kvcache", "linear"]):
         assert 1e6 < plan.memory < 8e9, plan.name
 
@@ -113,24 +107,17 @@ def test_memory_estimates_hold() -> None:
 def test_report(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench("--op", "rms_norm", "--plot", str(tmp_path / "plot.png"))
     out = capsys.readouterr().out
-    for wanted in ("median (p10-p90) ms", "of limit", "x eager", "targets met:", "torch 2"):
+    for wanted in (
+        "median (p10-p90) ms",
+        "of limit",
+        "x eager",
+        "1 cases, nothing was wrong",
+        "torch 2",
+    ):
         assert wanted in out
+    assert "target" not in out and ">=" not in out
     for name in ("figures.json", "plot.png", "plot.svg"):
         assert (tmp_path / name).stat().st_size > 500 and str(tmp_path / name) in out
-
-
-def test_csv(bench: Bench, tmp_path: Path) -> None:
-    _, document = bench("--op", "rms_norm", "--no-plot", "--csv", str(tmp_path / "sub" / "a.csv"))
-    with (tmp_path / "sub" / "a.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    (figures,) = document["ops"]
-    assert [r["implementation"] for r in rows] == ["ours", "eager", "F.rms_norm"]
-    for r in rows:
-        name = r["implementation"]
-        assert float(r["median_s"]) == figures["seconds"][name]["median"]
-        assert float(r["error"]) == figures["errors"][name]
-        if name != "ours":
-            assert float(r["ours_is_times_faster"]) == pytest.approx(figures["times"][name])
 
 
 def test_no_host_name(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +140,8 @@ def test_no_host_name(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
         (["--peers", "flash-attn"], "peer flash-attn: "),
         (["--backend", "triton", "--op", "nothing"], "--op: got nothing"),
         (["--compare", "absent.json"], "absent.json: no such file"),
-        (["--csv", "."], "--csv: got a folder, ., want a file"),
+        (["--plot", "."], "--plot: got a folder, ., want a file"),
+        (["--backend", "cpu,rocm"], "--backend: "),
     ],
     ids=lambda value: value[1] if isinstance(value, list) else "",
 )
@@ -174,7 +162,7 @@ def test_bad_options_are_one_line(
 def test_a_missing_peer_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
     monkeypatch.setattr(peers.Peer, "missing", lambda self: f"{self.package} is not installed")
     file = tmp_path / "a.json"
     options = ["--quick", "--model", "tiny", "--op", "rms_norm", "--no-plot", "--json", str(file)]
@@ -184,7 +172,7 @@ def test_a_missing_peer_is_named(
 
 
 def test_a_peers_runs_stand_beside_ours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that refuses is named; one that fails costs nobody else."""
+    """And one that refuses is named; one that fails costs no other its figures."""
 
     class Stand:
         name = "stand-in"
@@ -201,7 +189,7 @@ def test_a_peers_runs_stand_beside_ours(bench: Bench, monkeypatch: pytest.Monkey
                 return {"stand-in": lambda i: lf.rms_norm(inputs["x"], inputs["weight"])}
             return {}
 
-    monkeypatch.setattr(session.peers, "wanted", lambda names, device: ([Stand()], {}))
+    monkeypatch.setattr(suite.peers, "wanted", lambda names, device: ([Stand()], {}))
     status, document = bench("--op", "rms_norm,apply_rope,silu_and_mul", "--no-plot")
     assert status == 0 and document["peers"] == {"stand-in": "1.0"}
     norm = document["ops"][0]
@@ -211,9 +199,7 @@ def test_a_peers_runs_stand_beside_ours(bench: Bench, monkeypatch: pytest.Monkey
     assert "zero" in skipped["silu_and_mul 8 x 2*128: stand-in"]
 
 
-def test_somebody_elses_kernel(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_users_kernel(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_norms.py").write_text(
         "import llama_fast as lf\ndef fast(x, w, eps): return lf.rms_norm(x, w, eps)\n"
     )
@@ -233,7 +219,7 @@ def test_somebody_elses_kernel(
         ("rms_norm=my.module:ours", "got a function called 'ours'"),
     ],
 )
-def test_somebody_elses_kernel_that_is_not_there(
+def test_a_users_kernel_that_is_not_there(
     option: str, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
@@ -241,7 +227,7 @@ def test_somebody_elses_kernel_that_is_not_there(
     assert left.value.code == 2 and wanted in capsys.readouterr().err
 
 
-def test_somebody_elses_kernel_that_fails_costs_its_column(bench: Bench) -> None:
+def test_a_users_kernel_that_fails_costs_its_column(bench: Bench) -> None:
     status, document = bench("--op", "rms_norm", "--no-plot", "--kernel", "rms_norm=math:sqrt")
     assert status == 0 and "sqrt" not in document["ops"][0]["times"]
     assert document["skipped"]["rms_norm 8 x 64: sqrt"].startswith("TypeError: ")
@@ -251,9 +237,88 @@ def test_baselines_can_be_chosen(bench: Bench) -> None:
     _, document = bench("--op", "rms_norm", "--no-plot", "--baseline", "torch.compile")
     assert list(document["ops"][0]["times"]) == ["torch.compile"]
     status, document = bench("--no-plot", "--baseline", "none")
-    assert status == 0 and {r["op"] for r in document["ops"]} == set(cases.OPS)
+    assert status == 0 and len({r["op"] for r in document["ops"]}) == 9
     for r in document["ops"]:  # held against eager's error all the same
         assert not r["times"] and r["of_limit"] > 0 and not r["wrong"] and r["eager_error"] > 0
+
+
+def test_backends_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column for each beside the first; a wrong one is as wrong as ours."""
+    options = ("--op", "rms_norm", "--no-plot", "--backend", "reference,cpu")
+    status, document = bench(*options)
+    (r,) = document["ops"]
+    assert status == 0 and document["options"]["backend"] == "reference,cpu"
+    assert r["errors"]["ours"] == r["errors"]["eager"] and "cpu" in r["times"]
+    right = lf.rms_norm
+    on = case.Case.on
+
+    def doubled(self: case.Case, backend: str) -> Any:
+        run = on(self, backend)
+        return lambda i: 2 * run(i)
+
+    monkeypatch.setattr(case.Case, "on", doubled)
+    status, document = bench(*options)
+    assert status == 1 and document["ops"][0]["wrong_backends"] == ["cpu"]
+    assert lf.rms_norm is right
+
+
+def test_a_kernel_that_fails_costs_its_own_case(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("misaligned address\nand a trace")
+
+    monkeypatch.setattr(lf, "rms_norm", broken)
+    status, document = bench("--op", "rms_norm,silu_and_mul", "--no-plot")
+    assert status == 1 and [r["op"] for r in document["ops"]] == ["silu_and_mul"]
+    assert document["failed"] == {"rms_norm 8 x 64": "RuntimeError: misaligned address"}
+    assert "rms_norm 8 x 64: FAILED, RuntimeError: misaligned" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="misaligned"):
+        bench("--op", "rms_norm", "--debug")
+
+
+def test_what_gpus_are_for_runs_where_it_is_named(bench: Bench) -> None:
+    status, document = bench("--op", ",".join(cases.FOR_GPUS), "--no-plot")
+    assert status == 0 and {r["op"] for r in document["ops"]} == set(cases.FOR_GPUS)
+
+
+def test_targets_are_shown_where_asked_for(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench("--op", "rms_norm", "--no-plot", "--targets")
+    out = capsys.readouterr().out
+    assert "targets met:" in out and "(>=60)" in out
+
+
+def test_it_calls_itself_as_it_was_called(capsys: pytest.CaptureFixture[str]) -> None:
+    """And says what every option is for, and where it writes."""
+    for prog, options in (("python -m bench", []), ("llama-fast bench", []), ("x", GPU_REPORT)):
+        with pytest.raises(SystemExit):
+            main([*options, "--help"], prog)
+        out = capsys.readouterr().out
+        assert out.startswith(f"usage: {prog} ") and f"\n  {prog} " in out
+        others = {"python -m bench", "llama-fast bench"} - {prog}
+        assert not any(other in out for other in others)
+        words = " ".join(out.split())
+        for option in ("--kernel OP=MODULE:FUNCTION one more", "--compare OLD.json hold this"):
+            assert (option in words) == (not options)
+        if not options:
+            assert str(files.default_folder() / "bench.json").replace("/", "") in "".join(
+                out.split()
+            ).replace("/", "")
+
+
+GPU_REPORT = ["--gpu-report", "DIR"]
+
+
+def test_nothing_is_written_into_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout; installed, in a folder of its own there."""
+    monkeypatch.chdir(tmp_path)
+    assert files.default_folder() == files.ROOT / "bench" / "out"
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    assert files.default_folder() == Path("llama_fast_bench")
 
 
 def test_backend_can_be_chosen(bench: Bench) -> None:
@@ -265,7 +330,8 @@ def test_backend_can_be_chosen(bench: Bench) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--peers", "none"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert list(dict.fromkeys(line.split()[0] for line in lines)) == [*cases.OPS, "forward"]
+    default = [op for op in cases.OPS if op not in cases.FOR_GPUS]
+    assert list(dict.fromkeys(line.split()[0] for line in lines)) == [*default, "forward"]
     assert main(["--list", "--peers", "none", "--full"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 2 * len(lines)
 
@@ -280,7 +346,7 @@ def test_interrupted_run_keeps_what_it_has(bench: Bench, monkeypatch: pytest.Mon
     def interrupted() -> case.Case:
         raise KeyboardInterrupt
 
-    def activations(spec: case.Spec) -> Iterator[Plan]:
+    def activations(spec: cases.Spec) -> Iterator[Plan]:
         yield Plan("silu_and_mul", "", 0.0, interrupted)
 
     groups = (*cases.GROUPS[:2], activations, *cases.GROUPS[3:])
@@ -294,19 +360,16 @@ def test_interrupted_in_a_later_pass(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every case of the first pass is kept, and printed once."""
-    made = []
-    spread = case.Spec.movable
+    made: list[str] = []
+    right = elementwise._case
 
-    def movable(spec: case.Spec, *shape: int) -> torch.Tensor:
-        made.append(shape)
-        if len(made) == 4:  # rms_norm makes one, add_rms_norm three
-            monkeypatch.setattr(case.Spec, "movable", interrupted)
-        return spread(spec, *shape)
+    def case_of(spec: cases.Spec, op: str, *rest: Any, **fields: Any) -> case.Case:
+        made.append(op)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return right(spec, op, *rest, **fields)
 
-    def interrupted(*_: object) -> torch.Tensor:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(case.Spec, "movable", movable)
+    monkeypatch.setattr(elementwise, "_case", case_of)
     status, document = bench("--no-plot", "--op", "rms_norm,add_rms_norm")
     assert status == 130 and len(document["ops"]) == 2
     lines = capsys.readouterr().out.splitlines()
@@ -337,8 +400,8 @@ def test_every_truth_can_tell(op: str, bench: Bench, monkeypatch: pytest.MonkeyP
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         result = right(*args, **kwargs)
-        out = result[-1] if op == "quantize_fp8" else result
-        out = out[0] if isinstance(out, tuple) else out
+        out = result[0] if isinstance(result, tuple) else result
+        out = result[1] if op.endswith("_fp8") else out
         out[-1] *= 2
         return result
 

@@ -13,8 +13,9 @@ import torch
 
 import llama_fast as lf
 from llama_fast import reference
-from llama_fast.bench import models, plot, scaling
-from llama_fast.bench.fit import fit, linear_memory
+from llama_fast.bench.model import models, scaling
+from llama_fast.bench.model.fit import fit, linear_memory
+from llama_fast.bench.results import plot
 
 CPU = torch.device("cpu")
 SIZES = [2**i for i in range(7, 18)]  # 128 to 131,072
@@ -24,16 +25,16 @@ TINY = scaling.Level(tokens=4096, context=1024, batch=4, prompt=512, ours=60.0, 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 1.5])
 def test_exponent_is_found(exponent: float) -> None:
     found = fit([(n, 3.0 * n**exponent) for n in SIZES])
-    assert found is not None and found.exponent == pytest.approx(exponent, abs=1e-9)
-    assert found.local == pytest.approx(exponent, abs=1e-9) and found.error < 1e-6
-    assert (found.start, found.points) == (16384, 4)  # from an eighth on
+    assert found is not None and found["exponent"] == pytest.approx(exponent, abs=1e-9)
+    assert found["local"] == pytest.approx(exponent, abs=1e-9) and found["error"] < 1e-6
+    assert (found["start"], found["points"]) == (16384, 4)  # from an eighth on
 
 
 def test_overhead_of_small_sizes_does_not_count() -> None:
     """A constant that is all there is to the small sizes."""
     found = fit([(n, 1e7 + n**2) for n in SIZES])
-    assert found is not None and found.exponent == pytest.approx(2.0, abs=0.1)
-    assert found.local > found.exponent
+    assert found is not None and found["exponent"] == pytest.approx(2.0, abs=0.1)
+    assert found["local"] > found["exponent"]
 
 
 def test_error_is_as_large_as_the_exponent_is_off() -> None:
@@ -41,7 +42,7 @@ def test_error_is_as_large_as_the_exponent_is_off() -> None:
     errors hold 82 % of a t distribution with two degrees of freedom."""
     noise = random.Random(0)
     fits = [fit([(n, n * noise.lognormvariate(0, 0.1)) for n in SIZES]) for _ in range(400)]
-    inside = [abs(f.exponent - 1) < 2 * f.error for f in fits if f is not None]
+    inside = [abs(f["exponent"] - 1) < 2 * f["error"] for f in fits if f is not None]
     assert len(inside) == 400 and 0.74 < sum(inside) / 400 < 0.89
 
 
@@ -158,7 +159,7 @@ def test_wrong_result_is_noticed(
     ]
 
 
-def test_who_would_take_too_much_leaves() -> None:
+def test_what_would_take_too_much_leaves() -> None:
     point = {"size": 1024, "seconds": 1.0, "bytes": 1e6}
     assert scaling._too_much([], 2048, 1.0) == ""
     assert scaling._too_much([point], 2048, 4.0) == ""

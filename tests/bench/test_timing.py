@@ -1,9 +1,11 @@
-"""How the suite measures: turns, passes, ratios and their errors, places in memory, limits."""
+"""How the suite measures on a CPU: turns, passes, ratios, places in memory, limits."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
+import operator
 import subprocess
 import sys
 import time
@@ -12,22 +14,24 @@ import pytest
 import torch
 
 from llama_fast import _cpu
-from llama_fast.bench import case, cases, memory, timing
+from llama_fast.bench import cases, timing
+from llama_fast.bench.cases import case
+from llama_fast.bench.timing import clock, memory, read_probe
 
 
 def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each warmed up on another buffer, which is not timed."""
-    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
-    monkeypatch.setattr(timing, "WARM", 0.0)
+    monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
+    monkeypatch.setattr(clock, "WARM", 0.0)
     order: list[tuple[str, int]] = []
     runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
     result = timing.measure(runs, 1.0)
     assert order[4:12] == [(n, i) for i, n in enumerate("baab") for i in (i // 2 + 1, i // 2)]
-    assert {t.rounds for t in result.values()} == {timing.MIN_ROUNDS}
+    assert {t.rounds for t in result.values()} == {clock.MIN_ROUNDS}
 
 
 def test_threads_of_the_one_before_are_waited_for() -> None:
-    """Somebody's threads that spin on for 2 ms are done when the next one is timed."""
+    """Threads that spin on for 2 ms are done when the next run is timed."""
     until = [0.0]
 
     def spinner(i: int) -> None:
@@ -46,41 +50,27 @@ def test_a_slow_baseline_has_a_budget_of_its_own() -> None:
     pauses = {"ours": 1e-4, "near": 3e-4, "slow": 0.05, "slower": 0.25}
     runs = {name: lambda i, s=s: time.sleep(s) for name, s in pauses.items()}
     result = timing.measure(runs, 0.4)
-    assert result["slower"].rounds == timing.SLOW_ROUNDS
-    assert timing.SLOW_ROUNDS < result["slow"].rounds <= 8
+    assert result["slower"].rounds == clock.SLOW_ROUNDS
+    assert clock.SLOW_ROUNDS < result["slow"].rounds <= 8
     assert result["ours"].rounds == result["near"].rounds > result["slow"].rounds
 
 
-def test_where_ours_is_slow_everybody_has_few_rounds() -> None:
+def test_where_ours_is_slow_all_have_few_rounds() -> None:
     runs = {"ours": lambda i: time.sleep(0.02), "other": lambda i: time.sleep(0.04)}
-    assert {t.rounds for t in timing.measure(runs, 0.01).values()} == {timing.SLOW_ROUNDS}
+    assert {t.rounds for t in timing.measure(runs, 0.01).values()} == {clock.SLOW_ROUNDS}
 
 
 def test_ratio_is_taken_within_rounds() -> None:
     """A machine that slows down slows both: their ratio has no error then."""
     drift = [1.0 + 0.1 * i for i in range(40)]
-    found = timing.ratio(timing.summarise(drift), timing.summarise([2 * t for t in drift]))
+    found = timing.ratio(timing.summarize(drift), timing.summarize([2 * t for t in drift]))
     assert found.log == pytest.approx(math.log(2)) and found.error < 1e-12
-
-
-def test_ratio_knows_its_error() -> None:
-    """About nine in ten intervals of two standard errors hold the truth, with heavy tails too."""
-    generator = torch.Generator().manual_seed(0)
-    held, errors = 0, []
-    for _ in range(200):
-        noise = torch.randn(60, generator=generator) * 0.2
-        noise[::7] *= 5
-        other = timing.summarise((1.1 * noise.exp()).tolist())
-        found = timing.ratio(timing.summarise([1.0] * 60), other)
-        held += abs(found.log - math.log(1.1)) < 2 * found.error
-        errors.append(found.error)
-    assert held / 200 > 0.85 and 0.02 < sum(errors) / 200 < 0.08
 
 
 def test_ratio_sees_what_changes_between_passes() -> None:
     """Rounds that agree within each pass, passes that do not."""
-    ours = timing.summarise([1.0] * 20, [1.5] * 20, [1.0] * 20)
-    other = timing.summarise(*[[2.0] * 20] * 3)
+    ours = timing.summarize([1.0] * 20, [1.5] * 20, [1.0] * 20)
+    other = timing.summarize(*[[2.0] * 20] * 3)
     found = timing.ratio(ours, other)
     assert found.log == pytest.approx(math.log(2)) and found.error > 0.1
 
@@ -93,7 +83,7 @@ def test_preparing_is_not_timed() -> None:
 
 
 def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
+    monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
     runs = {"ours": lambda i: time.sleep(1e-3), "other": lambda i: time.sleep(2e-3)}
     passes = [timing.measure(runs, 0.3, passes=3) for _ in range(3)]
     assert [p["ours"].rounds for p in passes] == [3, 3, 3]  # 9 rounds in 3 passes
@@ -104,36 +94,22 @@ def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPa
 
 
 def test_who_missed_a_pass_is_left_out() -> None:
-    one, two = timing.summarise([1.0]), timing.summarise([2.0])
+    one, two = timing.summarize([1.0]), timing.summarize([2.0])
     assert set(timing.joined([{"ours": one, "flaky": one}, {"ours": two}])) == {"ours"}
 
 
-def test_tensors_move_between_rounds_and_stay_the_same() -> None:
-    """By lines, within a page; an op called with them sees the same numbers."""
+def test_activations_begin_at_many_places_of_one_buffer() -> None:
+    """By lines, within a page more than one tensor takes; and the op is the same at each."""
     spec = cases.spec("tiny")
-    with torch.inference_mode():
-        for plan in cases.plan(spec, ["rms_norm", "add_rms_norm", "apply_rope", "silu_and_mul"]):
-            made = plan.make()
-            before = [t.clone() for t in made.movable]
-            wanted, places = case.first(made.ours(0)).clone(), set()
-            for _ in range(20):
-                made.move()
-                places.add(tuple(t.data_ptr() for t in made.movable))
-            assert len(places) > 1 and len(made.movable) > 0, plan.name
-            assert all(p % case.LINE == 0 for place in places for p in place), plan.name
-            assert all(map(torch.equal, made.movable, before)), plan.name
-            assert torch.equal(case.first(made.ours(0)), wanted), plan.name
-
-
-def test_moves_come_between_blocks_of_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "MAX_ROUNDS", 2 * timing.STAY + 1)
-    monkeypatch.setattr(timing, "WARM", 0.0)
-    events: list[str] = []
-    run = lambda i: events.append("run")  # noqa: E731
-    timing.measure({"ours": run}, 60.0, lambda: events.append("move"))
-    timed = events[events.index("move") :]
-    block = ["move", *["run"] * (2 * timing.STAY)]  # each turn warms up once
-    assert timed == [*block, *block, "move", "run", "run"]
+    views = spec.rotating(spec.rotation(1.0), 8, 64)
+    places = [t.data_ptr() for t in views]
+    assert len(set(places)) > 4 and max(places) - min(places) < case.PAGE
+    assert all((p - places[0]) % case.LINE == 0 for p in places)
+    assert len({t.untyped_storage().data_ptr() for t in views}) == 1
+    for plan in cases.plan(spec, ["rms_norm", "add_rms_norm", "apply_rope", "silu_and_mul"]):
+        made = plan.make()
+        addresses = {made.arguments(i)[0].data_ptr() for i in range(case.PLACES)}
+        assert len(addresses) > 1, plan.name
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
@@ -142,7 +118,7 @@ def test_kept_memory_costs_no_page_faults() -> None:
     more than glibc keeps of its own accord when they are freed."""
     program = """
 import resource, torch
-from llama_fast.bench import memory
+from llama_fast.bench.timing import memory
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def cost():
     before = faults()
@@ -170,6 +146,16 @@ def test_read_probe_reads_every_word(words: int, threads: int, isa: str) -> None
         expected ^= word
     address = data.data_ptr() + 8
     assert _cpu.read_bandwidth_probe(address, 8 * words, threads) == expected % 2**64
+
+
+@pytest.mark.parametrize("words", [1, 4095, 65536, 70001])
+def test_a_gpus_read_probe_reads_every_word(words: int) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = torch.randint(-(2**31), 2**31 - 1, (words,), dtype=torch.int32, device=device)
+    sums = read_probe.checksums(data)
+    total = functools.reduce(operator.xor, sums.tolist())
+    assert total == functools.reduce(operator.xor, data.tolist())
+    assert sums.numel() == -(-words // (read_probe.BLOCK * read_probe.STEPS))
 
 
 def test_peak_memory_sees_what_is_given_back() -> None:
