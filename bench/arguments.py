@@ -62,13 +62,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
     level = what.add_mutually_exclusive_group()
     for name, text in (("quick", "a rough answer in a minute"), ("full", "every op and size")):
-        options: dict[str, Any] = {
-            "dest": "level",
-            "action": "store_const",
-            "const": name,
-            "default": "default",
-        }
-        level.add_argument(f"--{name}", help=text, **options)
+        level.add_argument(f"--{name}", help=text, dest="level", action="store_const", const=name)
+    p.set_defaults(level="default")
     what.add_argument(
         "--allocator",
         choices=("keep", "system"),

@@ -62,7 +62,7 @@ def _scores(m: Shapes, tokens: int) -> float:
     return size if size <= EAGER_SCORES else 0.0
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return out.transpose(1, 2)
@@ -73,7 +73,7 @@ def _sdpa_on(backend: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run
 
     def run(_: int) -> Tensor:
         with sdpa_kernel(backend):
-            return _sdpa(q, k, v, causal)
+            return _sdpa(q, k, v, causal=causal)
 
     return run
 
@@ -96,11 +96,8 @@ def _last(
         return torch.cat((out[:, last, :group], out[:, last, -group:]), dim=2)
 
     def exact() -> Tensor:
-        few, one = (slice(None, group), slice(-group, None)), (slice(None, 1), slice(-1, None))
-        groups = [
-            (q[:, last, heads], k[:, :, of], v[:, :, of])
-            for heads, of in zip(few, one, strict=True)
-        ]
+        ends = ((slice(None, group), slice(None, 1)), (slice(-group, None), slice(-1, None)))
+        groups = [(q[:, last, heads], k[:, :, of], v[:, :, of]) for heads, of in ends]
         truth = [reference.attention(*(t.double() for t in g), causal=causal) for g in groups]
         return torch.cat(truth, dim=2)
 
@@ -221,7 +218,7 @@ def _decode(
     if s.fp32_too and plain:
         wide, (k, v) = q.float(), (t.float() for t in pools[0])  # no cache holds these
         baselines["eager fp32"] = eager(op, lambda _: (wide, k, v, lengths))
-        baselines["SDPA fp32"] = lambda _: _sdpa(wide, k, v, False)
+        baselines["SDPA fp32"] = lambda _: _sdpa(wide, k, v, causal=False)
     targets = {"limit": 0.8, "SDPA": 20.0} if plain and batch == 1 and context >= 8192 else {}
     return Case(
         op=op,

@@ -109,7 +109,8 @@ class Ours:
     def _decode(self, context: Tensor, steps: int, on_gpu: bool) -> Run:
         """On a GPU a step is one CUDA graph, repeated at the same length."""
         model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
-        held, out = [context.shape[1]] * context.shape[0], []
+        held: list[int] = [context.shape[1]] * context.shape[0]
+        out: list[Tensor] = []
         if not on_gpu:
 
             def step() -> None:
@@ -140,7 +141,7 @@ class Ours:
         batch, length = context.shape
         cache = self._caches.get(key)
         if cache is None or cache.block_table.shape[1] * cache.block_size < length + room:
-            options = {"dtype": model.dtype, "device": model.device}
+            options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
             cache = lf.KVCache(model.config, length + max(room, CHUNK), batch, **options)
             for part in context.split(CHUNK, dim=1) if length else ():
                 model.hidden(part, cache=cache)

@@ -29,19 +29,21 @@ def _libraries() -> dict[str, ModuleType]:
 
 def attention(inputs: Inputs) -> dict[str, Run]:
     q, k, v = (inputs[name] for name in "qkv")
-    return {
-        name: lambda _, f=library.flash_attn_func: f(q, k, v, causal=True)
-        for name, library in _libraries().items()
-    }
+
+    def over(library: ModuleType) -> Run:
+        return lambda _: library.flash_attn_func(q, k, v, causal=True)
+
+    return {name: over(library) for name, library in _libraries().items()}
 
 
 def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
     q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
     options, n = {"cache_seqlens": inputs["cache_seqlens"], "causal": True}, len(ks)
-    return {
-        name: lambda i, f=library.flash_attn_with_kvcache: f(q, ks[i % n], vs[i % n], **options)
-        for name, library in _libraries().items()
-    }
+
+    def over(library: ModuleType) -> Run:
+        return lambda i: library.flash_attn_with_kvcache(q, ks[i % n], vs[i % n], **options)
+
+    return {name: over(library) for name, library in _libraries().items()}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:

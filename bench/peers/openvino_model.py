@@ -131,6 +131,8 @@ def _linears(hf_model: Any) -> tuple[int, int]:
 class _Forward(nn.Module):
     """Llama's forward pass with the cache as arguments: for each layer k and v [1, Hkv, P, D]."""
 
+    frequencies: Tensor
+
     def __init__(self, hf_model: Any) -> None:
         super().__init__()
         self.config = LlamaConfig.from_hf(hf_model.config)
@@ -193,9 +195,8 @@ class _Forward(nn.Module):
         group = c.num_attention_heads // c.num_key_value_heads
         wide = (1, c.num_key_value_heads, group, k.shape[2], c.head_dim)
         all_heads = (1, c.num_attention_heads, k.shape[2], c.head_dim)
-        out = F.scaled_dot_product_attention(
-            q, *(t[:, :, None].expand(wide).reshape(all_heads) for t in (k, v)), attn_mask=mask
-        )
+        every_k, every_v = (t[:, :, None].expand(wide).reshape(all_heads) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, every_k, every_v, attn_mask=mask)
         return layer.o_proj(out.transpose(1, 2).reshape(1, length, -1)), k, v
 
 

@@ -23,8 +23,8 @@ def contexts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Line]]:
     found: dict[str, dict[str, dict[float, float]]] = {kind: {} for kind in _KINDS}
     for row in rows:
         job = _JOB.fullmatch(row["op"])
-        for name, seconds in row["seconds"].items() if job else ():
-            if not name.startswith("limit"):
+        for name, seconds in row["seconds"].items():
+            if job and not name.startswith("limit"):
                 tokens, line = int(job[2]), found[job[1]].setdefault(name, {})
                 line[int(job[3] or 0) + tokens / 2] = tokens / seconds["median"]
     lines = {

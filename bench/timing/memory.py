@@ -31,7 +31,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = float(torch.cuda.memory_allocated(device))
         yield found
         torch.cuda.synchronize(device)
         found.bytes = torch.cuda.max_memory_allocated(device) - before

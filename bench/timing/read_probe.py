@@ -11,7 +11,7 @@ BLOCK, STEPS = 4096, 16  # 16 KiB a step: 8 warps x 4 loads of 16 bytes a thread
 
 
 @triton.jit
-def _read(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _read(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """out[program] = this program's STEPS blocks of x [n] int32, xor-ed: no word can be skipped."""
     program = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.int32)
