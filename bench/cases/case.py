@@ -73,18 +73,16 @@ class Spec:
         """How many buffers to rotate through, so that none is found in the last-level cache."""
         return max(1, min(8, round(cache_bytes(self.device) / bytes_each) + 1))
 
-    def rotation(self, bytes_each: float) -> int:
-        """How many tensors the activations of a case rotate through, of which the last of a CPU's
-        lie in the same memory."""
-        return min(32, math.ceil(cache_bytes(self.device) / bytes_each)) if self.on_gpu else PLACES
-
-    def rotating(self, count: int, *shape: int) -> list[Tensor]:
-        """Activations, see rotation: on a CPU views of one buffer, each from another line on."""
-        if self.on_gpu:
-            return [self.randn(*shape) for _ in range(count)]
+    def rotating(self, *shape: int, parts: float = 1.0, count: int = 0) -> list[Tensor]:
+        """Make activations to rotate through: on a GPU more than its cache holds, on a CPU views of
+        one buffer, each from another line on. parts: bytes that the case moves, of a tensor's;
+        count: how many, instead."""
         size, step = math.prod(shape), LINE // self.size
+        if self.on_gpu:
+            most = math.ceil(cache_bytes(self.device) / (parts * size * self.size))
+            return [self.randn(*shape) for _ in range(count or min(32, most))]
         whole = self.randn(size + PAGE // self.size)
-        starts = [_places.randrange(PAGE // LINE) * step for _ in range(count)]
+        starts = [_places.randrange(PAGE // LINE) * step for _ in range(PLACES)]
         return [whole[start : start + size].view(shape) for start in starts]
 
     def compute(self, fp8: bool = False) -> Limit:

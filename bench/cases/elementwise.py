@@ -65,15 +65,19 @@ def _case(
     s: Spec,
     op: str,
     shape: str,
-    rows: int,
     arguments: Arguments,
+    moved: list[Tensor],
+    flops: float,
+    *,
     baselines: dict[str, Run] | None = None,
     compile_too: bool = True,
     gpu_targets: dict[str, float] | None = None,
+    value: Callable[[Any], Tensor] = checked,
     **fields: Any,
 ) -> Case:
-    """The case with the eager twin, the given baselines, and the twin compiled."""
-    options = fields.get("options", {})
+    """moved: as much memory as the op reads, or more, of which a copy is the limit; flops: of each
+    of its elements. Beside the given baselines stand the eager twin, and that compiled."""
+    limit, options = limits.copy(moved), fields.get("options", {})
     twins = {"eager": eager(op, arguments, **options), **(baselines or {})}
     if compile_too:
         twins["torch.compile"] = compiled(op, arguments)
@@ -82,42 +86,40 @@ def _case(
     return Case(
         op=op,
         shape=shape,
-        axes={"tokens": rows},
+        axes={"tokens": int(shape.split()[0])},
+        flops=flops * moved[0].numel(),
         arguments=arguments,
         ours=ours(op, arguments, **options),
         baselines=twins,
-        **fields,
+        limit=limit,
+        value=value,
+        copies=len(moved),
+        **{"bytes": limit.work, **fields},
     )
 
 
 def _rms_norm(s: Spec, rows: int, shape: str) -> Case:
     hidden = s.shapes.hidden
-    n = s.rotation(2.0 * rows * hidden * s.size)
-    xs, w = s.rotating(n, rows, hidden), s.randn(hidden)
+    xs, w = s.rotating(rows, hidden, parts=2), s.randn(hidden)
     return _case(
         s,
         "rms_norm",
         shape,
-        rows,
-        lambda i: (xs[i % n], w, EPS),
-        {"F.rms_norm": lambda i: F.rms_norm(xs[i % n], (hidden,), w, EPS)},
-        bytes=2.0 * xs[0].nbytes,
-        flops=4.0 * xs[0].numel(),
-        limit=limits.copy(xs),
+        lambda i: (xs[i % len(xs)], w, EPS),
+        xs,
+        4.0,
+        baselines={"F.rms_norm": lambda i: F.rms_norm(xs[i % len(xs)], (hidden,), w, EPS)},
         exact=lambda: norm_fp64(ends(xs[0]).double(), w),
-        value=checked,
         inputs={"x": xs[0], "weight": w, "eps": EPS},
         targets=NORM_TARGETS,
         gpu_targets={"limit": 0.92, "eager": 5.0},
-        copies=n,
     )
 
 
 def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
-    hidden = s.shapes.hidden
-    n = s.rotation(4.0 * rows * hidden * s.size)
-    xs, residuals = (s.rotating(n, rows, hidden) for _ in range(2))
-    both, w = s.rotating(n, 2 * rows, hidden), s.randn(hidden)
+    hidden, w = s.shapes.hidden, s.randn(s.shapes.hidden)
+    xs, residuals, both = (s.rotating(n * rows, hidden, parts=4 / n) for n in (1, 1, 2))
+    n = len(xs)
 
     def functional(i: int) -> tuple[Tensor, Tensor]:
         total = xs[i % n] + residuals[i % n]
@@ -127,39 +129,33 @@ def _add_rms_norm(s: Spec, rows: int, shape: str) -> Case:
         s,
         "add_rms_norm",
         shape,
-        rows,
         lambda i: (xs[i % n], residuals[i % n], w, EPS),
-        {"F.rms_norm": functional},
-        bytes=4.0 * xs[0].nbytes,
-        flops=5.0 * xs[0].numel(),
-        limit=limits.copy(both),
+        both,
+        2.5,
+        baselines={"F.rms_norm": functional},
         exact=lambda: norm_fp64(ends(xs[0]).double() + ends(residuals[0]).double(), w),
-        value=checked,
         inputs={"x": xs[0], "residual": residuals[0], "weight": w, "eps": EPS},
         targets=NORM_TARGETS,
-        copies=n,
     )
 
 
 def _rms_norm_fp8(s: Spec, rows: int, shape: str) -> Case:
     hidden = s.shapes.hidden
-    n = s.rotation(3.5 * rows * hidden * s.size)
-    xs, residual = s.rotating(n, rows, hidden), s.randn(rows, hidden)
-    both, w = s.rotating(n, 2 * rows, hidden), s.randn(hidden)
+    residual, w = s.randn(rows, hidden), s.randn(hidden)
+    xs, both = (s.rotating(n * rows, hidden, parts=4 / n) for n in (1, 2))
     return _case(
         s,
         "rms_norm_fp8",
         shape,
-        rows,
-        lambda i: (xs[i % n], w, EPS),
+        lambda i: (xs[i % len(xs)], w, EPS),
+        both,
+        3.5,
         options={"residual": residual},
+        compile_too=False,
         bytes=rows * hidden * (3.0 * s.size + 1),
-        flops=7.0 * rows * hidden,
-        limit=limits.copy(both),
         exact=lambda: norm_fp64(ends(xs[0]).double() + ends(residual).double(), w),
         value=_dequantized,
         gpu_targets={"limit": 0.88},
-        copies=n,
     )
 
 
@@ -174,25 +170,20 @@ def norm_fp64(x: Tensor, weight: Tensor) -> Tensor:
 
 def _rope(s: Spec, rows: int, shape: str) -> Case:
     m = s.shapes
-    n = s.rotation(2.0 * rows * m.rotated * s.size)
-    qs, ks = (s.rotating(n, rows, heads, m.head_dim) for heads in (m.heads, m.kv_heads))
-    both = s.rotating(n, rows, m.heads + m.kv_heads, m.head_dim)
+    heads = (m.heads, m.kv_heads, m.heads + m.kv_heads)
+    qs, ks, both = (s.rotating(rows, n, m.head_dim, parts=2 * heads[2] / n) for n in heads)
     positions, table = _positions(s, rows)
     return _case(
         s,
         "apply_rope",
         shape,
-        rows,
-        lambda i: (qs[i % n], ks[i % n], positions, table),
-        bytes=2.0 * both[0].nbytes,
-        flops=3.0 * both[0].numel(),
-        limit=limits.copy(both),
+        lambda i: (qs[i % len(qs)], ks[i % len(ks)], positions, table),
+        both,
+        3.0,
         exact=lambda: rope_fp64(ends(qs[0]), ends(positions), table),
-        value=checked,
         inputs={"q": qs[0], "k": ks[0], "positions": positions, "table": table},
         targets={"eager": 8.0},
         gpu_targets={"limit": 0.85, "eager": 9.0},
-        copies=n,
     )
 
 
@@ -205,11 +196,10 @@ def _rope_and_append(s: Spec, rows: int, shape: str) -> Case:
     """q, k and v as views of one product's output, as in the model."""
     m = s.shapes
     heads = (m.heads, m.kv_heads, m.kv_heads)
-    n = s.rotation(2.0 * rows * sum(heads) * m.head_dim * s.size)
-    fused = s.rotating(n, rows, sum(heads), m.head_dim)
+    fused = s.rotating(rows, sum(heads), m.head_dim, parts=2)
     positions, table = _positions(s, rows)
-    blocks = -(-rows // BLOCK) + 1
-    caches = s.rotating(n, 2, blocks, BLOCK, m.kv_heads, m.head_dim)
+    blocks, n = -(-rows // BLOCK) + 1, len(fused)
+    caches = s.rotating(2, blocks, BLOCK, m.kv_heads, m.head_dim, count=n)
     slots = torch.randperm(blocks * BLOCK, device=s.device)[:rows]
 
     def exact() -> Tensor:
@@ -225,16 +215,13 @@ def _rope_and_append(s: Spec, rows: int, shape: str) -> Case:
         s,
         "apply_rope_and_append",
         shape,
-        rows,
         lambda i: (*fused[i % n].split(heads, 1), positions, table, *caches[i % n], slots),
+        fused,
+        3.0 * m.rotated / (sum(heads) * m.head_dim),
         compile_too=False,
-        bytes=2.0 * fused[0].nbytes,
-        flops=3.0 * rows * m.rotated,
-        limit=limits.copy(fused),
         exact=exact,
         value=value,
         gpu_targets={"limit": 0.85, "eager": 9.0},
-        copies=n,
         waits=("eager",),  # it picks the slots that are not -1, and asks how many
     )
 
@@ -245,59 +232,38 @@ def rope_fp64(q: Tensor, positions: Tensor, table: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def _silu_and_mul(s: Spec, rows: int, shape: str) -> Case:
-    return _swiglu(s, rows, shape, "silu_and_mul", 1.5 * s.size, checked, targets={"eager": 3.0})
-
-
-def _silu_and_mul_fp8(s: Spec, rows: int, shape: str) -> Case:
-    return _swiglu(s, rows, shape, "silu_and_mul_fp8", s.size + 0.5, _dequantized)
-
-
-def _swiglu(
-    s: Spec,
-    rows: int,
-    shape: str,
-    op: str,
-    bytes_each: float,
-    value: Callable[[Any], Tensor],
-    **fields: Any,
-) -> Case:
-    size = rows * 2 * s.shapes.inner
-    n = s.rotation(bytes_each * size)
-    xs = s.rotating(n, rows, 2 * s.shapes.inner)
+def _silu_and_mul(s: Spec, rows: int, shape: str, fp8: bool = False) -> Case:
+    xs = s.rotating(rows, 2 * s.shapes.inner, parts=1.5)
+    fields: dict[str, Any] = {"inputs": {"gate_up": xs[0]}, "targets": {"eager": 3.0}}
     return _case(
         s,
-        op,
+        "silu_and_mul_fp8" if fp8 else "silu_and_mul",
         shape,
-        rows,
-        lambda i: (xs[i % n],),
-        bytes=bytes_each * size,
-        flops=3.0 * size,
-        limit=limits.copy(xs),
+        lambda i: (xs[i % len(xs)],),
+        xs,
+        3.0,
+        bytes=xs[0].numel() * (s.size + (0.5 if fp8 else 0.5 * s.size)),
         exact=lambda: reference.silu_and_mul(ends(xs[0]).double()),
-        value=value,
-        inputs={"gate_up": xs[0]} if op == "silu_and_mul" else {},
-        copies=n,
-        **fields,
+        value=_dequantized if fp8 else checked,
+        **({} if fp8 else fields),
     )
 
 
+_silu_and_mul_fp8 = functools.partial(_silu_and_mul, fp8=True)
+
+
 def _quantize(s: Spec, rows: int, shape: str) -> Case:
-    size = rows * s.shapes.hidden
-    n = s.rotation(size * (s.size + 1.0))
-    xs = s.rotating(n, rows, s.shapes.hidden)
+    xs = s.rotating(rows, s.shapes.hidden, parts=1.5)
     return _case(
         s,
         "quantize_fp8",
         shape,
-        rows,
-        lambda i: (xs[i % n],),
+        lambda i: (xs[i % len(xs)],),
+        xs,
+        3.0,
         compile_too=s.on_gpu,
-        bytes=size * (s.size + 1.0),
-        flops=3.0 * size,
-        limit=limits.copy(xs),
+        bytes=xs[0].numel() * (s.size + 1.0),
         exact=lambda: ends(xs[0]).double(),
         value=_dequantized,
         inputs={"x": xs[0]},
-        copies=n,
     )

@@ -101,7 +101,7 @@ def test_who_missed_a_pass_is_left_out() -> None:
 def test_activations_begin_at_many_places_of_one_buffer() -> None:
     """By lines, within a page more than one tensor takes; and the op is the same at each."""
     spec = cases.spec("tiny")
-    views = spec.rotating(spec.rotation(1.0), 8, 64)
+    views = spec.rotating(8, 64)
     places = [t.data_ptr() for t in views]
     assert len(set(places)) > 4 and max(places) - min(places) < case.PAGE
     assert all((p - places[0]) % case.LINE == 0 for p in places)
