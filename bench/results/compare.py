@@ -75,13 +75,14 @@ def named(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _against(row: Row, other: str) -> tuple[float, float]:
-    """How many times longer the other took than ours at the fast end, and the noise of that."""
+    """How many times longer the other took than ours at the fast end, and the noise of that: half
+    of how far the second-best passes are from the best ones."""
     ours, theirs = (row["seconds"][name]["passes"] for name in (files.own(dict(row)), other))
     log = math.log(min(theirs) / min(ours))
     if len(ours) < 2:  # what its rounds show is all there is
         return log, row["seconds"][other].get("ratio", {}).get("error", math.inf)
-    each = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
-    return log, statistics.stdev(each) / math.sqrt(len(each))
+    gaps = [math.log(second / best) for best, second, *_ in (sorted(ours), sorted(theirs))]
+    return log, math.hypot(*gaps) / 2
 
 
 def change(name: str, old: Row, new: Row) -> Change | None:
