@@ -39,7 +39,7 @@ READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Without a GPU the CUDA kernels are compiled for tests/static alone, so for the oldest chip and the
 # newest with rules of their own: sm_89 and PTX would add a third to the longest part of an install.
-# A wheel has all of them (CMakeLists.txt); python -m bench.static_cuda checks what was compiled.
+# A wheel has all of them (CMakeLists.txt); python -m bench.static cuda checks what was compiled.
 export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,80-real;90-real)
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
     /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)

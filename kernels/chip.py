@@ -39,7 +39,7 @@ class Chip:
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
 
 
-# For compiling without the chip (tests/static, bench/static.py).
+# For compiling without the chip (tests/static, bench/static).
 CHIPS = {
     "sm_80": Chip("NVIDIA A100", "cuda", 80, 108, 166912),
     "sm_89": Chip("NVIDIA L40S", "cuda", 89, 142, 101376),

@@ -16,11 +16,11 @@ two hundred: only memory counts. So everything serves the stream of keys and val
 - Loads are 16 bytes a thread and asynchronous, one to two tiles ahead; the id of a tile's block is
   read a tile earlier still, so that no load waits for the block table.
 
-Cost, predicted: the 2 L Hkv D elements a sequence, and a workspace, written and read once, of
+Cost: the 2 L Hkv D elements a sequence, and a workspace, written and read once, of
 4 (D + 2) bytes a query head and split: 0.8 % of the cache's bytes each way for G = 4 and splits of
 512 keys. It holds B Sq H (D + 2) floats times the most splits: 17 MB for 32 sequences of 8B's shape
 on an H200 (32 splits). Two or three programs an SM with one to two tiles of 64 keys each in flight
-are 100 KB an SM; 4.3 TB/s at a microsecond of latency take 33.
+are 100 KB an SM, more than the latency of memory asks for.
 
 Many queries (chunked prefill) are the same kernel with 64 or 128 rows a tile: wgmma on sm_90, tiles
 that no row may see are skipped, those that all rows see are not masked.

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # Side by side (make test), in this order and before the others: a long file that begins last keeps
 # one core busy and leaves the rest idle.
 LONGEST = (
-    "tests/static/test_static.py",
+    "tests/static/test_triton.py",
     "tests/static/test_cuda.py",
     "tests/test_packaging.py",
     "tests/test_tuning.py",

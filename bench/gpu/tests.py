@@ -66,7 +66,7 @@ def build(target: str, args: argparse.Namespace, seconds: float) -> Problems:
 def precompile(args: argparse.Namespace, seconds: float) -> Problems:
     """What the ops launch, compiled by every core into Triton's cache, where the processes that
     measure find it. A help, not a test: failures are the log's."""
-    command = [sys.executable, "-m", "bench.static", "--arch", args.sm or "sm_90", "--first"]
+    command = [sys.executable, "-m", "bench.static", "triton", "--served", args.sm or "sm_90"]
     only = ["--kernel", "rms_norm"] if args.tiny else []
     limited([*command, *only], seconds, args.out / "logs" / "precompile.log")
     return []

@@ -21,8 +21,7 @@
 //
 // Cost: 4 * D FLOPs a score, an exponential, and 6 other instructions (8 under a mask), by the
 // SASS; causal: half the scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024
-// of exponentials, which overlap. What that is predicted to reach on H200 and H100:
-// docs/kernels.md.
+// of exponentials, which overlap.
 //
 // Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
 #include "common/tensor_map.h"

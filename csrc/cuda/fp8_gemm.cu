@@ -25,8 +25,7 @@
 // blocks: sm_89's tensor cores keep about 14 bits of a sum of e4m3 products.
 //
 // On sm_90 an e4m3 mma.sync is two of fp16 and conversions, still far below the matrix rate. x
-// comes from L1 and L2, M / 32 of the weight's traffic. What that is predicted to reach:
-// docs/kernels.md.
+// comes from L1 and L2, M / 32 of the weight's traffic.
 #include "common/fp8.cuh"
 #include "common/scales.cuh"
 

@@ -362,8 +362,8 @@ from pathlib import Path
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from llama_fast.bench import static_cases
 from llama_fast.bench.gpu import tests
+from llama_fast.bench.static import calls
 from llama_fast.kernels import common
 
 class Driver:
@@ -378,7 +378,7 @@ cache = Path(os.environ["TRITON_CACHE_DIR"])
 before = set(cache.iterdir())
 assert len(before) > 2
 driver.set_active(Driver())
-for case in static_cases.CASES:
+for case in calls.CASES:
     if case.op == "rms_norm":
         with common.record(common.CHIPS["sm_90"]) as recording:
             case.call()

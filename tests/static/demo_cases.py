@@ -1,4 +1,4 @@
-"""Kernels with one fault each, and one without: what bench.static must and must not report."""
+"""Kernels with one fault each, and one without: what the static gate must and must not report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.bench.static_rules import Case
+from llama_fast.bench.static.triton import Case
 from llama_fast.kernels import common
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -71,7 +71,12 @@ CASES = [
         chips=("sm_89", "sm_90", "sm_100"),
     ),
     Case("good", "copy", lambda: launch_copy(1), {"copy": ("16-byte loads", "16-byte stores")}),
-    Case("spills", "256 x 256", lambda: launch_matmul(of(M=256, N=256, K=32))),
+    Case(
+        "spills",
+        "256 x 256",
+        lambda: launch_matmul(of(M=256, N=256, K=32)),
+        chips=("sm_90", "gfx942"),
+    ),
     Case(
         "exceeds",
         "many stages",
@@ -82,6 +87,7 @@ CASES = [
         "32 rows",
         lambda: launch_matmul(of(M=32, N=128, K=64)),
         {"matmul": ("matrix",)},
+        chips=("sm_90",),
     ),
     Case(
         "tf32",
@@ -94,6 +100,7 @@ CASES = [
         "two blocks planned",
         lambda: launch_matmul(of(M=128, N=256, K=64, num_warps=8)),
         blocks={"matmul": 2},
+        chips=("sm_90",),
     ),
-    Case("refuses", "raises", refuse),
+    Case("refuses", "raises", refuse, chips=("sm_90",)),
 ]

@@ -1,4 +1,4 @@
-// Kernels with one fault each, and one without: what bench.static_cuda must and must not report.
+// Kernels with one fault each, and one without: what bench.static.cuda must and must not report.
 #include <cstdint>
 
 namespace {

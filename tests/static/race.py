@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from llama_fast.bench import compiled
+from llama_fast.bench.static import compiled
 from llama_fast.kernels import common, tuning
 
 from .demo_cases import launch_copy
@@ -26,9 +26,9 @@ def compile_one(_: int) -> str:
     with common.record(common.CHIPS["sm_90"]) as recording:
         launch_copy(1)
     (launch,) = recording.launches
-    specialised = compiled.specialise(launch, recording.chip)
+    _, compiler = compiled.specialize(launch, recording.chip)
     _start.wait()
-    return hashlib.sha256(specialised.compile().asm["cubin"]).hexdigest()
+    return hashlib.sha256(compiler().asm["cubin"]).hexdigest()
 
 
 def save_one(index: int) -> str:

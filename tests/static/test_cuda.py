@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.bench import cuda_model, static_cuda, static_cuda_binary, static_cuda_plans
-from llama_fast.bench.static_cuda_binary import Kernel
-from llama_fast.bench.static_cuda_plans import PLANS, Plan, fixed
+from llama_fast.bench.static import LINEAR, binary, cuda, plans
+from llama_fast.bench.static.binary import Kernel
+from llama_fast.bench.static.plans import PLANS, Plan
 
 from ..cuda_emulator.build import cuda_include, cxx
 
@@ -38,17 +38,17 @@ def nvcc(*arguments: str | Path) -> None:
 
 @pytest.fixture(scope="session")
 def kernels() -> list[Kernel]:
-    binary = static_cuda.extension()
-    if binary is None and not shutil.which("nvcc"):
+    extension = cuda.extension()
+    if extension is None and not shutil.which("nvcc"):
         pytest.skip("no llama_fast/_cuda: nvcc was not on PATH at installation, and is not now")
-    assert binary, "nvcc is on PATH and llama_fast/_cuda is not built: install again"
-    return static_cuda_binary.read(binary)
+    assert extension, "nvcc is on PATH and llama_fast/_cuda is not built: install again"
+    return binary.read(extension)
 
 
 def test_every_kernel_is_as_planned(kernels: list[Kernel]) -> None:
     """All instances on all architectures are there; none spills, is short of blocks, or has lost
     an instruction; no wgmma waits for each other."""
-    assert not static_cuda.check(kernels)[1]
+    assert not cuda.check(kernels)[1]
     assert {"sm_80", "sm_90", "sm_90a"} <= {kernel.arch for kernel in kernels}
 
 
@@ -56,47 +56,9 @@ def test_every_file_has_a_plan() -> None:
     assert {plan.file for plan in PLANS} == {source.stem for source in SOURCES}
 
 
-# What bench/cuda_model.py predicts by: file and kernel, then the instance's template arguments.
-BF16 = "__nv_bfloat16"
-MODELLED = {
-    "add + norm, 32k x 4096": ("rms_norm_kernel", BF16, "true", "2", "false"),
-    "add + norm + FP8, 32k x 4096": ("rms_norm_kernel", BF16, "true", "2", "true"),
-    "SwiGLU, 8k x 14336": ("silu_and_mul_kernel", BF16, "true"),
-    "SwiGLU + FP8, 8k x 14336": ("silu_and_mul_fp8_kernel", BF16, "true", "2"),
-    "by row, 32k x 4096": ("by_row_kernel", BF16, "true", "2"),
-    "by 1 x 128, 32k x 4096": ("by_block_kernel", BF16, "true"),
-    "q and k, 32k tokens": ("rope_kernel", BF16, "void", "8", "false"),
-    "with append, 32k tokens": ("rope_kernel", BF16, BF16, "8", "false"),
-    "causal, 16k, D = 128": ("attention_kernel", BF16, "128"),
-    "32 x 4k": ("decode_kernel", BF16, BF16, "128", "1"),
-    "1 x 128k": ("decode_kernel", BF16, BF16, "128", "1"),
-    "FP8, 32 x 4k": ("decode_kernel", "__half", "unsigned char", "128", "1"),
-    "16 rows, gate and up": ("few_rows_kernel", "unsigned char", BF16, "1", "true", "false"),
-    "1 row of 16 bits, gate and up": ("few_rows_kernel", BF16, BF16, "1", "true", "false"),
-    "rows, 8192^3": ("many_rows_kernel", BF16, "256", "false"),
-    "blocks, 4096 x 7168 x 16384": ("many_rows_kernel", BF16, "256", "true"),
-}
-
-
-@pytest.mark.parametrize("model", cuda_model.KERNELS, ids=lambda k: f"{k.file} {k.case}")
-def test_cost_model_knows_what_was_compiled(
-    kernels: list[Kernel], model: cuda_model.Kernel
-) -> None:
-    """Its registers, but for a few from one nvcc to the next, and shared memory: they decide how
-    many blocks fit."""
-    wanted = MODELLED.get(model.case)
-    if wanted is None:
-        assert model.case.startswith("by tensor")  # two kernels, and both as light
-        return
-    file, arch = model.file.removesuffix(".cu"), "sm_90a" if "sm90" in model.file else "sm_90"
-    rows = [
-        row
-        for row in static_cuda.check(kernels)[0]
-        if (row.kernel.file, row.kernel.arch) == (file, arch)
-        and (row.kernel.name, *row.kernel.arguments)[: len(wanted)] == wanted
-    ]
-    assert rows and all(row.shared == model.shared for row in rows)
-    assert any(abs(row.kernel.registers - model.registers) <= 8 for row in rows)
+def test_every_file_has_a_section_in_the_docs() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text().split("# CUDA\n")[1]
+    assert not [source.name for source in SOURCES if f"## {source.name}: " not in text]
 
 
 @pytest.mark.parametrize("file", sorted({plan.file for plan in PLANS if plan.cpp}))
@@ -106,7 +68,8 @@ def test_planned_shared_memory_is_the_launchers(file: str, tmp_path: Path) -> No
     for plan in (plan for plan in PLANS if plan.file == file and plan.cpp):
         for arguments in plan.instances:
             names = (a.replace("unsigned char", "uint8_t") for a in arguments)
-            lines.append(f"static_assert({plan.cpp.format(*names)} == {plan.shared(arguments)});")
+            shared = plan.of("shared", arguments)
+            lines.append(f"static_assert({plan.cpp.format(*names)} == {shared});")
     source = tmp_path / "sizes.cpp"
     source.write_text("\n".join([*lines, "}"]))
     folders = [f"-I{ROOT}/tests/cuda_emulator", "-isystem", str(cuda_include())]
@@ -152,10 +115,10 @@ def test_a_whole_build_takes_less_than_six_minutes() -> None:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, tuple[str, ...]], Kernel]:
-    binary = tmp_path_factory.mktemp("planted") / "planted.fatbin"
+    fatbin = tmp_path_factory.mktemp("planted") / "planted.fatbin"
     source = Path(__file__).with_name("planted.cu")
-    nvcc("-gencode=arch=compute_90a,code=sm_90a", "-fatbin", "-o", binary, source)
-    return {(k.name, k.arguments): k for k in static_cuda_binary.read(binary)}
+    nvcc("-gencode=arch=compute_90a,code=sm_90a", "-fatbin", "-o", fatbin, source)
+    return {(k.name, k.arguments): k for k in binary.read(fatbin)}
 
 
 def plan(kernel: Kernel, threads: int, blocks: int = 1, needs: Iterable[str] = ()) -> Plan:
@@ -164,9 +127,8 @@ def plan(kernel: Kernel, threads: int, blocks: int = 1, needs: Iterable[str] = (
         kernel.file,
         kernel.name,
         [kernel.arguments],
-        fixed(threads),
+        threads,
         blocks,
-        "planted",
         lambda arguments, arch: wanted,
         archs=("sm_90a",),
     )
@@ -181,9 +143,9 @@ def test_copies_that_do_not_overlap_are_found(
     """Eight blocks of 256 threads: 32 KB of a copy each, 128 KB of four."""
     for together, ahead in (("true", 131072), ("false", 32768)):
         kernel = planted["stream_kernel", (together,)]
-        one = replace(plan(kernel, 256, needs=["cp.async"]), shared=fixed(4 * 4096))
+        one = replace(plan(kernel, 256, needs=["cp.async"]), shared=4 * 4096)
         for planned in (ahead, ahead + 1):
-            wrong = static_cuda.check([kernel], [replace(one, ahead=fixed(planned))])[1]
+            wrong = cuda.check([kernel], [replace(one, ahead=planned)])[1]
             text = f"{ahead} bytes of copies on a multiprocessor before it waits, planned {planned}"
             assert len(wrong) == planned - ahead and all(text in w for w in wrong)
 
@@ -198,7 +160,7 @@ def test_copies_that_do_not_overlap_are_found(
         ("static_shared_kernel", (), 64, 1, (), r"256 bytes of static shared memory"),
         ("copy_kernel", ("false",), 256, 1, VECTORS, r"no 16-byte loads, 16-byte stores"),
         ("copy_kernel", ("true",), 256, 1, VECTORS, None),
-        ("wgmma_kernel", ("true",), 128, 1, ("wgmma",), r"wgmma is serialised: 20 groups of 20"),
+        ("wgmma_kernel", ("true",), 128, 1, ("wgmma",), r"wgmma is serialized: 20 groups of 20"),
         ("wgmma_kernel", ("false",), 128, 1, ("wgmma",), None),
         ("wgmma_kernel", ("false",), 128, 1, ("wgmma e4m3",), r"no wgmma e4m3"),
         ("masked_kernel", ("long",), 128, 1, ("wgmma",), r"compares of 64 bits in a loop of wgmma"),
@@ -219,7 +181,7 @@ def test_planted_faults_are_found(
     problem: str | None,
 ) -> None:
     kernel = planted[name, arguments]
-    rows, wrong = static_cuda.check([kernel], [plan(kernel, threads, blocks, needs)])
+    rows, wrong = cuda.check([kernel], [plan(kernel, threads, blocks, needs)])
     assert rows[0].kernel == kernel
     if problem is None:
         assert not wrong
@@ -234,10 +196,10 @@ def test_divisions_in_a_stream_are_found(
 ) -> None:
     kernel = planted["scale_kernel", (divides,)]
     stream = replace(plan(kernel, 256, needs=["16-byte loads"]), streams=True)
-    wrong = static_cuda.check([kernel], [stream])[1]
+    wrong = cuda.check([kernel], [stream])[1]
     assert re.search(r"\d+ divisions, at most 0", wrong[0]) if divides == "true" else not wrong
     scalar = replace(kernel, counts={"4-byte loads": 16, "reciprocals": 8})
-    wrong = static_cuda.check([scalar], [stream])[1]
+    wrong = cuda.check([scalar], [stream])[1]
     assert "8 reciprocals, at most 2" in wrong[0] and "16 4-byte loads, at most 3" in wrong[1]
 
 
@@ -245,16 +207,15 @@ def test_shared_memory_beyond_the_chip_is_found(
     planted: dict[tuple[str, tuple[str, ...]], Kernel],
 ) -> None:
     kernel = planted["copy_kernel", ("true",)]
-    large = replace(plan(kernel, 256), shared=fixed(232449))
+    large = replace(plan(kernel, 256), shared=232449)
     assert (
-        "232449 bytes of shared memory, the chip has 232448"
-        in static_cuda.check([kernel], [large])[1][0]
+        "232449 bytes of shared memory, the chip has 232448" in cuda.check([kernel], [large])[1][0]
     )
 
 
 def drop_instance(kernels: list[Kernel]) -> list[Kernel]:
     gone = (
-        "fp8_gemm",
+        LINEAR,
         "few_rows_kernel",
         "sm_89",
         ("unsigned char", "float", "4", "true", "false"),
@@ -276,7 +237,7 @@ def add_instance(kernels: list[Kernel]) -> list[Kernel]:
         (
             drop_instance,
             [
-                "fp8_gemm.cu: few_rows_kernel<unsigned char, float, 4, true, false> on "
+                f"{LINEAR}.cu: few_rows_kernel<unsigned char, float, 4, true, false> on "
                 "sm_89: missing"
             ],
         ),
@@ -299,25 +260,25 @@ def test_what_is_missing_or_unknown_is_a_problem(
         for arch in p.archs
     ]
     whole.sort(key=lambda k: (k.file, k.name, k.arch, k.arguments))
-    assert not static_cuda.check(whole)[1]
-    wrong = static_cuda.check(change(whole))[1]
+    assert not cuda.check(whole)[1]
+    wrong = cuda.check(change(whole))[1]
     assert (len(wrong) if isinstance(problems, int) else wrong) == problems
 
 
 def test_no_tool_or_file_is_an_error_that_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert static_cuda.main(["--binary", str(tmp_path / "none.so")]) == 2
+    assert cuda.main(["--binary", str(tmp_path / "none.so")]) == 2
     assert "none.so: install where nvcc is on PATH" in capsys.readouterr().err
     text = tmp_path / "text.so"
     text.write_text("no machine code")
-    assert static_cuda.main(["--binary", str(text)]) == 2
+    assert cuda.main(["--binary", str(text)]) == 2
     assert "cuobjdump" in capsys.readouterr().err
-    monkeypatch.setattr(static_cuda_binary, "cuobjdump", static_cuda_binary.cuobjdump.__wrapped__)
+    monkeypatch.setattr(binary, "cuobjdump", binary.cuobjdump.__wrapped__)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert static_cuda.main(["--binary", str(text)]) == 2
+    assert cuda.main(["--binary", str(text)]) == 2
     assert f"no cuobjdump in {tmp_path}/bin" in capsys.readouterr().err
 
 
@@ -329,5 +290,5 @@ def test_every_need_is_an_instruction_that_is_looked_for() -> None:
         for arch in p.archs
         for need in p.needs(arguments, arch)
     }
-    assert needs <= set(static_cuda_binary.SASS)
-    assert static_cuda_plans.chip("sm_90a") == "sm_90"
+    assert needs <= set(binary.SASS)
+    assert plans.chip("sm_90a") == "sm_90"
