@@ -3,9 +3,9 @@
 Call 1 builds and tests the CUDA kernels, also under compute-sanitizer. Call 2 builds, tests
 Triton's kernels, and runs the suite with both backends side by side, a process an op, then the
 forward pass. Without --call both run, one after the other. DIR receives tests-cuda.json,
-tests-triton.json, sanitizer.json, bench.json (a run of the suite, with its plots) and logs/, each
-rewritten as soon as something is known: a call that is killed keeps what it has. Every process has
-an end, and a kernel that faults or hangs costs its own op's figures or its own file's tests.
+tests-triton.json, sanitizer.json, bench.json (a run of the suite) and logs/, each rewritten as soon
+as something is known: a call that is killed keeps what it has. Every process has an end, and a
+kernel that faults or hangs costs its own op's figures or its own file's tests.
 Needs an environment with torch, triton, pytest, cmake, ninja and pybind11, and no network.
 """
 
@@ -164,9 +164,11 @@ def ops(args: argparse.Namespace, seconds: float) -> Problems:
     lines = [line.split() for line in listed.read_text().splitlines()]
     names = list(dict.fromkeys(words[0] for words in lines if words and words[0] != "forward"))
     end, problems = time.monotonic() + seconds, []
-    for name in names:
+    for i, name in enumerate(names):
+        # Twice its share at most, or a slow op would leave nothing to those after it.
+        share = 2 * (end - time.monotonic()) / (len(names) - i)
         for chosen in [backends, backends[:1]][: len(backends)]:
-            left = min(AN_OP, end - time.monotonic())
+            left = min(AN_OP, max(15.0, share), end - time.monotonic())
             if left < 5:
                 problems.append(f"{name}: no time left")
                 break
@@ -181,7 +183,7 @@ def ops(args: argparse.Namespace, seconds: float) -> Problems:
 def forward(args: argparse.Namespace, seconds: float) -> Problems:
     if args.tiny:
         return []
-    return _measured(args, "forward", ["--op", "forward"], seconds)
+    return _measured(args, "forward", ["--op", "forward", "--no-plot"], seconds)
 
 
 def _suite(args: argparse.Namespace) -> list[str]:
