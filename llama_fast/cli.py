@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("LLAMA_FAST_TRACEBACK") == "1"
     try:
         if arguments[:1] == ["bench"]:  # it has a parser of its own
+            debug = debug or "--debug" in arguments
             return _bench(arguments[1:])
         args = _parser().parse_args(arguments)
         debug = debug or args.debug

@@ -294,6 +294,13 @@ def test_bench_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [["llama-fast bench", "--quick", "--help"]]
 
 
+def test_bench_shows_a_traceback_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--op: got rms_norn"):
+        main(["bench", "--debug", "--op", "rms_norn"])
+    assert main(["bench", "--op", "rms_norn"]) == 2
+    assert capsys.readouterr().err.startswith("bench: --op: got rms_norn, want any of rms_norm, ")
+
+
 def test_without_the_benchmark_suite(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
