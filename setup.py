@@ -133,7 +133,8 @@ class CMakeBuild(build_ext):
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
 # with the PyPI package of that name, which transformers looks for.
-folders = ("bench", "bench/peers", "bench/static", "kernels")
+rooms = sorted(f"bench/{path.parent.name}" for path in ROOT.glob("bench/*/__init__.py"))
+folders = ("bench", *rooms, "kernels")
 mapped = {
     f"llama_fast.{name.replace('/', '.')}": name
     for name in folders

@@ -1,19 +1,22 @@
-"""python -m bench: the suite; with --gpu-report everything there is to know about a GPU."""
+"""The benchmark suite; with --gpu-report everything there is to know about a GPU."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
+    """Run a command line and return its exit code, see arguments.EPILOG. prog: how it was called,
+    for the help text."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     if any(argument.split("=")[0] == "--gpu-report" for argument in argv):
-        from . import gpu_report  # builds llama_fast: nothing before it may import that
+        from .gpu import report  # builds llama_fast: nothing before it may import that
 
-        return gpu_report.main(argv)
+        return report.main(argv, prog)
     from . import suite
 
-    return suite.main(argv)
+    return suite.main(argv, prog)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `python -m bench` can be asked for, and what it refuses."""
+"""What the benchmark can be asked for, and what it refuses."""
 
 from __future__ import annotations
 
@@ -6,67 +6,64 @@ import argparse
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import llama_fast as lf
-from llama_fast.dispatch import BACKENDS
 
 from . import cases, peers
-from .shapes import MODELS
+from .cases.shapes import MODELS
+from .results.files import default_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FORWARD, FORWARD_SHAPES = "forward", ("8b", 1, "bf16")
 EPILOG = """examples:
-  python -m bench                          every op, then prefill and decode: under 5 minutes on
-                                           2 cores, sized by what they can do (peers aside)
-  python -m bench --op attention,linear    these only
-  python -m bench --op forward             prefill and decode only
-  python -m bench --quick                  fewer rounds, no torch.compile, no end to end
-  python -m bench --full                   every size: M to 16384, contexts to 128k (35 minutes)
-  python -m bench --model 405b --tp 8      the shapes of one rank of eight
-  python -m bench --compare OLD.json       fails where something has become slower since
-  python -m bench --kernel rms_norm=my_package.norms:fast_norm
-                                           one more column: your function, called as lf.rms_norm is
-  python -m bench --scaling                time and memory to 131,072 tokens, exponents fitted
-  python -m bench --whole                  the whole 8B preset in FP8: tokens/s and peak memory
-  python -m bench --gpu-report DIR         all about a GPU in 11 minutes (--gpu-report DIR --help)
-  python -m bench --publish                README.md and docs/results.md from bench/results
+  {prog}                          every op, then prefill and decode: about 3 minutes on 2 cores,
+                                  sized by what they can do (peers aside)
+  {prog} --op attention,linear    these only
+  {prog} --op forward             prefill and decode only
+  {prog} --quick                  fewer rounds, no torch.compile, no end to end
+  {prog} --full                   every op and size: M to 16384, contexts to 128k (35 minutes)
+  {prog} --model 405b --tp 8      the shapes of one rank of eight
+  {prog} --backend triton,cuda    ours on the first, and a column for each other one
+  {prog} --compare OLD.json       fails where something has become slower since
+  {prog} --kernel rms_norm=my_package.norms:fast_norm
+  {prog} --scaling                time and memory to 131,072 tokens, exponents fitted
+  {prog} --whole                  the whole 8B preset in FP8: tokens/s and peak memory
+  {prog} --gpu-report DIR         build, tests and figures of a GPU (--gpu-report DIR --help)
+  {prog} --publish                README.md and docs/results.md from bench/results
 
-exit status: 0; 1 a kernel's result was wrong; 2 bad arguments; 3 slower than in --compare's run;
-130 interrupted (what was measured is kept)
+exit status: 0; 1 a kernel's result was wrong, or it failed; 2 bad arguments; 3 slower than in
+--compare's run; 130 interrupted (what was measured is kept)
 """
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(prog: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=description,
-        epilog=EPILOG,
+        prog=prog,
+        description="Measure every op at Llama 3.1's shapes, then the forward pass, against eager "
+        "PyTorch and every peer that is installed, on the device at hand.",
+        epilog=EPILOG.format(prog=prog),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = p.add_argument_group("what is run")
-    names = {"action": "extend", "type": _names, "metavar": "NAME"}
+    names: dict[str, Any] = {"action": "extend", "type": _names, "metavar": "NAME"}
     what.add_argument(
         "--op",
         help="only these ops, or forward for the forward pass (repeatable, or joined by commas)",
         **names,
     )
+    what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in the name")
     what.add_argument("--model", choices=MODELS, default="8b", help="whose shapes")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
     level = what.add_mutually_exclusive_group()
-    for name, text in (("quick", "a rough answer in a minute"), ("full", "every size")):
-        level.add_argument(
-            f"--{name}",
-            dest="level",
-            action="store_const",
-            const=name,
-            help=text,
-            default="default",
-        )
+    for name, text in (("quick", "a rough answer in a minute"), ("full", "every op and size")):
+        level.add_argument(f"--{name}", help=text, dest="level", action="store_const", const=name)
+    p.set_defaults(level="default")
     what.add_argument(
         "--allocator",
         choices=("keep", "system"),
@@ -78,25 +75,49 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--scaling", action="store_true", help="only the cost's growth with length")
     what.add_argument("--whole", action="store_true", help="only the whole 8B preset, in FP8")
 
-    who = p.add_argument_group("who is run")
-    who.add_argument("--backend", choices=BACKENDS, help="ours; default: see lf.backends()")
+    who = p.add_argument_group("what is compared")
+    who.add_argument(
+        "--backend",
+        help="ours: the first of these; the others are columns of their own; default: see "
+        "lf.backends()",
+        **names,
+    )
     who.add_argument("--baseline", help="only these of PyTorch's own; 'none'", **names)
     who.add_argument(
         "--peers", help=f"only these of {', '.join(peers.PEERS)}; 'none'; default: all", **names
     )
     who.add_argument(
-        "--kernel", action="append", type=_kernel, default=[], metavar="OP=MODULE:FUNCTION"
+        "--kernel",
+        action="append",
+        type=_kernel,
+        default=[],
+        metavar="OP=MODULE:FUNCTION",
+        help="one more column: your function, called with the arguments of lf.OP (repeatable)",
     )
 
     out = p.add_argument_group("what comes out")
-    out.add_argument("--json", type=Path, default=Path("bench/out/bench.json"), metavar="FILE")
-    out.add_argument("--csv", type=Path, metavar="FILE", help="a row per case and implementation")
+    file = default_folder() / "bench.json"
+    out.add_argument(
+        "--json",
+        type=Path,
+        default=file,
+        metavar="FILE",
+        help="everything that was measured, rewritten after each case; default: %(default)s",
+    )
     out.add_argument("--plot", type=Path, metavar="FILE", help="default: beside the JSON file")
     out.add_argument("--no-plot", action="store_true")
-    out.add_argument("--compare", type=Path, metavar="OLD.json")
+    out.add_argument("--targets", action="store_true", help="show what each case is held to")
+    out.add_argument(
+        "--compare",
+        type=Path,
+        metavar="OLD.json",
+        help="hold this run against an older one of the same machine and options; exit with 3 "
+        "where a case has become more than 5 %% slower, beyond the noise",
+    )
     out.add_argument(
         "--publish", action="store_true", help="write the pages cut from bench/results"
     )
+    out.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return p
 
 
@@ -125,20 +146,13 @@ def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError naming the argument that cannot be."""
-    known = (*cases.OPS, FORWARD)
-    unknown = [op for op in args.op or () if op not in known]
-    if unknown:
-        raise ValueError(f"--op: got {', '.join(unknown)}, want any of {', '.join(known)}")
+    _known("--op", args.op, (*cases.OPS, FORWARD))
+    _known("--baseline", args.baseline, (*cases.BASELINES, "none"))
     shapes = (args.model, args.tp, args.dtype)
     if FORWARD in (args.op or ()) and shapes != FORWARD_SHAPES:
         got, want = (f"--model {m} --tp {n} --dtype {d}" for m, n, d in (shapes, FORWARD_SHAPES))
         raise ValueError(f"--op {FORWARD}: got {got}, want {want}")
-    if args.baseline:
-        unknown = [name for name in args.baseline if name not in (*cases.BASELINES, "none")]
-        if unknown:
-            names = ", ".join(cases.BASELINES)
-            raise ValueError(f"--baseline: got {', '.join(unknown)}, want any of {names}, or none")
-    for name in ("json", "csv", "plot"):
+    for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and path.is_dir():
             raise ValueError(f"--{name}: got a folder, {path}, want a file")
@@ -146,9 +160,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads: got {args.threads}, want at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, and torch sees no GPU")
-    if args.backend:
+    for backend in args.backend or ():
         try:
-            with lf.use_backend(args.backend):
+            with lf.use_backend(backend):
                 pass
-        except NotImplementedError as error:
+        except (ValueError, NotImplementedError) as error:
             raise ValueError(f"--backend: {error}") from None
+
+
+def _known(option: str, names: list[str] | None, known: tuple[str, ...]) -> None:
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"{option}: got {', '.join(unknown)}, want any of {', '.join(known)}")

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("LLAMA_FAST_TRACEBACK") == "1"
     try:
         if arguments[:1] == ["bench"]:  # it has a parser of its own
+            debug = debug or "--debug" in arguments
             return _bench(arguments[1:])
         args = _parser().parse_args(arguments)
         debug = debug or args.debug
@@ -321,4 +322,4 @@ def _bench(argv: list[str]) -> int:
         if (error.name or "").startswith("llama_fast.bench"):
             raise ModuleNotFoundError("this installation has no benchmark suite") from None
         raise ModuleNotFoundError(f"{error}; pip install 'llama_fast[bench]'") from None
-    return bench.main(argv) or 0
+    return bench.main(argv, prog="llama-fast bench")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -107,25 +105,5 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
             check=check,
             timeout=120,
         )
-
-    return run
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
-    """bench(options) -> exit status, the JSON file: a run of the suite at tiny shapes, a few rounds
-    of each case."""
-    from llama_fast.bench import suite, timing
-    from llama_fast.bench.__main__ import main
-
-    from .bench_runs import TINY
-
-    monkeypatch.setattr(timing, "MAX_ROUNDS", timing.MIN_ROUNDS)
-    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it would last for the whole process
-
-    def run(*options: str) -> tuple[int, Any]:
-        path = tmp_path / "figures.json"
-        status = main([*TINY, "--json", str(path), *options])
-        return status, json.loads(path.read_text())
 
     return run

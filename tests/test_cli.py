@@ -288,11 +288,18 @@ def test_env_says_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     bench = types.ModuleType("llama_fast.bench.__main__")
-    bench.main = lambda argv: seen.append(argv)  # type: ignore[attr-defined]
+    bench.main = lambda argv, prog: seen.append([prog, *argv]) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_fast.bench", types.ModuleType("llama_fast.bench"))
     monkeypatch.setitem(sys.modules, "llama_fast.bench.__main__", bench)
     assert main(["bench", "--quick", "--help"]) == 0
-    assert seen == [["--quick", "--help"]]
+    assert seen == [["llama-fast bench", "--quick", "--help"]]
+
+
+def test_bench_shows_a_traceback_where_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="--op: got rms_norn"):
+        main(["bench", "--debug", "--op", "rms_norn"])
+    assert main(["bench", "--op", "rms_norn"]) == 2
+    assert capsys.readouterr().err.startswith("bench: --op: got rms_norn, want any of rms_norm, ")
 
 
 def test_without_the_benchmark_suite(

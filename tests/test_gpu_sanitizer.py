@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast.bench import processes
+from llama_fast.bench.gpu import processes
 
 from .gpu import conftest, sanitize
 
@@ -77,8 +77,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(
         "#!/bin/sh\n"
         'if [ "$1" = --version ]; then echo "Version 2025.3.0.0 (build 36226719)"; exit; fi\n'
-        'told() { echo "{\\"outcome\\": \\"$1\\"}" >>"$LLAMA_FAST_RESULTS"; }\n'
-        "passed() { told started; told passed; }\n"
+        'results=$(echo "$@" | sed "s/.*--junitxml \\([^ ]*\\).*/\\1/")\n'
+        'case="<testcase/>"; passed() { echo "<t>$case</t>" >"$results"; case="$case$case"; }\n'
         f'echo "$LLAMA_FAST_TEST_BACKEND $PYTORCH_NO_CUDA_MEMORY_CACHING $@" >>{tmp_path}/calls\n'
         f". {tmp_path}/body\n"
     )

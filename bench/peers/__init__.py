@@ -1,71 +1,64 @@
 """Other libraries' kernels beside ours, as far as they are installed.
 
-bench/ asks `wanted` who is here, then each peer for its runs of a case (`Peer.ops`) or for its
-models (`Peer.models`); peer.py says what they hand out. A peer is imported when first asked.
+bench/ asks `wanted` for those that are here, then each peer for its runs of a case (`Peer.ops`) or
+for its models (`Peer.models`); peer.py says what they hand out. A peer is imported when asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .peer import Inputs, ModelPeer, Peer, Run, Unsupported
+from .peer import Inputs, ModelPeer, Peer, Unsupported
 
-__all__ = ["PEERS", "Inputs", "ModelPeer", "Peer", "Run", "Unsupported", "wanted"]
+__all__ = ["PEERS", "Inputs", "ModelPeer", "Peer", "Unsupported", "wanted"]
 
-_CUDA = ("cuda",)
-
-PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer(
-            "llama.cpp",
-            "llama-cpp-python",
-            ("cpu",),
-            "llamacpp",
-            {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
-            at_least="0.3.36",
-        ),
-        Peer(
-            "ik_llama.cpp",
-            "ik-llama-cpp-python",
-            ("cpu",),
-            "ik_llamacpp",
-            {"ik_llama_cpp": "ik-llama-cpp-python", "gguf": "gguf"},
-            at_least="0.1.5",
-        ),
-        Peer(
-            "openvino",
-            "openvino",
-            ("cpu",),
-            "openvino_model",
-            {"openvino": "openvino", "nncf": "nncf"},
-        ),
-        Peer("liger-kernel", "liger-kernel", _CUDA, "liger", {"liger_kernel": "liger-kernel"}),
-        Peer(
-            "flash-attn",
-            "flash-attn",
-            _CUDA,
-            "flash_attention",
-            {"flash_attn": "flash-attn"},
-            install="pip install flash-attn --no-build-isolation",
-        ),
-        Peer(
-            "flashinfer",
-            "flashinfer-python",
-            _CUDA,
-            "flash_infer",
-            {"flashinfer": "flashinfer-python"},
-            install="pip install 'llama_fast[peers-gpu]'",
-        ),
-        Peer("torchao", "torchao", ("cpu", "cuda"), "ao", {"torchao": "torchao"}),
-    )
-}
+_CPU, _CUDA = ("cpu",), ("cuda",)
+_GGUF = {"gguf": "gguf"}
+_ALL = (
+    Peer(
+        "llama.cpp",
+        "llama-cpp-python",
+        _CPU,
+        "llamacpp",
+        {"llama_cpp": "llama-cpp-python", **_GGUF},
+        at_least="0.3.36",
+    ),
+    Peer(
+        "ik_llama.cpp",
+        "ik-llama-cpp-python",
+        _CPU,
+        "ik_llamacpp",
+        {"ik_llama_cpp": "ik-llama-cpp-python", **_GGUF},
+        at_least="0.1.5",
+    ),
+    Peer("openvino", "openvino", _CPU, "openvino_model", {"openvino": "openvino", "nncf": "nncf"}),
+    Peer("liger-kernel", "liger-kernel", _CUDA, "liger", {"liger_kernel": "liger-kernel"}),
+    Peer(
+        "flash-attn",
+        "flash-attn",
+        _CUDA,
+        "flash_attention",
+        {"flash_attn": "flash-attn"},
+        install="pip install flash-attn --no-build-isolation",
+    ),
+    Peer(
+        "flashinfer",
+        "flashinfer-python",
+        _CUDA,
+        "flash_infer",
+        {"flashinfer": "flashinfer-python"},
+        install="pip install 'llama_fast[peers-gpu]'",
+    ),
+    Peer("torchao", "torchao", (*_CPU, *_CUDA), "ao", {"torchao": "torchao"}),
+)
+PEERS = {peer.name: peer for peer in _ALL}
 
 
 def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that can run on that type of device, in PEERS' order, and why the others cannot.
+    """Find the peers that can run on that type of device, in PEERS' order, and why the others
+    cannot.
 
-    names None asks for whoever is there. Raises ValueError for a name that is none of PEERS, and
+    names None asks for all that are there. Raises ValueError for a name that is none of PEERS, and
     for one asked for by name that cannot run here.
     """
     unknown = [name for name in names or () if name not in PEERS]
@@ -76,7 +69,8 @@ def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[s
     for name, peer in PEERS.items():
         if names is not None and name not in names:
             continue
-        why = peer.missing() if device in peer.devices else _elsewhere(peer, device)
+        elsewhere = f"runs on {' and '.join(peer.devices)} only, not on {device}"
+        why = peer.missing() if device in peer.devices else elsewhere
         if why is None:
             found.append(peer)
         else:
@@ -84,7 +78,3 @@ def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[s
     if names is not None and skipped:
         raise ValueError("; ".join(f"peer {name}: {why}" for name, why in skipped.items()))
     return found, skipped
-
-
-def _elsewhere(peer: Peer, device: str) -> str:
-    return f"runs on {' and '.join(peer.devices)} only, not on {device}"

@@ -1,4 +1,4 @@
-"""torchao: linear layers with quantised weights, and transformers with them in it. Written against
+"""torchao: linear layers with quantized weights, and transformers with them in it. Written against
 0.18.0's source; its CPU side was run, its GPU side never.
 
 On a CPU its weights are int8 with a scale a row, and torch.compile finds the kernel for them:
@@ -14,39 +14,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .in_transformers import InTransformers
-from .peer import Inputs, ModelPeer, Run, Unsupported, refusing
+from ..timing import Run
+from .in_transformers import exchanged
+from .peer import Inputs, ModelPeer, Unsupported
+
+FP8 = "torchao FP8 by row"
 
 
 def fp8_linear(inputs: Inputs) -> dict[str, Run]:
-    """Its own quantisation of the same bf16 weights."""
+    """Its own quantization of the same bf16 weights."""
     x, weights = inputs["x"], inputs["weights"]
-    found, why = {}, ""
-    for label, config in _configs(x.device).items():
-        try:
-            found[label] = refusing(_over(x, weights, config()))
-        except Unsupported as error:
-            why = f"{label}: {error}"
-    if not found:
-        raise Unsupported(why)
-    return found
+    return {name: _over(x, weights, config) for name, config in _configs(x.device).items()}
 
 
-def _over(x: Tensor, weights: list[Tensor], config: Any) -> Run:
-    from torchao.quantization import quantize_
-
-    layers = []
-    for weight in weights:
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        quantize_(layer, config)
-        layers.append(torch.compile(layer, dynamic=False) if x.device.type == "cpu" else layer)
+def _over(x: Tensor, weights: list[Tensor], config: Callable[[], Any]) -> Run:
+    """Quantize in the first call, where a refusal costs its own column only."""
+    layers: list[Any] = []
 
     def run(i: int) -> Tensor:
+        if not layers:
+            layers.extend(_layer(weight, config()) for weight in weights)
         with torch.inference_mode():
             return layers[i % len(layers)](x)
 
     return run
+
+
+def _layer(weight: Tensor, config: Any) -> Any:
+    from torchao.quantization import quantize_
+
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    quantize_(layer, config)
+    return torch.compile(layer, dynamic=False) if weight.device.type == "cpu" else layer
 
 
 def _configs(device: torch.device) -> dict[str, Callable[[], Any]]:
@@ -54,12 +54,10 @@ def _configs(device: torch.device) -> dict[str, Callable[[], Any]]:
 
     if device.type == "cpu":
         return {"torchao int8 weight-only, compiled": q.Int8WeightOnlyConfig}
-    by_row = q.PerRow()
+    row = {"granularity": q.PerRow()}
     return {
-        "torchao FP8 by row": lambda: q.Float8DynamicActivationFloat8WeightConfig(
-            granularity=by_row
-        ),
-        "torchao FP8 weight-only": lambda: q.Float8WeightOnlyConfig(granularity=by_row),
+        FP8: lambda: q.Float8DynamicActivationFloat8WeightConfig(**row),
+        "torchao FP8 weight-only": lambda: q.Float8WeightOnlyConfig(**row),
         "torchao int8 weight-only": q.Int8WeightOnlyConfig,
     }
 
@@ -71,12 +69,8 @@ def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPe
         )
     from torchao.quantization import quantize_
 
-    label = "torchao FP8 by row"
-    yield InTransformers(
-        f"transformers, {label}",
-        hf_model,
-        lambda model: quantize_(model, _configs(device)[label]()),
-    )
+    quantize: Callable[[Any], Any] = lambda model: quantize_(model, _configs(device)[FP8]())  # noqa: E731
+    yield exchanged(f"transformers, {FP8}", hf_model, quantize)
 
 
 OPS = {"fp8_linear": fp8_linear}

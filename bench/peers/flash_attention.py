@@ -7,6 +7,7 @@ keeps apart and PyPI does not have, is offered beside it where it is installed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
@@ -14,54 +15,44 @@ from typing import Any
 
 import torch
 
-from .in_transformers import InTransformers
-from .peer import Inputs, ModelPeer, Run, Unsupported, refusing
+from ..timing import Run
+from .in_transformers import exchanged
+from .peer import Inputs, ModelPeer
 
 
 def _libraries() -> dict[str, ModuleType]:
-    import flash_attn
-
-    found = {"flash-attn": flash_attn}
+    names = {"flash-attn": "flash_attn"}
     if importlib.util.find_spec("flash_attn_interface") is not None:
-        found["flash-attn 3"] = importlib.import_module("flash_attn_interface")
-    return found
+        names["flash-attn 3"] = "flash_attn_interface"
+    return {name: importlib.import_module(module) for name, module in names.items()}
 
 
 def attention(inputs: Inputs) -> dict[str, Run]:
     q, k, v = (inputs[name] for name in "qkv")
-    _check(q)
-    return {
-        name: refusing(lambda _, f=library.flash_attn_func: f(q, k, v, causal=True))
-        for name, library in _libraries().items()
-    }
+
+    def over(library: ModuleType) -> Run:
+        return lambda _: library.flash_attn_func(q, k, v, causal=True)
+
+    return {name: over(library) for name, library in _libraries().items()}
 
 
 def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
-    q, lengths = inputs["q"], inputs["cache_seqlens"]
-    ks, vs = inputs["k_caches"], inputs["v_caches"]
-    _check(q)
+    q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
+    options, n = {"cache_seqlens": inputs["cache_seqlens"], "causal": True}, len(ks)
 
     def over(library: ModuleType) -> Run:
-        f, n = library.flash_attn_with_kvcache, len(ks)
-        return lambda i: f(q, ks[i % n], vs[i % n], cache_seqlens=lengths, causal=True)
+        return lambda i: library.flash_attn_with_kvcache(q, ks[i % n], vs[i % n], **options)
 
-    return {name: refusing(over(library)) for name, library in _libraries().items()}
-
-
-def _check(q: torch.Tensor) -> None:
-    if q.device.type != "cuda":
-        raise Unsupported(f"flash-attn runs on cuda only, not on {q.device}")
+    return {name: over(library) for name, library in _libraries().items()}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
     """transformers with flash-attn's attention in it."""
-    if device.type != "cuda":
-        raise Unsupported(f"flash-attn runs on cuda only, not on {device}")
 
     def change(model: Any) -> None:
         model.set_attn_implementation("flash_attention_2")
 
-    yield InTransformers("transformers, flash-attn", hf_model, change)
+    yield exchanged("transformers, flash-attn", hf_model, change)
 
 
 OPS = {"attention": attention, "attention_with_kvcache": attention_with_kvcache}

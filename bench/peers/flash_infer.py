@@ -8,68 +8,63 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .peer import Inputs, Run, Unsupported, no_models, refusing
+from ..timing import Run
+from .peer import Inputs, Unsupported
 
-models = no_models
 PAGE = 16  # tokens: as in its documentation
 WORKSPACE = 128 << 20  # bytes, as in its documentation
+LABEL = "flashinfer"
 
 
-def _library(t: Tensor) -> Any:
-    if t.device.type != "cuda":
-        raise Unsupported(f"flashinfer runs on cuda only, not on {t.device}")
+def _library() -> Any:
     import flashinfer
 
     return flashinfer
 
 
 def rms_norm(inputs: Inputs) -> dict[str, Run]:
-    x, weight, eps = inputs["x"], inputs["weight"], inputs["eps"]
-    f = _library(x).rmsnorm
-    return {"flashinfer": refusing(lambda _: f(x, weight, eps))}
+    x, weight, eps = (inputs[name] for name in ("x", "weight", "eps"))
+    f = _library().rmsnorm
+    return {LABEL: lambda _: f(x, weight, eps)}
 
 
 def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
     """Both operands are overwritten: x by the result, the residual by the sum. On copies, so that
     the case's own stay; the sums grow from round to round, the work does not change."""
     x, residual = inputs["x"].clone(), inputs["residual"].clone()
-    weight, eps = inputs["weight"], inputs["eps"]
-    f = _library(x).fused_add_rmsnorm
-    return {"flashinfer, in place": refusing(lambda _: f(x, residual, weight, eps))}
+    weight, eps, f = inputs["weight"], inputs["eps"], _library().fused_add_rmsnorm
+    return {f"{LABEL}, in place": lambda _: f(x, residual, weight, eps)}
 
 
 def apply_rope(inputs: Inputs) -> dict[str, Run]:
     q, k, positions, table = (inputs[name] for name in ("q", "k", "positions", "table"))
-    f, head_dim = _library(q).apply_rope_with_cos_sin_cache, q.shape[-1]
-    flat_q, flat_k = q.flatten(1), k.flatten(1)
-    return {
-        "flashinfer": refusing(
-            lambda _: f(positions, flat_q, flat_k, head_dim, table, is_neox=True)
-        )
-    }
+    f, dim, flat = (
+        _library().apply_rope_with_cos_sin_cache,
+        q.shape[-1],
+        (q.flatten(1), k.flatten(1)),
+    )
+    return {LABEL: lambda _: f(positions, *flat, dim, table, is_neox=True)}
 
 
 def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
-    gate_up = inputs["gate_up"]
-    f = _library(gate_up).silu_and_mul
-    return {"flashinfer": refusing(lambda _: f(gate_up))}
+    gate_up, f = inputs["gate_up"], _library().silu_and_mul
+    return {LABEL: lambda _: f(gate_up)}
 
 
 def attention(inputs: Inputs) -> dict[str, Run]:
     q, k, v = (inputs[name] for name in "qkv")
-    f = _library(q).single_prefill_with_kv_cache
+    f = _library().single_prefill_with_kv_cache
     if q.shape[0] != 1:
         raise Unsupported(f"flashinfer's single_prefill takes one prompt, not {q.shape[0]}")
-    return {"flashinfer": refusing(lambda _: f(q[0], k[0], v[0], causal=True))}
+    return {LABEL: lambda _: f(q[0], k[0], v[0], causal=True)}
 
 
 def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
     """The contiguous caches as pages one after the other; planned outside of the time, as a model
     plans once for all its layers."""
     q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
-    wrapper_of = _library(q).BatchDecodeWithPagedKVCacheWrapper
+    wrapper_of = _library().BatchDecodeWithPagedKVCacheWrapper
     batch, queries, heads, head_dim = q.shape
     _, room, kv_heads, _ = ks[0].shape
     if queries != 1:
@@ -95,9 +90,9 @@ def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
         wrapper.plan(
             *plan, heads, kv_heads, head_dim, PAGE, q_data_type=q.dtype, kv_data_type=ks[0].dtype
         )
-        return refusing(lambda i: wrapper.run(flat, paged[i % len(paged)]))
+        return lambda i: wrapper.run(flat, paged[i % len(paged)])
 
-    return {"flashinfer": over(False), "flashinfer, tensor cores": over(True)}
+    return {LABEL: over(False), f"{LABEL}, tensor cores": over(True)}
 
 
 OPS = {

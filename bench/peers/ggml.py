@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..timing import Run
 from .gguf_file import q8_0
-from .peer import Inputs, Run, Unsupported
+from .peer import Inputs, Unsupported
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml_type
 BYTES = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), BF16: (1, 2)}  # elements of a block, its bytes
@@ -169,21 +170,12 @@ def linear(library: Library, inputs: Inputs) -> dict[str, Run]:
 
 
 def rms_norm(library: Library, inputs: Inputs) -> dict[str, Run]:
-    x = inputs["x"]
-    g = Graph(library, _bytes(F32, x.shape, x.shape, x.shape, (x.shape[1],)))
-    normed = g.rms_norm(g.tensor(x), inputs["eps"])
-    return {
-        f"{library.name} fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))
-    }
-
-
-def add_rms_norm(library: Library, inputs: Inputs) -> dict[str, Run]:
-    x = inputs["x"]
+    """With a residual, of the sum."""
+    x, residual = inputs["x"], inputs.get("residual")
     g = Graph(library, _bytes(F32, *[x.shape] * 5, (x.shape[1],)))
-    normed = g.rms_norm(g.add(g.tensor(x), g.tensor(inputs["residual"])), inputs["eps"])
-    return {
-        f"{library.name} fp32": g.run(g.mul(normed, g.tensor(inputs["weight"])), tuple(x.shape))
-    }
+    total = g.tensor(x) if residual is None else g.add(g.tensor(x), g.tensor(residual))
+    normed = g.mul(g.rms_norm(total, inputs["eps"]), g.tensor(inputs["weight"]))
+    return {f"{library.name} fp32": g.run(normed, tuple(x.shape))}
 
 
 def silu_and_mul(library: Library, inputs: Inputs) -> dict[str, Run]:
@@ -226,7 +218,7 @@ def _attend(library: Library, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 OPS: dict[str, Callable[[Library, Inputs], dict[str, Run]]] = {
     "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
+    "add_rms_norm": rms_norm,
     "silu_and_mul": silu_and_mul,
     "attention": attention,
     "attention_with_kvcache": attention_with_kvcache,

@@ -1,6 +1,6 @@
 """A transformers Llama's weights as a GGUF file, which llama.cpp loads.
 
-Rotary embedding there pairs neighbouring dimensions, where transformers pairs each dimension of a
+Rotary embedding there pairs neighboring dimensions, where transformers pairs each dimension of a
 head's first half with its twin in the second: the rows of the query and key projections move, and
 every dot product of a query with a key stays the same.
 """

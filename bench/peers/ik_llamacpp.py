@@ -32,7 +32,7 @@ def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPe
     scaling = LlamaConfig.from_hf(hf_model.config).rope_scaling
     if scaling is not None:  # ikawrakow/ik_llama.cpp#2291 is newer
         raise Unsupported("ik-llama-cpp-python 0.1.5 reads a model's rotary scaling and ignores it")
-    return llamacpp.every_kind(Model, hf_model, device)
+    return llamacpp.every_kind(Model, hf_model)
 
 
 class Model(llamacpp.Model):

@@ -1,73 +1,109 @@
-"""A transformers model with a peer's parts in it, as a ModelPeer."""
+"""transformers as a ModelPeer: eager as it is used today, or with a peer's parts in it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from .peer import CHUNK, Run
+from ..timing import Run
+from .peer import CHUNK
 
 
-class InTransformers:
-    """A copy of hf_model, changed in place by `change`. `around` holds while it computes, for what
-    a peer can only change for every model at once."""
+class Transformers:
+    """around holds while the model computes: for what only changes for all models at once."""
 
     def __init__(
         self,
         label: str,
-        hf_model: Any,
-        change: Callable[[Any], None],
+        model: Any,
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.label = label
-        self._around = around
-        self._model = copy.deepcopy(hf_model)
-        change(self._model)
+        self.label, self._model, self._around = label, model, around
+        self._contexts: dict[Any, Any] = {}
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self._run(tokens, use_cache=False).float().cpu()
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        return self._after(context, lambda step: step(tokens))
+        return self._after(context, tokens, 1)
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        token = context[:, -1:]
-        return self._after(context, lambda step: [step(token) for _ in range(steps)][-1])
+        return self._after(context, context[:, -1:], steps)
 
-    def _after(self, context: Tensor, work: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> Run:
-        """A run of work, which is handed what processes more tokens and gives their last logits."""
-        past = DynamicCache(config=self._model.config)
-
-        def step(tokens: Tensor) -> Tensor:
-            return self._run(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)[:, -1]
+    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+        past = self._past(context)
 
         def run(_: int) -> Tensor:
-            beyond = past.get_seq_length() - context.shape[1]
-            if beyond > 0:
-                past.crop(-beyond)  # a negative count means the same in every version
-            return work(step)
+            _rewind(past, context.shape[1])
+            for _ in range(times):
+                logits = self._step(tokens, past)
+            return logits
 
-        for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
-            step(part)
         return run
 
+    def _past(self, context: Tensor) -> Any:
+        """A cache that holds the context, which takes minutes when it is long: the jobs after it
+        share one. Each of their rounds begins by rewinding it to the context."""
+        from transformers import DynamicCache
+
+        key = (tuple(context.shape), *context.flatten().tolist())
+        if key not in self._contexts:
+            past = self._contexts[key] = DynamicCache(config=self._model.config)
+            for part in context.split(CHUNK, dim=1) if context.shape[1] else ():
+                self._step(part, past)
+        return self._contexts[key]
+
+    def _step(self, tokens: Tensor, past: Any) -> Tensor:
+        return self._run(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)[:, -1]
+
     def weight_bytes(self) -> int:
-        """A quantised weight is a tensor of its own kind, whose parts are counted."""
+        """A quantized weight is a tensor of its own kind, whose parts are counted."""
         linears = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         return sum(_bytes(m.weight) for m in linears)
 
     def close(self) -> None:
+        self._contexts.clear()
         self._model = None
 
     def _run(self, tokens: Tensor, **options: Any) -> Tensor:
         with torch.inference_mode(), self._around():
             return self._model(tokens, **options).logits
+
+
+def exchanged(
+    label: str,
+    hf_model: Any,
+    change: Callable[[Any], None],
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Transformers:
+    """Change a copy of hf_model in place."""
+    model = copy.deepcopy(hf_model)
+    change(model)
+    return Transformers(label, model, around)
+
+
+@contextmanager
+def attention(model: Any, implementation: str) -> Iterator[None]:
+    """Use transformers' "sdpa" or "eager" attention meanwhile."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def _rewind(past: Any, tokens: int) -> None:
+    """Keep the first tokens of a transformers cache. Negative counts mean the same in every
+    version."""
+    beyond = past.get_seq_length() - tokens
+    if beyond > 0:
+        past.crop(-beyond)
 
 
 def _bytes(weight: Tensor) -> int:

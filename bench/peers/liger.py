@@ -10,54 +10,48 @@ from typing import Any
 
 import torch
 
-from .in_transformers import InTransformers
-from .peer import Inputs, ModelPeer, Run, Unsupported, refusing
+from ..timing import Run
+from .in_transformers import exchanged
+from .peer import Inputs, ModelPeer
 
 LABEL = "liger"
 
 
 def rms_norm(inputs: Inputs) -> dict[str, Run]:
-    from liger_kernel.ops import LigerRMSNormFunction
+    from liger_kernel.ops import LigerRMSNormFunction as F
 
-    x, weight, eps = inputs["x"], inputs["weight"], inputs["eps"]
-    return {LABEL: refusing(lambda _: LigerRMSNormFunction.apply(x, weight, eps))}
+    x, weight, eps = (inputs[name] for name in ("x", "weight", "eps"))
+    return {LABEL: lambda _: F.apply(x, weight, eps)}
 
 
 def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction
+    from liger_kernel.ops import LigerFusedAddRMSNormFunction as F
 
-    x, residual = inputs["x"], inputs["residual"]
-    weight, eps = inputs["weight"], inputs["eps"]
-    return {LABEL: refusing(lambda _: LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps))}
+    x, residual, weight, eps = (inputs[name] for name in ("x", "residual", "weight", "eps"))
+    return {LABEL: lambda _: F.apply(x, residual, weight, eps)}
 
 
 def apply_rope(inputs: Inputs) -> dict[str, Run]:
     """In place, on copies that turn further from round to round. The rows of the table are looked
     up outside of the time: transformers does that once for all layers. Heads stay packed in
     memory, [T, H, D], as its [1, H, T, D] is a view."""
-    from liger_kernel.ops import LigerRopeFunction
+    from liger_kernel.ops import LigerRopeFunction as F
 
     rows = inputs["table"][inputs["positions"]]
     q, k = (inputs[name].clone()[None].transpose(1, 2) for name in "qk")
     cos, sin = (torch.cat((half, half), -1)[None].to(q.dtype) for half in rows.chunk(2, -1))
-    return {f"{LABEL}, in place": refusing(lambda _: LigerRopeFunction.apply(q, k, cos, sin))}
+    return {f"{LABEL}, in place": lambda _: F.apply(q, k, cos, sin)}
 
 
 def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
     """It wants gate and up apart: split outside of the time, as its own layer has them."""
-    from liger_kernel.ops import LigerSiLUMulFunction
+    from liger_kernel.ops import LigerSiLUMulFunction as F
 
     gate, up = (half.contiguous() for half in inputs["gate_up"].chunk(2, -1))
-    return {f"{LABEL}, gate and up apart": refusing(lambda _: LigerSiLUMulFunction.apply(gate, up))}
+    return {f"{LABEL}, gate and up apart": lambda _: F.apply(gate, up)}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    if device.type != "cuda":
-        raise Unsupported(f"liger-kernel runs on cuda only, not on {device}")
-    yield patched(hf_model)
-
-
-def patched(hf_model: Any) -> ModelPeer:
     """transformers with every kernel that Liger has for it.
 
     Its patch also replaces classes and the rotary function in transformers' module, for every
@@ -67,24 +61,26 @@ def patched(hf_model: Any) -> ModelPeer:
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
     from transformers.models.llama import modeling_llama as module
 
-    def change(model: Any) -> None:
-        before = {name: getattr(module, name) for name in ("LlamaRMSNorm", "LlamaMLP")}
+    @contextmanager
+    def kept(*names: str) -> Iterator[None]:
+        before = {name: getattr(module, name) for name in names}
         try:
-            apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=model)
+            yield
         finally:
             for name, value in before.items():
                 setattr(module, name, value)
 
+    def change(model: Any) -> None:
+        with kept("LlamaRMSNorm", "LlamaMLP"):
+            apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=model)
+
     @contextmanager
     def around() -> Iterator[None]:
-        before = module.apply_rotary_pos_emb
-        module.apply_rotary_pos_emb = liger_rotary_pos_emb
-        try:
+        with kept("apply_rotary_pos_emb"):
+            module.apply_rotary_pos_emb = liger_rotary_pos_emb
             yield
-        finally:
-            module.apply_rotary_pos_emb = before
 
-    return InTransformers("transformers, liger", hf_model, change, around)
+    yield exchanged(f"transformers, {LABEL}", hf_model, change, around)
 
 
 OPS = {

@@ -2,7 +2,7 @@
 
 The same weights, written as a GGUF file: in bf16, and in Q8_0, llama.cpp's own 8-bit form (blocks
 of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). The cache is in fp16, its
-default; flash attention is on; activations are quantized as it sees fit.
+default; flash attention is on; activations are quantized as it chooses.
 
 Its last layer's feed-forward runs only for tokens whose logits are asked for, one of a prompt: in a
 model of four layers that saves a fifth of a prompt's work, in one of 32 layers 3 %.
@@ -21,20 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..timing import Run
 from . import ggml, gguf_file
-from .peer import CHUNK, ModelPeer, Run, Unsupported
+from .peer import CHUNK, ModelPeer, Unsupported
 
 ERROR = 4  # ggml_log_level
 KINDS = {"Q8_0": "Q8_0", "bf16": "BF16"}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    return every_kind(Model, hf_model, device)
+    return every_kind(Model, hf_model)
 
 
-def every_kind(of: type[Model], hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
-    if device.type != "cpu":
-        raise Unsupported(f"{of.name} is driven on the CPU only, not on {device}")
+def every_kind(of: type[Model], hf_model: Any) -> Iterator[ModelPeer]:
     for label, kind in KINDS.items():
         yield of(f"{of.name} {label}", hf_model, kind)
 
@@ -147,8 +146,7 @@ class Model:
         return torch.from_numpy(np.ctypeslib.as_array(found, shape=(rows, self._vocab)))
 
     def _set(self, params: Any, **values: Any) -> Any:
-        """A ctypes structure takes any attribute: one that this version has not would go
-        unheeded."""
+        """A ctypes structure takes any attribute: one that this version lacks would be ignored."""
         names = {name for name, *_ in params._fields_}
         for name, value in values.items():
             if name not in names:

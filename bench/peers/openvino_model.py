@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from llama_fast import LlamaConfig
 from llama_fast.ops.rope import inv_freq
 
-from .peer import CHUNK, Inputs, ModelPeer, Run, Unsupported
+from ..timing import Run
+from .peer import CHUNK, Inputs, ModelPeer
 
 OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    if device.type != "cpu":
-        raise Unsupported(f"OpenVINO is driven on the CPU only, not on {device}")
     for int8 in (True, False):
         yield _Model(hf_model, int8)
 
@@ -91,7 +90,7 @@ class _Model:
 
 
 class _Context:
-    """A request whose cache holds some tokens, and is brought back to them by writing it anew from
+    """A request whose cache holds some tokens, and is brought back to them by writing it again from
     a copy: others rewind at no cost, so that is not to be timed."""
 
     def __init__(self, request: Any, tokens: Tensor) -> None:
@@ -131,6 +130,8 @@ def _linears(hf_model: Any) -> tuple[int, int]:
 
 class _Forward(nn.Module):
     """Llama's forward pass with the cache as arguments: for each layer k and v [1, Hkv, P, D]."""
+
+    frequencies: Tensor
 
     def __init__(self, hf_model: Any) -> None:
         super().__init__()
@@ -194,9 +195,8 @@ class _Forward(nn.Module):
         group = c.num_attention_heads // c.num_key_value_heads
         wide = (1, c.num_key_value_heads, group, k.shape[2], c.head_dim)
         all_heads = (1, c.num_attention_heads, k.shape[2], c.head_dim)
-        out = F.scaled_dot_product_attention(
-            q, *(t[:, :, None].expand(wide).reshape(all_heads) for t in (k, v)), attn_mask=mask
-        )
+        every_k, every_v = (t[:, :, None].expand(wide).reshape(all_heads) for t in (k, v))
+        out = F.scaled_dot_product_attention(q, every_k, every_v, attn_mask=mask)
         return layer.o_proj(out.transpose(1, 2).reshape(1, length, -1)), k, v
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# Called with the round's number, as timing.py's; what has to be done before, untimed, is its
-# attribute `prepare`, where it has one.
-Run = Callable[[int], object]
+from ..timing import Run
+
 Inputs = Mapping[str, Any]  # one case's tensors, by name
 CHUNK = 512  # tokens of a context that a model processes at once, where it has a choice
 
@@ -24,24 +23,24 @@ class Unsupported(Exception):
 
 
 class ModelPeer(Protocol):
-    """One loaded model. Tokens are [1, S] int64, whatever the device."""
+    """One loaded model. Tokens are [B, S] int64; B is 1 on a CPU."""
 
-    label: str  # who it is and what differs, "llama.cpp Q8_0"
+    label: str  # its name and what differs, "llama.cpp Q8_0"
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[1, S, vocab] fp32, on the CPU: to state the error as everybody's."""
+        """Return [1, S, vocab] fp32, on the CPU."""
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        """Each run processes tokens, at once, after the context [1, C], which may be empty and is
-        processed here and now; returns the last token's logits. Rounds are alike, whatever ran on
-        the same context in between."""
+        """Make a run that processes tokens, at once, after the context [B, C], which may be empty
+        and is processed here and now; it returns the last token's logits. Rounds are alike,
+        whatever ran on the same context in between."""
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Each run decodes `steps` single tokens after context, its last one again and again, and
-        returns the last step's logits; otherwise as extend."""
+        """Make a run that decodes `steps` single tokens after context, its last one again and
+        again, and returns the last step's logits; otherwise as extend."""
 
     def weight_bytes(self) -> int:
-        """Of the weights that every token passes through; the embedding is only looked up."""
+        """Count the weights that every token passes through; the embedding is only looked up."""
 
     def close(self) -> None: ...
 
@@ -57,7 +56,7 @@ class Peer:
     at_least: str = ""  # the version below which the adapter does not fit
 
     def missing(self) -> str | None:
-        """Why it cannot be run here, or None. Imports nothing."""
+        """Say why it cannot be run here, or None. Imports nothing."""
         for module, package in self.modules.items():
             if importlib.util.find_spec(module) is None:
                 return f"{package} is not installed: {self.install}"
@@ -78,9 +77,12 @@ class Peer:
         return make(inputs) if make else {}
 
     def models(self, hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-        """hf_model's weights in each form the peer has, one after the other: close each before the
-        next is asked for, or both have to fit. hf_model itself is left as it is."""
-        return self._adapter().models(hf_model, config, device)
+        """Load hf_model's weights in each form the peer has, one after the other. hf_model itself
+        is left as it is."""
+        if device.type not in self.devices:
+            raise Unsupported(f"{self.name} is driven on {self.devices[0]} only, not on {device}")
+        make = getattr(self._adapter(), "models", None)
+        return make(hf_model, config, device) if make else iter(())
 
     def _adapter(self) -> Any:
         return importlib.import_module(f".{self.adapter}", __package__)
@@ -94,22 +96,3 @@ def _numbers(version: str) -> tuple[int, ...]:
             break
         found.append(int(part))
     return tuple(found)
-
-
-def no_models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    """Of a peer that has ops only."""
-    return iter(())
-
-
-# Raised by what a version, a shape or a chip does not offer.
-REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError)
-
-
-def refusing(run: Run) -> Run:
-    """run, tried once: what it raises becomes Unsupported, with its first line as the reason."""
-    try:
-        run(0)
-    except REFUSALS as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Unsupported(why) from error
-    return run

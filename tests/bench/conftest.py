@@ -1,12 +1,36 @@
-"""What the tracked benchmarks are run on; by default tiny shapes, once, for the results alone."""
+"""A run of the suite at tiny shapes; and what the tracked benchmarks are run on: by default tiny
+shapes too, once, for the results alone."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from llama_fast.bench import cases, shapes
-from llama_fast.bench.case import Spec
+from llama_fast.bench import cases, suite
+from llama_fast.bench.__main__ import main
+from llama_fast.bench.cases import Spec, shapes
+from llama_fast.bench.timing import clock
+
+from .runs import TINY
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
+    """bench(options) -> exit status, the JSON file: a few rounds of each case."""
+    monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
+    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it would last for the whole process
+
+    def run(*options: str) -> tuple[int, Any]:
+        path = tmp_path / "figures.json"
+        status = main([*TINY, "--json", str(path), *options])
+        return status, json.loads(path.read_text())
+
+    return run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,11 +50,13 @@ def spec(config: pytest.Config) -> Spec:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "plan" in metafunc.fixturenames:
-        plans = cases.plan(spec(metafunc.config))
+        where = spec(metafunc.config)
+        every = metafunc.config.getoption("bench_model", None) is None
+        plans = cases.plan(where, every=every)
         metafunc.parametrize("plan", plans, ids=[plan.name for plan in plans])
 
 
 @pytest.fixture
 def timed(pytestconfig: pytest.Config) -> bool:
-    """Whether somebody asked for times, and not for right results only."""
+    """Whether times are asked for, and not right results only."""
     return pytestconfig.getoption("bench_model", None) is not None

@@ -1,0 +1,79 @@
+"""The suite's one catalogue: every op at Llama 3.1's shapes, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..timing import CPU, machine
+from . import attention, elementwise, linear
+from .case import Case, Plan, Spec, relative_error
+from .shapes import fitted, layer_shapes, sweep
+
+__all__ = ["BASELINES", "OPS", "Case", "Plan", "Spec", "plan", "relative_error", "spec"]
+
+GROUPS: tuple[Callable[[Spec], Iterator[Plan]], ...] = (
+    elementwise.norms,
+    elementwise.rope,
+    elementwise.activations,
+    attention.plans,
+    linear.plans,
+)
+OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "rms_norm_fp8",
+    "apply_rope",
+    "apply_rope_and_append",
+    "silu_and_mul",
+    "silu_and_mul_fp8",
+    "quantize_fp8",
+    "attention",
+    "attention_with_kvcache",
+    "fp8_gemm",
+    "fp8_linear",
+    "linear",
+)
+# What GPUs are for: a CPU runs them where they are named, and in a full run.
+FOR_GPUS = ("rms_norm_fp8", "apply_rope_and_append", "silu_and_mul_fp8", "fp8_gemm")
+
+# What PyTorch offers: --baseline takes these names.
+BASELINES = (
+    "eager",
+    "torch.compile",
+    "F.rms_norm",
+    "SDPA",
+    *attention.SDPA,
+    "SDPA, one by one",
+    "F.linear",
+    "bf16 F.linear",
+    "torch._scaled_mm",
+    "torch._scaled_mm + quantizing",
+    "transformers",
+    "transformers eager",
+    *(f"{name} fp32" for name in ("eager", "SDPA", "F.linear", "transformers")),
+)
+
+
+def spec(
+    model: str,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device = CPU,
+    level: str = "default",
+    tp: int = 1,
+    speed: machine.Speed = machine.UNBOUND,
+) -> Spec:
+    """speed: sizes that would take this machine too long are made smaller, but for a full run."""
+    layer, sizes = layer_shapes(model, tp), sweep(model, device, level)
+    if level != "full":
+        sizes = fitted(sizes, layer, speed.ours)
+    return Spec(layer, sizes, dtype, device, speed)
+
+
+def plan(spec: Spec, ops: Sequence[str] | None = None, every: bool = False) -> list[Plan]:
+    """Plan the cases of the ops, in the order of OPS; nothing is allocated yet. ops None: all of
+    them, but for FOR_GPUS on a CPU unless every."""
+    if ops is None:
+        ops = OPS if every or spec.on_gpu else [op for op in OPS if op not in FOR_GPUS]
+    return [p for group in GROUPS for p in group(spec) if p.op in ops]

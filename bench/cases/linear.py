@@ -1,0 +1,246 @@
+"""The matrix products of a layer: FP8 weights at any number of rows, 16-bit ones at one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llama_fast as lf
+from llama_fast import reference
+
+from ..timing import Run, limits
+from .case import PARTS, Case, Plan, Spec, eager, ends, ours
+
+CHECKED_FEATURES = 512  # from each end, held against fp64
+FEW = 64  # rows up to which a GPU is limited by reading the weight; a CPU computes from a few on
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A linear's weight, several times over, in every form that an implementation multiplies by."""
+
+    plain: list[Tensor]  # [N, K]
+    quantized: list[tuple[Tensor, Tensor]]  # e4m3 [N, K], scale [N, 1]
+    packed: list[Tensor]  # the e4m3 weights, in ours
+    packed_plain: list[Tensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plain[0].shape[0], self.plain[0].shape[1]
+
+
+def _weights(s: Spec, n: int, k: int) -> Weights:
+    count = s.copies(n * k)
+    plain = [s.randn(n, k) for _ in range(max(2, count // 2))]
+    quantized = [lf.quantize_fp8(plain[i % len(plain)]) for i in range(count)]
+    pack = (lambda w: w) if s.on_gpu else lf.pack_weight  # a layout for CPUs
+    return Weights(plain, quantized, [pack(q) for q, _ in quantized], [pack(w) for w in plain])
+
+
+class _Kept:
+    """The last weights asked for, which the cases of one linear share. fresh(): for others."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.weights: Weights | None = None
+
+    def get(self, s: Spec, n: int, k: int) -> Weights:
+        key = (s, n, k)
+        if self.key != key or self.weights is None:
+            self.fresh()
+            self.key, self.weights = key, _weights(s, n, k)
+        return self.weights
+
+    def fresh(self) -> None:
+        self.key = self.weights = None
+
+
+kept = _Kept()
+
+
+def plans(s: Spec) -> Iterator[Plan]:
+    for name in s.sweep.linears:
+        n, k = s.shapes.linears[name]
+        count = s.copies(n * k)
+        memory = n * k * (2.0 * count + 3.0 * max(2, count // 2) * s.size)
+        memory += 8.0 * n * k * s.fp32_too
+
+        def planned(op: str, make: Callable[..., Case], m: int, shape: str = "") -> Plan:
+            what = f"{shape}M={m}, {n} x {k}"  # noqa: B023
+            extra = 4.0 * m * (n + k) * s.size  # noqa: B023
+            return Plan(op, what, memory + extra, functools.partial(make, s, n, k, m, what))  # noqa: B023
+
+        large = [m for m in s.sweep.rows if m > FEW] or s.sweep.rows[-1:]
+        for m in large:
+            yield planned("fp8_gemm", _fp8_gemm, m)
+        if s.sweep.variants:
+            blocks = functools.partial(_fp8_gemm, granularity=("block", "block_2d"))
+            yield planned("fp8_gemm", blocks, large[-1], "blocks ")
+        for m in s.sweep.rows:
+            yield planned("fp8_linear", _fp8_linear, m)
+        for m in s.sweep.rows[:1]:
+            yield planned("linear", _linear, m)
+
+
+def _case(op: str, n: int, k: int, m: int, shape: str, size: float, **fields: Any) -> Case:
+    return Case(
+        op=op,
+        shape=shape,
+        axes={"rows": m, "features": n, "inner": k},
+        bytes=size,
+        flops=2.0 * m * n * k,
+        value=lambda out: ends(ends(out).t(), CHECKED_FEATURES).t(),
+        **fields,
+    )
+
+
+def _exact_product(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
+    """The checked rows and features of x @ w.T in fp64."""
+    w = ends(w, CHECKED_FEATURES)
+    if scale is not None:
+        scale = ends(scale, CHECKED_FEATURES)
+        return ends(x).double() @ reference.dequantize_fp8(w, scale, dtype=torch.float64).t()
+    return ends(x).double() @ w.double().t()
+
+
+def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
+    w = kept.get(s, n, k)
+    x = s.randn(m, k)
+    size = 1.0 * n * k * x.itemsize
+    baselines: dict[str, Run] = {"F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)])}
+    if s.fp32_too:
+        baselines["F.linear fp32"] = _linear_fp32(x, w, 1)
+    return _case(
+        "linear",
+        *(n, k, m, shape, size),
+        arguments=lambda i: (x, w.plain[i % len(w.plain)]),
+        ours=lambda i: lf.linear(x, w.packed_plain[i % len(w.packed_plain)]),
+        baselines=baselines,
+        limit=limits.read(w.packed_plain, size),
+        exact=lambda: _exact_product(x, w.plain[0]),
+        inputs={"x": x, "weights": w.plain},
+    )
+
+
+def _linear_fp32(x: Tensor, w: Weights, n: int) -> Run:
+    """By an nth of the weight's rows. One is more than caches hold."""
+    wide, weight = x.float(), w.plain[0][: w.shape[0] // n].float()
+    return lambda _: F.linear(wide, weight)
+
+
+def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
+    w = kept.get(s, n, k)
+    x = s.randn(m, k)
+    streams = m <= FEW if s.on_gpu else m == 1  # bound by reading the weight
+
+    def arguments(i: int) -> tuple[Any, ...]:
+        return (x, *w.quantized[i % len(w.quantized)])
+
+    def packed(i: int) -> tuple[Any, ...]:
+        i %= len(w.packed)
+        return x, w.packed[i], w.quantized[i][1]
+
+    def plain(part: int) -> Run:
+        return lambda i: F.linear(x, w.plain[i % len(w.plain)][: n // part])
+
+    def twin(part: int, x: Tensor = x) -> Run:
+        def run(i: int) -> Tensor:
+            q, scale = w.quantized[i % len(w.quantized)]
+            return reference.fp8_linear(x, q[: n // part], scale[: n // part])
+
+        return run
+
+    parts: dict[str, Callable[[int], Run]] = {"bf16 F.linear": plain, "eager": twin}
+    if s.fp32_too:
+        parts["F.linear fp32"] = functools.partial(_linear_fp32, x, w)
+        parts["eager fp32"] = functools.partial(twin, x=x.float())
+    targets = {1: {"bf16 F.linear": 4.0, "limit": 0.9}, 16: {"bf16 F.linear": 1.7}}.get(m, {})
+    if m >= 512:
+        parts["torch._scaled_mm"] = functools.partial(_scaled_mm, x, w)
+        targets = {"bf16 F.linear": 0.95, "torch._scaled_mm": 4.5}
+    baselines = {name: part(1) for name, part in parts.items()}
+    if m >= 512 and s.on_gpu:  # where ours takes FP8 activations
+        baselines["torch._scaled_mm + quantizing"] = _scaled_mm(x, w, quantize=True)
+    if s.on_gpu:
+        targets = {"limit": 0.85 if streams else 0.8}
+    return _case(
+        "fp8_linear",
+        *(n, k, m, shape, 1.0 * n * k + x.nbytes + m * n * x.itemsize),
+        arguments=arguments,
+        ours=ours("fp8_linear", packed),
+        baselines=baselines,
+        limit=limits.read(w.packed, 1.0 * n * k) if streams else s.compute(fp8=True),
+        exact=lambda: _exact_product(x, *w.quantized[0]),
+        inputs={"x": x, "weights": w.plain, "quantized": w.quantized},
+        targets=targets,
+        parts=parts if n % PARTS == 0 else {},
+    )
+
+
+def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantize: bool = False) -> Run:
+    """torch's FP8 product by rows, of a part of the weight's; quantize: with that of x."""
+    rows = w.shape[0] // part
+    scales = [scale[:rows].t().contiguous() for _, scale in w.quantized]
+    given = lf.quantize_fp8(x)
+
+    def run(i: int) -> Tensor:
+        i %= len(scales)
+        q, scale = lf.quantize_fp8(x) if quantize else given
+        weight = w.quantized[i][0][:rows].t()
+        return torch._scaled_mm(q, weight, scale, scales[i], out_dtype=x.dtype)
+
+    return run
+
+
+def _fp8_gemm(
+    s: Spec,
+    n: int,
+    k: int,
+    m: int,
+    shape: str,
+    granularity: tuple[str, str] = ("row", "row"),
+) -> Case:
+    """Both operands in FP8, as a producer leaves them; scales by row, or by block."""
+    w = kept.get(s, n, k)
+    a, scale_a = reference.quantize_fp8(s.randn(m, k), granularity[0])
+    made = [reference.quantize_fp8(t, granularity[1]) for t in w.plain]
+    plain = [reference.dequantize_fp8(q, scale, dtype=s.dtype) for q, scale in (made[0],)]
+    wide = reference.dequantize_fp8(a, scale_a, dtype=s.dtype)
+    by_row = granularity[0] == "row"
+
+    def arguments(i: int) -> tuple[Tensor, ...]:
+        b, scale_b = made[i % len(made)]
+        return a, b, scale_a, scale_b
+
+    def scaled_mm(i: int) -> Tensor:
+        b, scale_b = made[i % len(made)]
+        if by_row:
+            return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=s.dtype)
+        columns = scale_a.t().contiguous().t()  # which torch wants column-major
+        return torch._scaled_mm(a, b.t(), columns, scale_b.t(), out_dtype=s.dtype)
+
+    def exact() -> Tensor:
+        x = reference.dequantize_fp8(a, scale_a, dtype=torch.float64)
+        return _exact_product(x, reference.dequantize_fp8(*made[0], dtype=torch.float64))
+
+    return _case(
+        "fp8_gemm",
+        *(n, k, m, shape, 1.0 * (m + n) * k + m * n * s.size),
+        arguments=arguments,
+        options={"out_dtype": s.dtype},
+        ours=ours("fp8_gemm", arguments, out_dtype=s.dtype),
+        baselines={
+            "eager": eager("fp8_gemm", arguments, out_dtype=s.dtype),
+            "torch._scaled_mm": scaled_mm,
+            "bf16 F.linear": lambda _: F.linear(wide, plain[0]),
+        },
+        limit=s.compute(fp8=True),
+        exact=exact,
+        targets={"limit": 0.85} if s.on_gpu else {},
+    )

@@ -1,0 +1,149 @@
+"""The shapes of Llama 3.1's layers, whole or one tensor-parallel rank's, and the sizes run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+import llama_fast as lf
+
+from ..timing import machine
+
+MODELS = ("8b", "70b", "405b", "tiny")
+LEVELS = ("quick", "default", "full")
+TP = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One layer as its ops see it. What tensor parallelism shares out is this rank's part: heads,
+    the inner width, the columns or rows of each linear; the hidden width is never divided."""
+
+    name: str
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def rotated(self) -> int:
+        """Elements of a token's queries and keys."""
+        return (self.heads + self.kv_heads) * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of the four products of a layer; "up": half of gate_up, as layers that do not fuse
+        the two have it."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "up": (self.inner, self.hidden),
+            "gate_up": (2 * self.inner, self.hidden),
+            "down": (self.hidden, self.inner),
+            "qkv": (q + 2 * kv, self.hidden),
+            "output": (self.hidden, q),
+        }
+
+
+def layer_shapes(model: str, tp: int = 1) -> Shapes:
+    """model: one of MODELS. tp: ranks; key/value heads are repeated when there are fewer of them.
+
+    Raises ValueError where tp does not divide the heads or the inner width.
+    """
+    if model == "tiny":  # every line of the suite in seconds
+        hidden, inner, heads, kv_heads, head_dim = 64, 128, 8, 4, 16
+    else:
+        presets = {
+            "8b": lf.LlamaConfig.llama_3_1_8b,
+            "70b": lf.LlamaConfig.llama_3_1_70b,
+            "405b": lf.LlamaConfig.llama_3_1_405b,
+        }
+        c = presets[model]()
+        hidden, inner, head_dim = c.hidden_size, c.intermediate_size, c.head_dim
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    if tp < 1 or heads % tp or inner % tp:
+        raise ValueError(
+            f"--tp: got {tp}, want a divisor of {model}'s {heads} heads and inner width {inner}"
+        )
+    name = model if tp == 1 else f"{model}, 1 of {tp} ranks"
+    return Shapes(name, hidden, inner // tp, heads // tp, max(1, kv_heads // tp), head_dim)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Which sizes are run."""
+
+    tokens: tuple[int, ...]  # rows of norms, rope and SwiGLU
+    prompts: tuple[int, ...]  # of causal attention
+    caches: tuple[tuple[int, int], ...]  # (batch, context) of decode attention
+    rows: tuple[int, ...]  # M of matrix products
+    linears: tuple[str, ...]  # which products
+    chunk: tuple[int, int] | None = None  # queries and keys of a prompt's part over a paged cache
+    # Also: packed and full attention, paged and FP8 caches, block scales.
+    variants: bool = False
+
+
+_ALL = ("gate_up", "down", "qkv", "output")
+_GPU = Sweep(
+    (32768, 1),
+    (16384, 4096),
+    ((32, 4096), (1, 131072), (8, 32768)),
+    (1, 16, 64, 512, 8192),
+    ("up",),
+    (512, 8192),
+    True,
+)
+_GPU_FULL = Sweep(
+    (1, 16, 128, 1024, 8192, 16384, 32768),
+    (128, 1024, 4096, 16384, 65536, 131072),
+    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 4096)),
+    (1, 4, 16, 64, 512, 4096, 16384),
+    _ALL,
+    (512, 8192),
+    True,
+)
+_CPU = Sweep((512,), (2048,), ((1, 8192), (1, 32768)), (1, 16, 512), ("up",))
+_CPU_FULL = Sweep(
+    (1, 16, 128, 512, 4096, 16384),
+    (128, 512, 2048, 8192),
+    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 2048), (64, 1024)),
+    (1, 4, 16, 64, 512, 4096),
+    _ALL,
+)
+_TINY = Sweep((8,), (32,), ((1, 64),), (1, 16, 48), ("up",), (4, 64), True)
+_TINY_FULL = Sweep((1, 8), (16, 32), ((1, 64), (2, 32)), (1, 16, 48), ("up", "down"), (4, 64), True)
+
+
+def sweep(model: str, device: torch.device, level: str) -> Sweep:
+    """Choose the sizes. A GPU has more: what takes a CPU a second is a few of its microseconds."""
+    if model == "tiny":
+        return _TINY_FULL if level == "full" else _TINY
+    if device.type == "cpu":
+        return _CPU_FULL if level == "full" else _CPU
+    return _GPU_FULL if level == "full" else _GPU
+
+
+CALL = 1.0  # seconds that one call of ours may take
+LEAST_PROMPT, LEAST_ROWS = 256, 16
+
+
+def fitted(sizes: Sweep, layer: Shapes, rate: float) -> Sweep:
+    """Halve prompts and rows until one call of ours fits, on a machine whose products do `rate`
+    operations a second."""
+
+    def prompt(tokens: int) -> int:
+        work = 2.0 * tokens**2 * layer.heads * layer.head_dim
+        while work > CALL * rate and tokens >= 2 * LEAST_PROMPT:
+            tokens, work = tokens // 2, work / 4
+        return tokens
+
+    def rows(m: int) -> int:
+        work = max(2.0 * m * n * k for n, k in (layer.linears[name] for name in sizes.linears))
+        return machine.halved(m, work / rate, CALL, LEAST_ROWS)
+
+    def each(f: Callable[[int], int], given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(f(size) for size in given))
+
+    return replace(sizes, prompts=each(prompt, sizes.prompts), rows=each(rows, sizes.rows))

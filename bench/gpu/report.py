@@ -1,0 +1,233 @@
+"""Everything about a GPU in two calls of a few minutes, each of which may find a bare machine.
+
+Call 1 builds and tests the CUDA kernels, also under compute-sanitizer. Call 2 builds, tests
+Triton's kernels, and runs the suite with both backends side by side, a process an op, then the
+forward pass. Without --call both run, one after the other. DIR receives tests-cuda.json,
+tests-triton.json, sanitizer.json, bench.json (a run of the suite) and logs/, each rewritten as soon
+as something is known: a call that is killed keeps what it has. Every process has an end, and a
+kernel that faults or hangs costs its own op's figures or its own file's tests.
+Needs an environment with torch, triton, pytest, cmake, ninja and pybind11, and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..results.files import commit, read, write
+from . import processes, tests
+from .processes import limited, tail
+from .tests import Problems
+
+# Of each call, the steps: parts that run side by side, and the seconds that they may take at most.
+# What a step leaves goes to those after it; the last one has all of it.
+CALLS: dict[int, tuple[tuple[tuple[str, ...], float], ...]] = {
+    1: ((("build-cpu",), 120), (("build-cuda",), 110), (("tests-cuda", "sanitizer"), 120)),
+    2: (
+        (("build-cpu",), 120),
+        (("build-cuda", "precompile", "tests-triton"), 160),
+        (("ops",), 180),
+        (("forward",), 150),
+    ),
+}
+SECONDS = {1: 215.0, 2: 450.0}  # of a call; with what it takes to stop the last part 230 and 470
+PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
+AN_OP = 60.0  # seconds of an op's process at most
+HERE = """
+import importlib.metadata, json, torch
+found = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "sm": ""}
+for name in ("triton", "transformers", "pytest", "matplotlib"):
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found[name] = None
+if torch.cuda.is_available():
+    found["gpu"] = torch.cuda.get_device_name()
+    found["sm"] = "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
+print(json.dumps(found))
+"""
+EPILOG = f"""parts, in this order: {" ".join(PARTS)}
+
+examples:
+  {{prog}} --gpu-report DIR                    both calls, one after the other
+  {{prog}} --gpu-report DIR --call 1
+  {{prog}} --gpu-report DIR --only ops --case attention --seconds 900
+  {{prog}} --gpu-report DIR --call 2 --tiny --device cpu    a rehearsal without a GPU
+
+exit status: 0; 1 a test failed, a result was wrong, or a part did not run to its end; 2 it cannot
+run here; 130 interrupted"""
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog=f"{prog} --gpu-report",
+        description=__doc__,
+        epilog=EPILOG.format(prog=prog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = p.add_argument
+    add("--gpu-report", type=Path, required=True, metavar="DIR", dest="out")
+    add("--call", type=int, choices=CALLS, help="default: both")
+    add("--only", default=",".join(PARTS), metavar="PART,...", help="default: all of the call's")
+    add("--seconds", type=float, help=f"of each call, default {SECONDS[1]:g} and {SECONDS[2]:g}")
+    add("--case", default="", metavar="TEXT", help="only cases with this in their name")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny")
+    add("--tiny", action="store_true", help="tiny shapes: whether the report itself runs")
+    add("--debug", action="store_true", help="show a traceback for errors")
+    return p
+
+
+def main(argv: list[str], prog: str = "python -m bench") -> int:
+    args = parser(prog).parse_args(argv)
+    wanted = {part.strip() for part in args.only.split(",") if part.strip()}
+    unknown = sorted(wanted - {*PARTS})
+    if unknown or not wanted:
+        got = ", ".join(unknown) or "nothing"
+        return _refuse(f"--only: got {got}, want any of {', '.join(PARTS)}")
+    if args.device == "cpu" and not args.tiny:
+        return _refuse(f"--device cpu: only with --tiny; `{prog}` measures a CPU")
+    args.out = args.out.resolve()
+    fresh = not args.out.exists()
+    log = args.out / "logs" / "versions.log"
+    code = limited([sys.executable, "-c", HERE], 40.0, log)  # in a process: a driver may hang
+    here = json.loads(tail(log)) if code == 0 else {}
+    if code != 0 or (args.device == "cuda" and not here["sm"]):
+        why = "torch sees no GPU here" if code == 0 else f"torch does not start here: {tail(log)}"
+        if fresh:
+            log.unlink()
+            log.parent.rmdir(), args.out.rmdir()
+        return _refuse(f"{why}; `{prog}` measures this machine's CPU")
+    args.sm = here["sm"]
+    print("  ".join(f"{name} {value}" for name, value in {**here, "commit": commit()}.items()))
+    problems: Problems = []
+    status = 0
+    with processes.interruptible():
+        try:
+            for call in [args.call] if args.call else CALLS:
+                problems += _run(args, call, wanted)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured is kept", file=sys.stderr)
+            status = 130
+    print("\n".join([f"PROBLEM {line}" for line in problems] or ["nothing was wrong"]))
+    print(f"written: {args.out}", flush=True)
+    return status or (1 if problems else 0)
+
+
+def _refuse(message: str) -> int:
+    print(f"bench: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(args: argparse.Namespace, call: int, wanted: set[str]) -> Problems:
+    """The call's steps, as far as the time goes."""
+    steps = [([p for p in parts if p in wanted], most) for parts, most in CALLS[call]]
+    steps = [(parts, most) for parts, most in steps if parts]
+    seconds = args.seconds or SECONDS[call]
+    end, problems = time.monotonic() + seconds, []
+    for parts, most in steps:
+        left = end - time.monotonic()
+        share = left if parts is steps[-1][0] else min(left, most * seconds / SECONDS[call])
+        if share < 2:
+            problems.append(f"{' '.join(parts)}: no time left")
+            continue
+        print(f"--- {' '.join(parts)} (up to {share:.0f} s)", flush=True)
+        with ThreadPoolExecutor(len(parts)) as pool:
+            running = [pool.submit(STEPS[part], args, share) for part in parts]
+            found = [line for future in running for line in future.result()]
+        problems += found
+        if "build-cpu" in parts and found:
+            problems.append("the build failed: nothing after it can run")
+            break
+    return problems
+
+
+# ---- figures ----
+
+
+def ops(args: argparse.Namespace, seconds: float) -> Problems:
+    """The suite, a process an op. Where one dies, once more with its first backend alone, so that
+    the other's faults cost it nothing."""
+    backends = ["triton", "cuda"] if args.device == "cuda" else ["cpu", "reference"]
+    if args.device == "cuda" and tests.missing("cuda", args):
+        backends = backends[:1]
+    listed = args.out / "logs" / "list.log"
+    listed.unlink(missing_ok=True)
+    every = ["--device", args.device, "--case", args.case, "--full", "--peers", "none", "--list"]
+    limited([sys.executable, "-m", "bench", *every], 60.0, listed)
+    lines = [line.split() for line in listed.read_text().splitlines()]
+    names = list(dict.fromkeys(words[0] for words in lines if words and words[0] != "forward"))
+    end, problems = time.monotonic() + seconds, []
+    for i, name in enumerate(names):
+        # Twice its share at most, or a slow op would leave nothing to those after it.
+        share = 2 * (end - time.monotonic()) / (len(names) - i)
+        for chosen in [backends, backends[:1]][: len(backends)]:
+            left = min(AN_OP, max(15.0, share), end - time.monotonic())
+            if left < 5:
+                problems.append(f"{name}: no time left")
+                break
+            options = ["--op", name, "--backend", ",".join(chosen), "--no-plot"]
+            found = _measured(args, name, options, left)
+            problems += found
+            if not any("ended" in line for line in found):
+                break
+    return problems
+
+
+def forward(args: argparse.Namespace, seconds: float) -> Problems:
+    if args.tiny:
+        return []
+    return _measured(args, "forward", ["--op", "forward", "--no-plot"], seconds)
+
+
+def _suite(args: argparse.Namespace) -> list[str]:
+    command = [sys.executable, "-m", "bench", "--device", args.device, "--case", args.case]
+    return [*command, *(["--model", "tiny", "--quick", "--peers", "none"] if args.tiny else [])]
+
+
+def _measured(args: argparse.Namespace, name: str, options: list[str], seconds: float) -> Problems:
+    """One process of the suite, and bench.json with what it measured, whatever became of it."""
+    file, log = args.out / "logs" / f"{name}.json", args.out / "logs" / f"{name}.log"
+    file.unlink(missing_ok=True)
+    code = limited([*_suite(args), *options, "--json", str(file)], seconds, log)
+    print(tail(log, 3 if code else 30), flush=True)
+    found, path = read(file), args.out / "bench.json"
+    if found:
+        write(path, merged(read(path), found))
+    if code is None:
+        return [f"{name}: its process had not ended within {seconds:.0f} s"]
+    if code not in (0, 1):
+        return [f"{name}: its process ended with {code}: {tail(log)}"]
+    wrong = [f"{r['op']} {r['shape']}: WRONG" for r in (found or {})["ops"] if r["wrong"]]
+    return wrong + [f"{case}: {why}" for case, why in (found or {})["failed"].items()]
+
+
+def merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Two runs of the suite as one; the later one's rows replace the same cases' earlier ones."""
+    if one is None:
+        return other
+    rows = {f"{r['op']} {r['shape']}": r for r in [*one["ops"], *other["ops"]]}
+    both = {**one, **other, "ops": list(rows.values())}
+    for key in ("skipped", "failed", "peers"):
+        both[key] = {**one[key], **other[key]}
+    both["complete"] = one["complete"] and other["complete"]
+    both["options"] = {**other["options"], "backend": one["options"]["backend"]}
+    return both
+
+
+STEPS: dict[str, Callable[[argparse.Namespace, float], Problems]] = {
+    "build-cpu": partial(tests.build, "_cpu"),
+    "build-cuda": partial(tests.build, "_cuda"),
+    "tests-cuda": partial(tests.run, "cuda"),
+    "sanitizer": tests.sanitizer,
+    "precompile": tests.precompile,
+    "tests-triton": partial(tests.run, "triton"),
+    "ops": ops,
+    "forward": forward,
+}

@@ -1,0 +1,202 @@
+"""Ours as a ModelPeer, and the random weights that every implementation runs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama_fast as lf
+from llama_fast.checkpoint.weights import Linear, assemble, packed, quantized
+
+from ..peers.peer import CHUNK
+from ..timing import CPU, Run
+from ..timing.events import captured
+
+PREFILL = 512  # tokens of the prompt that every implementation is measured on
+
+
+def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
+    return dataclasses.replace(
+        lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab
+    )
+
+
+def fitting(config: lf.LlamaConfig, memory: float, bytes_each: float) -> lf.LlamaConfig:
+    """Keep as many layers as fit at so many bytes a weight, of all implementations together."""
+    c, head = config, config.hidden_size * config.vocab_size
+    per_layer = prefill_flops(dataclasses.replace(c, num_hidden_layers=1), 1) / 2 - head
+    layers = int((memory / bytes_each - 2 * head) // per_layer)
+    return dataclasses.replace(c, num_hidden_layers=max(1, min(layers, c.num_hidden_layers)))
+
+
+class _Unfilled(TorchDispatchMode):
+    """Random initialization does nothing here: on a CPU it takes longer than all that follows."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def transformers_model(
+    config: lf.LlamaConfig, device: torch.device = CPU, weights: Any = None
+) -> Any:
+    """Make a bf16 LlamaForCausalLM of config's shape with random weights; or with those of another
+    one, in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hf = LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    hf._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if weights is None else torch.float32)
+    try:
+        with device, _Unfilled():
+            model = LlamaForCausalLM(hf).eval()
+    finally:
+        torch.set_default_dtype(before)
+    if weights is not None:
+        model.load_state_dict(weights.state_dict())
+        return model
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 1.0 if "embed" in name else p.shape[1] ** -0.5
+            for rows in p.data.split(4096):  # drawn in fp32, a quarter of bf16's time
+                rows.copy_(torch.randn(rows.shape, generator=generator, device=device).mul_(std))
+    return model
+
+
+class Ours:
+    """llama_fast, weights in bf16 or FP8."""
+
+    def __init__(self, label: str, model: lf.Llama) -> None:
+        self.label, self.model = label, model
+        self._caches: dict[Any, lf.KVCache] = {}
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).cpu()
+
+    def extend(self, context: Tensor, tokens: Tensor) -> Run:
+        model, cache = self.model, self._cache(context, tokens.shape[1])
+        held = [context.shape[1]] * context.shape[0]
+
+        def run(_: int) -> Tensor:
+            cache.truncate(held)
+            return model.logits(model.hidden(tokens, cache=cache)[:, -1])
+
+        return run
+
+    def decode(self, context: Tensor, steps: int) -> Run:
+        return self._decode(context, steps, context.device.type != "cpu")
+
+    def _decode(self, context: Tensor, steps: int, on_gpu: bool) -> Run:
+        """On a GPU a step is one CUDA graph, repeated at the same length."""
+        model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
+        held: list[int] = [context.shape[1]] * context.shape[0]
+        out: list[Tensor] = []
+        if not on_gpu:
+
+            def step() -> None:
+                out[:] = [model(token, cache=cache)]
+
+        else:
+            cache.truncate(held)
+            appended, fixed = cache.append(1), copy.copy(cache)
+            fixed.append = lambda count: appended  # type: ignore[method-assign]
+            fixed.advance = lambda count: None  # type: ignore[method-assign]
+
+            def step() -> None:
+                out[:] = [model(token, cache=fixed)]
+
+        once = captured(step, context.device)
+
+        def run(_: int) -> Tensor:
+            cache.truncate(held)
+            for _ in range(steps):
+                once()
+            return out[0][:, -1]
+
+        return run
+
+    def _cache(self, context: Tensor, room: int) -> lf.KVCache:
+        """A cache that holds the context, see peers.in_transformers."""
+        model, key = self.model, (tuple(context.shape), *context.flatten().tolist())
+        batch, length = context.shape
+        cache = self._caches.get(key)
+        if cache is None or cache.block_table.shape[1] * cache.block_size < length + room:
+            options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
+            cache = lf.KVCache(model.config, length + max(room, CHUNK), batch, **options)
+            for part in context.split(CHUNK, dim=1) if length else ():
+                model.hidden(part, cache=cache)
+            self._caches[key] = cache
+        return cache
+
+    def weight_bytes(self) -> int:
+        return sum(w.nbytes for w in linears(self.model))
+
+    def close(self) -> None:
+        self._caches.clear()
+        del self.model
+
+
+def linears(model: lf.Llama) -> list[Tensor]:
+    """List the weights that every token passes through; the embedding is only looked up."""
+    layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
+    return [w.weight for w in (*layers, model.weights.head)]
+
+
+def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -> float:
+    """Count the linear layers on every token, the head on the last, and causal attention. depth:
+    how many tokens are in the cache before."""
+    c, hidden = config, config.hidden_size
+    heads = c.num_attention_heads * c.head_dim
+    layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    attended = (tokens**2 + 2.0 * tokens * depth) * heads  # two products, half of each masked
+    per_layer = 2.0 * layer * tokens + 2.0 * attended
+    return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
+
+
+class _Weights:
+    """transformers' weights, where ours otherwise come from files."""
+
+    def __init__(self, hf: Any) -> None:
+        self._named = hf.state_dict()
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._named[name]
+
+    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
+        weight = torch.cat([self._named[f"{name}.weight"] for name in parts])
+        return quantized(weight, bound) if fp8 else Linear(packed(weight))
+
+
+def same_weights(hf: Any) -> dict[str, lf.Llama]:
+    """Make ours with transformers' weights, on its device; the embedding is shared."""
+    config = lf.LlamaConfig.from_hf(hf.config)
+    return {
+        name: lf.Llama(config, assemble(config, _Weights(hf), quantize))
+        for name, quantize in (("bf16", None), ("FP8", "fp8"))
+    }
+
+
+def prompt(config: lf.LlamaConfig, tokens: int, batch: int = 1) -> Tensor:
+    """Draw ids [batch, tokens], the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (batch, tokens), generator=generator)

@@ -1,0 +1,82 @@
+"""README.md's table, docs/results.md and the plots, cut from the runs in bench/results.
+
+`python -m bench --publish` writes all of it; nothing in there is typed. A test holds the pages
+against what pages() gives, so that neither a new run nor an edited page is forgotten.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import page, plot
+from .files import ROOT, read
+from .report import inserted
+
+README, RESULTS = Path("README.md"), Path("docs") / "results.md"
+USAGE = 2
+
+
+def machines(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every folder of bench/results with runs in it -> its runs, those of the suite first."""
+    found = {}
+    for folder in sorted(p for p in (root / "bench" / "results").glob("*") if p.is_dir()):
+        order = sorted(folder.glob("*.json"), key=lambda p: (p.stem != "bench", p.stem))
+        runs = {p.stem: run for p in order if "ops" in (run := read(p) or {})}
+        if runs:
+            found[folder.name] = runs
+    return found
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """The pages that are cut from the runs, by path from root, as they have to be."""
+    found = machines(root)
+    tables = [page.brief(runs["bench"], name) for name, runs in found.items() if "bench" in runs]
+    return {
+        README: inserted((root / README).read_text(), "\n\n".join(tables)),
+        RESULTS: page.page(found),
+    }
+
+
+def plots(root: Path) -> dict[Path, Callable[[Path], list[Path]]]:
+    """SVG from root -> what draws it, for every run."""
+    found = {}
+    for name, runs in machines(root).items():
+        for stem, run in runs.items():
+            base = Path("bench") / "results" / name / f"{stem}.svg"
+            found.update({plot.named(base, what): d for what, d in plot.planned(run).items()})
+    return found
+
+
+def main(root: Path = ROOT) -> int:
+    if not (root / "bench" / "results").is_dir():
+        print("bench: --publish: no bench/results here; it wants a checkout", file=sys.stderr)
+        return USAGE
+    try:
+        written = pages(root)
+    except ValueError as error:
+        print(f"bench: --publish: {error}", file=sys.stderr)
+        return USAGE
+    for path, text in written.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    print("written: " + "  ".join(str(path) for path in (*written, *_draw(root))))
+    return 0
+
+
+def _draw(root: Path) -> list[Path]:
+    """Draw the SVGs only: what pages embed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        print(f"no plots: {error}; pip install 'llama_fast[bench]'", file=sys.stderr)
+        return []
+    wanted = plots(root)
+    with tempfile.TemporaryDirectory(prefix="llama_fast-plots-") as folder:
+        for path, draw in wanted.items():
+            (svg,) = (f for f in draw(Path(folder) / path.name) if f.suffix == ".svg")
+            (root / path).write_bytes(svg.read_bytes())
+    return list(wanted)

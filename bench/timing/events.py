@@ -1,0 +1,165 @@
+"""Timing on a GPU, paired as in clock.py.
+
+A sample is a CUDA graph of several calls, replayed between two events, so that no launch gap is in
+it. What cannot be captured (it waits for the device, or allocates in its own way) is launched
+behind a kernel that spins until the host is done launching, and its mode is "events". Both favor
+the baselines, which launch more kernels than we do. The calls of a sample walk through the case's
+rotating buffers, and a sample lasts SAMPLE seconds or more, so that the last-level cache holds
+nothing of the next one.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .figures import Run, Timing, summarize
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 40
+SLOW_ROUNDS = 3  # of a run that takes more than a quarter of the budget each time
+SAMPLE = 2e-3  # seconds: a graph's launch, about 10 us where it shows at all, is lost in it
+MAX_CALLS = 2000  # in one graph
+SPIN_HZ = 2e9  # at least the clock that _sleep counts: spinning longer than needed is harmless
+LEAD = 3e-4  # seconds that the host needs to be ahead when a round begins
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    enqueue: Callable[[], object]
+    calls: int  # in one enqueue
+    seconds: float  # of one enqueue, about
+    mode: str
+    lead: float  # seconds that the host takes to enqueue
+
+
+def measure(
+    runs: Mapping[str, Run], budget: float, *, copies: int = 1, waits: Collection[str] = ()
+) -> dict[str, Timing]:
+    """Return the seconds of one call of each run, from about `budget` seconds of rounds.
+
+    copies: how many buffers a run rotates through. waits: names of runs that wait for the device; a
+    capture that fails is noticed too, but leaves the allocator in disorder.
+    """
+    samplers = {name: _sampler(r, copies, name not in waits) for name, r in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        began = time.perf_counter()
+        for i in range(MAX_ROUNDS):
+            _round(samplers, seconds, i, budget)
+            if i + 1 >= MIN_ROUNDS and time.perf_counter() - began > budget:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: summarize(s, mode=samplers[name].mode) for name, s in seconds.items()}
+
+
+def _round(
+    samplers: dict[str, _Sampler], seconds: dict[str, list[float]], i: int, budget: float
+) -> None:
+    """Take one sample of each; the order turns round every other round."""
+    pending = []
+    torch.cuda._sleep(int(LEAD * SPIN_HZ))
+    for name in list(samplers) if i % 2 else list(samplers)[::-1]:
+        sampler = samplers[name]
+        if i >= SLOW_ROUNDS and sampler.seconds > max(budget / 4, 4 * SAMPLE):
+            continue
+        if sampler.lead:
+            torch.cuda._sleep(int(sampler.lead * SPIN_HZ))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        sampler.enqueue()
+        end.record()
+        pending.append((name, start, end))
+    torch.cuda.synchronize()
+    for name, start, end in pending:
+        seconds[name].append(start.elapsed_time(end) / 1e3 / samplers[name].calls)
+
+
+def _sampler(run: Run, copies: int, capturable: bool) -> _Sampler:
+    for i in range(2):
+        run(i)
+    host, took = _seconds(lambda: _calls(run, copies))
+    count = _count(took / copies, copies)
+    if capturable:
+        graph = _capture(run, count)
+        if graph is not None:
+            _, took = _seconds(graph.replay)
+            if took < SAMPLE / 2:  # the estimate was of launches, not of work
+                count = _count(took / count, copies)
+                graph = _capture(run, count) or graph
+                _, took = _seconds(graph.replay)
+            return _Sampler(graph.replay, count, took, "graph", 0.0)
+    count = min(count, 20)  # so that the spin stays short
+    lead = min(host / copies * count * 1.5, 0.05)
+    return _Sampler(lambda: _calls(run, count), count, took / copies * count, "events", lead)
+
+
+def _count(seconds: float, copies: int) -> int:
+    """Return how many calls fill SAMPLE, in whole turns through the buffers."""
+    turns = math.ceil(SAMPLE / max(seconds, 1e-7) / copies)
+    return max(1, min(turns, MAX_CALLS // copies)) * copies
+
+
+def _calls(run: Run, count: int) -> None:
+    for i in range(count):
+        run(i)
+
+
+def _seconds(f: Callable[[], object]) -> tuple[float, float]:
+    """Return what one call takes the host, and the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    start.record()
+    f()
+    end.record()
+    host = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return host, start.elapsed_time(end) / 1e3
+
+
+def _capture(run: Run, count: int) -> torch.cuda.CUDAGraph | None:
+    """Return None when the run cannot be captured. torch.compile's helpers live in other threads,
+    which may do as they like meanwhile."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            _calls(run, count)
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a failed capture stays on its own
+        torch.cuda.synchronize()  # raises when more than the capture is broken
+        return None
+    return graph
+
+
+def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Capture run as one graph to replay; on a CPU return run itself."""
+    if device.type != "cuda":
+        return run
+    for _ in range(2):
+        run()
+    graph = _capture(lambda _: run(), 1)
+    return run if graph is None else graph.replay
+
+
+def waited(run: Run, device: torch.device) -> Run:
+    """Make run wait until the device is done with it: for the host's clock, launch gaps and all."""
+    if device.type != "cuda":
+        return run
+
+    def wait(i: int) -> object:
+        result = run(i)
+        torch.cuda.synchronize()
+        return result
+
+    if hasattr(run, "prepare"):
+        wait.prepare = run.prepare  # type: ignore[attr-defined]
+    return wait

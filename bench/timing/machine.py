@@ -1,0 +1,124 @@
+"""How fast this machine is, found in a second or two before anything else.
+
+Jobs, rounds and baselines are sized by it, products are held against the fastest of its rates, and
+where bf16 products are no faster than fp32's the fp32 baselines are measured too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_fast import _cpu
+
+PRODUCT = (128, 2048, 2048)  # M, N, K: 0.05 s where bf16 has no instruction (11 GFLOP/s a core)
+FLOPS = 2e8  # of multiply-adds in registers, a call
+BUFFER = 128 << 20  # bytes
+SECONDS = 0.3  # for each
+CALLS = 8  # of a product or a read at most: jobs are sized by what a busy machine mostly does
+# An instruction for bf16 does at least twice what one for fp32 does; a conversion does less than
+# fp32's alone. Half way between, on a logarithmic scale.
+WITH_INSTRUCTION = 2**0.5
+# Nothing but an instruction of its own (AMX), or more of them than ours is held to, lets a product
+# beat multiply-adds in registers, and then by far: less is a neighbor.
+BY_FAR = 1.25
+
+
+# What ours reaches, about, of multiply-adds in registers; and times PyTorch's faster product.
+REACHED, TIMES = 0.75, 1.3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations a second of PyTorch's products of 128 rows and of multiply-adds in registers (on
+    llama_fast's instruction set), and bytes a second read; the best of the calls."""
+
+    bf16: float
+    fp32: float
+    fma: float  # fp32
+    fma_bf16: float  # summed in fp32; as fma where no instruction does that
+    read: float
+
+    @property
+    def bf16_is_slow(self) -> bool:
+        """Whether a user of eager PyTorch is better off in fp32 here. Judged by what PyTorch
+        reaches: it may be held to fewer instructions than the processor has."""
+        return self.bf16 < WITH_INSTRUCTION * self.fp32
+
+    @property
+    def ours(self) -> float:
+        """Estimate the operations a second of our products."""
+        return min(REACHED * self.fma_bf16, TIMES * max(self.bf16, self.fp32))
+
+    def fastest(self, dtype: torch.dtype) -> tuple[str, float]:
+        """What does most operations a second: "fma", or the dtype whose product does."""
+        rates = {"fp32": self.fp32, "fma": BY_FAR * self.fma}
+        if dtype == torch.bfloat16:
+            rates |= {"bf16": self.bf16, "fma": BY_FAR * max(self.fma, self.fma_bf16)}
+        name = max(rates, key=lambda name: rates[name])
+        return name, rates[name] / (BY_FAR if name == "fma" else 1)
+
+    def __str__(self) -> str:
+        products, fma = (
+            f"bf16 {bf16 / 1e12:.3g}, fp32 {fp32 / 1e12:.3g} TFLOP/s"
+            for bf16, fp32 in ((self.bf16, self.fp32), (self.fma_bf16, self.fma))
+        )
+        slow = "; bf16 products are slow here, fp32's stand beside them" * self.bf16_is_slow
+        return f"products {products}; in registers {fma}; reads {self.read / 1e9:.3g} GB/s{slow}"
+
+
+# Nothing is made smaller: of tests at tiny shapes, and of GPUs.
+UNBOUND = Speed(bf16=2e18, fp32=1e18, fma=1e18, fma_bf16=2e18, read=1e18)
+
+
+def measure() -> Speed:
+    threads = torch.get_num_threads()
+    m, n, k = PRODUCT
+    a, b = torch.randn(m, k), torch.randn(n, k)
+    a16, b16 = a.bfloat16(), b.bfloat16()
+    buffer = torch.zeros(BUFFER, dtype=torch.uint8)
+    flops = 2.0 * m * n * k
+    return Speed(
+        bf16=_rate(lambda: a16 @ b16.t(), flops),
+        fp32=_rate(lambda: a @ b.t(), flops),
+        fma=_rate(lambda: _cpu.multiply_add_probe(False, FLOPS, threads), FLOPS, calls=1000),
+        fma_bf16=_rate(lambda: _cpu.multiply_add_probe(True, FLOPS, threads), FLOPS, calls=1000),
+        read=_rate(
+            lambda: _cpu.read_bandwidth_probe(buffer.data_ptr(), BUFFER, threads), float(BUFFER)
+        ),
+    )
+
+
+def _rate(call: Callable[[], object], work: float, calls: int = CALLS) -> float:
+    call()
+    best, begun = float("inf"), time.perf_counter()
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - begun > SECONDS:
+            break
+    return work / best
+
+
+def instruction_sets() -> dict[str, Any]:
+    """In force, not what the processor has: ours, PyTorch's own kernels' and oneDNN's, where that
+    one is held to something."""
+    return {
+        "isa": _cpu.isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+    }
+
+
+def halved(size: int, seconds: float, budget: float, least: int) -> int:
+    """Halve size, which takes `seconds`, until it fits, or until the half is below least."""
+    while seconds > budget and size // 2 >= least:
+        size, seconds = size // 2, seconds / 2
+    return size

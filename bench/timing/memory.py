@@ -1,0 +1,85 @@
+"""Peak memory, free memory, and whether freed memory is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, -1  # of glibc's malloc.h
+_HIGHEST = 32 << 20  # bytes: what glibc takes for _MMAP_THRESHOLD
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Peak:
+    bytes: float = 0.0  # once the block has ended
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Find the most memory that a block takes beyond what was there before: on a GPU what PyTorch
+    allocated, on a CPU resident pages (Linux)."""
+    found = Peak()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = float(torch.cuda.memory_allocated(device))
+        yield found
+        torch.cuda.synchronize(device)
+        found.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    trim()
+    _RESET.write_text("5")  # the peak is now what is resident now
+    before = _resident("VmRSS")
+    yield found
+    found.bytes = max(0.0, _resident("VmHWM") - before)
+
+
+def keep_freed() -> bool:
+    """Make this process keep freed memory for its next allocations, up to 32 MiB each; return
+    whether the C library can do that.
+
+    glibc does so by itself after a while, as far as large blocks were freed before: with luck an op
+    is given its output, else zeroed pages, one fault for each, which take longer than many an op.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _HIGHEST) and mallopt(_TRIM_THRESHOLD, _NEVER))
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library can do that: what it keeps would
+    be taken again unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(name: str) -> float:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return float(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS}: no {name}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that can be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + (
+            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
