@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import llama_fast as lf
+from llama_fast import reference
 from llama_fast.bench import cases, peers, suite
 from llama_fast.bench.__main__ import main
 from llama_fast.bench.cases import Plan, case, elementwise, measured, shapes
