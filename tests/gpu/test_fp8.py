@@ -129,8 +129,8 @@ def test_the_quotient_is_ieee_division(
     exponents: tuple[int, int], bounded: bool, native: bool, device: torch.device
 ) -> None:
     """divide_to_e4m3() divides by two fma and a product. Rows of every magnitude that fp32 has,
-    values down to its smallest, exact ties of the quotient, zeros of both signs; and, bounded, values far
-    beyond 448 scales."""
+    values down to its smallest, exact ties of the quotient, zeros of both signs; and, bounded,
+    values far beyond 448 scales."""
     rows = 64
     amax = (torch.rand(rows) + 1).double() * 2.0 ** torch.randint(*exponents, (rows,)).double()
     amax = amax.clamp(max=3.4e38).float()
