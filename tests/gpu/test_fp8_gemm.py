@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import llama_fast as lf
 from llama_fast import cuda, reference, triton_backend
-from llama_fast.kernels import common, fp8_gemm, fp8_stream, fp8_tile
+from llama_fast.kernels import common, fp8_stream, fp8_tile, linear
 from llama_fast.kernels.common import CHIPS, Chip
 
 from ..tolerances import FP8_SUM, assert_close_to_eager
@@ -359,7 +359,7 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
     for granularity, (a, b) in itertools.product(("row", "block"), operands):
         scales = powers_of_two(granularity, m, k, device), powers_of_two(granularity, n, k, device)
         outs = []
-        for config in fp8_gemm._configs(chip, 1024, n, granularity == "block", 4):
+        for config in linear._configs(chip, 1024, n, granularity == "block", 4):
             out = torch.full((m, n), float("nan"), device=device)
             with common.force("fp8_gemm", config):
                 triton_backend.linear(out, a, b, bias, *scales)
@@ -405,7 +405,7 @@ def test_f36_configurations_fit_and_are_few() -> None:
             for config in offered:  # what was compiled needs no more than stages and 1 KB
                 assert 1 <= config["SPLITS"] <= 16
         for m, out_bytes in itertools.product((128, 8192), (2, 4)):
-            assert fp8_gemm._configs(chip, m, n, False, out_bytes)
+            assert linear._configs(chip, m, n, False, out_bytes)
 
 
 def test_splits_fill_the_chip() -> None:
