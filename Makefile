@@ -1,75 +1,63 @@
 # make bench   set up .venv, then the forward pass with the kernels against eager PyTorch
 # make test    the same set-up, then the whole test suite      (PYTEST="-k rope" passes options)
-# make gpu-report PYTHON=python3   all about this machine's GPU in 11 minutes, into $(REPORT), with
-#              what that Python has installed: no environment is made, nothing is downloaded.
-#              GPU="--call 1" or "--only ops --case attention" passes options (docs/gpu.md)
-# make sanitize-gpu PYTHON=python3   compute-sanitizer over the small GPU tests, likewise with what
-#              is installed. SANITIZE="--tool racecheck --backend cuda" passes options
-# make emulate   the CUDA kernels through the GPU tests and their own, on the CPU (part of make test)
-# make lint | format | sanitize | clean
-# JOBS=8      processes of the tests that run side by side; default: a core more than there are (some
-#             only wait), 5 at most
+# make emulate | lint | format | sanitize | clean
+# make gpu-report PYTHON=python3   test and measure this machine's GPU with what that Python has
+#              installed, into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
+# make sanitize-gpu PYTHON=python3   likewise compute-sanitizer; SANITIZE="--tool racecheck"
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
+# JOBS=8       test processes; default: one more than the cores, since some only wait; 5 at most
 
 VENV ?= .venv
 REPORT ?= bench/out/gpu
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
-    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; \
-    done)
+    "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo "$$p" && break; done)
 endif
 ifneq ($(filter default undefined,$(origin CXX)),)
 CXX := $(shell for c in c++ g++ clang++; do command -v $$c && break; done)
-else
-export CXX
 endif
-
-# The sanitizers' runtime has to be in the process before Python: preload it. libstdc++ with it, or
-# the first C++ exception aborts: the runtime looks for __cxa_throw as it starts.
-ASAN_LIBRARY = $(shell $(CXX) -print-file-name=libasan.so)
-STDCXX_LIBRARY = $(shell $(CXX) -print-file-name=libstdc++.so)
-SANITIZED := build/sanitize/site
-OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
-
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
-
-BIN := $(VENV)/bin
-HERE := $(if $(filter /%,$(VENV)),,$(CURDIR)/)
-READY := $(VENV)/.ready
-CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+export CXX
 # Without a GPU the CUDA kernels are compiled for tests/static alone, so for the oldest chip and the
 # newest with rules of their own: sm_89 and PTX would add a third to the longest part of an install.
-# A wheel has all of them (CMakeLists.txt); python -m bench.static_cuda checks what was compiled.
 export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,80-real;90-real)
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
     /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)
-INSTALLED_FROM := setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
+
+BIN := $(abspath $(VENV))/bin
+READY := $(VENV)/.ready
+CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+EMULATED = $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
+# Configure and build one of CMakePresets.json, with .venv's tools.
+build = "$(BIN)/cmake" --preset $(1) -DCMAKE_MAKE_PROGRAM="$(BIN)/ninja" -DPython_EXECUTABLE="$(BIN)/python" \
+    $(2) >/dev/null && "$(BIN)/cmake" --build --preset $(1) >/dev/null
 say = { echo "error: $(1)" >&2; exit 1; }
+# Files side by side, those that take longest first (tests/conftest.py). The threads of one process
+# sleep while they wait, or they would hold the cores of the others. Byte code is kept whatever the
+# environment says: hundreds of processes would compile it again.
+SIDE_BY_SIDE = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 \
+    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
+# The ops once more as a machine without AVX-512 has them: our kernels, PyTorch's and OpenBLAS's.
+AS_AVX2 = LLAMA_FAST_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+# Of the CUDA toolkit the emulator takes the headers only.
+EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
+	$(call build,emulate,-DCUDAToolkit_ROOT="$(CUDA_HOME)") && OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda \
+	LLAMA_FAST_CUDA_EMULATOR=1 $(SIDE_BY_SIDE) tests/gpu tests/cuda_emulator -m "not gpu and not triton" \
+	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
+    else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
 .PHONY: bench test emulate gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
 
-# Files side by side, those that take longest first (tests/conftest.py). The CPU kernels keep their
-# threads: those of one process sleep while they wait, or they would hold the cores of the others.
-# Byte code is kept whatever the environment says: hundreds of processes would compile it anew.
-SIDE_BY_SIDE := PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 \
-    "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
-
-EMULATED := $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
-
-# The ops once more as a machine without AVX-512 has them: our kernels, PyTorch's and OpenBLAS's.
-AS_AVX2 := LLAMA_FAST_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-    OPENBLAS_CORETYPE=Haswell
-
 test: $(READY)
 ifeq ($(PYTEST),)
 	@status=0; set -x; \
 	$(SIDE_BY_SIDE) --no-loadscope-reorder --benchmark-disable $(EMULATED:%=--ignore=%) || status=1; \
 	if grep -q avx512f /proc/cpuinfo; then $(AS_AVX2) $(SIDE_BY_SIDE) $(OP_TESTS) || status=1; fi; \
-	{ $(EMULATE); } || status=1; \
-	exit $$status
+	{ $(EMULATE); } || status=1; exit $$status
 else
 	"$(BIN)/python" -m pytest $(PYTEST)
 endif
@@ -77,21 +65,6 @@ endif
 emulate: $(READY)
 	@$(EMULATE)
 
-# Of the CUDA toolkit it takes the headers only.
-define EMULATE
-if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
-	"$(BIN)/cmake" -S . -B build/emulate -G Ninja -DCMAKE_MAKE_PROGRAM="$(HERE)$(BIN)/ninja" \
-	    -DPython_EXECUTABLE="$(HERE)$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
-	    -DCUDAToolkit_ROOT="$(CUDA_HOME)" -DLLAMA_FAST_EMULATE=ON \
-	    -DLLAMA_FAST_OUTPUT="$(CURDIR)/llama_fast" >/dev/null && \
-	"$(BIN)/cmake" --build build/emulate >/dev/null && \
-	OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda LLAMA_FAST_CUDA_EMULATOR=1 \
-	    $(SIDE_BY_SIDE) tests/gpu tests/cuda_emulator \
-	    -m "not gpu and not triton" --ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
-else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
-endef
-
-# Where files were copied without .git: LLAMA_FAST_COMMIT names the commit for the report.
 gpu-report:
 	"$(PYTHON)" -m bench --gpu-report "$(REPORT)" $(GPU)
 
@@ -109,33 +82,31 @@ format: $(READY)
 	"$(BIN)/ruff" format .
 	"$(BIN)/clang-format" -i $(CXX_FILES)
 
-# Beside the ordinary build, never over it: a package of links to our Python files, with the
-# instrumented extension in place of the ordinary one.
+# The instrumented extension lies in a package of links to our Python files. Its runtime has to be in
+# the process before Python, and libstdc++ with it, or the first C++ exception aborts.
 sanitize: $(READY)
-	@test -e "$(ASAN_LIBRARY)" || $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
-	"$(BIN)/cmake" -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM="$(HERE)$(BIN)/ninja" \
-	    -DPython_EXECUTABLE="$(HERE)$(BIN)/python" -DCMAKE_CXX_COMPILER="$(CXX)" \
-	    -DLLAMA_FAST_SANITIZE=address,undefined -DLLAMA_FAST_OUTPUT="$(CURDIR)/$(SANITIZED)/llama_fast"
-	"$(BIN)/cmake" --build build/sanitize
-	ln -sf "$(CURDIR)"/llama_fast/*.py "$(CURDIR)"/llama_fast/ops "$(CURDIR)"/llama_fast/generation "$(CURDIR)"/llama_fast/checkpoint $(SANITIZED)/llama_fast/
-	LD_PRELOAD="$(ASAN_LIBRARY) $(STDCXX_LIBRARY)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(SANITIZED) "$(BIN)/python" tests/run_sanitized.py -m "not big" $(OP_TESTS) $(PYTEST)
+	@test -e "$$($(CXX) -print-file-name=libasan.so)" || \
+	    $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
+	$(call build,sanitize)
+	find "$(CURDIR)/llama_fast" -mindepth 1 -maxdepth 1 ! -name '*.so' -exec ln -sfn -t build/sanitize/site/llama_fast {} +
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/site \
+	    "$(BIN)/python" tests/run_sanitized.py -m "not big" $(OP_TESTS) $(PYTEST)
 
 clean:
 	rm -rf build dist *.egg-info llama_fast/*.so .pytest_cache .mypy_cache .ruff_cache "$(VENV)"
 
 preflight:
-	@test -n "$(PYTHON)" || $(call say,no Python >= 3.10 found; install one or name it: make PYTHON=/path/to/python3)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	    $(call say,PYTHON=$(PYTHON) is not a Python >= 3.10)
+	    $(call say,PYTHON=$(PYTHON) is not a Python >= 3.10; install one or name it: make PYTHON=/path/to/python3)
 	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || \
 	    $(call say,$(PYTHON) cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv)
 	@test -n "$(CXX)" && command -v $(firstword $(CXX)) >/dev/null || \
-	    $(call say,no C++ compiler$(if $(CXX), $(firstword $(CXX))); install one (apt install g++) or name it: make CXX=...)
+	    $(call say,no C++ compiler $(firstword $(CXX)); install one (apt install g++) or name it: make CXX=...)
 
 # One stamp: a second run finds nothing to do, an edited kernel is compiled again. The environment
 # variables reach pip's isolated build as well, which -c does not.
-$(READY): $(INSTALLED_FROM)
+$(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 	@$(MAKE) --no-print-directory -s preflight PYTHON="$(PYTHON)"
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \

@@ -284,6 +284,7 @@ def build_with(tools: dict[str, str], folder: Path, **env: str) -> subprocess.Co
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder)
     (folder / "llama_fast").mkdir()
+    shutil.copy2(ROOT / "llama_fast" / "__init__.py", folder / "llama_fast")  # the version
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return run(sys.executable, "setup.py", "build_ext", cwd=folder, PATH=path, **env)
 
