@@ -10,6 +10,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import reference
+from llama_fast.ops.rope import inv_freq
 
 from .tolerances import assert_close_to_eager
 
@@ -61,14 +62,14 @@ def test_f24_angles_are_not_in_16_bits(position: int, isa: str) -> None:
     table = lf.rope_table(5e5, position + 1, head_dim=d, scaling=SCALING)
     q = torch.randn(1, 2, d).bfloat16()
     ours, _ = lf.apply_rope(q, q, torch.tensor([position]), table)
-    angles = position * lf.rope.inv_freq(5e5, d, SCALING).double()[None]
+    angles = position * inv_freq(5e5, d, SCALING).double()[None]
     exact = rotate_fp64(q, angles)
     allowed = (2.0**-8 + position * 2.0**-23) * q.abs().max().item() * 2**0.5
     assert (ours.double() - exact).abs().max().item() <= allowed
 
 
 def test_f25_llama_3_1_frequencies() -> None:
-    plain, scaled = (lf.rope.inv_freq(5e5, 128, s).double() for s in (None, SCALING))
+    plain, scaled = (inv_freq(5e5, 128, s).double() for s in (None, SCALING))
     ratio = scaled / plain
     assert torch.equal(ratio[:29], torch.ones(29, dtype=torch.float64))
     between = torch.tensor([0.82817, 0.64374, 0.49351, 0.37112, 0.27143, 0.19021])
@@ -154,7 +155,7 @@ def test_error_is_at_most_twice_eager_transformers(isa: str) -> None:
     cos, sin = (torch.cat((t, t), -1)[:, None].bfloat16() for t in table[positions].chunk(2, -1))
     a, b = q.chunk(2, -1)
     eager = q * cos + torch.cat((-b, a), -1) * sin
-    freqs = lf.rope.inv_freq(1e4, 128).double()
+    freqs = inv_freq(1e4, 128).double()
     exact = rotate_fp64(q, positions[:, None] * freqs)
     assert_close_to_eager(lf.apply_rope(q, k, positions, table)[0], eager, exact)
 
