@@ -119,10 +119,9 @@ def specialize(launch: Launch, chip: Chip) -> tuple[str, Callable[[], Any]]:
     return repr(parts), lambda: triton.compile(source, target=target, options=options.__dict__)
 
 
-def compile_facts(compiler: Callable[[], Any], arch: str, disassembled: bool) -> Facts:
-    """Compile, or take from Triton's cache. disassembled: of sm_90's kernels with wgmma, which
-    ptxas rewrites, only the instructions that the machine code confirms count, and whether each
-    waits for the one before is seen; it takes as long as compiling."""
+def compile_facts(compiler: Callable[[], Any], arch: str) -> Facts:
+    """Compile, or take from Triton's cache. Of sm_90's kernels with wgmma, which ptxas rewrites,
+    only the instructions that the machine code confirms count."""
     compiled = compiler()
     common_facts = {
         "shared": compiled.metadata.shared,
@@ -145,7 +144,7 @@ def compile_facts(compiler: Callable[[], Any], arch: str, disassembled: bool) ->
         file.flush()
         cubin, tool = Path(file.name), triton.knobs.nvidia.cuobjdump.path
         ((registers, stack, _),) = resources(cubin, arch, tool).values()
-        if disassembled and arch == "sm_90" and "wgmma.mma_async" in ptx:
+        if arch == "sm_90" and "wgmma.mma_async" in ptx:
             (kernel,) = read(cubin, "sm_90a", tool)
             serialized = kernel.serialized
             found = tuple(n for n in found if n in kernel.instructions or n not in SASS)

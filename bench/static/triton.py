@@ -93,6 +93,10 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def shared_limit(self) -> int:
+        return common.CHIPS[self.arch].shared_memory
+
+    @property
     def occupancy(self) -> Occupancy:
         f = self.facts
         assert f
@@ -101,8 +105,8 @@ class Row:
     def __str__(self) -> str:
         text = f"{self.kernel:<28}{self.arch:<8}{self.config:<52}"
         if f := self.facts:
-            o, limit = self.occupancy, common.CHIPS[self.arch].shared_memory
-            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{limit:<7}"
+            o = self.occupancy
+            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{self.shared_limit:<7}"
             text += f"{o.blocks:>3} x {o.warps // max(o.blocks, 1):<3} {', '.join(f.instructions)}"
         return text + "".join(f"  WRONG: {problem}" for problem in self.problems)
 
@@ -116,7 +120,7 @@ HEADER = (
 # ---- what has to be compiled ----
 
 
-DEPTHS = LARGEST, SERVED, EVERY = "largest", "served", "every"  # how much of a chip is compiled
+EVERY, SERVED, LARGEST = "every", "served", "largest"  # how much of a chip is compiled
 
 
 def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
@@ -178,7 +182,7 @@ def _compile_index(index: int) -> tuple[int, Facts | str]:
     row = _rows[index]
     try:
         assert row.compile
-        return index, compile_facts(row.compile, row.arch, row.config_index == 0)
+        return index, compile_facts(row.compile, row.arch)
     except Exception as error:
         return index, f"does not compile: {_brief(error)}"
 
@@ -257,16 +261,20 @@ def to_json(rows: list[Row]) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m bench.static triton", None, __doc__, EPILOG)
-    chips: dict[str, Any] = {
-        "nargs": "+",
-        "choices": common.CHIPS,
-        "default": [],
-        "metavar": "CHIP",
-    }
-    p.add_argument("--every", **chips, help="compile every configuration")
-    p.add_argument("--served", **chips, help="the first of each Tuner, which runs untuned")
-    p.add_argument("--largest", **chips, help="of those, the calls that ask most of each kernel")
+    p = argparse.ArgumentParser(
+        prog="python -m bench.static triton", description=__doc__, epilog=EPILOG
+    )
+    for depth, what in (
+        (EVERY, "compile every configuration"),
+        (SERVED, "the first of each Tuner, which runs unless someone tunes"),
+        (
+            LARGEST,
+            "of those, the calls that ask most of each kernel; sm_90: and promise equal bits",
+        ),
+    ):
+        p.add_argument(
+            f"--{depth}", nargs="+", choices=common.CHIPS, default=[], metavar="CHIP", help=what
+        )
     p.add_argument("--kernel", nargs="+", metavar="NAME", help="only these files of kernels/")
     p.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), metavar="N")
     p.add_argument("--json", type=Path, metavar="FILE")
@@ -286,9 +294,12 @@ def main(argv: list[str]) -> int:
     if not cases:
         print(f"static triton: no kernel named {', '.join(args.kernel or ())}", file=sys.stderr)
         return 2
-    chips = {chip: depth for depth in DEPTHS for chip in getattr(args, depth)}
+    depths = (LARGEST, SERVED, EVERY)
+    chips = {chip: depth for depth in depths for chip in getattr(args, depth)}
     rows = collect(cases, chips or dict.fromkeys(common.CHIPS, EVERY))
-    print(f"Triton {triton.__version__}: {len(rows)} kernels to compile\n{HEADER}", flush=True)
+    print(
+        f"Triton {triton.__version__}: {len(rows)} kernels to compile", HEADER, sep="\n", flush=True
+    )
     run(rows, args.jobs, lambda row: print(row, flush=True))
     compare(cases, rows)
     wrong = [row for row in rows if row.problems]
