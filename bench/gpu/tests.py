@@ -141,7 +141,7 @@ def _pytest(
         **environment,
     )
     content = {**counted(results), "seconds": round(time.monotonic() - began, 1)}
-    if code not in (0, 1, NO_TESTS):
+    if code not in (0, 1, NO_TESTS) or not results.exists():  # as where pytest-timeout ended it
         why = f"not done within {seconds:.0f} s" if code is None else f"pytest ended with {code}"
         content["error"] = f"{why}: {tail(log)}"
     return content

@@ -253,21 +253,29 @@ def checkout(tmp_path: Path, **files: str) -> None:
     (tmp_path / "llama_fast" / "_cuda_emulated.x.so").touch()
 
 
+@pytest.mark.parametrize(
+    "a_test, why", [("60", "not done within"), ("2", "pytest ended with 1")], ids=["ours", "pytest"]
+)
 def test_a_file_that_hangs_costs_its_own_tests(
-    tmp_path: Path, args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+    a_test: str,
+    why: str,
+    tmp_path: Path,
+    args: argparse.Namespace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One process a file, each with its results as soon as it ends."""
+    """One process a file, each with its results as soon as it ends, whatever ended it."""
     monkeypatch.setattr(tests, "SIDE_BY_SIDE", ())
+    monkeypatch.setattr(tests, "TIMEOUTS", {"cuda": a_test})
     checkout(tmp_path, rope=HANGS, some=SOME)
     problems = tests.run("cuda", args, 20.0)
     found = json.loads((args.out / "tests-cuda.json").read_text())
     some = found["files"]["test_some"]
     assert some["passed"] == 3 and list(some["failed"]) == ["tests.gpu.test_some::test_bad"]
     assert list(some["skipped"]) == ["tests.gpu.test_some::test_left_out"]
-    assert "not done within" in found["files"]["test_rope"]["error"]
+    assert why in found["files"]["test_rope"]["error"]
     assert "test_before PASSED" in (args.out / "logs" / "cuda-test_rope.log").read_text()
     assert any("it is wrong" in line for line in problems)
-    assert any(line.startswith("cuda test_rope : not done within") for line in problems)
+    assert any(line.startswith(f"cuda test_rope : {why}") for line in problems)
 
 
 def test_a_test_that_hangs_costs_itself(

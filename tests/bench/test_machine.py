@@ -77,7 +77,7 @@ def test_fp32_is_measured_where_bf16_is_no_faster(speed: Speed, slow: bool) -> N
             torch.float32,
             ("fp32", 0.2 * T),
         ),
-        # A neighbour while the loop ran: no product is faster than registers.
+        # A neighbor while the loop ran: no product is faster than registers.
         (dataclasses.replace(ZEN3, fp32=0.23 * T), torch.bfloat16, ("fma", 0.22 * T)),
     ],
 )
