@@ -35,6 +35,17 @@ def test_bitwise(shape: tuple[int, int], granularity: str, dtype: torch.dtype, i
     assert_same(x, granularity, scale_ub=1.0)
 
 
+def test_a_tensors_largest_element_may_be_anywhere(isa: str, threads: None) -> None:
+    """The rows are shared out in 64 parts, here of 32: one of its first, one of its last rows."""
+    x = torch.randn(2048, 512)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for row, column in ((0, 0), (31, 511), (32, 7), (1000, 300), (2016, 1), (2047, 511)):
+            before, x[row, column] = x[row, column].item(), -100.0
+            assert lf.quantize_fp8(x, "tensor")[1].item() == torch.tensor(100.0).div(448).item()
+            x[row, column] = before
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_every_16_bit_value(dtype: torch.dtype, isa: str) -> None:
     """All values that fit e4m3 go through the cast with a scale of exactly 1."""
