@@ -15,9 +15,9 @@ survived that is not explained (`equivalent`), or does not apply.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -39,7 +39,8 @@ EMULATED = {
     "LLAMA_FAST_CUDA_EMULATOR": "1",
     "OMP_NUM_THREADS": "1",
 }
-TIMEOUT = 600  # seconds; a mutant may loop for ever
+
+CPU_SECONDS = 120  # of a test run: a mutant may loop for ever
 
 
 @dataclass
@@ -61,18 +62,42 @@ class Mutant:
 
 
 def read_list(path: Path) -> list[Mutant]:
-    """Read `[name]` and `key: value` lines; a value goes on in indented lines."""
+    """Read the list: `[name]`, then `key: value` lines."""
     mutants: list[dict[str, str]] = []
-    key = ""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             mutants.append({"name": line[1:-1], "new": ""})
-        elif line.startswith("    "):
-            mutants[-1][key] += "\n" + line.strip()
         elif line and not line.startswith("#"):
             key, _, value = line.partition(":")
             mutants[-1][key] = value.strip()
     return [Mutant(**fields) for fields in mutants]
+
+
+def spot(root: Path, mutant: Mutant) -> tuple[Path, re.Match[str]]:
+    """Find the one place below root where the mutant applies."""
+    pattern = re.compile(r"\s+".join(map(re.escape, mutant.old.split())))
+    found = [
+        (path, match)
+        for path in root.glob(mutant.files)
+        if path.is_file() and path.suffix not in {".so", ".pyc"}
+        for match in pattern.finditer(path.read_text(encoding="utf-8"))
+    ]
+    if len(found) != 1:
+        raise LookupError(f"{mutant.old!r} occurs {len(found)} times in {mutant.files}, want once")
+    return found[0]
+
+
+def test_files(root: Path, mutant: Mutant) -> list[Path]:
+    """Find the test files that its `tests` names, wherever below tests/ they lie."""
+    folders, files = TESTS.get(mutant.kind, ("tests",)), []
+    for stem in mutant.tests.partition(":")[0].split():
+        here = [p for folder in folders for p in (root / folder).rglob(f"test_{stem}.py")]
+        if folders == ("tests",):
+            here = [p for p in here if not NOT_TESTS & set(p.relative_to(root).parts)]
+        if not here:
+            raise LookupError(f"there is no test_{stem}.py for it")
+        files += here
+    return files
 
 
 class Scratch:
@@ -98,23 +123,11 @@ class Scratch:
                 if path.suffix in sources and str(path.relative_to(root)) not in names:
                     path.unlink()  # it has moved away
         self.built: set[str] = set()
-        self.passed: dict[tuple[str, ...], bool] = {}
-
-    def spot(self, mutant: Mutant) -> tuple[Path, re.Match[str]]:
-        pattern = re.compile(r"\s+".join(map(re.escape, mutant.old.split())))
-        found = [
-            (path, match)
-            for path in self.root.glob(mutant.files)
-            if path.is_file() and path.suffix not in {".so", ".pyc"}
-            for match in pattern.finditer(path.read_text(encoding="utf-8"))
-        ]
-        if len(found) != 1:
-            raise LookupError(f"occurs {len(found)} times below {mutant.files}, want once")
-        return found[0]
+        self.passed: dict[tuple[str, ...], tuple[str, float]] = {}
 
     @contextmanager
     def broken(self, mutant: Mutant) -> Iterator[None]:
-        path, match = self.spot(mutant)
+        path, match = spot(self.root, mutant)
         text = path.read_text(encoding="utf-8")
         saved = path.stat()
         restored: list[tuple[Path, Path]] = []
@@ -139,7 +152,7 @@ class Scratch:
             environment["CCACHE_BASEDIR"] = str(self.root)
         build = self.root / "build" / folder
         configure = ["cmake", "-S", str(self.root), "-B", str(build), "-G", "Ninja", option]
-        configure += [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+        configure += [f"-DPython_EXECUTABLE={sys.executable}"]
         for command in (configure, ["cmake", "--build", str(build), "--target", target]):
             subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         self.built.add(kind)
@@ -148,47 +161,38 @@ class Scratch:
         """Compile what includes path, of the kernels for one instruction set, and link."""
         folder, target, _ = BUILDS[mutant.kind]
         build = self.root / "build" / folder
-        ninja = ["ninja", "-C", str(build), "-t"]
-        run = {"cwd": build, "capture_output": True, "text": True, "check": True}
-        objects: set[Path] = set()
-        for entry in subprocess.run([*ninja, "deps"], **run).stdout.split("\n\n"):
+
+        def ninja(tool: str, *of: str) -> str:
+            command = ["ninja", "-t", tool, *of]
+            return subprocess.run(command, cwd=build, stdout=-1, check=True, text=True).stdout
+
+        objects = []
+        for entry in ninja("deps").split("\n\n"):
             name, *sources = entry.split("\n    ")
             name = name.partition(":")[0]
             used = "kernels_" not in name or f"kernels_{mutant.isa}.dir/" in name
             if used and any((build / source).resolve() == path for source in sources):
-                objects.add(build / name)
-        commands = json.loads((build / "compile_commands.json").read_text())
-        compile_ = [c["command"] for c in commands if build / c["output"] in objects]
-        if not compile_:
+                objects.append(name)
+        if not objects:
             raise LookupError("nothing is built from it")
-        link = subprocess.run([*ninja, "commands", target], **run).stdout.splitlines()[-1]
         library = next((self.root / "llama_fast").glob(f"{target}.*.so"))
-        for built in [*objects, library]:
-            saved = built.with_name(built.name + ".saved")
-            shutil.copy2(built, saved)
-            restored.append((saved, built))
+        for built in (*(build / name for name in objects), library):
+            restored.append((built.with_name(f"{built.name}.saved"), built))
+            shutil.copy2(built, restored[-1][0])
 
-        def compile_one(command: str) -> None:
+        def run_last(of: str) -> None:
+            command = ninja("commands", of).splitlines()[-1]
             subprocess.run(command, shell=True, cwd=build, capture_output=True, check=True)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, compile_))
-        subprocess.run(link, shell=True, **run)
+            list(pool.map(run_last, objects))
+        run_last(target)
 
     def test(self, mutant: Mutant) -> tuple[str, float]:
         """Run its tests: "passed", or how they failed; and the seconds."""
-        stems, _, chosen = mutant.tests.partition(":")
-        files = []
-        for stem in stems.split():
-            inside = TESTS.get(mutant.kind)
-            folders = [self.root / f for f in inside] if inside else [self.root / "tests"]
-            here = [p for f in folders for p in f.rglob(f"test_{stem}.py")]
-            if not inside:
-                here = [p for p in here if not NOT_TESTS & set(p.relative_to(self.root).parts)]
-            if not here:
-                raise LookupError(f"there is no test_{stem}.py for it")
-            files += map(str, here)
-        command = [sys.executable, "-m", "pytest", "-xq", "-rfE", "-p", "no:cacheprovider", *files]
+        chosen, files = mutant.tests.partition(":")[2], test_files(self.root, mutant)
+        command = [sys.executable, "-m", "pytest", "-xq", "-rfE", "-p", "no:cacheprovider"]
+        command += map(str, files)
         if chosen:
             command += ["-k", chosen.strip()]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
@@ -198,31 +202,33 @@ class Scratch:
             environment |= EMULATED
             command += ["-m", "not gpu and not triton"]
         start = time.perf_counter()
-        try:
-            run = subprocess.run(
-                command, cwd=self.root, env=environment, capture_output=True, text=True,
-                timeout=TIMEOUT,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return "time-out", time.perf_counter() - start
+        run = subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS,) * 2),
+        )
         seconds = time.perf_counter() - start
-        if run.returncode == 5:
-            raise LookupError(f"its tests choose nothing: {mutant.tests}")
-        if run.returncode in (0, 1):
-            failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", run.stdout, re.MULTILINE)
-            return ("passed" if run.returncode == 0 else failed[1] if failed else "failed"), seconds
-        return ("crash" if run.returncode < 0 else f"pytest's status {run.returncode}"), seconds
+        if run.returncode < 0:
+            return "crash, or out of time", seconds
+        if run.returncode > 1:
+            raise LookupError(f"pytest's status is {run.returncode}: {run.stdout[-200:]!r}")
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", run.stdout, re.MULTILINE)
+        return ("passed" if run.returncode == 0 else failed[1] if failed else "failed"), seconds
 
     def judge(self, mutant: Mutant) -> tuple[str, str, float]:
         """ "killed", "survived" or "error"; by which test, or why; the seconds of its tests."""
         try:
-            self.spot(mutant)
+            spot(self.root, mutant)
             self.build(mutant.kind)
             key = mutant.kind, mutant.isa, mutant.tests
             if key not in self.passed:
-                self.passed[key] = self.test(mutant)[0] == "passed"
-            if not self.passed[key]:
-                return "error", "its tests fail on the unchanged code", 0.0
+                self.passed[key] = self.test(mutant)
+            result, _ = self.passed[key]
+            if result != "passed":
+                return "error", f"its tests fail on the unchanged code: {result}", 0.0
             with self.broken(mutant):
                 how, seconds = self.test(mutant)
         except LookupError as error:
@@ -248,22 +254,27 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("-k", default="", metavar="WORDS", help="of name and files, with `or`")
-    parser.add_argument("--list", action="store_true", help="list the mutants chosen, run nothing")
+    parser.add_argument("--list", action="store_true", help="run nothing: do they apply?")
     parser.add_argument("--scratch", type=Path, help="keep the copy in this folder, for later runs")
     parser.add_argument("--file", type=Path, default=ROOT / "tests" / "mutants.txt")
     options = parser.parse_args(arguments)
     mutants = [m for m in read_list(options.file) if chosen_by(options.k, m)]
+    results: list[tuple[Mutant, str]] = []
     if options.list:
         for m in mutants:
-            print(f"{m.name:44} {m.kind:10} {m.tests}")
-        return 0
-    results = []
+            try:
+                spot(ROOT, m), test_files(ROOT, m)
+                print(f"{m.kind:10} {m.name:58} {m.tests}")
+            except LookupError as error:
+                results.append((m, "error"))
+                print(f"{m.kind:10} {m.name:58} does not apply: {error}")
+        return 1 if results else 0
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Scratch((options.scratch or Path(temporary)).resolve())
         for m in mutants:
             result, how, seconds = scratch.judge(m)
             results.append((m, result))
-            print(f"{result:9} {m.name:44} {seconds:5.1f} s  {how}", flush=True)
+            print(f"{result:9} {m.name:58} {seconds:5.1f} s  {how}", flush=True)
     bad = [m for m, result in results if result == "error" or
            (result == "survived") != bool(m.equivalent)]  # fmt: skip
     count = {r: sum(r == x for _, x in results) for r in ("killed", "survived", "error")}

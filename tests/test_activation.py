@@ -31,7 +31,7 @@ def test_every_value(dtype: torch.dtype, up: float, isa: str) -> None:
     ours, eager = lf.silu_and_mul(gate_up)[0], reference.silu_and_mul(gate_up)[0]
     differ = ~same(ours, eager)
     assert differ.sum() <= 2
-    assert ulps(ours[differ], eager[differ]) <= up  # an ulp of silu, multiplied
+    assert ulps(ours[differ], eager[differ]) <= (1 if up == 1 else 2)  # multiplied and rounded
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 31, 257, 1000])

@@ -157,7 +157,7 @@ def test_quantises_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
     assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
 
 
-def test_quantises_what_the_file_holds(folder: Path) -> None:
+def test_quantizes_what_the_file_holds(folder: Path) -> None:
     """fp32 weights for a bf16 model: rounding them to bf16 first would round twice."""
     held = tensors(folder)["model.layers.1.self_attn.o_proj.weight"]
     ours = Llama.from_pretrained(folder, torch.bfloat16, "fp8").weights.layers[1].output
