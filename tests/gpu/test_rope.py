@@ -131,10 +131,16 @@ def test_every_16_bit_value_to_an_fp8_cache(dtype: torch.dtype, device: torch.de
 def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> None:
     q, k, v, positions, table = make(5, 4, 2, 32, torch.bfloat16, device)
     view = poisoned(5, 4, 43, v)[:, 1:3, 8:40].copy_(v)
-    caches = torch.zeros(2, 2, 4, 2, 32, dtype=q.dtype, device=device)
     slots = torch.tensor([5, 0, 2, 7, 3], device=device)
-    lf.apply_rope_and_append(q, k, view, positions, table, *caches, slots)
-    assert torch.equal(caches[1].flatten(0, 1)[slots], v)
+    # k token by token and v head by head, with room for a v that goes by k's strides.
+    memory = torch.full((4, 2, 9, 40), 7.0, dtype=q.dtype, device=device)
+    k_cache, v_cache = torch.zeros_like(memory).view(-1, 4, 2, 32)[:2], memory[:2, :, :4, :32]
+    v_cache = v_cache.transpose(1, 2)
+    lf.apply_rope_and_append(q, k, view, positions, table, k_cache, v_cache, slots)
+    assert torch.equal(v_cache[slots // 4, slots % 4], v)
+    assert (memory != 7).sum() <= v.numel()
+    want = reference.apply_rope(q, k, positions, table)[1]
+    assert torch.equal(k_cache[slots // 4, slots % 4], want)
 
 
 def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
