@@ -167,17 +167,19 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     positions = torch.tensor([64, -1, 63, far, -far, 0], dtype=index, device=device)
     pool = torch.full((2, 4, 8, 2, 32), 7.0, dtype=torch.bfloat16, device=device)
     caches = pool[:, 1:3]  # a block before them and one after
-    slots = torch.tensor([0, 1, 16, far, -far, 15], dtype=index, device=device)
     q_out = torch.empty(6, 4, 32, dtype=q.dtype, device=device)
-    launcher("apply_rope").rope(q_out, None, q, k, positions, table, False, v, *caches, slots)
     bad = torch.tensor([True, True, False, True, True, False], device=device)
-    assert q_out[bad].isnan().all()
     want_q, want_k = reference.apply_rope(q[~bad].clone(), k[~bad].clone(), positions[~bad], table)
-    assert torch.equal(q_out[~bad], want_q)
-    written = (pool != 7).any(-1).any(-1).nonzero().tolist()  # NaN != 7
-    assert written == [[c, 1 + s // 8, s % 8] for c in (0, 1) for s in (0, 1, 15)]
-    assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
-    assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
+    for outside in ((20, -3), (far, -far)):  # first such as a wrong write would show
+        pool.fill_(7)
+        slots = torch.tensor([0, 1, 16, *outside, 15], dtype=index, device=device)
+        launcher("apply_rope").rope(q_out, None, q, k, positions, table, False, v, *caches, slots)
+        assert q_out[bad].isnan().all()
+        assert torch.equal(q_out[~bad], want_q)
+        written = (pool != 7).any(-1).any(-1).nonzero().tolist()  # NaN != 7
+        assert written == [[c, 1 + s // 8, s % 8] for c in (0, 1) for s in (0, 1, 15)]
+        assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
+        assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     launcher("apply_rope").rope(q_out, k_out, q, k, positions, table, False)
     assert k_out[bad].isnan().all() and torch.equal(k_out[~bad], want_k)
