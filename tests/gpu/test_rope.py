@@ -134,8 +134,7 @@ def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> Non
     slots = torch.tensor([5, 0, 2, 7, 3], device=device)
     # k token by token and v head by head, with room for a v that goes by k's strides.
     memory = torch.full((4, 2, 9, 40), 7.0, dtype=q.dtype, device=device)
-    k_cache, v_cache = torch.zeros_like(memory).view(-1, 4, 2, 32)[:2], memory[:2, :, :4, :32]
-    v_cache = v_cache.transpose(1, 2)
+    k_cache, v_cache = memory.new_zeros(2, 4, 2, 32), memory[:2, :, :4, :32].transpose(1, 2)
     lf.apply_rope_and_append(q, k, view, positions, table, k_cache, v_cache, slots)
     assert torch.equal(v_cache[slots // 4, slots % 4], v)
     assert (memory != 7).sum() <= v.numel()
