@@ -4,6 +4,8 @@
 # make gpu-report PYTHON=python3   test and measure this machine's GPU with what that Python has
 #              installed, into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
 # make sanitize-gpu PYTHON=python3   likewise compute-sanitizer; SANITIZE="--tool racecheck"
+# make mutants   small faults, one by one, in a copy: do the tests notice? (tests/mutants.txt; hours)
+#              MUTANTS="-k rope" chooses, MUTANTS=--list lists them
 # PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
 # JOBS=8       test processes; default: one more than the cores, since some only wait; 5 at most
 
@@ -47,7 +49,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test emulate gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -64,6 +66,9 @@ endif
 
 emulate: $(READY)
 	@$(EMULATE)
+
+mutants: $(READY)
+	"$(BIN)/python" -m tests.mutants $(MUTANTS)
 
 gpu-report:
 	"$(PYTHON)" -m bench --gpu-report "$(REPORT)" $(GPU)

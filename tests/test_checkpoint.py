@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_fast import Llama, reference
@@ -156,6 +157,26 @@ def test_quantises_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
     assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
 
 
+def test_quantizes_what_the_file_holds(folder: Path) -> None:
+    """fp32 weights for a bf16 model: rounding them to bf16 first would round twice."""
+    held = tensors(folder)["model.layers.1.self_attn.o_proj.weight"]
+    ours = Llama.from_pretrained(folder, torch.bfloat16, "fp8").weights.layers[1].output
+    q, scale = reference.quantize_fp8(held)
+    assert torch.equal(reference.unpack_weight(ours.weight).float(), q.float())
+    assert ours.scale is not None and torch.equal(ours.scale, scale)
+
+
+def test_a_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
+    folder = save(hf_model(tie_word_embeddings=True), tmp_path)
+    tokens, held = torch.randint(320, (1, 9)), tensors(folder)
+    assert "lm_head.weight" not in held
+    model = Llama.from_pretrained(folder, torch.float32)
+    assert model.weights.nbytes == sum(t.nbytes for t in held.values())  # the embedding once
+    first = model(tokens)
+    write(folder, held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()})
+    assert torch.equal(Llama.from_pretrained(folder, torch.float32)(tokens), first)
+
+
 def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
     hf = hf_model()
     one, many = save(hf, tmp_path / "one"), save(hf, tmp_path / "many", max_shard_size="100KB")
@@ -178,6 +199,14 @@ def test_excluded_modules_match_whole_components() -> None:
     assert form.excludes("model.layers.3.mlp.gate_proj")
     assert not form.excludes("model.layers.12.mlp.up_proj")
     assert not form.excludes("model.layers.3.mlp.up_proj")
+
+
+def test_excluded_by_a_regex_of_the_beginning() -> None:
+    """As in compressed-tensors: from the name's start, and not to its end."""
+    form = Format("weight_scale", False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$"))
+    assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
+    assert not form.excludes("model.layers.2.mlp.up_proj")
+    assert not form.excludes("model.layers.1.self_attn.q_proj")
 
 
 PEAK = """
@@ -330,6 +359,13 @@ def test_f56_shards_and_index_must_agree(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             Llama.from_pretrained(folder)
     edit_json(index, weight_map=weight_map)
+    whole = (folder / other).read_bytes()
+    twice = load_file(folder / other) | {NORM: load_file(folder / weight_map[NORM])[NORM]}
+    save_file(twice, folder / other, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{NORM}: in a shard, but not listed"):
+        Llama.from_pretrained(folder)
+    (folder / other).write_bytes(whole)
+    Llama.from_pretrained(folder)
     (folder / other).unlink()
     with pytest.raises(OSError, match=other):
         Llama.from_pretrained(folder)

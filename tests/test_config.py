@@ -62,11 +62,11 @@ def test_both_styles_and_transformers_objects_agree() -> None:
 
 
 def test_absent_fields_mean_what_they_mean_in_transformers() -> None:
-    config = LlamaConfig.from_hf(
-        {"model_type": "llama", "vocab_size": 10, "hidden_size": 64, "num_attention_heads": 4}
-    )
-    assert (config.head_dim, config.num_key_value_heads) == (16, 4)
-    assert (config.rope_theta, config.rope_scaling, config.eos_token_id) == (10000.0, None, ())
+    given = {"vocab_size": 10, "hidden_size": 64, "num_attention_heads": 4}
+    config, theirs = LlamaConfig.from_hf({"model_type": "llama", **given}), transformers.LlamaConfig
+    meant = {**theirs(**given).to_dict(), "rope_scaling": None, "eos_token_id": ()}
+    meant |= {"rope_theta": meant["rope_parameters"]["rope_theta"], "bos_token_id": None}
+    assert dataclasses.asdict(config) == {n: meant[n] for n in dataclasses.asdict(config)}
 
 
 def test_stop_ids_come_from_the_generation_config(tmp_path: Path) -> None:

@@ -285,6 +285,21 @@ def test_f53_bytes_that_are_no_character_come_out_at_the_end() -> None:
     assert "".join(stream(b"ok \xff\xfe then \xf0\x9f")) == "ok \ufffd\ufffd then \ufffd"
 
 
+def test_streamed_words_keep_the_spaces_between_them() -> None:
+    """Decoders such as sentencepiece's leave out the space before the first token of a text."""
+
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    pieces: list[str] = []
+    streamer = TextStreamer(Words(), pieces.append)
+    for token in (7, 42, 7, 1):
+        streamer.put(token)
+    streamer.end()
+    assert pieces == ["7", " 42", " 7", " 1"]
+
+
 @given(st.text(max_size=30))
 @settings(max_examples=50, deadline=None)
 def test_streamed_text_is_the_text(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_error_is_eagers(rows: int, dtype: torch.dtype, isa: str) -> None:
         x8 = reference.quantize_fp8(x, "block" if granularity == "block_2d" else "row")
         want = exact(*(reference.dequantize_fp8(*t).double() for t in (x8, (q, scale))))
         assert_close_to_eager(ours, eager, want + bias.double())
+
+
+@pytest.mark.parametrize("granularity", ["row", "block_2d"])
+def test_scale_ub_bounds_what_is_quantized(granularity: str, isa: str) -> None:
+    x, (q, scale) = 10 * torch.randn(5, 256), reference.quantize_fp8(torch.randn(128, 256), "row")
+    if granularity == "block_2d":
+        q, scale = reference.quantize_fp8(torch.randn(128, 256), granularity)
+    bound: dict[str, Any] = {"quantize_activation": True, "scale_ub": 2.0}
+    eager = reference.fp8_linear(x, q, scale, **bound)
+    weight = reference.dequantize_fp8(q, scale).double()
+    x8 = reference.quantize_fp8(x, "row" if granularity == "row" else "block", scale_ub=2.0)
+    want = reference.dequantize_fp8(*x8).double() @ weight.t()
+    assert_close_to_eager(lf.fp8_linear(x, q, scale, **bound), eager, want)
 
 
 @pytest.mark.parametrize("rows", [1, 16])

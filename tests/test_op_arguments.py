@@ -25,6 +25,7 @@ from .op_examples import (
     example,
     fp8,
     i32,
+    tensors,
     x,
 )
 
@@ -232,7 +233,73 @@ def test_f14_query_heads_not_a_multiple_of_kv_heads() -> None:
         lf.attention_with_kvcache(x(1, 1, 33, D), x(1, 3, 2, D), x(1, 3, 2, D), i32(3))
 
 
-def test_f23_position_outside_the_table() -> None:
-    for bad in (32, -1, 2**31):
-        with pytest.raises(ValueError, match=f"positions: got {bad} at index 2, want 0 to 31"):
-            call("apply_rope", positions=torch.tensor([0, 1, bad, 3, 4, 5]))
+@pytest.mark.parametrize("op", ["apply_rope", "apply_rope_and_append"])
+@pytest.mark.parametrize("bad", [32, -1, 2**31])
+def test_f23_position_outside_the_table(op: str, bad: int) -> None:
+    with pytest.raises(ValueError, match=f"positions: got {bad} at index 2, want 0 to 31"):
+        call(op, positions=torch.tensor([0, 1, bad, 3, 4, 5]))
+
+
+# ---- layouts: of what is no activation, any stride will do ----
+
+
+def _spaced(t: Tensor, fill: float) -> Tensor:
+    """The same values at every second place of each dimension, fill between them."""
+    wide = torch.full([2 * n for n in t.shape], fill, dtype=t.dtype)
+    return wide[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
+
+
+def _rows_apart(t: Tensor, fill: float) -> Tensor:
+    return torch.full((t.shape[0], t.shape[1] + 3), fill, dtype=t.dtype)[:, :-3].copy_(t)
+
+
+def _transposed(t: Tensor, fill: float) -> Tensor:
+    return t.t().contiguous().t()
+
+
+BY_BLOCK = {"a": fp8(T, 256), "b": fp8(N, 256), "scale_a": torch.rand(T, 2)}
+STRIDED: list[tuple[str, str, Any, float, dict[str, Any]]] = [
+    ("apply_rope", "positions", _spaced, 0, {}),
+    ("apply_rope", "table", _rows_apart, float("nan"), {}),
+    ("apply_rope_and_append", "positions", _spaced, 0, {}),
+    ("apply_rope_and_append", "slots", _spaced, -1, {}),
+    ("attention", "cu_seqlens_q", _spaced, 0, {}),
+    ("attention", "cu_seqlens_k", _spaced, 0, {}),
+    ("attention_with_kvcache", "cache_seqlens", _spaced, 0, {}),
+    *(
+        ("attention_with_kvcache", "block_table", layout, -1, {})
+        for layout in (_spaced, _rows_apart, _transposed)
+    ),
+    *(
+        (op, name, layout, float("nan"), changed)
+        for op, names, changed in (
+            ("fp8_gemm", ("scale_a", "scale_b"), {**BY_BLOCK, "scale_b": torch.rand(N, 2)}),
+            ("fp8_linear", ("weight_scale",), {"x": x(T, 256), "weight": fp8(N, 256),
+                                               "weight_scale": torch.rand(N, 2)}),
+        )
+        for name in names
+        for layout in (_spaced, _transposed)
+    ),
+]  # fmt: skip
+PACKED = {"q": x(6, H, D), "k": x(9, HKV, D), "v": x(9, HKV, D),
+          "cu_seqlens_q": i32(0, 2, 6), "cu_seqlens_k": i32(0, 4, 9)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "layout", "fill", "changed"),
+    STRIDED,
+    ids=lambda v: v.__name__ if callable(v) else v if isinstance(v, str) else "",
+)
+def test_f31_strided_arguments(
+    op: str, name: str, layout: Any, fill: float, changed: dict[str, Any]
+) -> None:
+    """Two calls, alike but for the strides of one argument; what lies between is poison."""
+    arguments = example(op) | changed | (PACKED if op == "attention" else {})
+    results = []
+    for argument in (arguments[name], layout(arguments[name], fill)):
+        copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+        copies[name] = argument
+        out = tensors(getattr(lf, op)(**copies))
+        results.append([*out, *(v for n, v in copies.items() if n.endswith("_cache"))])
+    assert not layout(arguments[name], fill).is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

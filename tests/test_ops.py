@@ -4,7 +4,9 @@ torch.compile, threads, zero rows, memory."""
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -119,6 +121,14 @@ def test_f11_zero_rows_then_a_normal_call() -> None:
     for op, replaced in empty.items():
         assert tensors(call(op, **replaced))[0].numel() == 0, op
         assert tensors(call(op))[0].numel() > 0, op
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called with Linux's numbers")
+def test_f29_no_op_reads_past_its_inputs(run_python: Callable[..., Any]) -> None:
+    """A tail that is loaded as a whole vector goes unnoticed until its page is the last."""
+    run = run_python("from tests.guarded import main; main()", check=False)
+    assert run.returncode == 0, run.stdout.splitlines()[-1:] + run.stderr.splitlines()[-3:]
+    assert all(f" {op} " in run.stdout for op in {*OPS} - {"add_rms_norm"})
 
 
 # ---- registration ----

@@ -22,6 +22,7 @@ from .checkpoints import edit_json, hf_logits, hf_model, relative_error, save, t
 
 RECIPES = ["fp8", "fp8_ffn"]
 INDEX = "model.safetensors.index.json"
+STAY = {"consolidated.00.pth", "model.gguf", "pytorch_model.bin.index.json", ".gitattributes"}
 TOKENS = torch.arange(3, 40)[None]
 
 
@@ -36,7 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "tokenizer.json").write_text("{}")
     (folder / "LICENSE").write_text("a licence")
-    (folder / "consolidated.00.pth").write_text("weights in another format")
+    for name in STAY:
+        (folder / name).write_text("weights in another format, or no part of the checkpoint")
     return folder
 
 
@@ -72,8 +74,10 @@ def test_tensors_are_the_reference_bit_for_bit(source: Path, tmp_path: Path, rec
 
 def test_the_folder_is_complete(source: Path, tmp_path: Path) -> None:
     summary = quantize_checkpoint(source, tmp_path / "out")
-    files = {p.name for p in source.iterdir()} - {"consolidated.00.pth"}
+    files = {p.name for p in source.iterdir()} - STAY
     assert {p.name for p in (tmp_path / "out").iterdir()} == files
+    for name in ("tokenizer.json", "LICENSE", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"]["total_size"] == summary.bytes_after
@@ -84,6 +88,26 @@ def test_the_folder_is_complete(source: Path, tmp_path: Path) -> None:
     )
     assert after.pop("quantization_config")["format"] == "float-quantized"
     assert after == before
+
+
+def test_everything_in_a_file_is_aligned(tmp_path: Path) -> None:
+    """Readers map files: the data begins at a multiple of 8 bytes, each tensor at one of its item,
+    also beside FP8 weights of 33 x 101."""
+    model = hf_model(
+        hidden_size=101, intermediate_size=33, num_attention_heads=1, num_key_value_heads=1
+    )
+    folder = save(model, tmp_path / "in", max_shard_size="100KB")
+    quantize_checkpoint(folder, tmp_path / "out")
+    files = [*(tmp_path / "out").glob("*.safetensors")]
+    assert len(files) > 3
+    for file in files:
+        content = file.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        assert length % 8 == 0
+        for name, entry in json.loads(content[8 : 8 + length]).items():
+            if name != "__metadata__":
+                size = {"F32": 4, "F8_E4M3": 1}[entry["dtype"]]
+                assert entry["data_offsets"][0] % size == 0, name
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

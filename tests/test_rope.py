@@ -119,13 +119,13 @@ def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) 
 
 def test_f19_slot_minus_one_writes_nothing(isa: str) -> None:
     q, k, v, positions, table = make(4, 4, 2, 32, torch.bfloat16)
-    caches = torch.randn(2, 2, 8, 2, 32).bfloat16()
-    before = caches.clone()
+    memory = torch.randn(2, 4, 8, 2, 32).bfloat16()
+    caches, before = memory[:, 1:3], memory.clone()  # a slot -1 may lie before the first one
     lf.apply_rope_and_append(q, k, v, positions, table, *caches, torch.full((4,), -1))
-    assert torch.equal(caches, before)
+    assert torch.equal(memory, before)
     lf.apply_rope_and_append(q, k, v, positions, table, *caches, torch.tensor([-1, 2, -1, -1]))
-    changed = (caches != before).any(-1).any(-1).nonzero().tolist()
-    assert changed == [[0, 0, 2], [1, 0, 2]]
+    changed = (memory != before).any(-1).any(-1).nonzero().tolist()
+    assert changed == [[0, 1, 2], [1, 1, 2]]
 
 
 def test_f31_views_of_a_fused_projection(isa: str) -> None:
@@ -135,6 +135,11 @@ def test_f31_views_of_a_fused_projection(isa: str) -> None:
     views = lf.apply_rope(q, k, positions, table)
     dense = lf.apply_rope(q.contiguous(), k.contiguous(), positions, table)
     assert all(torch.equal(a, b) for a, b in zip(views, dense, strict=True))
+    # k as the projection has it, v token by token and head by head with gaps of its own.
+    apart = torch.full((5, 3, 80), float("nan")).bfloat16()[:, :2, :64].copy_(v)
+    caches = torch.zeros(2, 1, 8, 2, 64).bfloat16()
+    lf.apply_rope_and_append(q, k, apart, positions, table, *caches, positions)
+    assert torch.equal(caches[0, 0, :5], dense[1]) and torch.equal(caches[1, 0, :5], v)
 
 
 def test_f02_token_stride_past_2_to_31(isa: str) -> None:

@@ -178,8 +178,8 @@ class Measurer:
                 continue
             if name in case.baselines and not errors[name] <= SOMETHING_ELSE:  # NaN as well
                 runs.pop(name, None)
-                why = f"its result is wrong: relative error {errors.pop(name):.1e}"
-                self.skip(f"{plan.name}: {name}", why)
+                wrong = f"its result is wrong: relative error {errors.pop(name):.1e}"
+                self.skip(f"{plan.name}: {name}", wrong)
         return errors
 
 

@@ -199,6 +199,18 @@ def test_f08_a_masked_key_never_counts(
     assert not out[:, key:].isfinite().any()
 
 
+@two_dtypes
+@pytest.mark.parametrize("keys", [64, 128, 200])
+def test_a_row_that_misses_only_its_last_key(
+    device: torch.device, dtype: torch.dtype, keys: int
+) -> None:
+    """Two rows: the first sees all of a tile but its last key, which would outweigh the others."""
+    q, k, v = qkv(device, (2, keys), (1, 1), 64, dtype)
+    clean = lf.attention(q, k, v)
+    k[:, -1], v[:, -1] = 8 * q[:, 0], 1e4
+    assert torch.equal(lf.attention(q, k, v)[:, 0], clean[:, 0])
+
+
 @paths
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_f08_a_value_past_the_diagonal_tiles_never_counts(

@@ -132,10 +132,15 @@ def test_every_16_bit_value_to_an_fp8_cache(dtype: torch.dtype, device: torch.de
 def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> None:
     q, k, v, positions, table = make(5, 4, 2, 32, torch.bfloat16, device)
     view = poisoned(5, 4, 43, v)[:, 1:3, 8:40].copy_(v)
-    caches = torch.zeros(2, 2, 4, 2, 32, dtype=q.dtype, device=device)
     slots = torch.tensor([5, 0, 2, 7, 3], device=device)
-    lf.apply_rope_and_append(q, k, view, positions, table, *caches, slots)
-    assert torch.equal(caches[1].flatten(0, 1)[slots], v)
+    # k token by token and v head by head, with room for a v that goes by k's strides.
+    memory = torch.full((4, 2, 9, 40), 7.0, dtype=q.dtype, device=device)
+    k_cache, v_cache = memory.new_zeros(2, 4, 2, 32), memory[:2, :, :4, :32].transpose(1, 2)
+    lf.apply_rope_and_append(q, k, view, positions, table, k_cache, v_cache, slots)
+    assert torch.equal(v_cache[slots // 4, slots % 4], v)
+    assert (memory != 7).sum() <= v.numel()
+    want = reference.apply_rope(q, k, positions, table)[1]
+    assert torch.equal(k_cache[slots // 4, slots % 4], want)
 
 
 def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
@@ -162,19 +167,21 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     positions = torch.tensor([64, -1, 63, far, -far, 0], dtype=index, device=device)
     pool = torch.full((2, 4, 8, 2, 32), 7.0, dtype=torch.bfloat16, device=device)
     caches = pool[:, 1:3]  # a block before them and one after
-    slots = torch.tensor([0, 1, 16, far, -far, 15], dtype=index, device=device)
     q_out = torch.empty(6, 4, 32, dtype=q.dtype, device=device)
-    launcher("apply_rope").rope(
-        q_out, None, q, k, positions, table, False, v, *caches, slots, None, None
-    )
     bad = torch.tensor([True, True, False, True, True, False], device=device)
-    assert q_out[bad].isnan().all()
     want_q, want_k = reference.apply_rope(q[~bad].clone(), k[~bad].clone(), positions[~bad], table)
-    assert torch.equal(q_out[~bad], want_q)
-    written = (pool != 7).any(-1).any(-1).nonzero().tolist()  # NaN != 7
-    assert written == [[c, 1 + s // 8, s % 8] for c in (0, 1) for s in (0, 1, 15)]
-    assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
-    assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
+    for outside in ((20, -3), (far, -far)):  # first such as a wrong write would show
+        pool.fill_(7)
+        slots = torch.tensor([0, 1, 16, *outside, 15], dtype=index, device=device)
+        launcher("apply_rope").rope(
+            q_out, None, q, k, positions, table, False, v, *caches, slots, None, None
+        )
+        assert q_out[bad].isnan().all()
+        assert torch.equal(q_out[~bad], want_q)
+        written = (pool != 7).any(-1).any(-1).nonzero().tolist()  # NaN != 7
+        assert written == [[c, 1 + s // 8, s % 8] for c in (0, 1) for s in (0, 1, 15)]
+        assert torch.equal(caches[0, 1, 7], want_k[1]) and caches[0, 0, :2].isnan().all()
+        assert torch.equal(caches[1, 0, :2], v[:2]) and torch.equal(caches[1, 1, 7], v[5])
     k_out = torch.empty_like(k, memory_format=torch.contiguous_format)
     launcher("apply_rope").rope(q_out, k_out, q, k, positions, table, False, *[None] * 6)
     assert k_out[bad].isnan().all() and torch.equal(k_out[~bad], want_k)
