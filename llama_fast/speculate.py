@@ -258,8 +258,6 @@ class Pace:
         if self._proposer is None:
             return [[]] * len(active)
         plain = self._seconds.get(len(active), ())
-        if self._since >= REFRESH:  # the machine or the context's length may have changed
-            self._seconds = {len(active): deque(plain, MEASURED)}
         known = len(plain) >= PLAIN_PASSES and self._since < REFRESH
         wanted = self._counts(active, room) if known else Counter[int]()
         proposals = self._proposer(wanted) if wanted else {}
