@@ -35,7 +35,7 @@ REFRESH = 64
 MOST_ROWS = 31  # of a pass: from 32 on a CPU with AMX may compute other bits (amx.py)
 MEASURED = 5  # the last passes over so many rows, of which the fastest counts
 ROW = 1.05  # what a row adds to a pass until it is measured
-PRIOR = 0.8, 2.0  # proposed tokens that were right, of so many
+PRIOR = 0.5, 2.0  # proposed tokens that were right, of so many
 MEMORY = 0.9  # what a token weighs against the next one
 SHORTEST_PAUSE, LONGEST_PAUSE = 16, 64  # passes; doubles as long as proposals lose
 
@@ -293,19 +293,14 @@ class Pace:
         return counts + pays
 
     def _times(self, rows: int, more: int) -> list[float]:
-        """Of passes over `rows` to `rows + more` rows, the fastest of the last few. Between two
-        that were measured they lie on a line; beyond the last one a row is taken to add little,
-        which trying it corrects; fewer rows take no longer."""
+        """Of passes over `rows` to `rows + more` rows, the fastest of the last few. Where fewer
+        than two were measured a row is taken to add little, which trying it corrects; fewer rows
+        take no longer."""
         times: list[float] = []
         for n in range(rows, rows + more + 1):
-            measured = self._seconds.get(n)
-            if measured:
-                time, missing = min(measured), n - rows - len(times)
-                step = (time - times[-1]) / (missing + 1) if times else 0.0
-                times += [times[-1] + step * (k + 1) for k in range(missing)]
-                times.append(time)
-        while len(times) <= more:
-            times.append(times[-1] * ROW)
+            measured = self._seconds.get(n, ())
+            known = len(measured) >= PLAIN_PASSES  # one alone may have lost its core
+            times.append(min(measured) if known else times[-1] * ROW)
         for n in reversed(range(more)):
             times[n] = min(times[n], times[n + 1])
         return times
