@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the same tokens, several a pass: proposed by what followed the last ones earlier in "
         "the text, or by a smaller checkpoint of the same tokenizer",
     )
-    add("--draft-tokens", type=int, metavar="N", help="proposed for a pass, 1 to 16; default 7")
+    add("--draft-tokens", type=int, metavar="N", help="proposed for a pass, 1 to 16; default 15")
 
     quantize = command(
         "quantize", _quantize, "write a checkpoint again with FP8 weights", _QUANTIZE_EXAMPLES

@@ -26,6 +26,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 # script -> its arguments (DIR: the checkpoint), and how its output begins
 CASES = {
     "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
+    "speculate.py": (
+        ["DIR", "--max-new-tokens", "6", "--rounds", "1"],
+        "6 tokens; a second: plain ",
+    ),
     "custom_loop.py": (["DIR", "Once upon", "The sea", "--new-tokens", "6"], "Once upon"),
     "drop_in_kernels.py": (["--tokens", "24", "--hidden", "256"], "relative difference"),
     "fp8_linear.py": (["--features", "256", "512"], "0.2 MiB -> 0.1 MiB\nrelative difference 0.0"),

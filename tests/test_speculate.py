@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama_fast import KVCache, Llama
+from llama_fast import KVCache, Llama, amx
 from llama_fast.generation import generate as loop
 from llama_fast.generation import sampling, speculate
 from llama_fast.generation.speculate import LONGEST_PAUSE, Draft, Lookup, Pace, Proposer, extend
@@ -132,7 +132,7 @@ def test_a_proposer_that_is_always(
     expected = model.generate(batch, 33, stop_ids=(), **options)
     proposes(monkeypatch, expected, right)
     ids, passes, proposed, accepted = counted(
-        model, batch, 33, stop_ids=(), speculate="lookup", **options
+        model, batch, 33, stop_ids=(), speculate="lookup", draft_tokens=7, **options
     )
     assert ids == expected
     assert passes == (4 if right else 32)  # 32 tokens after the first, 8 a pass
@@ -336,17 +336,21 @@ class Clock:
 
 
 def paced(
-    right: Callable[[int], int], per_row: float, passes: int = 400, most: int = 7
+    right: Callable[[int], int],
+    cost: float | Callable[[int], float],
+    passes: int = 400,
+    most: int = 7,
 ) -> tuple[float, list[int]]:
     """Times faster than plain decoding, and how many tokens each pass proposed. right(pass): how
-    many of its proposals are accepted at most; a proposal adds per_row of a plain pass's time."""
+    many of its proposals are accepted at most. cost: what a proposal, or so many, add to a plain
+    pass's time, which is 1."""
     clock = Clock()
     pace = Pace(lambda wanted: {i: [0] * n for i, n in wanted.items()}, 1, most, clock)
     tokens, widths = 0, []
     for at in range(passes):
         (proposal,) = pace.propose([0], [99])
         accepted = min(right(at), len(proposal))
-        clock.now += 1 + per_row * len(proposal)
+        clock.now += 1 + (cost(len(proposal)) if callable(cost) else cost * len(proposal))
         pace.passed([0], [proposal], [accepted])
         tokens += 1 + accepted
         widths.append(len(proposal))
@@ -362,8 +366,21 @@ def test_it_pauses_where_proposals_are_wrong(per_row: float) -> None:
 
 def test_it_proposes_more_where_proposals_are_right() -> None:
     speed, widths = paced(lambda _: 99, 0.1)
-    assert widths[:5] == [0, 0, 3, 7, 7] and widths[2:].count(0) == 400 // speculate.REFRESH
-    assert speed > 4
+    assert widths[:2] == [0, 0] and widths[2:].count(0) == 400 // speculate.REFRESH
+    assert widths.count(7) > 360 and speed > 4
+
+
+def test_it_proposes_as_many_as_pay() -> None:
+    """A step of the cost from 6 to 7 rows, as of a kernel whose tiles have 6."""
+    speed, widths = paced(lambda _: 99, lambda n: 0.05 * n + 2.5 * (n > 5), most=15)
+    assert widths.count(5) > 300 and speed > 0.85 * 6 / 1.25
+
+
+def test_one_slow_pass_does_not_count() -> None:
+    """The first of that width, as another program's turn may make it."""
+    slow = iter([4.0])
+    _, widths = paced(lambda _: 99, lambda n: 0.05 * n + (next(slow, 0.0) if n else 0.0))
+    assert widths.count(7) > 300
 
 
 def test_right_but_too_dear() -> None:
@@ -389,10 +406,28 @@ def test_a_sequence_pauses_on_its_own() -> None:
     assert [sum(w[i] > 0 for w in widths[50:]) for i in (0, 1)] == pytest.approx([49, 1], abs=2)
 
 
+@pytest.mark.parametrize("sequences", [2, 20, 31, 40])
+def test_a_pass_has_31_rows_at_most(sequences: int) -> None:
+    """So that no row takes another path with AMX than alone."""
+    clock, active = Clock(), range(sequences)
+    pace = Pace(lambda wanted: {i: [0] * n for i, n in wanted.items()}, sequences, 15, clock)
+    most = 0
+    for at in range(200):
+        proposals = pace.propose(active, [99] * sequences)
+        most = max(most, sum(map(len, proposals)))
+        clock.now += 1
+        pace.passed(active, proposals, [len(p) if at > 60 else 0 for p in proposals])
+    assert (most > 0) == (sequences < speculate.MOST_ROWS)
+    assert most <= max(speculate.MOST_ROWS - sequences, 0)
+    assert speculate.MOST_ROWS < amx.LEAST_ROWS
+
+
 def test_room_is_never_exceeded() -> None:
     pace = Pace(lambda wanted: {i: [0] * n for i, n in wanted.items()}, 2, 16, Clock())
     for _ in range(speculate.PLAIN_PASSES):
         pace.passed([0, 1], pace.propose([0, 1], [5, 5]), [0, 0])
+    for sequence in pace._sequences:
+        sequence.right = sequence.checked  # all right so far: as many as there is room for
     assert [len(p) for p in pace.propose([0, 1], [0, 2])] == [0, 2]
 
 

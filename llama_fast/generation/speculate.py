@@ -3,19 +3,18 @@ verifies them.
 
 The model samples after every proposal, with the very number that it would have drawn there, and
 keeps proposals as long as they equal what it samples. So the tokens are those of plain decoding
-wherever a row's bits do not depend on how many rows there are: on every CPU without AMX, and with
-it up to 31 rows a pass (amx.py). On a GPU linears with 16-bit weights, and FP8 ones from 65 rows,
-may tip a tie in the last bits.
+wherever a row's bits do not depend on how many rows there are: on every CPU, since a pass has at
+most 31 (amx.py). On a GPU linears with 16-bit weights may tip a tie in the last bits.
 
-Verifying is compute that decoding leaves idle, up to a point: it pauses where it loses time.
+Verifying is compute that decoding leaves idle, up to a point: passes are timed, and as many tokens
+are proposed as bring the most a second, none where that is fewer than without.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -26,12 +25,17 @@ from .cache import KVCache, upload
 from .protocol import Model
 
 MOST_DRAFT_TOKENS = 16
-DRAFT_TOKENS = 7  # with the last token 8 rows, two tiles of the CPU's linears
-NGRAMS = (4, 3, 2)  # tokens that a lookup compares, the longest match first
+DRAFT_TOKENS = 15  # at most: Pace takes as many as pay
+NGRAMS = (16, 8, 4, 3, 2)  # tokens that a lookup compares, the longest match first
 CHUNK = 512  # tokens of a text that a draft model takes at a time
 PLAIN_PASSES = 2  # timed before the first proposals, and one more every REFRESH passes
 REFRESH = 64
-SHORTEST_PAUSE, LONGEST_PAUSE = 8, 64  # passes; doubles as long as proposals lose
+MOST_ROWS = 31  # of a pass: from 32 on a CPU with AMX may compute other bits (amx.py)
+MEASURED = 5  # the last passes over so many rows, of which the fastest counts
+ROW = 1.05  # what a row adds to a pass until it is measured
+PRIOR = 0.5, 2.0  # proposed tokens that were right, of so many
+MEMORY = 0.9  # what a token weighs against the next one
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 64  # passes; doubles as long as proposals lose
 
 
 def check(model: Model, speculate: Any, draft_tokens: Any) -> None:
@@ -111,7 +115,8 @@ class Lookup:
 
     def __init__(self, texts: list[list[int]]) -> None:
         self._texts = texts
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in texts]  # n-gram -> its end
+        # An n-gram's hash -> its end. Two of the same hash cost a wrong proposal.
+        self._after: list[dict[int, int]] = [{} for _ in texts]
         self._seen = [1] * len(texts)  # ends up to here are in it
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
@@ -122,10 +127,10 @@ class Lookup:
         for end in range(self._seen[i], len(text)):  # not the text's own end
             for n in NGRAMS:
                 if n <= end:
-                    after[tuple(text[end - n : end])] = end
+                    after[hash(tuple(text[end - n : end]))] = end
         self._seen[i] = len(text)
         for n in NGRAMS:
-            start = after.get(tuple(text[-n:])) if n <= len(text) else None
+            start = after.get(hash(tuple(text[-n:]))) if n <= len(text) else None
             if start is not None:
                 period = text[start:]  # all of it repeats, where it is shorter than the proposal
                 return [period[j % len(period)] for j in range(count)]
@@ -197,36 +202,38 @@ def _copy(generator: torch.Generator) -> torch.Generator:
 
 
 class _Sequence:
-    """What proposals brought and cost lately, in tokens a pass, and how many come next."""
+    """How often the proposals of a sequence were right lately."""
 
     def __init__(self, most: int) -> None:
-        self.gain, self.cost = 0.5, 0.0
-        self.width, self.most = min(3, most), most
-        self.rest, self.pause = 0, SHORTEST_PAUSE
-        self.trying = False  # whether the next proposals are the first after a pause
+        self.most = most
+        self.right, self.checked = PRIOR
+        self.rest, self.pause = 0, SHORTEST_PAUSE  # passes
+        self.trying = False  # whether the next proposal is the first after a pause
 
-    def learn(self, proposed: int, accepted: int, cost: float) -> None:
-        tried, self.trying = self.trying, False
-        weight = 1.0 if tried and accepted == proposed else 0.25  # what was before is over
-        self.gain += (accepted - self.gain) * weight
-        self.cost += (cost - self.cost) * weight
-        if accepted == proposed:
-            self.width = min(2 * max(self.width, proposed) + 1, self.most)
-        else:
-            self.width = accepted + 1
-        if self.gain > self.cost:
-            self.pause = SHORTEST_PAUSE
-        else:
-            self.rest, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
-            self.trying = True
+    def chances(self, room: int) -> list[float]:
+        """The probability that each of the next proposals, and all before it, will be right."""
+        chance = self.right / self.checked
+        return [chance**n for n in range(1, min(room, self.most) + 1)]
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        if self.trying:
+            if not accepted:
+                return self.stop()
+            self.trying = False
+            self.right, self.checked = PRIOR
+        for i in range(min(accepted + 1, proposed)):
+            self.right = MEMORY * self.right + (i < accepted)
+            self.checked = MEMORY * self.checked + 1
+
+    def stop(self) -> None:
+        self.rest, self.pause = self.pause, min(2 * self.pause, LONGEST_PAUSE)
+        self.trying = True
 
 
 class Pace:
-    """How many tokens to propose: more while they are accepted, none while they lose time.
-
-    A pass over n sequences that verifies takes t, where a plain one takes t0: that costs
-    (t / t0 - 1) * n tokens, shared by the proposals. A sequence whose accepted tokens stay below
-    its share, in an exponential average, pauses, and then tries a few again.
+    """How many tokens to propose: as many as give the most tokens a second, by what passes over so
+    many rows took and by how often proposals were right. A sequence for which none pays pauses, and
+    then tries one.
     """
 
     def __init__(
@@ -238,7 +245,7 @@ class Pace:
     ) -> None:
         self._proposer, self._clock = proposer, clock
         self._sequences = [_Sequence(most) for _ in range(sequences)]
-        self._plain: dict[int, deque[float]] = {}  # seconds of passes over so many sequences
+        self._seconds: dict[int, deque[float]] = {}  # of the last passes over so many rows
         self._since = 0  # passes since the last plain one
 
     def propose(self, active: Sequence[int], room: Sequence[int]) -> list[list[int]]:
@@ -246,31 +253,63 @@ class Pace:
         self._start = self._clock()
         if self._proposer is None:
             return [[]] * len(active)
-        wanted: dict[int, int] = {}
-        known = len(self._plain.get(len(active), ())) >= PLAIN_PASSES
-        if known and self._since < REFRESH:
-            for i, most in zip(active, room, strict=True):
-                sequence = self._sequences[i]
-                if sequence.rest:
-                    sequence.rest -= 1
-                elif most > 0:
-                    wanted[i] = min(sequence.width, most)
+        plain = self._seconds.get(len(active), ())
+        known = len(plain) >= PLAIN_PASSES and self._since < REFRESH
+        wanted = self._counts(active, room) if known else Counter[int]()
         proposals = self._proposer(wanted) if wanted else {}
         return [proposals.get(i, []) for i in active]
+
+    def _counts(self, active: Sequence[int], room: Sequence[int]) -> Counter[int]:
+        """How many to propose for each sequence."""
+        space = max(MOST_ROWS - len(active), 0)
+        counts: Counter[int] = Counter()
+        chances: list[tuple[float, int]] = []
+        for i, most in zip(active, room, strict=True):
+            sequence = self._sequences[i]
+            if sequence.rest:
+                sequence.rest -= 1
+            elif sequence.trying:
+                counts[i] = min(most, 1, space - counts.total())
+            else:
+                chances += [(chance, i) for chance in sequence.chances(most)]
+        chances.sort(reverse=True)
+        seconds = self._times(len(active), space)[counts.total() :]
+        tokens = float(len(active) + counts.total())
+        best, taken = tokens / seconds[0], 0
+        for n, (chance, _) in enumerate(chances[: space - counts.total()], 1):
+            tokens += chance
+            if tokens / seconds[n] > best:
+                best, taken = tokens / seconds[n], n
+        pays = Counter(i for _, i in chances[:taken])
+        for i in {i for _, i in chances}:
+            if i in pays:
+                self._sequences[i].pause = SHORTEST_PAUSE
+            else:
+                self._sequences[i].stop()
+        return counts + pays
+
+    def _times(self, rows: int, more: int) -> list[float]:
+        """Of passes over `rows` to `rows + more` rows, the fastest of the last few. Where fewer
+        than two were measured a row is taken to add little, which trying it corrects; fewer rows
+        take no longer."""
+        times: list[float] = []
+        for n in range(rows, rows + more + 1):
+            measured = self._seconds.get(n, ())
+            known = len(measured) >= PLAIN_PASSES  # one alone may have lost its core
+            times.append(min(measured) if known else times[-1] * ROW)
+        for n in reversed(range(more)):
+            times[n] = min(times[n], times[n + 1])
+        return times
 
     def passed(
         self, active: Sequence[int], proposals: Sequence[Sequence[int]], accepted: Sequence[int]
     ) -> None:
         """Ends the time of a pass, in which accepted[i] of proposals[i] proved right."""
-        seconds = self._clock() - self._start
+        seconds = max(self._clock() - self._start, 1e-9)
         total = sum(map(len, proposals))
-        if not total:
-            self._plain.setdefault(len(active), deque(maxlen=5)).append(seconds)
-            self._since = 0
-            return
-        self._since += 1
-        plain = median(self._plain[len(active)])
-        cost = max(seconds / plain - 1, 0.0) * len(active) / total
+        rows = len(active) + total
+        self._seconds.setdefault(rows, deque(maxlen=MEASURED)).append(seconds)
+        self._since = self._since + 1 if total else 0
         for i, proposal, count in zip(active, proposals, accepted, strict=True):
             if proposal:
-                self._sequences[i].learn(len(proposal), count, cost * len(proposal))
+                self._sequences[i].learn(len(proposal), count)
