@@ -366,7 +366,7 @@ void run(const LinearParams& p, const Where& where) {
 
 void linear(const LinearParams& p, const Where& where) {
   if (p.weight_dtype != DType::e4m3 || p.packed)
-    throw std::runtime_error("fp8_gemm: wants a plain e4m3 weight");
+    throw std::runtime_error("fp8_gemm: needs an e4m3 weight that is not packed");
   if (linear_sm90(p, where)) return;
   if (p.x_dtype != DType::e4m3)
     return with_dtype(p.x_dtype, "fp8_linear", [&](auto t) {
