@@ -129,8 +129,8 @@ inline void wait_until(const char* what, std::function<bool()> ready) {
   std::abort();
 }
 
-// Waits until the threads in mask, of `count` from `first` on, have arrived; they must agree on the
-// mask and the instruction. The last to arrive runs act over all arguments, in lane order.
+// Waits until `count` threads from `first` on (up to 64: those in mask) have arrived. They must
+// agree on the instruction and mask. The last to arrive runs act over all arguments, in lane order.
 inline void meet(const char* what, int first, int count, uint64_t mask, void* argument,
                  const std::function<void(std::vector<void*>&)>& act) {
   Meeting& m = block().meetings[{first * 2048 + count, mask}];
