@@ -20,8 +20,8 @@ ifneq ($(filter default undefined,$(origin CXX)),)
 CXX := $(shell for c in c++ g++ clang++; do command -v $$c && break; done)
 endif
 export CXX
-# Without a GPU only tests/static uses the CUDA kernels, so they are compiled for the oldest and the
-# newest architecture: sm_89 and PTX would add a third to the longest part of an install.
+# Without a GPU only tests/static uses the CUDA kernels, so they are compiled for sm_80 and sm_90:
+# sm_89 and PTX would add a third to the longest part of an install.
 export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,80-real;90-real)
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
     /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)

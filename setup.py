@@ -132,7 +132,7 @@ class CMakeBuild(build_ext):
 
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
-# with the PyPI package of that name, which transformers imports.
+# with the PyPI package of that name, which transformers looks for.
 subfolders = sorted(f"bench/{path.parent.name}" for path in ROOT.glob("bench/*/__init__.py"))
 folders = ("bench", *subfolders, "kernels")
 mapped = {

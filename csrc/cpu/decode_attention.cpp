@@ -6,7 +6,8 @@
 // sequence is cut into chunks of keys, and a thread walks a chunk through all kv heads with
 // adjacent rows, prefetching the next block of keys (across chunks too). A second pass joins the
 // chunks in order by their log-sum-exp. The cuts depend on the sequence's length alone, never on
-// the batch or the threads, so neither does a result. Cost: one read of the cache, 2 * D elements
+// the batch or the threads, so neither does a result.
+// Cost: one read of the cache, 2 * D elements
 // per token and kv head; 4 * D FLOPs per query head for them. Many queries (chunked prefill) use
 // the tiles of prefill attention, gathered through the table.
 #include "decode_tile.h"

@@ -42,7 +42,8 @@ LF_DECLARE_KERNELS(avx512)
 LF_DECLARE_KERNELS(avx512_bf16)
 #endif
 
-// The tables this machine can run, slowest first; the last is the default.
+// Lists the tables that this machine can run, slowest first (the last is the default), and returns
+// their number.
 int available_kernels(const Kernels* out[4]);
 
 }  // namespace lf

@@ -66,7 +66,7 @@ void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t 
       T block[kPanel * kPairRow];  // [64][128], in L1
       for (int64_t k0 = 0; k0 < k; k0 += step) {
         const int64_t count = k - k0 < step ? k - k0 : step;
-        if (stride < 0) {  // packed: pair rows, which packing turns back like any 64 rows
+        if (stride < 0) {  // packed: transposing pair rows again restores the rows
           const T* rows[kPanel];
           for (int64_t i = 0; i < kPanel; ++i)
             rows[i] = from + first * k + (k0 + (2 * i < count ? 2 * i : 0)) * kPanel;

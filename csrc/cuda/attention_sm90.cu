@@ -1,5 +1,4 @@
-// attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16
-// bits.
+// attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16-bit.
 //
 // A persistent block per multiprocessor takes 128 queries of one head at a time. Three warpgroups,
 // arranged as in FlashAttention-3:

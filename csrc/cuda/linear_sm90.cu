@@ -40,7 +40,7 @@ struct Shared {
   unsigned char x[kStages][kM * kK];
   unsigned char weight[kStages][kN * kK];
   unsigned char out[2][2][kStore];  // [consumer][buffer]
-  // Scales of a stage by blocks, else of a tile.
+  // Block scales of a stage, otherwise the scales of a tile.
   float of_row[blockwise ? kStages : 1][kM];
   float of_feature[blockwise ? kStages : 1][blockwise ? kN / kPart : kN];
   Out bias[kN];

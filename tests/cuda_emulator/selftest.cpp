@@ -395,7 +395,7 @@ void wgmma_e4m3_sum() {
   EXPECT(sum({-256, -3.0f / 64}, 0) == -256 - 1.0f / 32);
   EXPECT(sum({1, 1.0f / 4}, 8192) == 8193);
   EXPECT(sum({1.0f / 4, 1.0f / 4, 1.0f / 4, 1.0f / 4}, 8192) == 8192);  // each on its own
-  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits before the sum's, 13 after
+  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits below the sum, 13 below a term
   EXPECT(sum({0, 0}, 3.25f) == 3.25f && sum({0, 0}, 0) == 0);
   EXPECT(std::isnan(sum({1, NAN}, 0)) && std::isnan(sum({1, 2}, NAN)));
 }

@@ -38,8 +38,7 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- ldmatrix: four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8
-// ----
+// ---- ldmatrix: four 8 x 8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8 ----
 
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
