@@ -1,13 +1,13 @@
-# make bench   set up .venv, then the forward pass with the kernels against eager PyTorch
-# make test    the same set-up, then the whole test suite      (PYTEST="-k rope" passes options)
+# make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
+# make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
 # make emulate | lint | format | sanitize | clean
-# make gpu-report PYTHON=python3   test and measure this machine's GPU with what that Python has
-#              installed, into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
-# make sanitize-gpu PYTHON=python3   likewise compute-sanitizer; SANITIZE="--tool racecheck"
-# make mutants   small faults, one by one, in a copy: do the tests notice? (tests/mutants.txt; hours)
-#              MUTANTS="-k rope" chooses, MUTANTS=--list lists them
-# PYTHON=python3.12 and VENV=path choose the interpreter and where its environment is made.
-# JOBS=8       test processes; default: one more than the cores, since some only wait; 5 at most
+# make gpu-report PYTHON=python3   test and measure this machine's GPU with that Python's packages,
+#              into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
+# make sanitize-gpu PYTHON=python3   likewise, compute-sanitizer; SANITIZE="--tool racecheck"
+# make mutants   plant small faults (tests/mutants.txt) in a copy, one by one: the tests must fail;
+#              takes hours; MUTANTS="-k rope" selects, MUTANTS=--list lists them
+# PYTHON=python3.12 and VENV=path choose the interpreter and the environment's folder.
+# JOBS=8       test processes; default: cores + 1, since some only wait, at most 5
 
 VENV ?= .venv
 REPORT ?= bench/out/gpu
@@ -20,8 +20,8 @@ ifneq ($(filter default undefined,$(origin CXX)),)
 CXX := $(shell for c in c++ g++ clang++; do command -v $$c && break; done)
 endif
 export CXX
-# Without a GPU the CUDA kernels are compiled for tests/static alone, so for the oldest chip and the
-# newest with rules of their own: sm_89 and PTX would add a third to the longest part of an install.
+# Without a GPU only tests/static uses the CUDA kernels, so they are compiled for sm_80 and sm_90:
+# sm_89 and PTX would add a third to the longest part of an install.
 export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,80-real;90-real)
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
     /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)
@@ -31,18 +31,18 @@ READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 EMULATED = $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
-# Configure and build one of CMakePresets.json, with .venv's tools.
+# Configure and build a preset of CMakePresets.json with .venv's tools.
 build = "$(BIN)/cmake" --preset $(1) -DCMAKE_MAKE_PROGRAM="$(BIN)/ninja" -DPython_EXECUTABLE="$(BIN)/python" \
     $(2) >/dev/null && "$(BIN)/cmake" --build --preset $(1) >/dev/null
 say = { echo "error: $(1)" >&2; exit 1; }
-# Files side by side, those that take longest first (tests/conftest.py). The threads of one process
-# sleep while they wait, or they would hold the cores of the others. Byte code is kept whatever the
-# environment says: hundreds of processes would compile it again.
+# Runs test files in parallel, the longest first (tests/conftest.py). Threads sleep while they wait,
+# or they would occupy the other processes' cores. Byte code is written whatever the environment
+# says: hundreds of processes would compile it again.
 SIDE_BY_SIDE = PYTHONDONTWRITEBYTECODE= OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 \
     "$(BIN)/python" -m pytest -n $(JOBS) --dist loadfile
-# The ops once more as a machine without AVX-512 has them: our kernels, PyTorch's and OpenBLAS's.
+# Tests the ops again as on a machine without AVX-512: our kernels, PyTorch's and OpenBLAS's.
 AS_AVX2 = LLAMA_FAST_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
-# Of the CUDA toolkit the emulator takes the headers only.
+# The emulator needs only the headers of the CUDA toolkit.
 EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	$(call build,emulate,-DCUDAToolkit_ROOT="$(CUDA_HOME)") && OMP_NUM_THREADS=1 LLAMA_FAST_TEST_BACKEND=cuda \
 	LLAMA_FAST_CUDA_EMULATOR=1 $(SIDE_BY_SIDE) tests/gpu tests/cuda_emulator -m "not gpu and not triton" \
@@ -87,8 +87,8 @@ format: $(READY)
 	"$(BIN)/ruff" format .
 	"$(BIN)/clang-format" -i $(CXX_FILES)
 
-# The instrumented extension lies in a package of links to our Python files. Its runtime has to be in
-# the process before Python, and libstdc++ with it, or the first C++ exception aborts.
+# The instrumented extension is in a package of links to our Python files. Its runtime must load
+# before Python, and libstdc++ too, or the first C++ exception aborts.
 sanitize: $(READY)
 	@test -e "$$($(CXX) -print-file-name=libasan.so)" || \
 	    $(call say,$(CXX) has no shared libasan; use g++: make sanitize CXX=g++)
@@ -109,8 +109,8 @@ preflight:
 	@test -n "$(CXX)" && command -v $(firstword $(CXX)) >/dev/null || \
 	    $(call say,no C++ compiler $(firstword $(CXX)); install one (apt install g++) or name it: make CXX=...)
 
-# One stamp: a second run finds nothing to do, an edited kernel is compiled again. The environment
-# variables reach pip's isolated build as well, which -c does not.
+# A stamp file: a second run has nothing to do, and an edited kernel is compiled again. Unlike -c,
+# the variables constrain pip's isolated build as well.
 $(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 	@$(MAKE) --no-print-directory -s preflight PYTHON="$(PYTHON)"
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"

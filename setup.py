@@ -1,9 +1,9 @@
-"""Hands the native build to CMake; everything declarative lies in pyproject.toml.
+"""Run the native build with CMake. All declarative settings are in pyproject.toml.
 
 Read from the environment:
   CXX                        the C++ compiler
   MAX_JOBS                   compiler processes at once (default: ninja's choice)
-  LLAMA_FAST_CUDA            auto (default): CUDA kernels when nvcc is found; on: demand them; off
+  LLAMA_FAST_CUDA            auto (default): CUDA kernels if nvcc is found; on: require them; off
   CMAKE_CUDA_ARCHITECTURES   passed on to CMake
 """
 
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-# Before anything newer Pythons need: an old one should read this line, not a traceback.
+# Before any newer syntax or import, so that an old Python prints this line, not a traceback.
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"error: llama_fast needs Python >= 3.10; this is {sys.version.split()[0]}")
 
@@ -57,7 +57,7 @@ def check_cuda() -> None:
 
 
 def parallel() -> list[str]:
-    """What MAX_JOBS means to CMake."""
+    """Return CMake's options for MAX_JOBS."""
     jobs = os.environ.get("MAX_JOBS")
     if not jobs:
         return []
@@ -67,7 +67,7 @@ def parallel() -> list[str]:
 
 
 def tool(name: str) -> str:
-    """A build requirement's command: on PATH, or beside this Python (a venv not activated)."""
+    """Find a build requirement's command: on PATH, or beside this Python (a venv not activated)."""
     found = shutil.which(name) or shutil.which(name, path=os.path.dirname(sys.executable))
     if not found:
         fail(f"{name} not found: it is a build requirement; without build isolation, install it")
@@ -82,7 +82,7 @@ def run(*command: str) -> None:
 
 
 def report(build: Path, start: float, jobs: str) -> None:
-    """One line, printed and kept in build/native.txt: pip shows a build's output with -v only."""
+    """Print one line, and keep it in build/native.txt: pip shows a build's output only with -v."""
     objects = [path.stat().st_mtime >= start for path in build.rglob("*.o")]
     kept = build / "cuda_architectures.txt"  # CMakeLists.txt writes it
     cuda = kept.read_text().strip() if kept.exists() else "none"
@@ -102,9 +102,9 @@ class CMakeBuild(build_ext):
         jobs = parallel()
         cmake, ninja = tool("cmake"), tool("ninja")
         self.output = output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # In the checkout, not in setuptools' throw-away folder, so that a second install compiles
-        # only what changed. The cache goes: an isolated build's cmake, ninja and pybind11 lie in
-        # a new temporary folder each time. Objects stay.
+        # In the checkout, not in setuptools' temporary folder, so that a second install compiles
+        # only what changed. The CMake cache is deleted, because an isolated build has cmake, ninja
+        # and pybind11 in a new temporary folder each time. Object files stay.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         (build / "CMakeCache.txt").unlink(missing_ok=True)
@@ -122,8 +122,8 @@ class CMakeBuild(build_ext):
         report(build, start, jobs[-1] if jobs else "ninja's choice of")
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install's last step: with _cuda, of which setuptools knows nothing. One from
-        before goes, or LLAMA_FAST_CUDA=off would leave it there."""
+        """Finish an editable install: copy _cuda too, which setuptools does not know about. Delete
+        an earlier _cuda first, or LLAMA_FAST_CUDA=off would leave it there."""
         super().copy_extensions_to_source()
         name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
         (ROOT / "llama_fast" / name).unlink(missing_ok=True)
@@ -133,18 +133,18 @@ class CMakeBuild(build_ext):
 
 # Folders outside llama_fast/ that are installed inside it: a top-level `kernels` would collide
 # with the PyPI package of that name, which transformers looks for.
-rooms = sorted(f"bench/{path.parent.name}" for path in ROOT.glob("bench/*/__init__.py"))
-folders = ("bench", *rooms, "kernels")
+subfolders = sorted(f"bench/{path.parent.name}" for path in ROOT.glob("bench/*/__init__.py"))
+folders = ("bench", *subfolders, "kernels")
 mapped = {
     f"llama_fast.{name.replace('/', '.')}": name
     for name in folders
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
-ours = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "ops")]
+subpackages = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "ops")]
 
 setup(
-    packages=["llama_fast", *ours, *mapped],
+    packages=["llama_fast", *subpackages, *mapped],
     package_dir={"llama_fast": "llama_fast", **mapped},
     ext_modules=[Extension("llama_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -1,7 +1,6 @@
-// What the CPU's and CUDA's Python modules have in common: each family's tensors, put into its
-// params struct by name. llama_fast/ops/<family>.py has checked the arguments and allocated the
-// outputs, which come first, and are contiguous; dispatch.py's Backend says what each function
-// takes.
+// Shared by the CPU's and CUDA's Python modules: puts each family's tensors into its params struct
+// by name. llama_fast/ops/<family>.py has checked the arguments and allocated the outputs, which
+// come first and are contiguous. dispatch.py's Backend documents each function's arguments.
 #pragma once
 
 #include <cmath>
@@ -17,13 +16,13 @@ T* data(const MaybeTensor& t) {
 
 inline float bound(std::optional<float> scale_ub) { return scale_ub.value_or(INFINITY); }
 
-// Strides of the last dimension but one, and of those before it: of tokens and heads, of batches.
+// The last N strides before the last dimension's: of batches, tokens and heads, in this order.
 template <int N>
 void strides(int64_t (&to)[N], const Tensor& t) {
   for (int i = 0; i < N; ++i) to[i] = t.stride(t.ndim() - 1 - N + i);
 }
 
-// An FP8 cache's scales: [1], or one a head.
+// An FP8 cache's scales: [1], or [Hkv].
 template <class Params>
 void cache_scales(Params& p, const MaybeTensor& k_scale, const MaybeTensor& v_scale) {
   p.k_scale = data<float>(k_scale);
@@ -218,8 +217,7 @@ inline LinearParams linear(const Tensor& out, const Tensor& x, const Tensor& wei
   return p;
 }
 
-// Defines m.name(tensors, ...): fill makes the params struct of them, run(params, first tensor) the
-// rest.
+// Defines m.name(tensors, ...): fill makes the params struct, run(params, first tensor) computes.
 template <class Params, class... Rest, class Run>
 void define(py::module_& m, const char* name, Params (*fill)(const Tensor&, Rest...), Run run) {
   m.def(name, [fill, run](const Tensor& out, Rest... rest) { run(fill(out, rest...), out); });

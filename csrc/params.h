@@ -1,6 +1,6 @@
-// One struct per family of ops: raw pointers, sizes and strides. The CPU and the CUDA kernels take
-// the same structs, so a launcher differs only in where the work runs. Strides count elements,
-// never bytes, and are 64-bit everywhere: a KV pool or a fused QKV view passes 2^31 elements early.
+// One struct per family of ops: raw pointers, sizes and strides. CPU and CUDA kernels take the same
+// structs, so launchers differ only in where the work runs. Strides count elements, never bytes,
+// and are always 64-bit: a KV pool or a fused QKV view can exceed 2^31 elements.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@ namespace lf {
 
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, e4m3 = 3 };
 
-// How the scales of an FP8 operand are laid out.
+// Layout of an FP8 operand's scales.
 enum class Scale : int32_t { tensor = 0, row = 1, block = 2 };
 
 // rms_norm, add_rms_norm and their FP8 forms.
@@ -18,7 +18,7 @@ struct RmsNormParams {
   const void* weight;    // [hidden] dtype
   void* out;             // [rows, hidden] contiguous; dtype, or e4m3 when scale is set
   void* residual_out;    // [rows, hidden] contiguous, x + residual; null without residual
-  float* scale;          // [rows], or null: no quantisation
+  float* scale;          // [rows], or null: not quantized
   int64_t rows, hidden;
   int64_t x_stride, residual_stride;  // elements from one row to the next
   float eps;
@@ -30,7 +30,7 @@ struct RmsNormParams {
 struct ActivationParams {
   const void* gate_up;  // [rows, 2 * width] dtype, gate first
   void* out;            // [rows, width] contiguous; dtype, or e4m3 when scale is set
-  float* scale;         // [rows], or null: no quantisation
+  float* scale;         // [rows], or null: not quantized
   int64_t rows, width;
   int64_t gate_up_stride;
   float scale_ub;
@@ -56,7 +56,7 @@ struct RopeParams {
   const void* v;  // [T, Hkv, D] dtype; append only
   void* q_out;    // [T, H, D] contiguous
   void* k_out;    // [T, Hkv, D] contiguous; null when appending
-  void* k_cache;  // [blocks, block_size, Hkv, D] of any strides, last dim contiguous; or null
+  void* k_cache;  // [blocks, block_size, Hkv, D] with any strides, last dim contiguous; or null
   void* v_cache;  // likewise
   const void* positions;  // [T] int32 or int64, each in [0, max_positions)
   const void* slots;      // [T] int32 or int64; slot = block * block_size + offset; -1 skips
@@ -66,7 +66,7 @@ struct RopeParams {
   int64_t q_stride[2], k_stride[2], v_stride[2];  // token, head
   int64_t k_cache_stride[3], v_cache_stride[3];   // block, offset, head
   int64_t table_stride;
-  // FP8 caches get k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of dtype.
+  // FP8 caches store k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of dtype.
   const float *k_scale, *v_scale;
   bool k_scale_per_head, v_scale_per_head;
   bool positions_are_64bit, slots_are_64bit;
@@ -104,11 +104,10 @@ struct DecodeAttentionParams {
   int64_t q_stride[3], out_stride[3];            // batch, token, head
   int64_t k_cache_stride[3], v_cache_stride[3];  // block, offset, head
   int64_t num_splits;                            // over the keys; 0: the kernel chooses
-  // FP8 caches hold k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of q's dtype.
+  // FP8 caches store k / k_scale and v / v_scale: [1], or [Hkv] if per head. Null: of q's dtype.
   const float *k_scale, *v_scale;
   bool k_scale_per_head, v_scale_per_head;
-  // CUDA: room for workspace_splits partial results of each query's head, [B, Sq, H, splits,
-  // D + 2] in all; null: one split.
+  // CUDA: partial results, [B, Sq, H, workspace_splits, D + 2]; null: one split.
   float* workspace;
   int64_t workspace_splits;
   float softmax_scale;
@@ -133,7 +132,7 @@ struct LinearParams {
   bool packed;
 };
 
-// The one list of families: tables, declarations and bindings are made of it. Each names a
+// The one list of op families. It generates tables, declarations and bindings. Each entry names a
 // function, csrc/cpu/<name>.cpp, csrc/cuda/<name>.cu, kernels/<name>.py and
 // llama_fast/ops/<name>.py.
 #define LF_OPS(OP)                                                                          \

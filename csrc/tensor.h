@@ -1,6 +1,5 @@
-// A torch.Tensor as a binding takes it, with no torch header, so that one build serves every torch
-// version: torch fills a DLTensor in place (DLPack's C exchange API, torch >= 2.10), 20 ns a
-// tensor.
+// A torch.Tensor as a binding's argument, without torch headers: one build serves every torch
+// version. torch fills a DLTensor in place (DLPack's C exchange API, torch >= 2.10), in 20 ns.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -14,7 +13,7 @@ namespace lf {
 
 namespace py = pybind11;
 
-// DLPack 1.3, https://github.com/dmlc/dlpack: what is used here. The major version fixes the
+// DLPack 1.3, https://github.com/dmlc/dlpack: the parts used here. The major version fixes the
 // layout.
 struct DLDevice {
   int32_t type, index;
@@ -38,7 +37,7 @@ struct DLPackExchangeAPI {
   int (*current_stream)(int32_t device_type, int32_t device_index, void** stream);
 };
 
-// What is asked of torch, looked up once: a module's first line is Torch::load().
+// Objects of torch, looked up once: a module first calls Torch::load().
 struct Torch {
   const DLPackExchangeAPI* dlpack;
   PyTypeObject* tensor;
@@ -63,7 +62,7 @@ struct Torch {
              py::object(torch.attr("get_num_threads")).release().ptr()};
   }
 
-  // Of this thread, as torch.set_num_threads left it. The interpreter's lock is held.
+  // This thread's count, as set by torch.set_num_threads. The caller holds the GIL.
   static int num_threads() {
     const py::object n =
         py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get().get_num_threads));

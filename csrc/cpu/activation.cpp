@@ -4,7 +4,7 @@
 //   out = s * up                 (rounded to dtype)
 //   FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
 //
-// Cost: 6 bytes an element of out in bf16; an exponential and a division, about 25 flops.
+// Cost: 6 bytes per element of out in bf16; one exponential and one division, about 25 FLOPs.
 #include "kernels.h"
 #include "parallel.h"
 #include "quantize_row.h"
@@ -15,9 +15,9 @@ namespace {
 
 constexpr int kStep = 2 * kLanes;
 
-// 1 + e^-x, Inf below -89: Cody-Waite reduction by ln 2, then a minimax polynomial of e^-r on
-// [-ln 2 / 2, ln 2 / 2] (relative error 4e-9, or 9e-8 for 16 bits, whose rounding is 2,000 times
-// that). Past 86 e^-x is nothing beside 1. NaN, as min's and max's second operand, comes through.
+// 1 + e^-x, Inf below -89: Cody-Waite reduction by ln 2, then a minimax polynomial of e^-r,
+// |r| <= ln 2 / 2 (relative error 4e-9; 9e-8 for 16-bit types, 1/2,000 of their rounding error).
+// Past 86 e^-x is negligible beside 1. min and max return a NaN given as their second operand.
 template <class T>
 inline Vec one_plus_exp_negated(Vec x) {
   constexpr float u = kLdexpUnit;
@@ -25,7 +25,7 @@ inline Vec one_plus_exp_negated(Vec x) {
   const Exponent e = round_exponent(x, -1.44269504088896341f);
   Vec r = fma(e.n, broadcast(0.693359375f), x);
   r = fma(e.n, broadcast(-2.12194440e-4f), r);
-  // Not Horner's: its chain of six fma, and not their number, was what the time went on.
+  // Not Horner's scheme: its chain of six FMAs took the time, not their number.
   const Vec r2 = r * r;
   Vec p;
   if constexpr (sizeof(T) == 4) {
@@ -43,7 +43,7 @@ inline Vec one_plus_exp_negated(Vec x) {
   return ldexp(p, e, broadcast(1.0f));
 }
 
-// -Inf gives NaN (-Inf / Inf) and everything below -88.7 gives -0, as in torch: e^-x overflows.
+// -Inf gives NaN (-Inf / Inf) and all x below -88.7 give -0, as in torch: e^-x overflows.
 template <class T>
 inline Vec silu(Vec x) {
   const Vec d = one_plus_exp_negated<T>(x);
@@ -54,10 +54,10 @@ inline Vec silu(Vec x) {
 }
 
 #if defined(LF_AVX512)
-// Eight vectors of x read from 16 bits, step by step together: each one's steps wait for each other
-// (some 25 of them), and the core looks only 64 ahead. An exact product with the first 13 bits of
-// log2 e is what gets reduced, so the rest can be added afterwards. 2^r on [0, 1]: relative error
-// 6e-9. A NaN may be lost on the way, but the result is multiplied by x.
+// Advances eight vectors of 16-bit x in step. One vector's 25 or so steps depend on each other, and
+// the core looks only 64 ahead. The reduction uses an exact product with the first 13 bits of log2
+// e, so the rest can be added afterwards. 2^r on [0, 1]: relative error 6e-9. A NaN may be lost on
+// the way, but the result is multiplied by x.
 inline void silu_16bit(Vec (&x)[8]) {
   constexpr int kSmallerMagnitudeSignOfFirst = 0x2;
   constexpr int kFraction = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -113,7 +113,7 @@ void silu_and_mul_row(T* out, const T* gate, const T* up, int64_t n) {
 
 template <class T>
 void run(const ActivationParams& p, int threads) {
-  // A work item: columns [c * kWidth, ...) of a row, or whole rows where they are short or FP8.
+  // A work item is columns [c * kWidth, ...) of a row, or whole rows if they are short or FP8.
   constexpr int64_t kWidth = 4096;
   const int64_t width = p.scale || p.width < kWidth ? p.width : kWidth;
   const int64_t across = (p.width + width - 1) / width;

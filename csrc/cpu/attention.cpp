@@ -1,15 +1,15 @@
 // attention: softmax(q k^T * scale) v, causal or not, batched or packed.
 //
-// An item of work is a tile of queries of one sequence and one key/value head (attention_tile.h):
-// the query heads that share the head are rows of the same tile, so grouped heads cost no extra
-// packing. Memory is linear in the lengths: a tile's scratch has a fixed size.
+// A work item is a tile of queries of one sequence and one key/value head (attention_tile.h). Query
+// heads that share the head are rows of the same tile, so grouped heads cost no extra packing. A
+// tile's scratch has a fixed size, whatever the lengths.
 #include "attention_tile.h"
 #include "kernels.h"
 
 namespace lf::LF_ISA {
 namespace {
 
-constexpr int64_t kRows = 384;  // of a tile; queries, sums and packed blocks fit in half of 1 MB L2
+constexpr int64_t kRows = 384;  // per tile; queries, sums and packed blocks fit in half of 1 MB L2
 
 struct Sequence {
   int64_t q_start, q_len, k_start, k_len;
@@ -25,7 +25,7 @@ template <class T>
 void run(const AttentionParams& p, int threads) {
   if (p.kv_heads == 0) return;
   const int64_t group = p.heads / p.kv_heads;
-  // first_tile[b]: the tiles of the sequences before b.
+  // first_tile[b]: number of tiles of the sequences before b.
   thread_local Scratch scratch;
   int64_t* first_tile = scratch.get<int64_t>(static_cast<size_t>(p.batch + 1));
   int64_t tokens = kRows / group > 0 ? kRows / group : 1;
@@ -35,7 +35,7 @@ void run(const AttentionParams& p, int threads) {
       first_tile[b + 1] = first_tile[b] + round_up(sequence(p, b).q_len, tokens) / tokens;
     return first_tile[p.batch];
   };
-  // Smaller tiles pack more often, but a thread without work packs nothing.
+  // Smaller tiles pack more often, but an idle thread costs more.
   int64_t tiles = count_tiles();
   while (tiles * p.kv_heads < 4 * threads && tokens > 1 && tokens * group > 4 * kStripRows) {
     tokens = (tokens + 1) / 2;
@@ -52,7 +52,7 @@ void run(const AttentionParams& p, int threads) {
         step /= 2;
     }
     const Sequence s = sequence(p, b);
-    // A causal tile costs what it sees: the heaviest first, so that no thread ends with one.
+    // A causal tile costs what it sees. The heaviest come first, so that no thread ends with one.
     const int64_t start = (first_tile[b + 1] - 1 - index) * tokens;
     const AttentionTile tile{clamp(s.q_len - start, 0, tokens),
                              group,

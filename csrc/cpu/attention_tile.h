@@ -2,15 +2,15 @@
 // against the keys of their sequence, 128 at a time.
 //
 // Keys and values are packed once per tile and block and serve all its rows. Scores of a strip of
-// rows stay in L1; the probabilities overwrite them there.
+// rows stay in L1, and the probabilities overwrite them there.
 //
 // A row's result depends on its own query and keys alone: blocks start at multiples of 128 keys, a
 // row's sums run in one order whatever the tile's size, and keys that it does not see add exact
-// zeros. In bf16 the row sum adds the rounded probabilities, those that multiply the values: the
-// weights then sum to one, and rounding errors common to a row cancel.
+// zeros. In bf16 the row sum adds the rounded probabilities that multiply the values. The weights
+// then sum to one, and rounding errors common to a row cancel.
 //
-// Cost: 4 * head_dim flops a score; around them an exp2, about 15 instructions per kLanes scores,
-// and the packing, 1 % at 384 rows. Memory: 0.4 MB a thread at head_dim 128, whatever the lengths.
+// Cost: 4 * head_dim FLOPs per score, about 15 instructions of exp2 per kLanes scores, and the
+// packing, 1 % at 384 rows. Memory: 0.4 MB per thread at head_dim 128, whatever the lengths.
 #pragma once
 #include <cfloat>
 #include <limits>
@@ -30,18 +30,18 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
 }
 
 struct AttentionTile {
-  int64_t tokens, group;  // rows = tokens * group, the heads of a token side by side
+  int64_t tokens, group;  // rows = tokens * group; a token's heads are adjacent
   int64_t head_dim;
   int64_t keys;
-  int64_t first_seen;  // token t sees keys [0, first_seen + t), cut to [0, keys]
+  int64_t first_seen;  // token t sees keys [0, first_seen + t), clamped to [0, keys]
   float softmax_scale;
 
   int64_t seen(int64_t row) const { return clamp(first_seen + row / group, 0, keys); }
 };
 
-// Online softmax of a strip, in base 2: scores [n, span] become probabilities, factor[row] what the
-// row's earlier sums shrink by. row_max [n], row_sum [n, kLanes]: a row's sum is kept in lanes and
-// added up once, at the end.
+// Online softmax of a strip, in base 2. Scores [n, span] become probabilities; factor[row] scales
+// the row's earlier sums. row_max [n], row_sum [n, kLanes]: a row's sum is kept per lane and
+// reduced once, at the end.
 template <class U>
 inline void softmax_strip(float* scores, int64_t n, int64_t span, float* row_max, float* row_sum,
                           float* factor) {
@@ -65,8 +65,8 @@ inline void softmax_strip(float* scores, int64_t n, int64_t span, float* row_max
   }
 }
 
-// q(token, head), k(key), v(key) and out(token, head) give the addresses of rows of head_dim
-// elements; no k or v beyond the last key that the tile sees is asked for.
+// q(token, head), k(key), v(key) and out(token, head) return the addresses of rows of head_dim
+// elements. k and v are never called beyond the last key that the tile sees.
 template <class T, class Query, class Key, class Value, class Out>
 void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& out) {
   using U = Units<T>;
@@ -100,7 +100,7 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
     }
     for (int64_t d = 0; d < width; d += kLanes) store(acc + r * width + d, zeros());
     store(row_sum + r * kLanes, zeros());
-    row_max[r] = -FLT_MAX;  // finite, so that a row of masked scores gives zeros and not NaN
+    row_max[r] = -FLT_MAX;  // finite, so that a fully masked row gives zeros and not NaN
   }
 
   // Returns whether all values are finite. Fills only what n keys fill, up to a whole pair.
@@ -127,8 +127,8 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
       }
   };
 
-  // A key's row lies a token's stride from the next, too far apart for the hardware to foresee.
-  // Keys [from, to) of the block at j0 are fetched into L2 while the block before is computed.
+  // Rows of keys lie a token's stride apart, too far for the hardware prefetcher. Keys [from, to)
+  // of the block at j0 are fetched into L2 while the previous block is computed.
   const auto prefetch = [&](int64_t j0, int64_t from, int64_t to) {
     for (int64_t j = from; j < to; ++j)
       for (int64_t d = 0; d < t.head_dim; d += static_cast<int64_t>(64 / sizeof(T))) {
@@ -174,7 +174,7 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
                                          acc + r * width + d, width, factor + r - r0);
         continue;
       }
-      // 0 * NaN is NaN: each row multiplies the values that it sees and no others.
+      // 0 * NaN is NaN, so each row multiplies only the values that it sees.
       for (int64_t r = r0; r < r1; ++r) {
         const int64_t seen = clamp(t.seen(r) - j0, 0, extent);
         pack_values(spare, j0, seen);

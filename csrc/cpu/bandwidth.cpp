@@ -1,6 +1,6 @@
-// How fast this machine reads memory and how fast it multiplies: the limits that the benchmarks
-// print beside every kernel that streams a weight or a KV cache, or computes. torch.sum and its
-// like stay well under the first, PyTorch's products under the second, where they do not have AMX.
+// Measures how fast this machine reads memory and multiplies: the limits that the benchmarks print
+// beside each kernel that streams a weight or a KV cache, or computes. torch.sum and the like stay
+// well below the first; without AMX, PyTorch's products stay below the second.
 #include <atomic>
 
 #include "kernels.h"
@@ -10,14 +10,14 @@
 namespace lf::LF_ISA {
 namespace {
 
-// Eight streams in each chunk read 1.15 times as fast as one did (two Zen 4 cores, medians of 15 by
-// turns); chunk and distance are the best of those tried with them.
+// Eight streams per chunk read 1.15 times as fast as one (two Zen 4 cores, medians of 15,
+// interleaved). Chunk size and prefetch distance are the best of those tried with eight streams.
 constexpr int64_t kChunk = 1024 * 1024;
 constexpr int64_t kStreams = 8;
 constexpr int64_t kAhead = 2048;  // bytes between a load and its prefetch, into L2
 
-// XOR of all 64-bit words: nothing can be skipped, no order of additions matters, and an
-// accumulator costs one instruction a load. n is a multiple of 8.
+// XOR of all 64-bit words. Nothing can be skipped, the order does not matter, and an accumulator
+// costs one instruction per load. n is a multiple of 8.
 uint64_t fold(const char* p, int64_t n) {
 #if defined(LF_AVX512)
   __m512i acc[4] = {};
@@ -57,8 +57,8 @@ uint64_t fold(const char* p, int64_t n) {
   return sum;
 }
 
-// As many chains as hide the latency of a multiply-add (4 to 6 cycles, two a cycle) and leave
-// registers for both factors.
+// Enough chains to hide the latency of a multiply-add (4 to 6 cycles, two per cycle), and few
+// enough to leave registers for both factors.
 #if defined(LF_AVX512)
 constexpr int kChains = 16;
 #elif defined(LF_AVX2)
@@ -68,7 +68,7 @@ constexpr int kChains = 6;
 #endif
 constexpr int64_t kSteps = 4096;
 
-// step(acc) on each chain, kSteps times; the sum, so that nothing can be left out.
+// Runs step(acc) on each chain kSteps times and returns the sum, so that nothing is optimized away.
 template <class Step>
 float chains(const Step& step) {
   Vec acc[kChains];
@@ -80,7 +80,7 @@ float chains(const Step& step) {
   return reduce_add(sum);
 }
 
-std::atomic<float> g_sum;  // where the sums go: else the loop would be dropped
+std::atomic<float> g_sum;  // keeps the loop from being optimized away
 
 }  // namespace
 
@@ -99,7 +99,7 @@ double multiply_add(bool pairs, double flops, int threads) {
       return g_sum.store(chains([x](Vec acc) { return Vec{_mm512_dpbf16_ps(acc.v, x, x)}; }),
                          std::memory_order_relaxed);
 #endif
-    // Towards 1: neither factor can be folded into the other, and nothing overflows.
+    // Converges to 1: neither factor can be folded into the other, and nothing overflows.
     const Vec factor = broadcast(0.75f), addend = broadcast(0.25f);
     g_sum.store(chains([=](Vec acc) { return fma(acc, factor, addend); }),
                 std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// The table of contents of llama_fast._cpu. llama_fast/ops/ has checked every argument by then.
+// The functions of llama_fast._cpu. llama_fast/ops/ has already checked every argument.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -23,7 +23,7 @@ std::atomic<const lf::Kernels*> g_kernels{nullptr};
 
 const lf::Kernels& kernels() { return *g_kernels.load(std::memory_order_acquire); }
 
-// Raises NotImplementedError for what the CPU has no kernel of.
+// Raises NotImplementedError for arguments that no CPU kernel supports.
 template <class Params>
 void refuse(const Params&) {}
 
@@ -66,14 +66,13 @@ int64_t first_outside(const T* x, int64_t n, int64_t low, int64_t high) {
   return -1;
 }
 
-// Index of the first integer of t, contiguous, outside [low, high], or -1.
+// The same for a contiguous tensor.
 int64_t first_outside_of(const Tensor& t, int64_t low, int64_t high) {
   return t.is_int64() ? first_outside(t.data<int64_t>(), t.numel(), low, high)
                       : first_outside(t.data<int32_t>(), t.numel(), low, high);
 }
 
-// (row, column, block id) of the first block id outside [0, num_blocks) among those that the
-// lengths reach, or None.
+// (row, column, block id) of the first id within the lengths outside [0, num_blocks), or None.
 py::object first_bad_block(const Tensor& block_table, const Tensor& cache_seqlens,
                            int64_t block_size, int64_t num_blocks) {
   for (int64_t row = 0; row < cache_seqlens.size(0); ++row) {
@@ -85,8 +84,8 @@ py::object first_bad_block(const Tensor& block_table, const Tensor& cache_seqlen
   return py::none();
 }
 
-// Asks for huge pages for the whole 2 MiB pages within t, before they are first written. A hint:
-// whether the system grants it changes nothing but speed.
+// Requests huge pages for the whole 2 MiB pages within t, before they are first written. This is a
+// hint, which affects speed alone.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr Address kHuge = Address{2} << 20;
@@ -132,12 +131,13 @@ PYBIND11_MODULE(_cpu, m) {
   Torch::load();
   set_isa(isas().back());
 
-  m.def("isas", &isas, "Instruction sets this machine can run, slowest first.");
+  m.def("isas", &isas, "Instruction sets that this machine can run, slowest first.");
   m.def("isa", [] { return kernels().isa; }, "The instruction set in use.");
-  m.def("set_isa", &set_isa, "Use another of isas(); ValueError for any other name.");
+  m.def("set_isa", &set_isa, "Select one of isas(). Raises ValueError for other names.");
   m.def("first_outside", &first_outside_of,
-        "Index of the first integer outside [low, high], or -1");
-  m.def("first_bad_block", &first_bad_block, "First block id that no block of the pool has");
+        "Index of the first integer outside [low, high], or -1.");
+  m.def("first_bad_block", &first_bad_block,
+        "(row, column, block id) of the first invalid block id.");
 
 #define LF_DEFINE(op, Params)                                                      \
   lf::bind::define(m, #op, &lf::bind::op, [](const lf::Params& p, const Tensor&) { \
@@ -147,11 +147,12 @@ PYBIND11_MODULE(_cpu, m) {
     kernels().op(p, threads);                                                      \
   });
   LF_OPS(LF_DEFINE)
-  m.def("pack_weight", &pack_weight, "linear.cpp: the layout that linear streams fastest");
-  m.def("decode_weight", &decode_weight, "linear.cpp: bf16 [N, K] out of e4m3 or of packed bf16");
-  m.def("advise_huge_pages", &advise_huge_pages, "For memory not yet written; a hint, on Linux");
+  m.def("pack_weight", &pack_weight,
+        "linear.cpp: pack into the layout that linear streams fastest.");
+  m.def("decode_weight", &decode_weight, "linear.cpp: decode e4m3 or packed bf16 to bf16 [N, K].");
+  m.def("advise_huge_pages", &advise_huge_pages, "A hint, on Linux, for memory not yet written.");
   m.def("read_bandwidth_probe", &read_bandwidth_probe,
-        "bandwidth.cpp: XOR of the 64-bit words, read as fast as memory gives them");
+        "bandwidth.cpp: XOR of 64-bit words, read at full memory bandwidth.");
   m.def("multiply_add_probe", &multiply_add_probe,
-        "bandwidth.cpp: multiply-adds in registers, of bf16 pairs or fp32; how many operations");
+        "bandwidth.cpp: multiply-adds in registers, of bf16 pairs or fp32; returns their number.");
 }

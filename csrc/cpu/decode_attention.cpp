@@ -2,13 +2,14 @@
 //
 //   s = softmax_scale * log2(e) * q k^T,  p = 2^(s - max s),  out = p v / sum p
 //
-// The work is reading the cache, so everything serves that. The query heads of a kv head share each
-// load of a key; a sequence is cut into chunks of keys, and a thread walks a chunk through all kv
-// heads whose rows lie together, prefetching the block of keys after the one it works on (across
-// chunks too). A second pass joins the chunks in order by their log-sum-exp. The cuts depend on the
-// sequence's length alone, never on the batch or the threads; so neither does a result.
-// Cost: the cache once, 2 * D elements per token and kv head; 4 * D flops per query head for them.
-// Many queries (chunked prefill) take the tiles of prefill attention, gathered through the table.
+// Reading the cache sets the time. The query heads of a kv head share each load of a key. A
+// sequence is cut into chunks of keys, and a thread walks a chunk through all kv heads with
+// adjacent rows, prefetching the next block of keys (across chunks too). A second pass joins the
+// chunks in order by their log-sum-exp. The cuts depend on the sequence's length alone, never on
+// the batch or the threads, so neither does a result.
+// Cost: one read of the cache, 2 * D elements
+// per token and kv head; 4 * D FLOPs per query head for them. Many queries (chunked prefill) use
+// the tiles of prefill attention, gathered through the table.
 #include "decode_tile.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -19,15 +20,15 @@ namespace {
 constexpr int kStep = 2 * kLanes;
 constexpr int64_t kChunk = 512;      // keys; 2 MiB of an 8-head bf16 cache
 constexpr int64_t kMaxChunks = 64;   // bounds what the second pass reads
-constexpr int64_t kRunBytes = 4096;  // of one token's heads, walked together: two blocks fit L2
+constexpr int64_t kRunBytes = 4096;  // per token, of heads walked together: two blocks fit L2
 constexpr int64_t kPartialBytes = int64_t{64} << 20;
-// Rows that share a kv head from which packing its keys pays.
+// Packing a kv head's keys pays from this many rows that share it.
 constexpr int64_t kPrefillRows = 48;
 constexpr int64_t kPrefillTile = 384;  // rows, as in attention.cpp
 
 alignas(64) constexpr char kZeroRow[256 * sizeof(float)] = {};
 
-// Where the keys of a sequence lie.
+// Locates the keys of a sequence.
 template <class T>
 class Rows {
  public:
@@ -38,7 +39,7 @@ class Rows {
         stride_(stride),
         block_size_(p.block_size),
         sequence_(sequence) {}
-  // kv head 0 of key j. Keys are mostly asked for in order: a division per block, not per key.
+  // Address of key j at kv head 0. Keys mostly come in order: one division per block, not per key.
   const T* operator()(int64_t j) {
     if (!block_ || j < first_ || j >= first_ + block_size_) {
       const int64_t index = j / block_size_;
@@ -66,14 +67,14 @@ struct KeyBlock {
   int n = 0;
 };
 
-// One chunk of keys of one sequence, for a run of its kv heads.
+// One chunk of keys of one sequence, for consecutive kv heads.
 struct Item {
-  int64_t sequence, slot;  // slot: the chunk's place among the partial results
+  int64_t sequence, slot;  // slot: the chunk's index among the partial results
   int64_t begin, end;
   int64_t first_head, heads;
 };
 
-// Up to 4 heads of a query that share a kv head; `first` among them.
+// Up to 4 heads of a query that share a kv head, starting at `first`.
 struct Tile {
   int64_t query, first;
 };
@@ -85,7 +86,7 @@ class Decode {
  public:
   Decode(const DecodeAttentionParams& params, int threads) : p_(params), threads_(threads) {}
 
-  // In waves of sequences that bound the memory of the partial results.
+  // Runs in waves of sequences, which bounds the memory of the partial results.
   void run() {
     thread_local Scratch slots, partials;
     for (int64_t begin = 0, end; begin < p_.batch; begin = end) {
@@ -116,13 +117,13 @@ class Decode {
     const int64_t n = length(sequence);
     return n > 0 ? (n + chunk_keys(sequence) - 1) / chunk_keys(sequence) : 0;
   }
-  // Keys that a query sees.
+  // Number of keys that a query sees.
   int64_t seen(int64_t sequence, int64_t query) const {
     const int64_t n = length(sequence);
     return p_.causal ? clamp(n - p_.seqlen_q + query + 1, 0, n) : n;
   }
 
-  // Calls f(std::integral_constant<int, R>, tile). Tiles never mix queries: their rows then see the
+  // Calls f(std::integral_constant<int, R>, tile). A tile never mixes queries: its rows see the
   // same keys, and a NaN among the values reaches only the queries that see it.
   template <class F>
   void for_each_tile(F&& f) const {
@@ -142,7 +143,7 @@ class Decode {
 
   // ---- the first pass: chunks ----
 
-  // kv heads to walk together: as many as lie side by side in kRunBytes of a token, fewer when
+  // Number of kv heads to walk together: as many as are adjacent in kRunBytes of a token, fewer if
   // threads would idle. No result depends on it.
   int64_t heads_per_item(int64_t chunks) const {
     const int64_t row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(T));
@@ -158,7 +159,7 @@ class Decode {
     const int64_t runs = (p_.kv_heads + heads - 1) / heads;
     const auto item = [&](int64_t i) {
       const int64_t slot = i / runs, first_head = i % runs * heads;
-      int64_t b = begin, after = end;  // the sequence with first_slot_[b] <= slot < its next one's
+      int64_t b = begin, after = end;  // until first_slot_[b] <= slot < first_slot_[b + 1]
       while (after - b > 1) {
         const int64_t middle = (b + after) / 2;
         (first_slot_[middle] <= slot ? b : after) = middle;
@@ -221,7 +222,7 @@ class Decode {
       const int64_t after = block.first + block.n;
       const Item& source = after < item.end ? item : next;
       const KeyBlock<T> then = locate(source, after < item.end ? after : next.begin);
-      // Heads that lie side by side are one run of memory.
+      // Adjacent heads are one run of memory.
       const auto ahead = [&](const T* const* rows, const int64_t (&stride)[3], int64_t calls) {
         const int64_t last = source.heads > 1 ? (source.heads - 1) * stride[2] : 0;
         return RowStream(rows, source.first_head * stride[2], then.n,
@@ -326,7 +327,7 @@ class Decode {
   float* partial_ = nullptr;       // [slots, kv_heads, tiles] TileState
 };
 
-// As attention.cpp: a tile of queries of one sequence and kv head is an item of work.
+// As in attention.cpp: a work item is a tile of queries of one sequence and kv head.
 template <class T>
 void prefill(const DecodeAttentionParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
@@ -338,7 +339,7 @@ void prefill(const DecodeAttentionParams& p, int threads) {
   const int64_t per_sequence = tiles() * p.kv_heads;
   parallel_for(p.batch * per_sequence, threads, [&](int64_t i) {
     const int64_t b = i / per_sequence, head = i % p.kv_heads;
-    // The last queries see the most keys: first, so that no thread ends with them.
+    // The last queries see the most keys. They come first, so that no thread ends with them.
     const int64_t start = (tiles() - 1 - i % per_sequence / p.kv_heads) * tokens;
     const int64_t keys = p.cache_seqlens[b];
     const AttentionTile tile{clamp(p.seqlen_q - start, 0, tokens),

@@ -1,19 +1,19 @@
-// The inner loops of decode attention: a tile of R query rows (1, 2 or 4) against a block of keys
-// that stay where they lie in the cache, each reached through its own pointer.
+// The inner loops of decode attention: a tile of R query rows (1, 2 or 4) against a block of keys,
+// read in place from the cache through one pointer per key.
 //
-// A vector of scores holds R rows x kLanes / R keys, row-major. Summing kLanes accumulators into
-// such a vector costs 3 instructions per accumulator, so keys need no transposing; one load of a
-// key serves R rows. bf16 multiplies with vdpbf16ps where that exists (denormal inputs and
-// products count as zero there) and fp32 arithmetic serves everything else.
+// A vector of scores holds R rows x kLanes / R keys, row-major. Reducing kLanes accumulators into
+// such a vector costs 3 instructions per accumulator, so keys need no transposing, and one load of
+// a key serves R rows. bf16 multiplies with vdpbf16ps where available (it flushes denormal inputs
+// and products to zero); everything else uses fp32 arithmetic.
 #pragma once
 #include "attention_tile.h"
 #include "row_stream.h"
 
 namespace lf::LF_ISA {
 
-inline constexpr int kKeyBlock = 32;  // keys a tile takes between two rescalings of its sums
+inline constexpr int kKeyBlock = 32;  // keys that a tile takes between two rescalings of its sums
 
-// What q and p are held as.
+// Storage type of q and p.
 template <class T>
 struct Operand {
   using type = float;
@@ -27,10 +27,10 @@ struct Operand<bf16> {
 };
 #endif
 
-// A query tile's running softmax over one chunk of keys; `sums` has R rows of padded_dim().
+// A query tile's running softmax over one chunk of keys. `sums` has R rows of padded_dim().
 struct TileState {
-  float max[kLanes];    // of base-2 scores; every lane of a row alike
-  float total[kLanes];  // of p; in parts until finish_tile
+  float max[kLanes];    // of base-2 scores; equal in every lane of a row
+  float total[kLanes];  // of p; per lane until finish_tile
   float* sums() { return reinterpret_cast<float*>(this + 1); }
 
   void start(int64_t n) {
@@ -76,8 +76,8 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #elif defined(LF_AVX2)
 
-// Of fma's three forms gcc takes those that overwrite a factor too, copies registers for it and,
-// out of them, spills sums: 1.5 times the time.
+// Of FMA's three forms gcc also picks those that overwrite a factor. It then copies registers for
+// that factor, runs out of them and spills sums: 1.5 times the time.
 inline void add_product(Vec& sum, Vec a, Vec b) {
   asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "xm"(b.v));
 }
@@ -118,7 +118,7 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #endif
 
-// Combines each aligned run of n lanes; all lanes of a run get the result.
+// Reduces each aligned run of n lanes; all lanes of a run get the result.
 template <int n, class Op>
 inline Vec across(Vec a, Op op) {
   if constexpr (n > 1) a = op(a, swap_lanes<1>(a));
@@ -130,8 +130,8 @@ inline Vec across(Vec a, Op op) {
 
 // ---- scores: q . k for R rows and kLanes / R keys ----
 
-// q's rows are as load2 leaves rows of T. Each load of a row of q serves two keys: more, and the
-// accumulators would leave no registers for them.
+// q's rows are in the order of load2 for T. Each load of a row of q serves two keys; with more, the
+// accumulators would leave no registers for q.
 template <int R, class T>
 inline Vec scores(const float* q, int64_t q_stride, const T* const* k, int64_t d) {
   constexpr int kKeys = kLanes / R, kTogether = kLanes == 16 && kKeys >= 4 ? 4 : kKeys >= 2 ? 2 : 1;
@@ -200,10 +200,10 @@ inline void store_weights(bf16* p, Vec a) {
 }
 #endif
 
-// Keys to a run of such passes: rows a power of two apart share few sets of the first level of
-// cache, 16 of them fit where each line takes two passes.
+// Keys per run of such passes. Rows a power of two apart share few sets of L1: 16 of them fit when
+// each line takes two passes.
 inline constexpr int kValueKeys = kLanes == 16 ? kKeyBlock : 16;
-// Pairs of columns in one pass over the keys: R * 2 * kPairs sums fit the registers. Without vector
+// Pairs of columns per pass over the keys: R * 2 * kPairs sums fit the registers. Without vector
 // instructions a Vec is two of SSE's 16: more than one pair spilled, 1.7 times the time at one row.
 template <int R>
 #if defined(LF_AVX512)
@@ -213,7 +213,7 @@ inline constexpr int kPairs = 4 / R;
 #else
 inline constexpr int kPairs = 1;
 #endif
-inline constexpr int kAheadKeys = kLanes == 16 ? 4 : 8;  // to a call of ahead.advance()
+inline constexpr int kAheadKeys = kLanes == 16 ? 4 : 8;  // per call of ahead.advance()
 template <int R, class T>
 inline int64_t value_advances(int64_t keys, int64_t d) {
   constexpr int columns =
@@ -221,7 +221,7 @@ inline int64_t value_advances(int64_t keys, int64_t d) {
   return (d + columns - 1) / columns * ((keys + kAheadKeys - 1) / kAheadKeys);
 }
 
-// Columns i and on; load_value(v, c) gives pair c of v's.
+// Sums the columns from i on. load_value(v, c) returns pair c of v.
 template <int R, int kPairs, class T, class Load>
 inline void weighted_columns(float* sums, const float* alpha, int64_t stride, const float* p,
                              const T* const* v, RowStream& ahead, int keys, int64_t i,
@@ -273,14 +273,14 @@ inline void weighted_sum(float* sums, const float* alpha, const float* p, const 
     weighted_columns<R, 1>(sums, alpha, stride, p, v, ahead, keys, i,
                            [n](const T* row, int) { return load2_n(row, n); });
 }
-// The sums lie as load2 leaves a row of T.
+// The sums are in the order of load2 for T.
 template <class T>
 inline void finish_sums(float*, int64_t, const T*) {}
 
 #if defined(LF_AVX512_BF16)
-// Two keys at a time: their values interleave into the pairs that vdpbf16ps takes, by unpacks
-// within 128-bit lanes. The sums of 32 columns thus lie as 0-3 8-11 16-19 24-27 | 4-7 12-15 ...
-// until finish_sums puts the even ones before the odd ones.
+// Takes two keys at a time: unpacks within 128-bit lanes interleave their values into the pairs
+// that vdpbf16ps needs. The sums of 32 columns are thus in the order 0-3 8-11 16-19 24-27 | 4-7
+// 12-15 ... until finish_sums puts the even ones before the odd ones.
 template <int R, int kVecs>
 inline void weighted_columns(float* sums, const float* alpha, int64_t stride, const bf16* p,
                              const bf16* const* v, RowStream& ahead, int keys, int64_t i,
@@ -347,8 +347,8 @@ inline void finish_sums(float* sums, int64_t n, const bf16*) {
 
 // ---- a block of keys ----
 
-// Takes n keys, all seen by all R rows, into the tile's state. k and v must point at rows that can
-// be read, and v's be finite, up to the next multiple of kLanes / R past n.
+// Adds n keys, all seen by all R rows, to the tile's state. Up to the next multiple of kLanes / R
+// past n, k and v must point at readable rows, and v's must be finite.
 template <int R, class T>
 __attribute__((noinline)) void attend_block(TileState& state, const typename Operand<T>::type* q,
                                             int64_t q_stride, const T* const* k, const T* const* v,

@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this machine can run.
+// Selects the compiled instruction sets that this machine can run.
 #include "kernels.h"
 
 namespace lf {
@@ -31,7 +31,7 @@ int available_kernels(const Kernels* out[4]) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  // VBMI comes with it: its 128-entry byte table turns e4m3 into bf16 in 2.5 instructions a vector.
+  // Requires VBMI too: its 128-entry byte table decodes e4m3 in 2.5 instructions per vector.
   const bool avx512_bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (avx2) out[n++] = &kAvx2;

@@ -1,9 +1,9 @@
-// The matrix kernel of attention: a tile of rows times a packed panel, on whatever multiplies
-// fastest, and the packing.
+// The matrix kernel of attention: a tile of rows times a packed panel, by the fastest multiply
+// instruction available, and the packing.
 //
-// Operands are units of 32 bits, an fp32 or a pair of bf16 for vdpbf16ps, carried as floats
-// whatever they hold. A panel is kPanel columns: one unit of each of them, then the next unit of
-// each, so the kernel streams it, a vector load per kLanes columns and a broadcast per row.
+// Operands are units of 32 bits, an fp32 or a pair of bf16 for vdpbf16ps, stored as floats either
+// way. A panel is kPanel columns: one unit of every column, then the next unit of every column. The
+// kernel streams it with one vector load per kLanes columns and one broadcast per row.
 #pragma once
 #include "simd.h"
 
@@ -19,7 +19,7 @@ inline constexpr int kTileRows = 2, kPanelVecs = 2;
 #endif
 inline constexpr int kPanel = kPanelVecs * kLanes;
 
-// dst[unit][key] = row(key)[unit] for one vector of keys and one of units; dst's rows are kPanel.
+// dst[unit][key] = row(key)[unit] for a vector of keys and one of units; dst's rows are kPanel.
 inline void store_transposed(float* dst, Vec* rows, int units) {
 #if defined(LF_AVX512)
   __m512i a[16], b[16];
@@ -52,7 +52,7 @@ inline void store_transposed(float* dst, Vec* rows, int units) {
 #endif
 }
 
-// How operands of dtype T are multiplied.
+// Arithmetic for operands of dtype T.
 template <class T>
 struct Units {
   static constexpr int kElements = 1;
@@ -62,14 +62,14 @@ struct Units {
     return elements >= kLanes ? load(p) : load_n(p, static_cast<int>(elements));
   }
   static Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-  // Two rows of values; rows beyond the last key are null.
+  // Packs two rows of values; rows beyond the last key are null.
   static bool pack_pair(float* dst, const T* v0, const T* v1, int64_t elements) {
     const Vec a = load_units(v0, elements), b = v1 ? load_units(v1, elements) : zeros();
     store(dst, a);
     store(dst + kPanel, b);
     return !any_nan((a - a) + (b - b));
   }
-  // Probabilities to units, in place; returns their sum.
+  // Converts probabilities to units, in place; returns their sum.
   static Vec pack_probabilities(float* dst, Vec p0, Vec p1) {
     store(dst, p0);
     store(dst + kLanes, p1);
@@ -78,11 +78,11 @@ struct Units {
 };
 
 #if defined(LF_AVX512_BF16)
-// vdpbf16ps takes denormals for zeros, in its operands and in its result.
+// vdpbf16ps flushes denormals to zero, in its operands and its result.
 template <>
 struct Units<bf16> {
   static constexpr int kElements = 2;
-  static constexpr bool kShortExp = true;  // the rounding to bf16 is 500 times its error
+  static constexpr bool kShortExp = true;  // rounding to bf16 is 500 times its error
 
   static Vec load_units(const bf16* p, int64_t elements) {
     if (elements >= 32) return {_mm512_loadu_ps(p)};
@@ -110,9 +110,9 @@ struct Units<bf16> {
 };
 #endif
 
-// c [R, vecs] = a b * factor[0]; or, to accumulate, c = c * factor[row] + a b. The product is
-// summed apart from c: fp32 errors then grow with the square root of the block and of the blocks,
-// not of their product.
+// c [R, vecs] = a b * factor[0] or, if kAccumulate, c = c * factor[row] + a b. The product is
+// summed apart from c: fp32 errors then grow with the square root of the block's length and of the
+// number of blocks, not of their product.
 template <class U, int R, bool kAccumulate, int NV = kPanelVecs>
 inline void dot_tile(int64_t vecs, const float* a, int64_t lda, const float* b, int64_t units,
                      float* c, int64_t ldc, const float* factor) {

@@ -1,7 +1,6 @@
 // bf16 products: the inner loops of DotTask (linear_dot.h). vdpbf16ps multiplies pairs of bf16,
-// which holds e4m3 exactly, subnormals included; the products are exact, the sums fp32. The
-// instruction reads bf16 subnormals (below 1.2e-38) as zero. Panels and their order are
-// gemm_fma.h's.
+// which represents e4m3 exactly, subnormals included. Products are exact, sums are fp32. The
+// instruction reads bf16 subnormals (below 1.2e-38) as zero. Panels have gemm_fma.h's layout.
 #pragma once
 #include "gemm_fma.h"
 
@@ -34,8 +33,8 @@ struct DotMath {
   static constexpr bool kUnscales = false;
   static constexpr int kVectors = 4;
 
-  // 64 codes, 32 features: unpacking works within 128 bits, so a holds features 8j .. 8j + 3 and b
-  // the other halves; features() puts them in order, once for each sum instead of once for each k.
+  // 64 codes, 32 features. Unpacking works within 128 bits, so a holds features 8j .. 8j + 3 and b
+  // the other halves. features() restores the order, once per sum instead of once per k.
   static void decode(__m512i codes, __m512i& a, __m512i& b) {
     const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3Table.low), codes,
                                                  _mm512_load_si512(kE4m3Table.low + 64));
@@ -79,8 +78,8 @@ struct DotMath {
   }
 };
 
-// acc [R][64] += x [R, 2 * pairs] @ w^T, starting from zero when `fresh`. Each pair row
-// read prefetches the one `ahead` bytes further on.
+// acc [R][64] += x [R, 2 * pairs] @ w^T, starting from zero if `fresh`. Each pair row read
+// prefetches the one `ahead` bytes further on.
 template <int R, class T>
 void accumulate(float* acc, bool fresh, const bf16* x, int64_t x_stride, const T* w, int64_t pairs,
                 int64_t ahead) {
@@ -99,10 +98,9 @@ void accumulate(float* acc, bool fresh, const bf16* x, int64_t x_stride, const T
   sum.store_to(acc);
 }
 
-// The same for P whole panels of `pairs` pair rows each, one behind the other in memory and read
-// side by side. With a row or two the weight's bytes are all that counts: four streams reach 0.92
-// of the rate at which memory can be read, one reaches 0.85 (M = 1, two Zen 4 cores). Prefetching
-// by hand gains nothing on top.
+// The same for P whole panels of `pairs` pair rows each, contiguous in memory and read side by
+// side. With one or two rows only the weight's bytes matter: four streams reach 0.92 of the read
+// bandwidth, one reaches 0.85 (M = 1, two Zen 4 cores). Software prefetching gains nothing more.
 template <int P, int R, class T>
 void accumulate_panels(float* acc, const bf16* x, int64_t x_stride, const T* w, int64_t pairs) {
   constexpr int V = DotMath::kVectors;

@@ -1,16 +1,16 @@
 // fp32 products: how FmaTask (linear_fma.h) decodes weights and what its register tiles do.
 //
-// A packed panel is pair rows, [K / 2][64][2], the two being k and k + 1. They are decoded a group
-// of 2 * kLanes features at a time into a pair of vectors for k and another for k + 1. A lane is
-// one output feature and one chain over k, carried in fp32 from block to block, so a result depends
+// A packed panel is pair rows, [K / 2][64][2], where the 2 are k and k + 1. A group of 2 * kLanes
+// features at a time is decoded into a pair of vectors for k and another for k + 1. A lane is one
+// output feature and one chain over k, carried in fp32 from block to block, so a result depends
 // neither on the rows that share a tile nor on where K was cut.
 //
-// e4m3: with a code in the high byte of a 16-bit lane, an arithmetic shift and a mask leave the bit
-// pattern of a 16-bit float: of bf16, the weight times 2^-120, after a shift by 4; of fp16, times
-// 2^-8, after a shift by 1. kWeightShift is that exponent. x is multiplied by its inverse
-// beforehand, which changes no bit of a product. The exact form multiplies the weight instead, for
-// an x that has no room. Codes 0x7f and 0xff would decode as 480: the fast form looks for them on
-// the way, and a panel that holds one is computed again in the exact form, which knows NaN.
+// e4m3: with a code in the high byte of a 16-bit lane, an arithmetic shift and a mask give the bits
+// of a 16-bit float. A shift by 4 gives bf16, the weight times 2^-120; a shift by 1 gives fp16, the
+// weight times 2^-8. kWeightShift is that exponent. x is multiplied by the inverse beforehand,
+// which changes no bit of a product. The exact form multiplies the weight instead, for an x too
+// large for that. Codes 0x7f and 0xff would decode as 480: the fast form looks for them, and a
+// panel that holds one is computed again in the exact form, which handles NaN.
 #pragma once
 #if defined(LF_X86)
 #endif
@@ -36,7 +36,7 @@ inline constexpr int kWeightShift = 120;  // bf16: half the instructions of fp16
 #else
 inline constexpr int kFmaRows = 3, kSums = 6;
 inline constexpr bool kFewRegisters = false;
-inline constexpr int kWeightShift = 0;  // decoded exactly from the first
+inline constexpr int kWeightShift = 0;  // decoded exactly from the start
 #endif
 
 inline void prefetch(const void* p) {
@@ -47,7 +47,7 @@ inline void prefetch(const void* p) {
 #endif
 }
 
-// A group's weights: at(0) for k, at(1) for k + 1. features() undoes its order of lanes.
+// A group's weights: at(0) for k, at(1) for k + 1. features() restores the order of lanes.
 template <class T, bool kExact>
 struct Weights {
   Vec v[4];
@@ -57,7 +57,7 @@ struct Weights {
   }
   Pair at(int odd) const { return {every_second(v[0], v[1], odd), every_second(v[2], v[3], odd)}; }
 
-  // Lanes odd, odd + 2 .. of a, then of b; of each 128 bits with the vector instructions.
+  // Lanes odd, odd + 2 .. of a, then of b; with vector instructions, within each 128 bits.
   static Vec every_second(Vec a, Vec b, int odd) {
 #if defined(LF_AVX512)
     return {odd ? _mm512_shuffle_ps(a.v, b.v, 0xdd) : _mm512_shuffle_ps(a.v, b.v, 0x88)};
@@ -72,7 +72,7 @@ struct Weights {
   }
 };
 
-// A weight in a block decoded beforehand: pair rows of [kGroups][2][kGroup].
+// A weight in a predecoded block: pair rows of [kGroups][2][kGroup].
 struct Decoded {
   float value;
 };
@@ -83,7 +83,7 @@ struct Weights<Decoded, kExact> {
   Pair at(int odd) const { return {load(p + odd * kGroup), load(p + odd * kGroup + kLanes)}; }
 };
 
-// Whether decoding in registers, for each tile again, costs less than once for all of them.
+// Whether decoding in registers for each tile costs less than decoding once for all tiles.
 template <class T, bool kExact>
 constexpr bool cheap_to_decode() {
 #if defined(LF_AVX512)
@@ -127,8 +127,7 @@ struct Weights<e4m3, kExact> {
   }
 };
 
-// Whether there was a NaN among the codes seen: twice 0x7f or 0xff is the largest byte. kInMemory:
-// holds no register meanwhile.
+// Looks for NaN codes: twice 0x7f or 0xff is the largest byte. kInMemory: holds no register.
 struct NanSearch {
   __m512i most = _mm512_setzero_si512();
   template <bool kInMemory = false>
@@ -154,7 +153,7 @@ inline __m256i and_memory(__m256i a, const uint32_t (&mask)[8]) {
   asm("vpand %2, %1, %0" : "=x"(r) : "x"(a), "m"(mask));
   return r;
 }
-inline Vec half_lanes(__m256i c, int odd) {  // of bf16
+inline Vec half_lanes(__m256i c, int odd) {  // bf16
   return {_mm256_castsi256_ps(odd ? and_memory(c, kMasks.high_half) : _mm256_slli_epi32(c, 16))};
 }
 inline __m256i load_bits(const void* p) {
@@ -186,7 +185,7 @@ struct Weights<e4m3, kExact> {
   }
 };
 
-// Four columns of a group: its even features' codes, [8][4], then its odd features'.
+// Four columns of a group: codes of its even features, [8][4], then of its odd features.
 struct Quad {
   e4m3 code[4];
 };
@@ -229,7 +228,7 @@ struct NanSearch {
 struct FmaMath {
   static constexpr bool kUnscales = true;
 
-  // Features i .. i + kLanes - 1 of a panel out of one row's sums.
+  // Features i .. i + kLanes - 1 of a panel from one row's sums.
   template <class T>
   static Vec features(const float* sums, int i) {
 #if defined(LF_AVX2)
@@ -240,7 +239,7 @@ struct FmaMath {
       return {i % kGroup ? _mm256_permute2f128_ps(low, high, 0x31)
                          : _mm256_permute2f128_ps(low, high, 0x20)};
     }
-    if constexpr (!std::is_same_v<T, bf16>)  // every_second's order
+    if constexpr (!std::is_same_v<T, bf16>)  // the order of every_second
       return {
           _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(load(sums + i).v), 0b11011000))};
 #elif defined(LF_AVX512)
@@ -252,8 +251,8 @@ struct FmaMath {
   }
 };
 
-// Keeps vectors in registers at this point. GCC would otherwise move the products about and spill,
-// or load a weight again for every row.
+// Keeps vectors in registers at this point. GCC would otherwise move the products and spill, or
+// load a weight again for every row.
 inline void pin(Vec& a, Vec& b) {
 #if defined(LF_AVX512)
   asm volatile("" : "+v"(a.v), "+v"(b.v));
@@ -289,16 +288,16 @@ struct Sums {
   }
 };
 
-// How many groups a tile of that many rows takes at once. With all of them it reads a block once.
+// Groups that a tile of that many rows takes at once. With all groups it reads a block once.
 constexpr int groups_at_once(int rows) {
   int groups = 1;
   while (groups < kGroups && 4 * groups * rows <= kSums) groups *= 2;
   return groups;
 }
 
-// sums [R][64] += x [2 * pairs][R] times the pair rows at w, from zero when `fresh`. Each step
-// prefetches its part of a pair row, from `next` on and then `stride` bytes further. True: a fast
-// form met a NaN.
+// sums [R][64] += x [2 * pairs][R] times the pair rows at w, from zero if `fresh`. Each step
+// prefetches its part of a pair row, from `next` on and `stride` bytes further each time. Returns
+// whether a fast form met a NaN.
 template <int R, class T, bool kExact>
 __attribute__((noinline)) bool fma_tile(float* sums, bool fresh, const float* x, const T* w,
                                         int64_t pairs, float factor, const char* next,
@@ -336,7 +335,7 @@ __attribute__((noinline)) bool fma_tile(float* sums, bool fresh, const float* x,
   return found;
 }
 
-// The pair rows at w, decoded; true: a fast form met a NaN.
+// Decodes the pair rows at w. Returns whether a fast form met a NaN.
 template <class T, bool kExact>
 __attribute__((noinline)) bool decode_block(Decoded* out, const T* w, int64_t pairs, float factor) {
   NanSearch nan;

@@ -1,5 +1,5 @@
 // Every CPU kernel, declared once per instruction set. Each op's .cpp is compiled four times, with
-// LF_ISA naming the namespace; dispatch.cpp collects the four into tables of function pointers.
+// LF_ISA naming the namespace. dispatch.cpp collects the four into tables of function pointers.
 #pragma once
 #include "../params.h"
 
@@ -18,8 +18,8 @@ struct Kernels {
                         bool fp8, int threads);
   // XOR of the 64-bit words of data; bytes a multiple of 8.
   uint64_t (*read_memory)(const void* data, int64_t bytes, int threads);
-  // At least so many operations of multiply-add in registers; how many they were. pairs: of bf16,
-  // summed in fp32, where an instruction does that; fp32 otherwise.
+  // Runs at least `flops` operations of multiply-add in registers and returns how many it ran.
+  // pairs: of bf16, summed in fp32, if an instruction does that; otherwise fp32.
   double (*multiply_add)(bool pairs, double flops, int threads);
 };
 
@@ -42,7 +42,8 @@ LF_DECLARE_KERNELS(avx512)
 LF_DECLARE_KERNELS(avx512_bf16)
 #endif
 
-// The tables this machine can run, slowest first; the last is the default.
+// Lists the tables that this machine can run, slowest first (the last is the default), and returns
+// their number.
 int available_kernels(const Kernels* out[4]);
 
 }  // namespace lf

@@ -1,14 +1,13 @@
 // linear, fp8_linear and fp8_gemm: out = (x @ weight^T) * x_scale * weight_scale + bias, in fp32
 // and rounded once.
 //
-// With few rows a panel of 64 output features streams through the registers, decoded on the way:
-// one sequential read of the weight, which is all that such a product costs (N * K bytes for e4m3).
-// With more rows a block of the panel stays in a cache while every tile of rows uses it; then the
-// arithmetic is the cost, 2 M N K flops. A plain weight is brought into the packed order block by
-// block first.
+// With few rows, a panel of 64 output features streams through the registers and is decoded there:
+// one sequential read of the weight, which is the product's whole cost (N * K bytes for e4m3). With
+// more rows, a block of the panel stays in a cache while every tile of rows uses it, and the cost
+// is arithmetic, 2 M N K FLOPs. A plain weight is first packed block by block.
 //
 // One output is one chain of sums over k, whatever M, the threads and the weight's layout: a row's
-// result is the same bits alone or in a batch, from a packed weight or a plain one. With scales per
+// result has the same bits alone or in a batch, from a packed or a plain weight. With scales per
 // block of 128 columns, or an fp32 result, the chain restarts at each block of 128 and the scaled
 // sums are added in order.
 #include "kernels.h"
@@ -67,7 +66,7 @@ void decode_weight(const void* weight, void* out, int64_t n, int64_t k, int64_t 
       T block[kPanel * kPairRow];  // [64][128], in L1
       for (int64_t k0 = 0; k0 < k; k0 += step) {
         const int64_t count = k - k0 < step ? k - k0 : step;
-        if (stride < 0) {  // packed: pair rows, which packing turns back like any 64 rows
+        if (stride < 0) {  // packed: transposing pair rows again restores the rows
           const T* rows[kPanel];
           for (int64_t i = 0; i < kPanel; ++i)
             rows[i] = from + first * k + (k0 + (2 * i < count ? 2 * i : 0)) * kPanel;

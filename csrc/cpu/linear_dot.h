@@ -1,8 +1,8 @@
 // linear by vdpbf16ps: x is bf16 or e4m3, the weight too.
 //
-// Decoding e4m3 to bf16 again for each tile of rows is nearly free, it runs on ports that the
-// products leave idle; past kDecodeRows decoding a block once into L2 is faster. FP8 activations
-// are converted once a call.
+// Decoding e4m3 to bf16 for each tile of rows is nearly free, since it uses ports that the products
+// leave idle. Past kDecodeRows, decoding a block once into L2 is faster. FP8 activations are
+// converted once per call.
 #pragma once
 #if defined(LF_AVX512_BF16)
 #include "gemm_dot.h"
@@ -10,10 +10,11 @@
 
 namespace lf::LF_ISA {
 
-inline constexpr int64_t kMaxRows = 512;           // rows of x to one pass over the weight
-inline constexpr int64_t kBlockBytes = 128 << 10;  // of a panel at a time, as the tiles read it
+inline constexpr int64_t kMaxRows = 512;           // rows of x per pass over the weight
+inline constexpr int64_t kBlockBytes = 128 << 10;  // of a panel at a time
 inline constexpr int64_t kAhead = 4096;            // bytes between a load and its prefetch
-inline constexpr int64_t kDecodeRows = 128;  // 16 rows: 400 against 250 GFLOP/s; 512: 400, 427
+// GFLOP/s of decoding per tile and once: 400 and 250 at 16 rows, 400 and 427 at 512.
+inline constexpr int64_t kDecodeRows = 128;
 
 // [rows, K] of x in bf16, K padded to an even number with zeros.
 template <class S>
@@ -43,11 +44,11 @@ void accumulate_rows(int rows, float* acc, bool fresh, const bf16* x, int64_t x_
   kKernels[rows - 1](acc, fresh, x, x_stride, w, pairs, ahead);
 }
 
-// One panel for rows [m0, m0 + rows) of x; T is the weight's dtype.
+// One panel for rows [m0, m0 + rows) of x. T is the weight's dtype.
 template <class T>
 class DotTask {
  public:
-  // acc: where the sums are; null: in this thread's workspace.
+  // acc: where to keep the sums; null: in this thread's workspace.
   DotTask(const LinearParams& p, const bf16* x, int64_t x_stride, int64_t m0, int64_t rows,
           int64_t panel, float* acc = nullptr)
       : p_(p),
@@ -86,7 +87,7 @@ class DotTask {
     return p.m == 1 ? 4 : p.m == 2 ? 2 : 1;
   }
 
-  // `count` panels from `panel` on, for one row or two.
+  // Computes `count` panels from `panel` on, for one or two rows.
   static void run_streams(const LinearParams& p, const bf16* x, int64_t x_stride, int64_t panel,
                           int64_t count) {
     if (count < streams(p)) {
@@ -114,7 +115,7 @@ class DotTask {
     return out;
   }
 
-  // Columns [k0, k1), their pair rows at w: W is T, or bf16 when decoded.
+  // Adds columns [k0, k1), with their pair rows at w. W is T, or bf16 when decoded.
   template <class W>
   void run_block(const W* w, int64_t k0, int64_t k1, int64_t ahead) {
     int64_t tiles = (rows_ + kTileRows - 1) / kTileRows;
@@ -135,9 +136,9 @@ class DotTask {
   }
 
   const LinearParams& p_;
-  const bf16* x_;  // the first row of this task
+  const bf16* x_;  // this task's first row
   int64_t x_stride_, rows_, panel_;
-  float* acc_;     // [rows][64] running sums, lane order
+  float* acc_;     // [rows][64] running sums, in lane order
   float* totals_;  // [rows][64] scaled sums of the finished blocks; null: one chain
   float* scales_;
   Epilogue<DotMath, T> epilogue_;

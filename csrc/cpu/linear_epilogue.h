@@ -1,4 +1,4 @@
-// What linear's two kinds of arithmetic share: the scales, and how sums become results.
+// Shared by both kinds of linear's arithmetic: scales, and turning sums into results.
 #pragma once
 #include "gemm_fma.h"
 #include "kernels.h"
@@ -23,8 +23,8 @@ inline bool blockwise(const LinearParams& p) {
          (p.weight_scale && p.weight_granularity == Scale::block);
 }
 
-// fp32 results are summed in blocks of 128 columns too: one chain over all of k would be three
-// times as far from the truth as a blocked product. 16 bits of output cannot tell.
+// fp32 results too are summed in blocks of 128 columns: one chain over all of k would have three
+// times the error of a blocked product. A 16-bit output would not show it.
 inline bool promotes(const LinearParams& p) { return blockwise(p) || p.out_dtype == DType::f32; }
 
 inline int64_t scale_blocks(const LinearParams& p) { return (p.k + kScaleBlock - 1) / kScaleBlock; }
@@ -45,7 +45,7 @@ inline int64_t scale_floats(const LinearParams& p) {
   return (blockwise(p) ? scale_blocks(p) : 1) * kPanel;
 }
 
-// The scales of a panel's features: [1 or scale_blocks][64].
+// Expands the scales of a panel's features: [1 or scale_blocks][64].
 inline void weight_scales(const LinearParams& p, int64_t panel, float* out) {
   const int64_t n0 = panel * kPanel, n = panel_features(p, panel);
   const int64_t blocks = scale_floats(p) / kPanel;
@@ -62,11 +62,12 @@ inline void weight_scales(const LinearParams& p, int64_t panel, float* out) {
     }
 }
 
-// One panel's results for the rows from m0 on, out of sums [rows][64] as Math and T leave them.
+// Computes one panel's results for rows from m0 on, from sums [rows][64] in the order of Math and
+// T.
 template <class Math, class T>
 class Epilogue {
  public:
-  // scales: weight_scales'. totals: [rows][64], scaled sums of the blocks before; null: one chain.
+  // scales: from weight_scales. totals: [rows][64], scaled sums of earlier blocks; null: one chain.
   Epilogue(const LinearParams& p, int64_t m0, int64_t panel, const float* scales, float* totals)
       : p_(p),
         m0_(m0),
@@ -76,7 +77,7 @@ class Epilogue {
         totals_(totals),
         blockwise_(blockwise(p)) {}
 
-  // Columns up to `k_end` of k are summed: since the last block of 128 if there are totals.
+  // Finishes columns up to `k_end`: those since the last block of 128 if there are totals.
   void finish(const float* sums, int64_t begin, int64_t end, int64_t k_end, float unscale = 1) {
     const int64_t block = totals_ ? (k_end - 1) / kScaleBlock : 0;
     with_dtype(p_.out_dtype, [&](auto* t) {
@@ -87,7 +88,7 @@ class Epilogue {
   }
 
  private:
-  // Scales one row's sums, adds those of the blocks before and, after the last, stores the result.
+  // Scales one row's sums, adds those of previous blocks and, after the last, stores the result.
   template <class Out>
   void finish_row(const float* sums, int64_t row, int64_t block, bool last, float unscale) {
     float* total = totals_ + row * kPanel;
@@ -120,7 +121,7 @@ class Epilogue {
   int64_t m0_, n0_, n_;
   const float* scales_;
   float* totals_;
-  bool blockwise_;  // a scale to every 128 columns
+  bool blockwise_;  // one scale per 128 columns
 };
 
 // Pair rows k0 / 2 .. of a panel in packed order, from either layout.
@@ -134,7 +135,7 @@ const T* pair_rows(const LinearParams& p, int64_t panel, int64_t k0, int64_t k1)
   return out;
 }
 
-// Few items: the rows are shared out too, at the price of decoding a panel more than once.
+// With few items the rows are split too, at the cost of decoding a panel more than once.
 inline int64_t row_splits(int64_t rows, int64_t items, int threads, int tile_rows) {
   const int64_t splits = items >= 4 * threads ? 1 : 4 * threads / items;
   const int64_t most = (rows + 8 * tile_rows - 1) / (8 * tile_rows);

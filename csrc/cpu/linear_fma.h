@@ -1,10 +1,9 @@
 // linear by fp32 products, on any instruction set.
 //
-// Weights are decoded in registers, on ports that the products leave idle, for each tile of rows
-// again; where that is dear (cheap_to_decode), once for all tiles. A tile that takes all groups at
-// once streams through whole panels; others share blocks of a panel that stay in L1. Up to
-// kPassRows rows share one pass over the weight: then a block of x stays in L2, which is worth more
-// than fewer passes.
+// Weights are decoded in registers for each tile of rows, on ports that the products leave idle; if
+// decoding is expensive (cheap_to_decode), once for all tiles. A tile that takes all groups at once
+// streams through whole panels; others share blocks of a panel that stay in L1. Up to kPassRows
+// rows share a pass over the weight: a block of x then stays in L2, worth more than fewer passes.
 #pragma once
 #include <atomic>
 
@@ -15,28 +14,28 @@ namespace lf::LF_ISA {
 inline constexpr int64_t kPassRows = 132;
 inline constexpr int64_t kStreamAhead = 4096;  // bytes between a load and its prefetch
 
-// How rows and columns are cut, which decides where x lies: [share][k block][tile][k][tile's rows].
+// How rows and columns are cut, which sets the layout of x: [share][k block][tile][k][tile's rows].
 struct FmaPlan {
   int64_t k, block, stride;  // columns: of x, of a block, of a row with its padding
 
   FmaPlan(const LinearParams& p, int64_t itemsize) : k(p.k), stride(p.k + p.k % 2) {
 #if defined(LF_AVX2)
-    block = by_quads(p) ? kQuadColumns : 128 / itemsize;  // 16 or 8 KB of a panel as it lies
+    block = by_quads(p) ? kQuadColumns : 128 / itemsize;  // 16 or 8 KB of a panel as stored
 #else
     block = 64;  // 16 KB of a panel, decoded
     (void)itemsize;
 #endif
   }
-  // 16 bits of results from one row and a plain e4m3 weight, without block scales.
+  // True for one row, a plain e4m3 weight and a 16-bit result, without block scales.
   static bool by_quads(const LinearParams& p) {
     return p.m == 1 && !p.packed && p.weight_dtype == DType::e4m3 && !promotes(p);
   }
   static int64_t tiles(int64_t rows) { return (rows + kFmaRows - 1) / kFmaRows; }
-  // The row at which a tile begins: as even as can be.
+  // First row of a tile. Tiles are as even as possible.
   static int64_t tile_begin(int64_t rows, int64_t tile) { return rows * tile / tiles(rows); }
 };
 
-// One tile of a share's rows of x, times `scale`; false if the largest does not stay finite.
+// Copies one tile of a share's rows of x, times `scale`. Returns false if the largest overflows.
 template <class S>
 bool pack_tile(const FmaPlan& plan, float* out, int64_t share_rows, int64_t tile, const S* x,
                int64_t x_stride, float scale) {
@@ -63,7 +62,7 @@ bool pack_tile(const FmaPlan& plan, float* out, int64_t share_rows, int64_t tile
   return reduce_max(most) < INFINITY;
 }
 
-// One panel for `rows` rows; T is the weight's dtype.
+// One panel for `rows` rows. T is the weight's dtype.
 template <class T>
 class FmaTask {
  public:
@@ -92,7 +91,7 @@ class FmaTask {
   static float power_of_two(int n) { return bits_float(static_cast<uint32_t>(127 + n) << 23); }
 
  private:
-  // True: a fast form met a NaN, and the results are wrong where it stands.
+  // Returns true if a fast form met a NaN; the results are then wrong.
   template <bool kExact>
   bool run(float factor) {
     float* scales = workspace().scale.template get<float>(static_cast<size_t>(scale_floats(p_)));
@@ -117,7 +116,7 @@ class FmaTask {
     return nan;
   }
 
-  // The block after this one comes in while this one is used.
+  // Prefetches the next block while this one is used.
   template <bool kExact>
   bool run_block(int64_t k0, int64_t k1, bool fresh, float factor, bool stream) {
 #if defined(LF_AVX2)
@@ -146,7 +145,7 @@ class FmaTask {
     const QuadRows rows(panel_features(p_, panel_), p_.weight_stride);
     const e4m3* w = static_cast<const e4m3*>(p_.weight) + panel_ * kPanel * p_.weight_stride + k0;
     pack_quads(quads, w, rows);
-    // The next columns, or the first of the panel that this thread is likely to take next.
+    // The next columns, or the start of the panel that this thread probably takes next.
     const e4m3* next = w + kQuadColumns;
     if (p_.k - k0 < 2 * kQuadColumns) next = w - k0 + threads_ * kPanel * p_.weight_stride;
     return fma_quads(sums_, k0 == 0, x_ + k0, quads, next, rows);
@@ -192,7 +191,7 @@ class FmaTask {
 // S is the dtype of x, T the weight's.
 template <class S, class T>
 void run_fma(const LinearParams& p, int threads) {
-  // FP8 and fp16 values need room: 448 and 65504 times 2^120 are beyond fp32. The sums of their
+  // FP8 and fp16 values need headroom: 448 and 65504 times 2^120 exceed fp32. The sums of their
   // products with e4m3 are multiples of 2^-33, so giving up 2^9 at the bottom loses nothing.
   constexpr bool kScales = std::is_same_v<T, e4m3> && kWeightShift != 0;
   constexpr int kRoom = kWeightShift < 100        ? 0

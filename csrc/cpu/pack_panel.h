@@ -1,10 +1,10 @@
-// Brings 64 rows of a plain [N, K] weight into the order of a packed panel: [K / 2][64][2].
+// Packs 64 rows of a plain [N, K] weight into a panel: [K / 2][64][2].
 #pragma once
 #include "gemm_fma.h"
 
 namespace lf::LF_ISA {
 
-// A pair of elements is what moves: 2, 4 or 8 bytes.
+// Packing moves pairs of elements: 2, 4 or 8 bytes.
 template <class T>
 struct RowPair {
   T k[2];
@@ -14,7 +14,7 @@ template <class T>
 inline constexpr int kPairsPerLine = 64 / sizeof(RowPair<T>);
 
 // 64 rows at once are more streams than the hardware prefetcher follows, and rows a power of two
-// apart share a set of L1: on one Zen 4 core 11 GB/s with a prefetch into L1, 23 with one into L2.
+// apart share a set of L1. On one Zen 4 core: 11 GB/s with a prefetch into L1, 23 into L2.
 inline void prefetch_row(const void* p) {
   constexpr int64_t kAheadInRow = 256;  // bytes
   __builtin_prefetch(static_cast<const char*>(p) + kAheadInRow, 0, 2);
@@ -52,9 +52,9 @@ inline void store_lane(void* p, Bytes a) {
 }
 #endif
 
-// A cache line of each of 64 rows, all of it at once, since L1 may not keep it. Within 128 bits it
-// is a square transpose: interleaving rows i and i + half rotates an element's (row, column)
-// address by one bit, so log2(side) rounds swap the two.
+// Transposes a cache line of each of 64 rows in one go, since L1 may not keep the lines. Within 128
+// bits it is a square transpose: interleaving rows i and i + half rotates an element's (row,
+// column) address by one bit, so log2(side) rounds swap the two.
 template <class T>
 void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
   constexpr int kSide = 16 / sizeof(RowPair<T>), kPairs = sizeof(Bytes) / sizeof(RowPair<T>);
@@ -96,12 +96,11 @@ void transpose_columns(RowPair<T>* out, const T* const* rows, int64_t k) {
 
 #if defined(LF_AVX2)
 
-// One row of x by a plain e4m3 weight: kQuadColumns of a panel at a time become quads in L1, a
-// third less work than pair rows. The even features of a group come first, where FmaMath looks for
-// them.
+// For one row of x and a plain e4m3 weight, kQuadColumns of a panel at a time become quads in L1, a
+// third less work than pair rows. Even features of a group come first, as FmaMath expects.
 inline constexpr int kQuadColumns = 256;
 
-// From a panel's first row to each in that order, in elements.
+// Offset of each row in that order from the panel's first, in elements.
 struct QuadRows {
   int64_t offset[kPanel];
   QuadRows(int64_t features, int64_t stride) {
@@ -112,8 +111,8 @@ struct QuadRows {
   }
 };
 
-// out [kQuadColumns / 4][64] from the columns at `weight`. A line of eight rows at a time: the rows
-// of most weights share a set of L1, which holds eight.
+// Fills out [kQuadColumns / 4][64] from the columns at `weight`, a line of eight rows at a time:
+// the rows of most weights share a set of L1, which holds eight.
 inline void pack_quads(Quad* out, const e4m3* weight, const QuadRows& rows) {
   for (int row = 0; row < kPanel; row += kLanes)
     for (int line = 0; line < kQuadColumns; line += 64)
@@ -139,7 +138,7 @@ inline void pack_quads(Quad* out, const e4m3* weight, const QuadRows& rows) {
 }
 
 // fma_tile for one row of x and those quads, in the same order. Each step prefetches a row of the
-// kQuadColumns at `next`: 64 rows at once are more than the hardware prefetcher follows.
+// kQuadColumns at `next`: the hardware prefetcher does not follow 64 rows.
 __attribute__((noinline)) inline bool fma_quads(float* sums, bool fresh, const float* x,
                                                 const Quad* quads, const e4m3* next,
                                                 const QuadRows& rows) {
@@ -166,8 +165,8 @@ __attribute__((noinline)) inline bool fma_quads(float* sums, bool fresh, const f
 
 #endif
 
-// out [ceil(k / 2)][64][2] from `n` <= 64 rows of k elements. Features past n repeat the last row
-// (their sums are never stored); an odd k is padded with a zero.
+// Fills out [ceil(k / 2)][64][2] from `n` <= 64 rows of k elements. Features past n repeat the last
+// row (their sums are never stored); an odd k is padded with a zero.
 template <class T>
 void pack_panel(T* out, const T* weight, int64_t stride, int64_t n, int64_t k) {
   constexpr int kStep = 2 * kPairsPerLine<T>;

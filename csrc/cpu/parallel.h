@@ -1,5 +1,5 @@
-// Threads and scratch memory. Compiled once per instruction set (namespace lf::LF_ISA), so that no
-// inline function built with AVX-512 can be picked by the linker for a machine without it.
+// Threads and scratch memory. Compiled once per instruction set (namespace lf::LF_ISA), so that the
+// linker never picks an inline function built with AVX-512 for a machine without it.
 #pragma once
 #include <omp.h>
 
@@ -12,8 +12,8 @@
 
 namespace lf::LF_ISA {
 
-// While it lives this thread computes with denormals, though another library has set it to flush
-// them to zero (torch.set_flush_denormal).
+// Lets this thread compute with denormals for its lifetime, even if another library has set flush
+// to zero (torch.set_flush_denormal).
 class KeepDenormals {
 #if defined(LF_X86)
  public:
@@ -27,7 +27,7 @@ class KeepDenormals {
   KeepDenormals& operator=(const KeepDenormals&) = delete;
 
  private:
-  static constexpr unsigned kFlush = 0x8040;  // results to zero, operands as zero
+  static constexpr unsigned kFlush = 0x8040;  // flush to zero, denormals are zero
   const unsigned before_;
 #else
  public:
@@ -36,8 +36,8 @@ class KeepDenormals {
 #endif
 };
 
-// Calls body(i) for every i in [0, n), each exactly once. Work is handed out one item at a time: on
-// shared machines a thread that loses its core then delays one item, not its whole share.
+// Calls body(i) once for every i in [0, n). Work is handed out one item at a time: on shared
+// machines a thread that loses its core then delays one item, not its whole share.
 template <class Body>
 inline void parallel_for(int64_t n, int threads, Body&& body) {
   if (threads > n) threads = static_cast<int>(n);
@@ -54,8 +54,8 @@ inline void parallel_for(int64_t n, int threads, Body&& body) {
   }
 }
 
-// As parallel_for, but every thread claims one item early: body(i, next) knows which item the
-// thread will take after i (-1: none) and can prefetch for it.
+// Like parallel_for, but every thread claims one item early: body(i, next) gets the item that the
+// thread takes after i (-1: none) and can prefetch for it.
 template <class Body>
 inline void parallel_for_ahead(int64_t n, int threads, Body&& body) {
   if (threads > n) threads = static_cast<int>(n);
@@ -79,10 +79,9 @@ inline void parallel_for_ahead(int64_t n, int threads, Body&& body) {
 }
 
 // Cuts [0, n) into chunks of about `grain` items and calls body(begin, end) for each. A thread
-// begins with a share of neighboring chunks, the same ones in every call of that size: what it read
-// or wrote last time is in its own caches, and rows that wander between cores took up to 1.4 times
-// as long. Whoever is done takes chunks from the others' shares, so that a thread which loses its
-// core delays one chunk.
+// starts with a share of neighboring chunks, the same in every call of that size, so that its
+// caches still hold what it last read or wrote; rows that moved between cores took up to 1.4 times
+// as long. A thread that is done takes chunks from other shares: losing a core delays one chunk.
 template <class Body>
 inline void parallel_chunks(int64_t n, int64_t grain, int threads, Body&& body) {
   if (n <= 0) return;
@@ -101,7 +100,7 @@ inline void parallel_chunks(int64_t n, int64_t grain, int threads, Body&& body) 
   struct alignas(64) Share {
     int64_t next, end;
   };
-  constexpr int kMost = 64;  // more threads than that begin in twos or threes
+  constexpr int kMost = 64;  // beyond that, two or three threads start in the same share
   Share shares[kMost];
   const int used = threads < kMost ? threads : kMost;
   for (int i = 0; i < used; ++i) shares[i] = {chunks * i / used, chunks * (i + 1) / used};
@@ -138,7 +137,7 @@ class Scratch {
       std::free(data_);
       data_ = std::aligned_alloc(64, bytes);
       size_ = data_ ? bytes : 0;
-      if (!data_) std::abort();  // out of memory inside a parallel region: nowhere to throw to
+      if (!data_) std::abort();  // cannot throw out of a parallel region
     }
     return static_cast<T*>(data_);
   }

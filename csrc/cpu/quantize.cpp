@@ -1,8 +1,7 @@
-// quantize_fp8: one scale per tensor, per row, per 1x128 or per 128x128 block (quantize_row.h has
-// the rule).
+// quantize_fp8: a scale per tensor, row, 1x128 block or 128x128 block (the rule: quantize_row.h).
 //
-// Memory is the cost: 3 bytes an element from bf16, the second pass over a row or block finds it in
-// L1 or L2. A whole tensor must be read twice: 5 bytes an element.
+// Memory-bound: 3 bytes per element from bf16, since the second pass over a row or block finds it
+// in L1 or L2. A whole tensor must be read twice: 5 bytes per element.
 #include "kernels.h"
 #include "parallel.h"
 #include "quantize_row.h"
@@ -12,7 +11,7 @@ namespace lf::LF_ISA {
 namespace {
 
 constexpr int64_t kBlockCols = 128;
-constexpr int64_t kGrain = 16384;  // elements a work item: 5 us, enough to hide its hand-out
+constexpr int64_t kGrain = 16384;  // elements per work item: 5 us, enough to hide its dispatch
 
 template <class T>
 struct Quantizer {
@@ -50,8 +49,8 @@ struct Quantizer {
 
   void by_tensor() const {
     constexpr int64_t kMaxParts = 64;
-    const KeepDenormals keep;           // the scale of a zero tensor is one
-    float largest[kMaxParts + 1] = {};  // [0]: of them all
+    const KeepDenormals keep;           // the scale of a zero tensor is denormal
+    float largest[kMaxParts + 1] = {};  // [0]: the overall maximum
     const int64_t part = (p.rows + kMaxParts - 1) / kMaxParts;
     const int64_t grain = part > kGrain / p.cols ? part : kGrain / p.cols;
     parallel_chunks(p.rows, grain, threads, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// The FP8 rule, once: every kernel that emits e4m3 quantises through these three functions.
+// The FP8 rule, once: every kernel that emits e4m3 quantizes through these three functions.
 //
 //   scale = max(min(amax|x|, scale_ub), tiny) / 448,  q = e4m3(clamp(x / scale, -448, 448))
 //
@@ -13,8 +13,8 @@ namespace lf::LF_ISA {
 
 inline constexpr float kFp8Max = 448.0f;
 
-// Magnitudes order as their bits do, NaN above Inf, so an integer maximum finds amax and keeps NaN;
-// the compiler turns this loop into one instruction for 32 16-bit values.
+// Magnitudes order as their bits do, NaN above Inf, so an integer maximum finds amax and keeps NaN.
+// The compiler turns this loop into one instruction per 32 16-bit values.
 template <class T>
 inline float amax(const T* x, int64_t n) {
   using Bits = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
@@ -41,15 +41,15 @@ inline float fp8_scale(float amax, float scale_ub) {
 }
 
 #if defined(LF_AVX2) || defined(LF_AVX512)
-// x / scale, correctly rounded by Markstein's theorem, in three multiplications where a division
-// holds the divider for as long as eight: the remainder of the first guess is exact, and corrects
-// it. -0 stays -0.
+// x / scale, correctly rounded by Markstein's theorem: the remainder of the first guess is exact,
+// and corrects it. Three multiplications; a division holds the divider for as long as eight. -0
+// stays -0.
 struct Quotient {
   Vec scale, inverse, minus_inverse;
   explicit Quotient(float s)
       : scale(broadcast(s)), inverse(broadcast(1.0f / s)), minus_inverse(broadcast(-1.0f / s)) {}
-  // Whether nothing on the way underflows or overflows, of an amax that scale_ub did not bind, so
-  // that nothing has to be clamped either. NaN and Inf: no.
+  // Whether nothing underflows or overflows in between, and no clamping is needed, given an amax
+  // that scale_ub did not limit. False for NaN and Inf.
   static bool serves(float s, float amax) {
     return s >= 0x1p-80f && s <= 0x1p80f && amax <= s * (kFp8Max + 1.0f);
   }
@@ -78,7 +78,7 @@ inline void scale_to_fp8(e4m3* q, const T* x, int64_t n, float scale, [[maybe_un
     store_n(q + i, max(lo, min(hi, load_n(x + i, tail) / s)), tail);
 }
 
-// Quantises one row and returns its scale.
+// Quantizes one row and returns its scale.
 template <class T>
 inline float quantize_row(e4m3* q, const T* x, int64_t n, float scale_ub) {
   const float largest = amax(x, n), scale = fp8_scale(largest, scale_ub);

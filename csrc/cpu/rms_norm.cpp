@@ -5,9 +5,9 @@
 //   out = n * weight                      (rounded to dtype)
 //   FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
 //
-// A row is read from memory once: the passes after the sum of squares find it in L1 or L2. One row
-// is always one thread's, summed in one order, so a row's result never depends on the others.
-// Cost: 4 bytes an element of memory traffic in bf16 (8 with residual), about 4 flops.
+// A row is read from memory once: the passes after the sum of squares find it in L1 or L2. One
+// thread sums a whole row in a fixed order, so a row's result never depends on the others. Cost: 4
+// bytes of memory traffic per element in bf16 (8 with residual), about 4 FLOPs.
 #include "kernels.h"
 #include "parallel.h"
 #include "quantize_row.h"
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kStep = 2 * kLanes;
 
-// x, or x + residual rounded and kept in `sum`: step i of a row.
+// Step i of a row: x, or x + residual, rounded and kept in `sum`.
 template <class T>
 struct Plain {
   const T* x;
@@ -37,7 +37,7 @@ struct Sum {
   }
 };
 
-// Two pairs of accumulators: one chain of fma would wait 4 cycles for each vector.
+// Two pairs of accumulators: one chain of FMAs would wait 4 cycles per vector.
 template <class Row>
 float sum_of_squares(const Row& row, int64_t n) {
   Pair sum[2] = {};
@@ -54,10 +54,10 @@ float sum_of_squares(const Row& row, int64_t n) {
   return reduce_add((sum[0].a + sum[0].b) + (sum[1].a + sum[1].b));
 }
 
-// next: the row of x that this thread sums next, fetched meanwhile; the prefetchers stop where a
-// page ends, which each row does.
+// next: the row of x that this thread sums next, prefetched here, because the hardware prefetchers
+// stop at the end of a page, where rows end.
 template <class T>
-void normalise(T* out, const T* x, const T* weight, int64_t n, float rstd, const T* next) {
+void normalize(T* out, const T* x, const T* weight, int64_t n, float rstd, const T* next) {
   const Vec r = broadcast(rstd);
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep) {
@@ -91,11 +91,11 @@ void run(const RmsNormParams& p, int threads) {
       const float rstd = plain_nan(1.0f / std::sqrt(mean + p.eps));
       const T* weight = static_cast<const T*>(p.weight);
       if (!p.scale) {
-        normalise(static_cast<T*>(p.out) + row * p.hidden, x, weight, p.hidden, rstd, next);
+        normalize(static_cast<T*>(p.out) + row * p.hidden, x, weight, p.hidden, rstd, next);
         continue;
       }
       T* normed = scratch.get<T>(static_cast<size_t>(p.hidden));
-      normalise(normed, x, weight, p.hidden, rstd, next);
+      normalize(normed, x, weight, p.hidden, rstd, next);
       p.scale[row] =
           quantize_row(static_cast<e4m3*>(p.out) + row * p.hidden, normed, p.hidden, p.scale_ub);
     }

@@ -3,10 +3,10 @@
 //   (a, b) -> (a cos - b sin, b cos + a sin)      (fp32, rounded to dtype once)
 //
 // with the pairs (i, i + D / 2), or (2i, 2i + 1) when interleaved. The products and the sum round
-// one by one, without fma, so that the result equals eager PyTorch's bit for bit.
+// one by one, without FMA, so that the result equals eager PyTorch's bit for bit.
 //
-// q and k are rotated in one pass and k and v go straight to their place in the cache: 4 bytes an
-// element in bf16, and the token's cosines and sines stay in L1 for all of its heads.
+// q and k are rotated in one pass, and k and v go straight to their place in the cache: 4 bytes per
+// element in bf16. The token's cosines and sines stay in L1 for all of its heads.
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kStep = 2 * kLanes;
 
-// cos and sin are as arrange<T> leaves them.
+// cos and sin are in the order of arrange<T>.
 template <class T>
 void rotate_halves(T* out, const T* x, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
@@ -39,7 +39,7 @@ template <class T>
 void rotate_pairs(T* out, const T* x, const float* cos, const float* sin, int64_t d) {
   int64_t i = 0;
   for (; i + kStep <= d; i += kStep) {
-    const Pair v = load2(x + i), swapped = swap_neighbours<T>(v);
+    const Pair v = load2(x + i), swapped = swap_neighbors<T>(v);
     store2(out + i, v * load2(cos + i) + swapped * load2(sin + i));
   }
   for (; i < d; i += kLanes) {
@@ -54,7 +54,7 @@ int64_t index_at(const void* indices, bool is_64bit, int64_t i) {
                   : static_cast<const int32_t*>(indices)[i];
 }
 
-// scratch [4 * D]: a token's cosines and sines, put in order once for all of its heads.
+// scratch [4 * D]: a token's cosines and sines, reordered once for all of its heads.
 template <class T>
 void run_token(const RopeParams& p, int64_t token, float* scratch) {
   const int64_t d = p.head_dim, half = d / 2, width = p.interleaved ? d : half;

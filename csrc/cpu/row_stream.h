@@ -1,15 +1,15 @@
-// Prefetching of rows that lie apart, in step with the work on others.
+// Prefetching of scattered rows, interleaved with computation on others.
 #pragma once
 #include "simd.h"
 
 namespace lf::LF_ISA {
 
-// Prefetches rows to L2 in the order of memory, a few lines for every vector of scores (weights)
-// computed meanwhile: in one burst they would stall the loads of the block at hand.
+// Prefetches rows to L2 in memory order, a few lines per vector of scores (or weights) computed.
+// One burst would stall the loads of the current block.
 class RowStream {
  public:
   RowStream() = default;
-  // `bytes` from each of n rows on, in as many calls of advance().
+  // Covers `bytes` from each of n rows on, over `calls` calls of advance().
   template <class T>
   RowStream(const T* const* rows, int64_t offset, int64_t n, int64_t bytes, int64_t calls)
       : rows_(reinterpret_cast<const char* const*>(rows)),
@@ -28,7 +28,7 @@ class RowStream {
   }
 
  private:
-  // Lines at once: 4 gave avx512_bf16 0.7 of the rate of 1 at one row, AVX2 1.1 times at four.
+  // Four lines at once gave avx512_bf16 0.7 of the rate of one at one row, AVX2 1.1 times at four.
   static constexpr int kBurst = kLanes == 16 ? 64 : 256;
   const char* const* rows_ = nullptr;
   const char* const* last_ = nullptr;

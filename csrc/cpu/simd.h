@@ -1,21 +1,19 @@
-// Vec: kLanes floats, on whatever the instruction set offers, and the conversions between it and
-// the dtypes in memory. Arithmetic is fp32; store() rounds to nearest even, exactly as torch does.
-// The *_n forms touch only the first n lanes of memory, so no row is read or written past its end.
+// Vec: kLanes floats in the instruction set's registers, and the conversions between it and the
+// dtypes in memory. Arithmetic is fp32; store() rounds to nearest even, exactly as torch does. The
+// *_n forms touch only the first n lanes of memory, so no row is accessed past its end.
 //
-// The header of the instruction set at hand gives Vec, kLanes, load, store, load_n, store_n, zeros,
-// broadcast, abs, + - * / and fma, reduce_add, reduce_max, any_nan, and
-//   max, min         return their second argument when either is NaN
-//   swap_pairs       lanes 2i and 2i + 1 change places
+// The instruction set's header defines Vec, kLanes, load, store, load_n, store_n, zeros, broadcast,
+// abs, + - * / and fma, reduce_add, reduce_max, any_nan, and
+//   max, min         return their second argument if either is NaN
+//   swap_pairs       swaps lanes 2i and 2i + 1
 //   round_to<T>      the value that T would store
 //   round_exponent   x, or x * factor, to the nearest integer n, ties to even; |n| < 2^21
-//   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or,
-//   where
-//                    kLdexpUnit is 2, [-126, 128], and 0 at -126: no denormal ever comes out
-//   Pair             two vectors of a row; kEvenOdd<T>: the elements with even and with odd indices
-//   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear,
-//   which
-//                    no NaN is that comes from 16 bits or from arithmetic. plain_nan clears them.
-// What is built on the above stands here.
+//   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or, if
+//                    kLdexpUnit is 2, [-126, 128], with 0 at -126: the result is never denormal
+//   Pair             two vectors of a row; kEvenOdd<T>: elements with even and with odd indices
+//   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear.
+//                    16-bit inputs and arithmetic give no such NaN; plain_nan clears the bits.
+// This header defines the rest in terms of those.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -61,7 +59,7 @@ inline Pair store2_rounded(T* p, Pair x) {
   store2(p, rounded);
   return rounded;
 }
-// The first n elements, 0 < n < 2 * kLanes; what is loaded beyond them is zero.
+// Loads the first n elements, 0 < n < 2 * kLanes; the rest become zero.
 template <class T>
 inline Pair load2_n(const T* p, int n) {
   if constexpr (!kEvenOdd<T>)
@@ -78,7 +76,7 @@ inline void store2_n(T* p, Pair x, int n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 #if defined(LF_AVX512) || defined(LF_AVX2)
-// A Pair as load2 gives it of a row of T, in e4m3.
+// Stores a Pair in the order of load2 for T, as e4m3.
 template <class T>
 inline void store2_fp8(e4m3* p, Pair x) {
   if constexpr (kEvenOdd<T>) return store_even_odd(p, x);
@@ -86,7 +84,7 @@ inline void store2_fp8(e4m3* p, Pair x) {
   store(p + kLanes, x.b);
 }
 #endif
-// Reorders a row of fp32 in steps of two vectors so that load2 finds it as it finds a row of T.
+// Reorders a row of fp32 in steps of two vectors, so that load2 of it matches load2 of a row of T.
 template <class T>
 inline void arrange(float* to, const float* from, int64_t n) {
   int64_t i = 0;
@@ -96,13 +94,13 @@ inline void arrange(float* to, const float* from, int64_t n) {
 #endif
   for (; i < n; ++i) to[i] = from[i];
 }
-// Elements 2i and 2i + 1 of a row of T change places.
+// Swaps elements 2i and 2i + 1 of a row of T.
 template <class T>
-inline Pair swap_neighbours(Pair x) {
+inline Pair swap_neighbors(Pair x) {
   if constexpr (kEvenOdd<T>) return {x.b, x.a};
   return {swap_pairs(x.a), swap_pairs(x.b)};
 }
-// How many lanes the next vector of a row uses when n > 0 elements are left.
+// Lanes of the next vector that a row uses when n > 0 elements are left.
 inline int lanes_left(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 inline Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
 inline Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
@@ -110,9 +108,9 @@ inline Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
 inline Pair operator*(Pair x, Vec y) { return {x.a * y, x.b * y}; }
 inline Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
 
-// 2^x for x <= 0: exactly 1 at 0, exactly 0 below -150 or, where kLdexpUnit is 2, -126 (a masked
-// score), NaN at NaN. Minimax on [-1/2, 1/2] with the constant term held at 1: relative error 2e-9,
-// or 3e-6 for short.
+// 2^x for x <= 0: exactly 1 at 0; exactly 0 below -150 (a masked score), or -126 if kLdexpUnit is
+// 2; NaN at NaN. Minimax on [-1/2, 1/2] with the constant term fixed at 1: relative error 2e-9, or
+// 3e-6 for kShort.
 template <bool kShort = false>
 inline Vec exp2_nonpositive(Vec x) {
   constexpr float u = kLdexpUnit;
@@ -131,7 +129,7 @@ inline Vec exp2_nonpositive(Vec x) {
   return ldexp(p, e);
 }
 
-// Calls f with a null pointer of the C++ type that an activation's dtype names: f(T*).
+// Calls f(T*) with a null pointer of the C++ type of an activation's dtype.
 template <class F>
 inline void with_dtype(DType dtype, F&& f) {
   if (dtype == DType::f32) return f(static_cast<float*>(nullptr));

@@ -146,8 +146,8 @@ inline Vec half_exp2(Exponent e) {
 inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
 inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
 
-// Two vectors at a time. Of bf16, a holds the elements with even indices and b those with odd ones:
-// a shift and a mask where widening 8 takes a shuffle, and no packing on the way back.
+// Two vectors at a time. For bf16, a holds the even elements and b the odd ones: a shift and a
+// mask, where widening 8 takes a shuffle, and no packing on the way back.
 struct Pair {
   Vec a, b;
 };
@@ -158,10 +158,10 @@ inline __m256 upper_halves(__m256i x) {
 }
 inline Pair load2(const bf16* p) {
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  asm("" : "+x"(h));  // gcc would load twice, and two loads a cycle are what there is
+  asm("" : "+x"(h));  // gcc would load twice, and two loads per cycle are the limit
   return {{_mm256_castsi256_ps(_mm256_slli_epi32(h, 16))}, {upper_halves(h)}};
 }
-// The upper half of each lane is the bf16, the lower one is left over.
+// The upper half of each lane is the bf16; the lower half is leftover.
 inline __m256i round_upper_half(Vec x) {
   const __m256i u = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -190,7 +190,7 @@ inline Vec plain_nan(Vec x) {
   return {_mm256_blendv_ps(x.v, _mm256_set1_ps(bits_float(0x7fc00000u)),
                            _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
 }
-// Two vectors in order, fp32 from outside, as a Pair of bf16.
+// Reorders two vectors, fp32 from outside, into a Pair of bf16.
 inline Pair even_odd(Pair x) {
   const auto gather = [](__m256 halves) {
     return plain_nan({_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(halves), 0xd8))});

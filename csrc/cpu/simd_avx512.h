@@ -1,4 +1,4 @@
-// simd.h for AVX-512 (F, BW, DQ, VL), and AVX-512-BF16 where LF_AVX512_BF16 says so: 16 lanes.
+// simd.h for AVX-512 (F, BW, DQ, VL), and AVX-512-BF16 if LF_AVX512_BF16 is set: 16 lanes.
 #pragma once
 #include <immintrin.h>
 
@@ -38,8 +38,8 @@ inline __m256i f32_to_bf16_exact(__m512 x) {
       _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0)));
 }
 #if defined(LF_AVX512_BF16)
-// The instruction replaces eight but turns denormals into zero, so a zero among the results sends
-// the reader to the inputs, and a denormal there takes the long way.
+// The instruction replaces eight but flushes denormals to zero. So if a result is zero the inputs
+// are checked, and a denormal among them takes the long way.
 inline bool has_denormal(__m512 x) { return _mm512_fpclass_ps_mask(x, 0x20) != 0; }
 inline __m256i f32_to_bf16(__m512 x) {
   const __m256i h = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
@@ -54,7 +54,7 @@ inline __m512 bf16_to_f32(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
 inline __m512 e4m3_to_f32(__m128i b) {
-  // Through fp16: shifted by 7 the fields line up, 2^8 too small, and fp16 subnormals are exact.
+  // Through fp16: shifted by 7 the fields line up, 2^-8 of the value; subnormals are exact.
   const __m256i w = _mm256_cvtepu8_epi16(b);
   const __m256i magnitude = _mm256_and_si256(w, _mm256_set1_epi16(0x7f));
   __m256i h = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7),
@@ -137,8 +137,8 @@ inline Vec round_to<f16>(Vec a) {
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
 
-// Two vectors at a time. Of bf16, a holds the elements with even indices and b those with odd ones:
-// a shift and a mask instead of two permutations, of which this core does one a cycle.
+// Two vectors at a time. For bf16, a holds the even elements and b the odd ones: a shift and a mask
+// instead of two permutations, which run one per cycle.
 struct Pair {
   Vec a, b;
 };
@@ -189,7 +189,7 @@ inline Pair round2_to(Pair x) {
   else
     return {round_to<T>(x.a), round_to<T>(x.b)};
 }
-// Two vectors in order, as a Pair of bf16.
+// Reorders two vectors into a Pair of bf16.
 inline Pair even_odd(Pair x) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));

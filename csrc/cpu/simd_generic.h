@@ -1,4 +1,4 @@
-// simd.h for any C++17 compiler: loops over 8 lanes, and the scalars' own conversions.
+// simd.h for any C++17 compiler: loops over 8 lanes, with scalar conversions.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -34,7 +34,7 @@ inline Vec operator/(Vec a, Vec b) {
   LF_EACH a.v[i] /= b.v[i];
   return a;
 }
-// Two roundings: a true fma without the instruction is a library call.
+// Rounds twice: without the instruction, a true FMA is a library call.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec abs(Vec a) {
   LF_EACH a.v[i] = bits_float(float_bits(a.v[i]) & 0x7fffffffu);

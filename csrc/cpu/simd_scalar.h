@@ -1,5 +1,5 @@
-// The dtypes in memory, one value at a time: the definition that the vector forms of simd_avx512.h,
-// simd_avx2.h and simd_generic.h must match bit for bit.
+// Conversions of the dtypes in memory, one value at a time. The vector forms of simd_avx512.h,
+// simd_avx2.h and simd_generic.h must match them bit for bit.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -27,7 +27,7 @@ inline float bits_float(uint32_t u) {
   return f;
 }
 
-// x; of a NaN, the one whose lower bits are clear.
+// x, with the lower bits of a NaN cleared.
 inline float plain_nan(float x) { return x == x ? x : bits_float(0x7fc00000u); }
 
 inline float to_float(float x) { return x; }

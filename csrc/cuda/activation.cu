@@ -2,10 +2,10 @@
 //   s = gate / (1 + e^-gate)          fp32, then rounded to dtype
 //   out = s * up                      rounded to dtype; quantized by row when scale is set
 //
-// Cost in bf16: 6 bytes an element of the output (5 with FP8 out), an exponential and a division:
-// bound by memory. Without FP8 a row is cut into pieces, since each element stands alone; with it a
-// block holds the row's products in registers, up to 32,768 of bf16 and 16,384 of fp16, and
-// computes them a second time, out of L2, for wider rows.
+// Cost in bf16: 6 bytes per output element (5 with FP8 output), one exponential and one division:
+// memory-bound. Without FP8 a row is cut into pieces, because each element is independent. With FP8
+// a block keeps the row's products in registers, up to 32,768 of bf16 and 16,384 of fp16; for wider
+// rows it computes them again from L2.
 #include "common/fp8.cuh"
 
 namespace lf::cuda {
@@ -14,8 +14,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMostThreads = 1024;
 
-// e^-g; for 16 bits 2^(-g log2(e)), whose rounded exponent costs up to 100 ulp of fp32 where g is
-// -88 and none that bf16 or fp16 would show at more than a rare tie.
+// e^-g. For 16-bit types 2^(-g log2(e)): rounding that exponent costs up to 100 ulp of fp32 near g
+// = -88, which changes a bf16 or fp16 result only at a rare tie.
 template <class T>
 LF_DEVICE float exp_of_minus(float g) {
   if constexpr (std::is_same_v<T, float>)
@@ -26,7 +26,7 @@ LF_DEVICE float exp_of_minus(float g) {
 
 template <class T>
 LF_DEVICE Vector<T> multiply(const Vector<T>& gate, const Vector<T>& up) {
-  constexpr int few = 4;  // registers: no more than four at a time
+  constexpr int few = 4;  // more than four at a time would spill registers
   Vector<T> out;
 #pragma unroll
   for (int k = 0; k < Vector<T>::size; k += few) {
@@ -34,8 +34,8 @@ LF_DEVICE Vector<T> multiply(const Vector<T>& gate, const Vector<T>& up) {
     to_floats(reinterpret_cast<const T(&)[few]>(gate.at[k]), g);
 #pragma unroll
     for (int i = 0; i < few; ++i) {
-      // A quarter of both sides, exact for 16 bits: the divisor's reciprocal is then a normal
-      // number as far as the divisor is finite. Where it is not, g * 0 is what is left.
+      // Scaling both sides by 1/4, exact for 16-bit types, makes the reciprocal of every finite
+      // divisor a normal number. For an infinite divisor g * 0 remains.
       const float part = sizeof(T) == 2 || g[i] < -80.0f ? 0.25f : 1.0f;
       const float d = fmaf(exp_of_minus<T>(g[i]), part, part);
       g[i] = quotient<false>(__fmul_rn(g[i], part), d, reciprocal(d));
@@ -54,7 +54,7 @@ LF_DEVICE Vector<T> product(const T* gate, int64_t at, int64_t width) {
                   load_vector<aligned>(gate + width, at, width));
 }
 
-// A thread takes a vector of the output.
+// Each thread computes one vector of the output.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
     silu_and_mul_kernel(const ActivationParams p, Divider<uint32_t> pieces) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
   store_vector<aligned>(out, at, p.width, product<T, aligned>(gate, at, p.width));
 }
 
-// A block takes a row. vectors: how many a thread holds; 0: none, they are computed twice.
+// Each block takes one row. vectors: how many a thread keeps; 0: none, they are computed twice.
 template <class T, bool aligned, int vectors>
 __global__ void __launch_bounds__(kMostThreads, 1)
     silu_and_mul_fp8_kernel(const ActivationParams p) {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.width;
 
   float amax = 0;
-  // Past the row's end products are zero, as what is loaded there.
+  // Products past the row's end are zero, because zeros are loaded there.
   const auto enlarge = [&](const Vector<T>& v) { amax = MaxMagnitude{}(amax, largest(v.at)); };
   Vector<T> v[held];
   if constexpr (vectors > 0) {
@@ -118,7 +118,7 @@ void run(const ActivationParams& p, const Where& where) {
     return launch(where, {"silu_and_mul", {p.rows, 2 * p.width}, grid, dim3(kThreads)},
                   silu_and_mul_kernel<T, aligned>, p, Divider<uint32_t>(pieces));
   }
-  constexpr bool four = !std::is_same_v<T, __half>;  // whose four vectors spill a register on sm_89
+  constexpr bool four = !std::is_same_v<T, __half>;  // fp16 would spill a register on sm_89
   const int64_t per_thread = all <= 2 * kMostThreads ? 2 : four && all <= 4 * kMostThreads ? 4 : 0;
   const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : kMostThreads;
   const LaunchShape shape{"silu_and_mul_fp8",

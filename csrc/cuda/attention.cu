@@ -2,73 +2,72 @@
 //   s = q k^T * softmax_scale * log2(e);  p = 2^(s - max_j s);  out = p v / sum_j p
 //
 // Fused because the scores are Sq x Sk: here they never leave the registers. A block holds 128
-// queries of one head (64 when head_dim > 128) and walks the keys in tiles of 64 (32), its four
-// warps 32 (16) rows each:
+// queries of one head (64 when head_dim > 128) and walks the keys in tiles of 64 (32). Each of its
+// four warps has 32 (16) rows:
 //
 //   copies    K0 | V0 ......... | K1 ..... | V1 ......... | K2 ..... |      cp.async, one tile each
 //   products     | Q K0 softmax |    P0 V0 | Q K1 softmax |    P1 V1 |      mma.sync m16n8k16
-//              ^ K0 landed      ^ V0 landed, everybody has read K0 (a barrier each)
+//              ^ K0 landed      ^ V0 landed, all warps have read K0 (a barrier each)
 //
-// Q stays in shared memory. Scores become P's operand fragments, half as many registers, before
-// K1's copy needs its own. Only tiles on the diagonal or at the end are masked; those that no row
-// of a warp sees, the warp skips.
+// Q stays in shared memory. Scores become P's operand fragments, which take half the registers,
+// before the copy of K1 needs registers. Only tiles on the diagonal or at the end are masked. A
+// warp skips the tiles that none of its rows sees.
 //
-// Cost: 4 Sq Sk D FLOPs a head, half of it when causal. A warp reads 40 KB of shared memory for
-// each 64 keys at D = 128, 320 cycles of an SM, against 390 of matrix instructions on sm_90 by
-// mma.sync, and 64 x 32 exponentials take 128 each; two blocks on an SM overlap one's softmax with
-// the other's products. Predicted: 0.45 of the bf16 limit on H100 and H200 (350 of 790 TFLOP/s;
-// beyond is wgmma's), 0.65 of it on sm_80. 64 KB of shared memory, so one block on an SM of sm_89.
+// Cost: 4 Sq Sk D FLOPs per head, half of that when causal. For every 64 keys at D = 128 a warp
+// reads 40 KB of shared memory, 320 cycles of an SM, against 390 cycles of mma.sync on sm_90, and
+// its 64 x 32 exponentials take 128. With two blocks on an SM, the softmax of one overlaps
+// the products of the other. A block needs 64 KB of shared memory, so an SM of sm_89 holds one.
 //
-// Blocks start with the longest rows of keys, and the heads that share keys side by side, in
-// sections of as many key/value heads as the L2 cache holds. Bits: keys are taken in order from the
-// first, in tiles that depend on head_dim alone; masked ones add exact zeros. So a row gives the
-// same bits in any batch, packing or chunk. A NaN in v reaches the rows of its tile, even those
-// masked, as in the eager twin; never another sequence's.
+// The blocks with the most keys start first. Heads that share keys run side by side, in sections of
+// as many key/value heads as fit in L2. Keys are taken in order from the first, in tiles that
+// depend on head_dim alone, and masked keys add exact zeros: a row gives the same bits in any
+// batch, packing or chunk. A NaN in v reaches every row of its tile, masked rows included, as in
+// the eager twin, but never another sequence.
 //
-// fp32: a warp a query and plain FMAs, to be right rather than fast. Source: Dao, FlashAttention-2,
-// arXiv:2307.08691.
+// fp32: one warp per query and plain FMAs, for accuracy rather than speed. Source: Dao,
+// FlashAttention-2, arXiv:2307.08691.
 #include "common/attention_fp32.cuh"
 
 namespace lf::cuda {
 
-// attention_sm90.cu; false: not for these arguments.
+// In attention_sm90.cu. Returns false if it does not support these arguments.
 bool attention_sm90(const AttentionParams& p, const Where& where);
 
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int64_t kL2Bytes = 24 << 20;  // of keys and values that a section of heads may take
+constexpr int64_t kL2Bytes = 24 << 20;  // keys and values per section of heads
 
 template <int D>
 struct Shape {
-  static constexpr int row_tiles = D > 128 ? 1 : 2;  // of 16 rows, a warp
+  static constexpr int row_tiles = D > 128 ? 1 : 2;  // tiles of 16 rows per warp
   static constexpr int warp_rows = 16 * row_tiles, rows = 4 * warp_rows;
   static constexpr int keys = D > 128 ? 32 : 64;
-  static constexpr int chunks = D / 8;  // of 16 bytes in a row
+  static constexpr int chunks = D / 8;  // 16-byte chunks per row
   static constexpr int q_bytes = rows * D * 2, kv_bytes = keys * D * 2;
 };
 
 struct Plan {
-  unsigned tiles;    // of queries: of a sequence, or of all of them when packed
+  unsigned tiles;    // of queries: per sequence, or in all when packed
   unsigned pairs;    // sequences x key/value heads; key/value heads when packed
   unsigned section;  // pairs that share the L2 cache
 };
 
 template <class T>
 struct Output {
-  T* out;  // where a block's first row goes
+  T* out;  // the block's first output row
   int last_row;
 };
 
-// What a block works on.
+// One block's work.
 struct Work {
-  int64_t q_first, k_first;  // rows of the packed tensors at which the sequence begins
+  int64_t q_first, k_first;  // where the sequence begins in the packed tensors
   int64_t batch;             // 0 when packed
   int64_t seqlen_q, seqlen_k, first_row;
   int64_t head, kv_head;
 };
 
-// A packed sequence; offsets that are no offsets give some rows within the tensors.
+// Locates a packed sequence. Invalid offsets are clamped to the tensors.
 LF_DEVICE void packed_sequence(const AttentionParams& p, int64_t s, Work& w) {
   const auto clamp = [](int64_t x, int64_t low, int64_t high) {
     return x < low ? low : x > high ? high : x;
@@ -79,7 +78,7 @@ LF_DEVICE void packed_sequence(const AttentionParams& p, int64_t s, Work& w) {
   w.seqlen_k = clamp(p.cu_seqlens_k[s + 1], w.k_first, p.seqlen_k) - w.k_first;
 }
 
-// The last s in [0, batch) of which start(s) <= x, for a start that rises; start(0) <= x.
+// Returns the last s in [0, batch) with start(s) <= x, for a rising start with start(0) <= x.
 template <class Start>
 LF_DEVICE int64_t last_not_above(int64_t x, int64_t batch, Start start) {
   int64_t low = 0, high = batch;
@@ -110,8 +109,8 @@ LF_DEVICE Work work_of(const AttentionParams& p, const Plan& plan) {
     w.first_row = static_cast<int64_t>(tile) * rows;
     return w;
   }
-  // Sequence s has the tiles from cu_seqlens_q[s] / rows + s on: enough for it wherever it begins,
-  // and found without adding up the lengths. Some stay without rows.
+  // Sequence s owns the tiles from cu_seqlens_q[s] / rows + s on. That is enough tiles wherever the
+  // sequence begins, and needs no sum over the lengths. Some tiles have no rows.
   const auto start = [&](int64_t s) { return p.cu_seqlens_q[s] / rows + s; };
   const int64_t s = last_not_above(tile, p.batch, start);
   packed_sequence(p, s, w);
@@ -119,8 +118,8 @@ LF_DEVICE Work work_of(const AttentionParams& p, const Plan& plan) {
   return w;
 }
 
-// `rows` rows into a swizzled tile; those past `count`, and columns past head_dim, are zero. from:
-// where this thread's part of the first row is.
+// Copies `rows` rows into a swizzled tile. Rows past `count` and columns past head_dim become zero.
+// from: this thread's part of the first row.
 template <bool aligned, class T, int rows, int chunks>
 LF_DEVICE void load_tile(unsigned char* tile, const T* from, int64_t stride, int count,
                          int head_dim) {
@@ -128,7 +127,7 @@ LF_DEVICE void load_tile(unsigned char* tile, const T* from, int64_t stride, int
   const int thread = static_cast<int>(threadIdx.x), chunk = thread % chunks;
   const int first = thread / chunks;
   const int limit = chunk * 8 < head_dim ? count : 0;
-  // Unaligned, addresses of all rows would fill registers that the sums need.
+  // If unaligned, the addresses of all rows would fill registers that the sums need.
 #pragma unroll(aligned ? rows / step : 1)
   for (int i = 0; i < rows / step; ++i) {
     const bool inside = first + i * step < limit;
@@ -152,11 +151,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   LF_DYNAMIC_SHARED(memory);
   unsigned char *q_tile = memory, *k_tile = q_tile + S::q_bytes, *v_tile = k_tile + S::kv_bytes;
   const Work w = work_of<S::rows>(p, plan);
-  const int64_t rows = w.seqlen_q - w.first_row;  // that are left for this block
+  const int64_t rows = w.seqlen_q - w.first_row;  // rows left for this block
   if (rows <= 0 || w.first_row < 0) return;
 
   const int head_dim = static_cast<int>(p.head_dim);
-  // Where this thread's 16 bytes of the first row of each tile are.
+  // This thread's 16 bytes in the first row of each tile.
   const int64_t chunk = threadIdx.x % chunks * 8, first = threadIdx.x / chunks;
   const T* q = static_cast<const T*>(p.q) + w.batch * p.q_stride[0] + w.head * p.q_stride[2] +
                (w.q_first + w.first_row + first) * p.q_stride[1] + chunk;
@@ -166,21 +165,21 @@ __global__ void __launch_bounds__(kThreads, 2)
                (w.k_first + first) * p.v_stride[1] + chunk;
 
   const int last_row = static_cast<int>(rows < S::rows ? rows : S::rows) - 1;
-  // Kept there, not in registers that the loop needs.
+  // Kept in shared memory: the loop needs the registers.
   auto& shared = *reinterpret_cast<Output<T>*>(v_tile + S::kv_bytes);
   if (threadIdx.x == 0)
     shared = {static_cast<T*>(p.out) + w.batch * p.out_stride[0] + w.head * p.out_stride[2] +
                   (w.q_first + w.first_row) * p.out_stride[1],
               last_row};
 
-  // Row r of the block sees the keys up to `limit + r` when causal, to `end` otherwise.
+  // Row r of the block sees the keys up to `limit + r` when causal, up to `end` otherwise.
   const int end = static_cast<int>(w.seqlen_k) - 1;
   const int limit = static_cast<int>(w.first_row + w.seqlen_k - w.seqlen_q);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   const int warp_first = warp * S::warp_rows;
   const auto last_key = [&](int row) { return p.causal && limit + row < end ? limit + row : end; };
-  const int tiles = (last_key(last_row) + keys) / keys;  // 0 where no row sees a key
-  // What the first of the warp's rows sees and what the last does; a warp without rows, nothing.
+  const int tiles = (last_key(last_row) + keys) / keys;  // 0 if no row sees a key
+  // Last keys that the warp's first and last rows see; none for a warp without rows.
   const int all_see = last_key(warp_first);
   const int some_see = warp_first > last_row ? -1 : last_key(warp_first + S::warp_rows - 1);
   const float scale = p.softmax_scale * kLog2e;
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int rows_at = ptx::opaque(rows_lane), keys_at = ptx::opaque(keys_lane);
     const bool works = first_key <= some_see;
     ptx::cp_async_wait<0>();
-    __syncthreads();  // K is there; everybody is done with V
+    __syncthreads();  // K has landed; all threads are done with V
     load_tile<aligned, T, keys, chunks>(v_tile, v, p.v_stride[1], end + 1 - first_key, head_dim);
     v += keys * p.v_stride[1];
     ptx::cp_async_commit();
@@ -250,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
     ptx::cp_async_wait<0>();
-    __syncthreads();  // V is there; everybody is done with K
+    __syncthreads();  // V has landed; all threads are done with K
     if (tile + 1 < tiles) {
       k += keys * p.k_stride[1];
       load_tile<aligned, T, keys, chunks>(k_tile, k, p.k_stride[1], end + 1 - first_key - keys,
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
 
-  // Through this warp's rows of Q's tile, so that 16 bytes a lane go out.
+  // Staged through this warp's rows of Q's tile, so that each lane stores 16 bytes.
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m)
 #pragma unroll
@@ -338,7 +337,7 @@ __global__ void __launch_bounds__(32 * kFp32Warps)
     if (lane_id() + 32 * c < head_dim) out[lane_id() + 32 * c] = r.acc[c] * inverse;
 }
 
-// Whether every row starts at a multiple of 16 bytes. A dimension of one never uses its stride.
+// Whether every row starts at a multiple of 16 bytes. Dimensions of size 1 never use their stride.
 bool rows_aligned(const void* base, const int64_t (&stride)[3], int64_t batch, int64_t heads) {
   return is_aligned(base) && (batch == 1 || stride[0] % 8 == 0) && stride[1] % 8 == 0 &&
          (heads == 1 || stride[2] % 8 == 0);
@@ -368,7 +367,7 @@ void run(const AttentionParams& p, const Where& where) {
 }  // namespace
 
 void attention(const AttentionParams& p, const Where& where) {
-  if (p.batch == 0) return;  // packed tokens of no sequence
+  if (p.batch == 0) return;  // packed tokens that belong to no sequence
   if (attention_sm90(p, where)) return;
   with_dtype(p.dtype, "attention", [&](auto t) {
     using T = decltype(t);
@@ -388,7 +387,7 @@ void attention(const AttentionParams& p, const Where& where) {
                            rows_aligned(p.k, p.k_stride, batch, p.kv_heads) &&
                            rows_aligned(p.v, p.v_stride, batch, p.kv_heads) &&
                            rows_aligned(p.out, p.out_stride, batch, p.heads);
-      // Columns of zeros change no bit: fewer instances for what is rare.
+      // Columns of zeros change no bit, so a rare case needs no instance of its own.
       if (!aligned)
         return p.head_dim <= 128 ? run<T, 128, false>(p, where) : run<T, 256, false>(p, where);
       if (p.head_dim <= 64) return run<T, 64, true>(p, where);

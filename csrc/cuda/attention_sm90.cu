@@ -1,27 +1,26 @@
-// attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16
-// bits.
+// attention on Hopper: out = softmax(q k^T * softmax_scale) v, batched, head_dim 64 or 128, 16-bit.
 //
-// A persistent block a multiprocessor takes 128 queries of a head, then others. Three warpgroups,
-// in the shape of FlashAttention-3:
+// A persistent block per multiprocessor takes 128 queries of one head at a time. Three warpgroups,
+// arranged as in FlashAttention-3:
 //
 //   producer   | q k3 | v3 k2 | v2 k1 | ...                                 TMA, two stages each
 //   consumer 0 | q k3'| softmax 3 | q k2', p3 v3 | softmax 2 | ...          queries 0 .. 63
 //   consumer 1 |      | q k3'     | softmax 3    | q k2', p3 v3 | ...       queries 64 .. 127
 //
 // Named barriers hand the tensor cores from one consumer to the other (ping-pong), so that the
-// exponentials of one run beside the products of the other; within a consumer p v of a tile runs
-// beside the softmax of the next. Probabilities go from accumulators to operands in registers: the
-// fragments of a product's result are those of a left operand.
+// exponentials of one overlap the products of the other. Within a consumer, p v of one tile
+// overlaps the softmax of the next. Probabilities stay in registers: the fragments of a product's
+// result have the layout of a left operand.
 //
-// Keys are walked from the last tile to the first: the tiles that need a mask, the diagonal and the
-// sequence's end, come first, in a loop of their own. The order depends on the query's own tile
-// alone, so a result does not depend on the batch. The longest walks come first; the heads of a
-// group are neighbours and find keys and values in L2. While a consumer finishes and stores its
-// rows, the next queries, keys and values arrive, and the other consumer works.
+// Keys are walked from the last tile to the first. The tiles that need a mask (the diagonal and the
+// sequence's end) come first, in a loop of their own. The order depends on the query's own tile
+// alone, so a result does not depend on the batch. The longest walks start first. Heads of one
+// group run side by side and find keys and values in L2. While one consumer finishes and stores its
+// rows, the next queries, keys and values arrive and the other consumer works.
 //
-// Cost: 4 * D FLOPs a score, an exponential, and 6 other instructions (8 under a mask), by the
-// SASS; causal: half the scores. A 128 x 128 tile with D = 128 is 2,048 cycles of wgmma and 1,024
-// of exponentials, which overlap.
+// Cost per score, by the SASS: 4 * D FLOPs, one exponential, and 6 other instructions (8 under a
+// mask); causal needs half the scores. A 128 x 128 tile with D = 128 takes 2,048 cycles of wgmma
+// and 1,024 of exponentials, which overlap.
 //
 // Source: Shah et al., FlashAttention-3, arXiv:2407.08608.
 #include "common/tensor_map.h"
@@ -32,7 +31,7 @@ namespace {
 
 constexpr int kQueries = 128, kEach = 64, kKeys = 128, kStages = 2;
 constexpr int kBox =
-    64;  // elements of 128 bytes; a row of D is D / 64 of them, one block after another
+    64;  // elements in 128 bytes; a row of D is D / 64 such blocks, one after another
 
 template <int D>
 struct Shared {
@@ -48,9 +47,9 @@ struct Turn {
 };
 LF_DEVICE Turn turn(int i) { return {i % kStages, i / kStages % 2}; }
 
-// A block's work: a tile of the queries of a head and sequence; the longest walks come first.
+// A block's work: one tile of queries of one head and sequence. The longest walks come first.
 struct Place {
-  int first, head, kv_head, batch, tiles;  // first query; tiles of keys that it walks
+  int first, head, kv_head, batch, tiles;  // first: first query; tiles: number of key tiles to walk
 };
 LF_DEVICE Place place(const AttentionParams& p, int index) {
   const int heads = static_cast<int>(p.heads), batch = static_cast<int>(p.batch);
@@ -77,12 +76,12 @@ LF_DEVICE uint32_t pack(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(two);
 }
 
-// One consumer's rows of a tile: row group and group + 8 of each warp's 16.
+// One consumer's rows of a tile: rows `group` and group + 8 of each warp's 16.
 struct Rows {
   float largest[2], sum[2];
 };
 
-// Scores to probabilities; returns, by row, what the sums so far are worth now.
+// Turns scores into probabilities. Returns, per row, the factor by which earlier sums shrink.
 LF_DEVICE float2 softmax(float (&s)[kKeys / 2], Rows& rows, float scale) {
   float factor[2];
 #pragma unroll
@@ -92,12 +91,12 @@ LF_DEVICE float2 softmax(float (&s)[kKeys / 2], Rows& rows, float scale) {
     for (int j = half * 2; j < kKeys / 2; j += 4) largest = fmaxf(largest, fmaxf(s[j], s[j + 1]));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    // A row that has seen nothing yet: any finite offset will do.
+    // For a row that has seen no key yet, any finite offset works.
     const float offset = largest == -INFINITY ? 0.0f : largest * scale;
     factor[half] = ptx::exp2_approx(__fmul_rn(rows.largest[half], scale) - offset);
     rows.largest[half] = largest;
-    // As in attention_tile.cuh: one FMA a score, unless a maximum is so large that its product,
-    // rounded before, and the FMA, rounded once, would differ by more than a little.
+    // As in attention_tile.cuh: one FMA per score, unless a maximum is so large that the rounded
+    // product and the FMA, which rounds once, would differ too much.
     float multiplier = scale;
     if (__any_sync(0xffffffffu, fabsf(offset) > 0x1p20f)) {
 #pragma unroll
@@ -128,10 +127,10 @@ __global__ void __launch_bounds__(384, 1)
   LF_DYNAMIC_SHARED(memory);
   auto& shared = *reinterpret_cast<Shared<D>*>(memory);
   constexpr int kTileBytes = kKeys * D * 2;
-  // From lane 0, so that nvcc knows it for one value a warp: loops over it then count in uniform
-  // registers.
+  // Broadcast from lane 0, so that nvcc knows the value is uniform in a warp and keeps loop
+  // counters in uniform registers.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-  // Each block takes every gridDim.x-th place, all of about one length at a time.
+  // Each block takes every gridDim.x-th place, so all blocks have walks of about the same length.
   const int places = place_count(p), stride = static_cast<int>(gridDim.x);
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(&shared.q_full, 1);
@@ -147,12 +146,12 @@ __global__ void __launch_bounds__(384, 1)
   __syncthreads();
 
   if (warpgroup == 2) {
-    ptx::registers_decrease<24>();  // 24 + 2 x 240 = 504: what three times 168 are
+    ptx::registers_decrease<24>();  // 24 + 2 x 240 = 504 = 3 x 168
     if (threadIdx.x % 128 != 0) return;
-    int tile = 0;  // of keys, over all places
+    int tile = 0;  // key tiles so far, over all places
     for (int index = static_cast<int>(blockIdx.x), n = 0; index < places; index += stride, ++n) {
       const Place at = place(p, index);
-      if (at.tiles == 0) break;  // nor do later ones have any
+      if (at.tiles == 0) break;  // later places have no tiles either
       ptx::mbarrier_wait(&shared.q_empty, n % 2 ^ 1);
       ptx::mbarrier_arrive_expect(&shared.q_full, kQueries * D * 2);
       for (int d = 0; d < D / kBox; ++d)
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(384, 1)
   const auto release = [&](uint64_t* empty) {
     if (lane == 0) ptx::mbarrier_arrive(empty);
   };
-  // A step of `bytes` in shared memory adds bytes / 16 to a descriptor.
+  // Moving by `bytes` in shared memory adds bytes / 16 to a descriptor.
   const uint64_t q_tile = ptx::wgmma_descriptor(shared.q[0] + warpgroup * kEach * 128);
   const uint64_t k_tile = ptx::wgmma_descriptor(shared.k[0][0]);
   const uint64_t v_tile = ptx::wgmma_descriptor(shared.v[0][0], 1024, kKeys * 128);
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(384, 1)
     ptx::wgmma_commit();
   };
   const int last_key = static_cast<int>(p.seqlen_k) - 1;
-  const auto sees = [&](int query) {  // keys up to here
+  const auto sees = [&](int query) {  // last key that this query sees
     const int diagonal = query + static_cast<int>(p.seqlen_k - p.seqlen_q);
     return p.causal && diagonal < last_key ? diagonal : last_key;
   };
@@ -209,7 +208,7 @@ __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 4; ++i) prob[k][i] = pack<T>(s[k * 8 + i * 2], s[k * 8 + i * 2 + 1]);
   };
 
-  int tile = 0;  // of keys, over all places
+  int tile = 0;  // key tiles so far, over all places
   if (warpgroup == 1 && place(p, static_cast<int>(blockIdx.x)).tiles > 0)
     ptx::named_barrier_arrive(other, 256);  // consumer 0 begins
 #pragma unroll 1
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(384, 1)
         ptx::wgmma<T, true>(out, prob[k], v_stage + k * (16 * 128 / 16), true);
       ptx::wgmma_commit();
     };
-    // Every row sees the tiles from `masked` on; the loop over those has no mask.
+    // Every row sees the tiles from `masked` on in full; the loop over those has no mask.
     const int first_row = at.first + warpgroup * kEach;
     const int whole = (sees(first_row) + 1) / kKeys;
     const int masked = at.tiles - (whole > 0 ? whole : 0);
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(384, 1)
       const auto step = [&](int i, auto with_mask) {
         const auto [stage, parity] = turn(tile + i);
         const auto [before, v_parity] = turn(tile + i - 1);
-        ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // asked for before this tile's keys
+        ptx::mbarrier_wait(&shared.v_full[before], v_parity);  // requested before this tile's keys
         ptx::mbarrier_wait(&shared.k_full[stage], parity);
         ptx::named_barrier_sync(mine, 256);
         ptx::wgmma_fence();
@@ -298,10 +297,10 @@ __global__ void __launch_bounds__(384, 1)
       float sum = rows.sum[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      // Zeros where no key is seen; NaN where all scores are -inf, 0 / 0.
+      // Zero if the row sees no key; NaN (0 / 0) if all its scores are -inf.
       inverse[half] = sees(first_row + row + half * 8) >= 0 ? __fdiv_rn(1.0f, sum) : 0.0f;
     }
-    // Into the consumer's own half, once the place before has been stored from it.
+    // Written to the consumer's own half, once the previous place has been stored from it.
     if (thread == 0) ptx::tma_store_wait<0>();
     ptx::named_barrier_sync(4 + warpgroup, 128);
 #pragma unroll
@@ -325,10 +324,10 @@ __global__ void __launch_bounds__(384, 1)
   if (thread == 0) ptx::tma_store_wait<0>();
 }
 
-// [B, S, heads, D] as TMA counts: D, heads, S, B.
+// [B, S, heads, D] in TMA's order: D, heads, S, B.
 CUtensorMap map_of(const AttentionParams& p, const void* data, int64_t tokens, int64_t heads,
                    const int64_t (&stride)[3], int box_rows) {
-  const auto step = [&](int64_t size, int64_t s) {  // of a dimension of one element: any will do
+  const auto step = [&](int64_t size, int64_t s) {  // a dimension of size 1 may have any stride
     return static_cast<uint64_t>(size == 1 ? p.head_dim : s);
   };
   return tensor_map({data,
@@ -357,7 +356,7 @@ void run(const AttentionParams& p, const Where& where) {
          map_of(p, p.out, p.seqlen_q, p.heads, p.out_stride, kEach));
 }
 
-// TMA steps in multiples of 16 bytes.
+// TMA needs strides that are multiples of 16 bytes.
 bool steppable(const void* data, const int64_t (&stride)[3], int64_t batch, int64_t tokens,
                int64_t heads) {
   const int64_t size[3] = {batch, tokens, heads};
@@ -368,8 +367,8 @@ bool steppable(const void* data, const int64_t (&stride)[3], int64_t batch, int6
 
 }  // namespace
 
-// False where these arguments are for the portable kernel: packed sequences (whose tiles would
-// bring another sequence's keys), other head_dims and dtypes, strides that TMA cannot step.
+// Returns false for arguments that the portable kernel must take: packed sequences (a tile would
+// load another sequence's keys), other head_dims and dtypes, and strides that TMA does not support.
 bool attention_sm90(const AttentionParams& p, const Where& where) {
   if (device_of(where).sm != 90 || p.cu_seqlens_q || p.seqlen_k == 0) return false;
   if ((p.head_dim != 64 && p.head_dim != 128) || p.dtype == DType::f32) return false;

@@ -1,5 +1,5 @@
-// The table of contents of llama_fast._cuda; and, compiled with LF_CUDA_EMULATOR, of the module
-// that runs the same kernels on a CPU for tests (tests/cuda_emulator).
+// The functions of llama_fast._cuda. Compiled with LF_CUDA_EMULATOR, those of the module that runs
+// the same kernels on a CPU for tests (tests/cuda_emulator).
 #include "../bind_ops.h"
 #include "kernels.h"
 
@@ -11,7 +11,7 @@ using lf::Tensor;
 
 namespace py = pybind11;
 
-// The tensors' device, and its current stream. The emulator has neither.
+// The tensors' device and its current stream. The emulator has neither.
 lf::cuda::Where where(const Tensor& t) {
   constexpr int32_t kCuda = 2;  // DLDeviceType
   const lf::DLDevice device = t.device();
@@ -22,7 +22,7 @@ lf::cuda::Where where(const Tensor& t) {
   return {device.index, stream};
 }
 
-// How many partial results of each query's head decode_attention leaves in a workspace.
+// Number of partial results per query head that decode_attention leaves in a workspace.
 int64_t decode_attention_splits(const Tensor& q, const Tensor& k_cache,
                                 const MaybeTensor& block_table, int64_t num_splits) {
   DecodeAttentionParams p{};
@@ -37,7 +37,8 @@ int64_t decode_attention_splits(const Tensor& q, const Tensor& k_cache,
   return lf::cuda::decode_attention_splits(p, where(q));
 }
 
-// decode_attention with a workspace [B, Sq, H, splits, D + 2] fp32 before its other arguments.
+// Defines decode_attention with a workspace [B, Sq, H, splits, D + 2] fp32 before its other
+// arguments.
 template <class... Rest>
 void define_split(py::module_& m, DecodeAttentionParams (*fill)(const Tensor&, Rest...)) {
   m.def("decode_attention_split", [fill](const Tensor& workspace, const Tensor& out, Rest... rest) {
@@ -59,9 +60,11 @@ int& multiprocessors();
 int64_t& blocks();
 }  // namespace lf::emu
 PYBIND11_MODULE(_cuda_emulated, m) {
-  m.def("set_seed", [](unsigned seed) { lf::emu::seed() = seed; }, "Another order of threads.");
+  m.def(
+      "set_seed", [](unsigned seed) { lf::emu::seed() = seed; },
+      "Choose another order of threads.");
   m.def("set_multiprocessors", [](int n) { lf::emu::multiprocessors() = n; });
-  m.def("blocks", [] { return lf::emu::blocks(); }, "How many have run.");
+  m.def("blocks", [] { return lf::emu::blocks(); }, "Number of blocks that have run.");
 #else
 PYBIND11_MODULE(_cuda, m) {
 #endif
@@ -74,5 +77,6 @@ PYBIND11_MODULE(_cuda, m) {
   });
   LF_OPS(LF_DEFINE)
   define_split(m, &lf::bind::decode_attention);
-  m.def("decode_attention_splits", &decode_attention_splits, "1, and then it needs none, or more");
+  m.def("decode_attention_splits", &decode_attention_splits,
+        "Partial results per query head; 1: decode_attention needs no workspace.");
 }

@@ -1,38 +1,36 @@
 // attention_with_kvcache: a few queries over a KV cache, contiguous or paged, 16-bit or FP8.
-//   s_j = q . k_j * softmax_scale * log2(e);  out = sum_j 2^(s_j - max s) v_j / sum_j 2^(s_j - max
-//   s)
+//   s_j = q . k_j * softmax_scale * log2(e)
+//   out = sum_j 2^(s_j - max s) v_j / sum_j 2^(s_j - max s)
 //
-// One query over L keys reads 2 L Hkv D elements and multiplies each by G = H / Hkv heads: memory
-// is the limit, so everything serves the stream of keys and values. Row r of a key/value head's Sq
-// G rows is query r / G, head r % G; 16 rows, or 32, share a block, and with it each key read. A
-// sequence's keys are split over blocks (flash-decoding); a block's keys over its four warps, each
-// of which streams tiles of its own and waits for nobody:
+// One query over L keys reads 2 L Hkv D elements and multiplies each by G = H / Hkv heads. Memory
+// is the limit, so the kernel is built around the stream of keys and values. Row r of a key/value
+// head's Sq G rows is query r / G, head r % G. 16 or 32 rows share a block, and with it each key
+// read. A sequence's keys are split over blocks (flash-decoding), and a block's keys over its four
+// warps, each of which streams its own tiles without waiting for the others:
 //
 //   warp 0   keys  0-15  64-79  128-143 ...     three stages of 8 KB (keys and values), cp.async
 //   warp 1   keys 16-31  80-95  144-159 ...     copy t + 2 | t + 1 in flight | products of t
 //   warp 2   ...                                block ids are looked up a tile ahead of the copy
 //   warp 3   ...                                mma.sync m16n8k16, online softmax, __syncwarp only
 //   then (max, sum, acc) of the warps in order, through shared memory -> out, or the workspace
-//   then, where a sequence is split, a second kernel adds the splits in order
+//   then, if a sequence is split, a second kernel adds the splits in order
 //
-// FP8: ldmatrix carries four neighbouring codes of a key to a lane, and the sum over head_dim does
-// not care for the order of its terms: q is loaded in the order that the codes have. Values come
-// through ldmatrix.trans in pairs of columns, which a byte permute parts. Codes become fp16,
-// exactly; bf16 queries become fp16 times a power of two a row, k_scale multiplies scores, v_scale
-// the sums.
+// FP8: ldmatrix gives each lane four neighboring codes of a key. The order of terms in the sum over
+// head_dim is free, so q is loaded in the order of the codes. Values come through ldmatrix.trans in
+// pairs of columns, which a byte permute separates. Codes become fp16, exactly. bf16 queries become
+// fp16 times a power of two per row; k_scale multiplies the scores, v_scale the sums.
 //
-// Cost: 2 L Hkv D elements a sequence. An SM must issue some 200 instructions a warp for each 8 KB,
-// 50 cycles of its four schedulers, where 4.3 TB/s gives it 440; two blocks keep 128 KB in flight,
-// 33 KB would do. Partial results are 4 (D + 2) G bytes written and read for each split of 512
-// keys, 1.6 % (3.2 % FP8). Predicted, 32 x 4k: 0.90 of the bandwidth on H100 and H200 (2.7, 3.9
-// TB/s), 0.85 with FP8; one sequence of 128k: 0.88; chunks of hundreds of queries: a third of the
-// matrix limit.
+// Cost: 2 L Hkv D elements per sequence. A warp issues some 200 instructions for each 8 KB, 50
+// cycles of an SM's four schedulers; an SM's share of 4.3 TB/s takes 440 for them. Two blocks keep
+// 128 KB in flight, and 33 KB would suffice. Partial results are 4 (D + 2) G bytes, written and
+// read for each split of 512 keys: 1.6 % of the traffic (3.2 % for FP8).
 //
-// Bits: how a sequence is split follows from its length, the heads and the chip, never from the
-// batch. Lengths and block ids live on the device: a length counts as the nearest of 0 and the
-// capacity, keys of a block that does not exist are not seen. Nothing past a length is read. A NaN
-// in v reaches the rows of its tile, as in the eager twin. fp32: a warp a row and split, plain
-// FMAs. Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention, arXiv:2309.06180.
+// The split of a sequence depends on its length, the heads and the chip, never on the batch, so
+// neither do the result's bits. Lengths and block ids live on the device: a length is clamped to
+// [0, capacity], and keys of a block that does not exist are not seen. Nothing past a length is
+// read. A NaN in v reaches every row of its tile, as in the eager twin. fp32: one warp per row and
+// split, plain FMAs. Source: Dao et al., Flash-Decoding (2023); Kwon et al., PagedAttention,
+// arXiv:2309.06180.
 #include "common/attention_fp32.cuh"
 #include "common/decode_mma.cuh"
 #include "common/decode_splits.cuh"
@@ -41,14 +39,14 @@
 namespace lf::cuda {
 namespace {
 
-// C: what the products are of; Cache: C, or uint8_t for e4m3. A warp holds row_tiles x 16 rows.
+// C: operand type of the products. Cache: C, or uint8_t for e4m3. A warp holds row_tiles x 16 rows.
 template <class C, class Cache, int D, int row_tiles>
 __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 2)
     decode_kernel(const DecodeAttentionParams p, const DecodePlan plan) {
   using S = DecodeShape<Cache, D, row_tiles>;
   constexpr bool fp8 = sizeof(Cache) == 1;
   constexpr int keys = S::keys;
-  constexpr int pitch = D + 8;  // floats of a merged row: eight rows fall on different banks
+  constexpr int pitch = D + 8;  // floats per merged row; eight rows fall on different banks
   static_assert(16 * row_tiles * (pitch + 2) * 4 <= S::warp_bytes);
   LF_DYNAMIC_SHARED(memory);
   ptx::griddepcontrol_launch_dependents();
@@ -61,13 +59,13 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   const int rows = static_cast<int>(p.seqlen_q) * plan.group;
   const int first_row = w.row_tile * 16 * row_tiles;
-  const auto limit_of = [&](int r) {  // the last key that a row sees
+  const auto limit_of = [&](int r) {  // last key that a row sees
     if (!p.causal) return static_cast<int>(kept.length) - 1;
     return static_cast<int>(Row(plan, 0, r).query + kept.length - p.seqlen_q);
   };
 
   KeyStream<Cache, D, row_tiles> stream(p, plan, memory, warp);
-  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of the tile at hand
+  int first_key = w.first_tile * plan.tile_keys + warp * keys;  // of the current tile
   const int count = w.last_tile - w.first_tile;
   stream.look_up(first_key);
 #pragma unroll
@@ -98,13 +96,13 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   const auto scale_of = [&](int m, int h) {
     return fp8 ? shared.scale[warp][16 * m + lane / 4 + 8 * h] : p.softmax_scale * kLog2e;
   };
-  const int all_see = limit_of(first_row);  // keys up to here
+  const int all_see = limit_of(first_row);  // last key that every row sees
 
   int stage = 0;
 #pragma unroll 1
   for (int left = count; left > 0; --left) {
     ptx::cp_async_wait<S::stages - 2>();
-    __syncwarp();  // the tile is there; every lane is done with the last
+    __syncwarp();  // the tile has landed; every lane is done with the previous one
     if (left >= S::stages) {
       stream.copy(stage == 0 ? S::stages - 1 : stage - 1);
       stream.look_up(first_key + S::stages * plan.tile_keys);
@@ -145,7 +143,7 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
     first_key += plan.tile_keys;
   }
 
-  // Every warp's sums into its own stages, then the block adds them up in order.
+  // Each warp writes its sums to its own stages, then the block adds them in order.
   ptx::cp_async_wait<0>();
   __syncwarp();
   float* mine = reinterpret_cast<float*>(memory + warp * S::warp_bytes);
@@ -207,9 +205,9 @@ __global__ void __launch_bounds__(32 * DecodeShape<Cache, D, row_tiles>::warps, 
   }
 }
 
-// out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s of one row: a block each. A
-// warp adds every fourth split in order, then the warps' sums are added in order. Its launch
-// overlaps decode_kernel's end.
+// out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s, one row per block. A warp adds
+// every fourth split in order, then the warps' sums are added in order. The launch overlaps the end
+// of decode_kernel.
 __global__ void __launch_bounds__(128)
     combine_kernel(const DecodeAttentionParams p, const DecodePlan plan) {
   LF_DYNAMIC_SHARED(memory);
@@ -222,7 +220,7 @@ __global__ void __launch_bounds__(128)
   ptx::griddepcontrol_wait();
   const int length = length_of(p, plan, b);
   const int splits = splits_of(plan, keys_of(p, plan, length, row_tile));
-  if (splits == 1) return;  // written already
+  if (splits == 1) return;  // out is already written
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = lane_id();
   float top = kMinusInfinity;
   for (int s = lane; s < splits; s += 32) top = fmaxf(top, partial_stats(p, plan, row, s)[0]);
@@ -337,13 +335,13 @@ void launch_parts(const DecodeAttentionParams& p, const Where& where, DecodePlan
   launch(where, shape, combine_kernel, p, plan);
 }
 
-// Calls f with the plan, and how to run it.
+// Calls f with the plan and the launch.
 template <class C, class Cache, int D, class F>
 auto with_tile(const DecodeAttentionParams& p, const Where& where, F&& f) {
   const auto go = [&](auto row_tiles) {
     constexpr int count = decltype(row_tiles)::value;
     using S = DecodeShape<Cache, D, count>;
-    static_assert(S::warps * S::keys <= 128);  // splits_of counts on it
+    static_assert(S::warps * S::keys <= 128);  // splits_of relies on it
     const DecodePlan plan =
         plan_of(p, device_of(where), 16 * count, S::warps * S::keys, S::shared_bytes, 1);
     return f(plan, 1, 32 * S::warps, S::shared_bytes,

@@ -1,5 +1,5 @@
-// The CUDA kernels' launchers, one a file. Each enqueues on where.stream of where.device and
-// returns at once; a failure is a std::runtime_error that names the op and its shapes.
+// Launchers of the CUDA kernels, one per file. Each enqueues on where.stream of where.device and
+// returns at once. A failure is a std::runtime_error that names the op and its shapes.
 #pragma once
 
 #include "../params.h"
@@ -15,8 +15,8 @@ struct Where {
 LF_OPS(LF_DECLARE)
 #undef LF_DECLARE
 
-// How many partial results of each query's head decode_attention's workspace must hold: 1, and
-// then it needs none, or more. Of p: sizes, dtypes, num_splits.
+// Number of partial results per query head that decode_attention's workspace must hold; 1: it needs
+// no workspace. Uses p's sizes, dtypes and num_splits.
 int64_t decode_attention_splits(const DecodeAttentionParams& p, const Where& where);
 
 }  // namespace lf::cuda

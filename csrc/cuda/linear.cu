@@ -1,49 +1,48 @@
 // fp8_gemm and fp8_linear for few rows of x: out = (x @ weight^T) * x_scale * weight_scale + bias,
-// summed in fp32, rounded once. weight is e4m3; x is e4m3 (sm_89 up), or of 16 bits.
+// summed in fp32 and rounded once. weight is e4m3; x is e4m3 (sm_89 and up) or 16-bit.
 //
-// The time is that of reading the weight, N * K bytes, so the kernel is a stream of it. A block
-// takes 32 features; its eight warps cut k into eight runs, and each copies its own through three
-// stages of 32 x 128 bytes with cp.async: 64 KB of a block are on their way while it multiplies (an
-// H200 asks for 26 KB a multiprocessor, 4.3 TB/s times 0.8 us). Loads to registers would be as many
-// only where the compiler leaves them together, and it did not.
+// Reading the weight, N * K bytes, sets the time, so the kernel streams it. A block takes 32
+// features. Its eight warps cut k into eight runs, and each copies its own run through three stages
+// of 32 x 128 bytes with cp.async. A block thus has 64 KB in flight while it multiplies; an H200
+// needs 26 KB per multiprocessor (4.3 TB/s times 0.8 us). Plain loads to registers would need the
+// compiler to keep that many together, and it did not.
 //
 //      a warp     copy 2 | copy 3 | copy 4 | ...      no barrier but __syncwarp
 //                 mma 0  | mma 1  | mma 2  | ...
 //
-// Which values of k share an instruction does not matter to a sum over k, so a lane's 16
-// neighbouring bytes serve as the "columns" of two (e4m3) or four (16-bit) instructions, and x is
-// picked up in the same order:
+// A sum over k may take its terms in any order. So a lane's 16 neighboring bytes serve as the
+// "columns" of two (e4m3) or four (16-bit) instructions, and x is loaded in the same order:
 //
 //      k:    0 .. 15   16 .. 31   32 .. 47   48 .. 63      64 bytes of a weight's row
 //    lane:   4 n       4 n + 1    4 n + 2    4 n + 3       n = 0 .. 7: eight rows an instruction
 //
-// The warps add their sums in order through shared memory. The cuts depend on K alone: an output is
-// the same for any number of rows up to 64, which one block takes together, and for any other row
-// beside it. More rows are tiles of 64, each of which reads the weight again.
+// The warps add their sums in order through shared memory. The cuts depend on K alone, so an output
+// is the same for any number of rows up to 64, which one block takes together, and whatever the
+// other rows are. More rows are tiles of 64, each of which reads the weight again.
 //
-// Each 128 of k of e4m3 x is summed from zero and added in fp32, with its scales where they are by
-// blocks: sm_89's tensor cores keep about 14 bits of a sum of e4m3 products.
+// For e4m3 x, each 128 of k is summed from zero and then added in fp32, times its block scales if
+// any: the tensor cores of sm_89 keep about 14 bits of a sum of e4m3 products.
 //
-// On sm_90 an e4m3 mma.sync is two of fp16 and conversions, still far below the matrix rate. x
+// On sm_90 an e4m3 mma.sync is two fp16 ones and conversions, still far below the matrix rate. x
 // comes from L1 and L2, M / 32 of the weight's traffic.
 #include "common/fp8.cuh"
 #include "common/scales.cuh"
 
 namespace lf::cuda {
 
-// linear_sm90.cu; false: not for these arguments
+// In linear_sm90.cu. Returns false if it does not support these arguments.
 bool linear_sm90(const LinearParams& p, const Where& where);
 
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kFeatures = 32;  // of a block: four instructions of eight
+constexpr int kFeatures = 32;  // per block: four instructions of eight
 constexpr int kTiles = kFeatures / 8;
-constexpr int kRun = 64;  // values of k that an instruction's lanes have between them
+constexpr int kRun = 64;  // values of k that the lanes of one instruction cover
 constexpr int kScaleBlock = 128;
-constexpr int kStages = 3, kStage = kFeatures * kScaleBlock;  // bytes; of each warp
+constexpr int kStages = 3, kStage = kFeatures * kScaleBlock;  // kStage: bytes per warp
 
-// 16 neighbouring elements of a row as words; what lies past k_end is zero.
+// Loads 16 neighboring elements of a row as words. Elements past k_end become zero.
 template <class T, bool aligned, int words>
 LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k_end, bool valid) {
   static_assert(words * 4 == 16 * sizeof(T));
@@ -62,7 +61,7 @@ LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k
     constexpr int per = 4 / sizeof(T), bits = 8 * sizeof(T);
 #pragma unroll
     for (int i = 0; i < words; ++i)
-#pragma unroll 1  // or as many loads in flight as spill
+#pragma unroll 1  // unrolled, the loads in flight would spill
       for (int j = 0; j < per; ++j)
         if (k + i * per + j < k_end) {
           using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
@@ -72,18 +71,18 @@ LF_DEVICE void load_run(uint32_t (&w)[words], const T* row, int64_t k, int64_t k
   }
 }
 
-// One warp's stages of the weight: [feature][128 of k], the halves of odd features' 128 bytes
-// exchanged, so that eight lanes that read 16 bytes meet all banks.
+// One warp's stages of the weight: [feature][128 of k]. The halves of odd features' 128 bytes are
+// swapped, so that eight lanes reading 16 bytes each use all banks.
 template <bool aligned>
 class WeightStream {
  public:
   LF_DEVICE WeightStream(const LinearParams& p, int64_t n0, int64_t k_end, unsigned char* memory)
       : p_(p), n0_(n0), k_end_(k_end), memory_(memory) {}
 
-  // Starts the copy of k0 .. k0 + 127; what is past k_end or N is zero and not read.
+  // Starts the copy of k0 .. k0 + 127. Elements past k_end or N become zero and are not read.
   LF_DEVICE void copy(int stage, int64_t k0) const {
     if (k0 >= k_end_) return;
-    // Looked up again: eight features' addresses would take 16 registers.
+    // Recomputed: the addresses of eight features would take 16 registers.
     const int lane = ptx::opaque(static_cast<int>(threadIdx.x) % 32), chunk = lane % 8;
     const int64_t k = k0 + chunk * 16, n = n0_ + lane / 8, left = k_end_ - k;
     const int count = left <= 0 ? 0 : left < 16 ? static_cast<int>(left) : 16;
@@ -117,7 +116,7 @@ class WeightStream {
   unsigned char* const memory_;
 };
 
-// Four e4m3 codes as two pairs of x's 16-bit type; NaN stays NaN.
+// Converts four e4m3 codes to two pairs of x's 16-bit type; NaN stays NaN.
 template <class X>
 LF_DEVICE void decode(uint32_t word, uint32_t (&pair)[2]) {
   pair[0] = from_e4m3x2(word & 0xffff), pair[1] = from_e4m3x2(word >> 16);
@@ -132,7 +131,7 @@ LF_DEVICE void decode(uint32_t word, uint32_t (&pair)[2]) {
 }
 
 struct Scales {
-  ScaleAt x, weight;  // x.data null: x is not FP8
+  ScaleAt x, weight;  // x.data is null if x is not FP8
 };
 
 template <class Out>
@@ -141,7 +140,7 @@ LF_DEVICE void finish(const LinearParams& p, int64_t m, int64_t n, float sum) {
   static_cast<Out*>(p.out)[m * p.n + n] = from_float<Out>(sum);
 }
 
-// X: uint8_t for e4m3, else bf16 or fp16. A block: rows [row0, row0 + 16 * row_tiles).
+// X: uint8_t for e4m3, else bf16 or fp16. A block takes rows [row0, row0 + 16 * row_tiles).
 template <class X, class Out, int row_tiles, bool aligned, bool blockwise>
 __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
     few_rows_kernel(const LinearParams p, const Scales scales, int64_t feature_tiles) {
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
   const int64_t n0 = blockIdx.x % feature_tiles * kFeatures;
   const int64_t row0 = blockIdx.x / feature_tiles * 16 * row_tiles;
   const int64_t blocks = (p.k + kScaleBlock - 1) / kScaleBlock;
-  // Runs are whole scale blocks, so that a block's sum is one warp's.
+  // Runs are whole scale blocks, so that one warp sums a block.
   const int64_t share = (blocks + kWarps - 1) / kWarps * kScaleBlock;
   const int64_t k_begin = warp * share;
   const int64_t k_end = k_begin + share < p.k ? k_begin + share : p.k;
@@ -168,10 +167,10 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
   int stage = 0;
   for (int64_t k0 = k_begin; k0 < k_end; k0 += kScaleBlock) {
     ptx::cp_async_wait<kStages - 2>();
-    __syncwarp();  // the other lanes' copies are there, and they have read the stage before
+    __syncwarp();  // other lanes' copies have landed, and they have read the previous stage
     stream.copy(stage == 0 ? kStages - 1 : stage - 1, k0 + (kStages - 1) * kScaleBlock);
     ptx::cp_async_commit();
-#pragma unroll(row_tiles == 4 || blockwise ? 1 : 2)  // or x's loads, brought forward, spill
+#pragma unroll(row_tiles == 4 || blockwise ? 1 : 2)  // unrolled, x's early loads would spill
     for (int half = 0; half < 2; ++half) {
       const int64_t k = k0 + half * kRun + quarter * 16;
       uint32_t w[kTiles][4];
@@ -183,7 +182,7 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
 #pragma unroll
       for (int r = 0; r < row_tiles; ++r) {
         uint32_t low[x_words], high[x_words];  // rows group and group + 8
-        // Looked up again: eight rows' addresses would take 16 registers.
+        // Recomputed: the addresses of eight rows would take 16 registers.
         const int64_t m = row0 + ptx::opaque(r * 16 + group);
         const X* x = static_cast<const X*>(p.x);
         load_run<X, aligned>(low, x + m * p.x_stride, k, k_end, m < p.m);
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
       for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int64_t n = n1 + tile * 8 + i;  // past the last: dropped at the end
+          const int64_t n = n1 + tile * 8 + i;  // past the last feature: dropped at the end
           of_feature[tile][i] = *scales.weight(n < p.n ? n : p.n - 1, block);
         }
 #pragma unroll
@@ -250,11 +249,11 @@ __global__ void __launch_bounds__(kWarps * 32, row_tiles == 1 ? 2 : 1)
     }
   }
   ptx::cp_async_wait<0>();
-  // Warps add up in order, a row tile at a time: [warp][feature tile][lane][4].
+  // The warps' sums are added in order, one row tile at a time: [warp][feature tile][lane][4].
   auto* scratch = reinterpret_cast<float4*>(memory);
 #pragma unroll
   for (int r = 0; r < row_tiles; ++r) {
-    __syncthreads();  // the stages have been read, or the row tile before
+    __syncthreads();  // the stages or the previous row tile have been read
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
       scratch[(warp * kTiles + tile) * 32 + lane] =
@@ -286,7 +285,7 @@ LF_DEVICE float of_code(uint8_t code) {
   return __low2float(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// What has no matrix instruction: fp32 activations, and e4m3 ones below sm_89. A warp an output.
+// For x without a matrix instruction: fp32, and e4m3 below sm_89. One warp per output.
 template <class X, class Out>
 __global__ void __launch_bounds__(kWarps * 32)
     plain_kernel(const LinearParams p, const Scales scales) {
@@ -353,7 +352,7 @@ void run(const LinearParams& p, const Where& where) {
     if (!aligned)
       return blockwise ? few_rows<X, Out, 1, false, true>(p, where)
                        : few_rows<X, Out, 1, false, false>(p, where);
-    // Block scales need a second set of sums: beside 64 rows' they would spill.
+    // Block scales need a second set of sums, which beside the sums of 64 rows would spill.
     if (blockwise)
       return p.m <= 16 ? few_rows<X, Out, 1, true, true>(p, where)
                        : few_rows<X, Out, 2, true, true>(p, where);
@@ -367,7 +366,7 @@ void run(const LinearParams& p, const Where& where) {
 
 void linear(const LinearParams& p, const Where& where) {
   if (p.weight_dtype != DType::e4m3 || p.packed)
-    throw std::runtime_error("fp8_gemm: wants a plain e4m3 weight");
+    throw std::runtime_error("fp8_gemm: needs an e4m3 weight that is not packed");
   if (linear_sm90(p, where)) return;
   if (p.x_dtype != DType::e4m3)
     return with_dtype(p.x_dtype, "fp8_linear", [&](auto t) {

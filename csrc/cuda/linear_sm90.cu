@@ -1,26 +1,27 @@
 // fp8_gemm for many rows on Hopper: out = (x @ weight^T) * x_scale * weight_scale + bias.
 //
-// Persistent: a block a multiprocessor walks tiles of 128 rows by kN features (256; 128 for fp32
-// results or few tiles), in groups of rows that share their weights in L2; two neighbouring blocks
-// are a cluster, have the same features, and each copies half of the weight to both. Of a block,
-// three warpgroups:
+// Persistent: a block per multiprocessor walks tiles of 128 rows by kN features (256; 128 for fp32
+// results or few tiles), in groups of rows that share their weights in L2. Two blocks with
+// neighboring rows and the same features form a cluster, and each copies half of the weight to
+// both. A block has three warpgroups:
 //
 //   producer   | load k0 | load k1 | load k2 | ...            TMA, four stages of 128 in k
 //   consumer 0 |    .    | wgmma 0 a, + | wgmma 0 b, + | ... | store    64 rows each,
 //   consumer 1 |    .    |   wgmma 0 a, + | wgmma 0 b, + | ... | store  all kN features
 //
-// A stage is 16 KB of x and kN * 128 bytes of weight under the 128-byte swizzle, and with block
-// scales the 128 + kN / 128 scales of that k, which the producer's other threads copy; full[stage]
-// counts TMA's bytes and their copies, empty[stage] both blocks' consumers, eight warps each.
+// A stage is 16 KB of x and kN * 128 bytes of weight under the 128-byte swizzle. With block scales
+// it also holds the 128 + kN / 128 scales of that k, which the producer's other threads copy.
+// full[stage] counts TMA's bytes and those copies. empty[stage] counts the consumers of both
+// blocks, eight warps each.
 //
 // Hopper's tensor cores keep about 14 bits of a sum of e4m3 products. So each 128 of k is summed
 // there from zero, for 128 features at a time (a, b), and added in fp32: with block scales by an
-// fma with them, else plainly, with the scales at the end. One consumer adds while the other
-// multiplies; sums of 256 features and products of 128 are 192 registers.
+// FMA with them, otherwise plainly, with the scales at the end. One consumer adds while the other
+// multiplies. Sums of 256 features and products of 128 take 192 registers.
 //
-// Cost: 2 M N K FLOPs. Limit on H200 about 1,580 TFLOP/s: a stage of 128 x 256 x 128 is 1,024
-// cycles of wgmma against 32 KB from L2, 31 bytes a cycle (47 without clusters), and 2 x 64 fp32
-// additions a thread of each consumer. Predicted: docs/kernels.md.
+// Cost: 2 M N K FLOPs. The limit on H200 is about 1,580 TFLOP/s: a stage of 128 x 256 x 128 takes
+// 1,024 cycles of wgmma, 32 KB from L2 (31 bytes a cycle; 47 without clusters), and 2 x 64 fp32
+// additions by each consumer thread.
 //
 // An output's sums do not depend on the tile, M or the number of multiprocessors.
 #include "common/scales.cuh"
@@ -30,7 +31,7 @@ namespace lf::cuda {
 namespace {
 
 constexpr int kM = 128, kK = 128, kStages = 4, kRowsEach = 64;
-constexpr int kPart = 128;               // features whose products are summed at once
+constexpr int kPart = 128;               // features with products summed at once
 constexpr int kStore = kRowsEach * 128;  // bytes of a box of the output: 64 rows of 128 bytes
 constexpr int kGroup = 16;               // row tiles that walk the features together
 
@@ -39,7 +40,7 @@ struct Shared {
   unsigned char x[kStages][kM * kK];
   unsigned char weight[kStages][kN * kK];
   unsigned char out[2][2][kStore];  // [consumer][buffer]
-  // Scales of a stage by blocks, else of a tile.
+  // Block scales of a stage, otherwise the scales of a tile.
   float of_row[blockwise ? kStages : 1][kM];
   float of_feature[blockwise ? kStages : 1][blockwise ? kN / kPart : kN];
   Out bias[kN];
@@ -50,8 +51,8 @@ enum class Store { elements, pairs, tma };
 
 struct Problem {
   LinearParams p;
-  int cluster;                     // 1 or 2 blocks, of neighbouring rows
-  int tiles_m, tiles_n, k_blocks;  // tiles_m: a cluster's
+  int cluster;                     // 1 or 2 blocks, with neighboring rows
+  int tiles_m, tiles_n, k_blocks;  // tiles_m: pairs of tiles if cluster is 2
   ScaleAt x, weight;
   Store store;
 };
@@ -69,7 +70,7 @@ LF_DEVICE Tile tile_at(const Problem& problem, int index) {
   return {m * kM, within / height * kN};
 }
 
-// Calls f with each tile of this block.
+// Calls f with each of this block's tiles.
 template <int kN, class F>
 LF_DEVICE void for_tiles(const Problem& problem, F&& f) {
   const int tiles = problem.tiles_m * problem.tiles_n;
@@ -78,7 +79,7 @@ LF_DEVICE void for_tiles(const Problem& problem, F&& f) {
     f(tile_at<kN>(problem, t));
 }
 
-// Which of four stages the i-th load uses, and the parity of its barriers' phase then.
+// Stage (of four) of the i-th load, and the parity of its barriers' phase.
 struct Turn {
   int stage, parity;
 };
@@ -86,8 +87,8 @@ LF_DEVICE Turn turn(uint32_t i) {
   return {static_cast<int>(i % kStages), static_cast<int>(i / kStages % 2)};
 }
 
-// The producer's threads: one for x and the weight; all for the scales of a stage, a row each;
-// three warps for what a tile needs at its end.
+// The producer's threads: one loads x and the weight, all load a stage's block scales (a row each),
+// and three warps load what a tile needs at its end.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
                        const CUtensorMap& weight_map, Shared<Out, kN, blockwise>& shared) {
@@ -100,7 +101,7 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
       const bool in_m = m < p.m, in_n = n < p.n;
       const float* of_row = problem.x(in_m ? m : 0);
       const float* of_part = problem.weight(in_n ? n : 0);
-#pragma unroll 1  // or it spills
+#pragma unroll 1  // unrolled, it spills
       for (int k = 0; k < problem.k_blocks; ++k, ++loads) {
         const auto [stage, parity] = turn(loads);
         uint64_t* const full = &shared.full[stage];
@@ -110,7 +111,7 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
           ptx::tma_load_2d(shared.x[stage], &x_map, full, k * kK, tile.m);
           if (problem.cluster == 1) {
             ptx::tma_load_2d(shared.weight[stage], &weight_map, full, k * kK, tile.n);
-          } else {  // a half for both blocks; the other comes from the other
+          } else {  // this half goes to both blocks; the other block sends the other half
             const int half = static_cast<int>(ptx::cluster_rank()) * (kN / 2);
             ptx::tma_load_2d_multicast(shared.weight[stage] + half * kK, &weight_map, full, k * kK,
                                        tile.n + half, 3);
@@ -141,7 +142,7 @@ LF_DEVICE void produce(const Problem& problem, const CUtensorMap& x_map,
   });
 }
 
-// Two neighbours of a row, at a multiple of their size.
+// Stores two neighboring elements of a row, at a multiple of their size.
 template <class Out>
 LF_DEVICE void store_pair(Out* to, float a, float b) {
   struct alignas(2 * sizeof(Out)) {
@@ -150,9 +151,9 @@ LF_DEVICE void store_pair(Out* to, float a, float b) {
   *reinterpret_cast<std::remove_const_t<decltype(pair)>*>(to) = pair;
 }
 
-// A consumer's share of the output: a warp has 16 rows, of which this lane holds `group` and group
-// + 8, features 8 j + 2 quarter + ... of each 8. Through shared memory and TMA, 128 bytes of a row
-// at a time, or straight out where N does not allow TMA.
+// Stores a consumer's share of the output. A warp has 16 rows; this lane holds rows `group` and
+// group + 8, features 8 j + 2 quarter + ... of each 8. They go through shared memory and TMA, 128
+// bytes of a row at a time, or directly if N does not allow TMA.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
                           Shared<Out, kN, blockwise>& shared, const float (&sum)[kN / kPart][64],
@@ -163,7 +164,7 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
   float of_row[2] = {1, 1};
   if constexpr (!blockwise)
     for (int h = 0; h < 2; ++h) of_row[h] = shared.of_row[0][first + lane / 4 + h * 8];
-  // Features 8 j + column and the next of both rows, finished.
+  // Final values of features 8 j + column and the next, for both rows.
   const auto finished = [&](int j, float (&v)[2][2]) {
     const float (&s)[64] = sum[j / 16];
 #pragma unroll
@@ -185,11 +186,11 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
 #pragma unroll
       for (int box = 0; box < kN / 64; ++box) {
         unsigned char* buffer = shared.out[consumer][box % 2];
-        if (thread == 0) ptx::tma_store_wait<1>();  // the buffer's last store has read it
+        if (thread == 0) ptx::tma_store_wait<1>();  // the buffer's previous store has read it
         ptx::named_barrier_sync(1 + consumer, 128);
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
-          uint32_t words[4];  // j's rows `group`, group + 8; j + 1's
+          uint32_t words[4];  // rows `group` and group + 8 of j, then of j + 1
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float v[2][2];
@@ -234,7 +235,7 @@ LF_DEVICE void store_tile(const Problem& problem, const CUtensorMap& out_map,
   }
 }
 
-// A consumer: 64 rows of each tile.
+// A consumer processes 64 rows of each tile.
 template <class Out, int kN, bool blockwise>
 LF_DEVICE void consume(const Problem& problem, const CUtensorMap& out_map,
                        Shared<Out, kN, blockwise>& shared) {
@@ -268,7 +269,7 @@ LF_DEVICE void consume(const Problem& problem, const CUtensorMap& out_map,
         ptx::wgmma_wait<0>();
         if (half == kN / kPart - 1) {
           __syncwarp();  // all lanes have read their scales
-          // The next writer waits for the readers of all that it writes to.
+          // A producer must wait for the readers in every block that it writes to.
           if (lane < problem.cluster)
             ptx::mbarrier_arrive_at(&shared.empty[stage], static_cast<unsigned>(lane));
         }
@@ -285,7 +286,7 @@ LF_DEVICE void consume(const Problem& problem, const CUtensorMap& out_map,
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(&shared.tile_empty);
   });
-  if (thread == 0) ptx::tma_store_wait<0>();  // shared memory outlives its readers
+  if (thread == 0) ptx::tma_store_wait<0>();  // shared memory must outlive the stores that read it
 }
 
 template <class Out, int kN, bool blockwise>
@@ -315,7 +316,7 @@ __global__ void __launch_bounds__(384, 1)
     consume(problem, out_map, shared);
   }
   __syncwarp();
-  ptx::cluster_sync();  // the other block may still write here, and arrive
+  ptx::cluster_sync();  // the other block may still write and arrive here
 }
 
 CUtensorMap bytes_map(const void* data, int64_t rows, int64_t k, int64_t stride, int box_rows) {
@@ -333,7 +334,7 @@ template <class Out, int kN, bool blockwise>
 void run(const LinearParams& p, const Where& where, Store store) {
   const int64_t rows = (p.m + kM - 1) / kM;
   const int multiprocessors = device_of(where).multiprocessors;
-  // Two blocks read a weight's tile once, unless one of them would often have no rows.
+  // Two blocks share one read of a weight tile, unless one of them would often have no rows.
   const int cluster = multiprocessors > 1 && (rows % 2 == 0 || rows >= 8) ? 2 : 1;
   const Problem problem{p,
                         cluster,
@@ -374,7 +375,7 @@ void run(const LinearParams& p, const Where& where) {
   if (p.n % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % pair == 0) store = Store::pairs;
   if constexpr (sizeof(Out) == 2) {
     if (p.n % 8 == 0 && is_aligned(p.out)) store = Store::tma;
-    // Wide tiles read less, unless they leave multiprocessors without one.
+    // Wide tiles read less, unless they leave some multiprocessors idle.
     const int64_t wide = (p.m + kM - 1) / kM * ((p.n + 255) / 256);
     if (store == Store::tma && wide >= device_of(where).multiprocessors)
       return run<Out, 256, blockwise>(p, where, store);
@@ -384,8 +385,8 @@ void run(const LinearParams& p, const Where& where) {
 
 }  // namespace
 
-// False where these arguments are for the portable kernel: few rows, other types, rows that TMA
-// cannot step over, block scales of single weight rows.
+// Returns false for arguments that the portable kernel must take: few rows, other types, row
+// strides that TMA does not support, and block scales of single weight rows.
 bool linear_sm90(const LinearParams& p, const Where& where) {
   constexpr int64_t kFew = 64;
   const bool by_rows = p.weight_granularity == Scale::row || p.weight_granularity == Scale::tensor;

@@ -1,8 +1,8 @@
 // quantize_fp8: the rule is in common/fp8.cuh. amax over a row, 128 columns of a row, a 128 x 128
 // block, or the whole tensor.
 //
-// Cost from bf16: 3 bytes an element, the second pass finding a row in registers or L2; per tensor
-// 5, since all of it is read before anything is written. Bound by memory.
+// Cost from bf16: 3 bytes per element, since the second pass finds a row in registers or L2. Per
+// tensor 5, since all of it is read before anything is written. Memory-bound.
 #include "common/fp8.cuh"
 
 namespace lf::cuda {
@@ -20,7 +20,7 @@ LF_DEVICE uint8_t* codes_of(const QuantizeParams& p, int64_t row) {
   return static_cast<uint8_t*>(p.q) + row * p.cols;
 }
 
-// A block takes a row. vectors: what a thread holds; 0: the second pass reads the row again.
+// Each block takes one row. vectors: how many a thread keeps; 0: the row is read twice.
 template <class T, bool aligned, int vectors>
 __global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeParams p) {
   LF_DYNAMIC_SHARED(memory);
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeP
   }
 }
 
-// 128 columns of a row are 16 bytes each of half a warp, or of a warp in fp32.
+// 128 columns of a row are 16 bytes per lane of half a warp, or of a whole warp in fp32.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
     by_block_kernel(const QuantizeParams p, Divider<uint64_t> blocks) {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
   uint64_t block;
   const int64_t row = static_cast<int64_t>(blocks.divide(item, block));
   const int64_t at = static_cast<int64_t>(block) * kBlock + threadIdx.x % lanes * size;
-  const int64_t end = row < p.rows ? p.cols : 0;  // past the last row, nothing but the shuffles
+  const int64_t end = row < p.rows ? p.cols : 0;  // past the last row, only the shuffles run
   const Vector<T> v = load_vector<aligned>(row_of<T>(p, row), at, end);
   const float amax = reduce_lanes<lanes>(largest(v.at), MaxMagnitude{});
   const float scale = fp8_scale(amax, p.scale_ub);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
   store_e4m3<aligned>(codes_of(p, row), at, end, v.at, Fp8Divisor(scale, amax));
 }
 
-// A block takes 128 x 128 elements, twice: the second time from L1 or L2.
+// Each block takes 128 x 128 elements and reads them twice, the second time from L1 or L2.
 template <class T, bool aligned>
 __global__ void __launch_bounds__(kThreads)
     by_square_kernel(const QuantizeParams p, Divider<uint32_t> blocks) {
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
                         load_vector<aligned>(row_of<T>(p, row), at, column1).at, by);
 }
 
-// Per tensor: p.scale holds the largest magnitude's bits until the last kernel.
+// Per tensor: p.scale holds the bits of the largest magnitude until the last kernel.
 __global__ void clear_kernel(const QuantizeParams p) { p.scale[0] = 0.0f; }
 
 template <class T, bool aligned>
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t at = (static_cast<int64_t>(piece) * kThreads + threadIdx.x) * Vector<T>::size;
   float amax = largest(load_vector<aligned>(row_of<T>(p, row), at, p.cols).at);
   amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
-  // A maximum does not depend on the order: the atomic is as deterministic as a tree.
+  // A maximum does not depend on order: the atomic is as deterministic as a tree.
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned*>(p.scale), __float_as_uint(amax));
 }
 template <class T, bool aligned>

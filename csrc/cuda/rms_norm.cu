@@ -3,13 +3,13 @@
 //   n = s * rsqrt(mean(s^2) + eps)    fp32, then rounded to dtype
 //   out = n * weight                  rounded to dtype; quantized by row when scale is set
 //
-// Fused because each step alone is a pass over memory. A row is read once and stays in registers:
-// a block holds up to 16,384 elements of 16 bits, and a cluster of up to eight (sm_90) shares a row
-// of more than 8,192. Wider still, the second pass reads the row again, out of L2: beside 1,024
-// threads a second pair of vectors each would spill.
+// Fused because each step alone is a pass over memory. A row is read once and stays in registers: a
+// block holds up to 16,384 elements of 16 bits, and a cluster of up to eight blocks (sm_90) shares
+// a row of more than 8,192. For still wider rows the second pass reads the row again, from L2: at
+// 1,024 threads, a second pair of vectors per thread would spill.
 //
-// Cost in bf16: 4 bytes an element, 8 with residual, 1 less with FP8 out; bound by memory. Threads,
-// and with them the order of the sum, depend on the row's width alone.
+// Cost in bf16: 4 bytes per element, 8 with residual, 1 less with FP8 output; memory-bound. The
+// number of threads, and with it the order of the sum, depends on the row's width alone.
 #include "common/fp8.cuh"
 #include "common/hopper.cuh"
 
@@ -17,10 +17,11 @@ namespace lf::cuda {
 namespace {
 
 constexpr int kMostThreads = 1024;
-constexpr int64_t kClusterWidth = 8192;  // elements a block of a cluster takes
+constexpr int64_t kClusterWidth = 8192;  // elements per block of a cluster
 
-// x += y, rounded to T. Of 16 bits two at once, rounded from the exact sum: fp32 in between would
-// make no difference, since a sum that it cannot hold is nowhere near halfway between two of T.
+// x += y, rounded to T. 16-bit types add two at once, rounded from the exact sum. Rounding to fp32
+// first would change nothing: a sum that fp32 cannot hold is nowhere near halfway between two
+// values of T.
 template <bool aligned, class T>
 LF_DEVICE void add(Vector<T>& x, const Vector<T>& y) {
   if constexpr (aligned && sizeof(T) == 2) {
@@ -37,7 +38,7 @@ LF_DEVICE void add(Vector<T>& x, const Vector<T>& y) {
   }
 }
 
-// Sums over the cluster's blocks in order of their rank.
+// Sums over the cluster's blocks, in order of rank.
 template <class Combine>
 LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Combine combine) {
 #if defined(LF_CUDA_EMULATOR) || __CUDA_ARCH__ >= 900
@@ -48,15 +49,15 @@ LF_DEVICE float reduce_cluster(float value, float* scratch, unsigned blocks, Com
   float total = ptx::cluster_load(mine, 0);
   for (unsigned rank = 1; rank < blocks; ++rank)
     total = combine(total, ptx::cluster_load(mine, rank));
-  ptx::cluster_sync();  // nobody leaves, or writes again, while others read
+  ptx::cluster_sync();  // no block exits or writes again while others read
   return total;
 #else
   return value;
 #endif
 }
 
-// A block normalises its part of a row: `width` elements from its rank in the cluster times width
-// on. vectors: what a thread holds in registers; 0: nothing, each pass reads memory.
+// A block normalizes its part of a row: `width` elements from its cluster rank times width on.
+// vectors: how many a thread keeps in registers; 0: none, each pass reads memory.
 template <class T, bool aligned, int vectors, bool fp8>
 __global__ void __launch_bounds__(kMostThreads, 1)
     rms_norm_kernel(const RmsNormParams p, int64_t width, Divider<uint32_t> cluster) {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const auto normed = [&](const Vector<T>& v, int64_t at) {
     const Vector<T> w = load_vector<aligned>(weight, at, end);
     Vector<T> out;
-    constexpr int few = aligned ? size : 1;  // registers: what is loaded one by one is kept so
+    constexpr int few = aligned ? size : 1;  // unaligned: one by one, as loaded, to save registers
 #pragma unroll
     for (int k = 0; k < size; k += few) {
       float a[few], b[few];
@@ -125,13 +126,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     return out;
   };
-  const auto again = [&](int k, int64_t at) {  // a vector of the sum, out of registers or memory
+  const auto again = [&](int k, int64_t at) {  // a vector of the sum, from registers or memory
     if constexpr (vectors > 0)
       return s[k];
     else
       return load(at);
   };
-  // Registers: where each place is in its row, or past it, is not kept over the reduction.
+  // Recomputed, so that each element's place in its row takes no registers during the reduction.
   const int64_t start = begin + int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
   const auto each = [&](auto&& body) {
     if constexpr (vectors > 0) {
@@ -178,8 +179,8 @@ void run(const RmsNormParams& p, const Where& where) {
   const int64_t parts = clusters ? (p.hidden + kClusterWidth - 1) / kClusterWidth : 1;
   const unsigned blocks = parts <= 1 ? 1 : parts <= 2 ? 2 : parts <= 4 ? 4 : 8;
   const int64_t width = ((p.hidden + blocks - 1) / blocks + size - 1) / size * size;
-  const int64_t all = (width + size - 1) / size;  // vectors of a block
-  // Two a thread: enough bytes in flight, and several rows on a multiprocessor.
+  const int64_t all = (width + size - 1) / size;  // vectors per block
+  // Two per thread: enough bytes in flight, and several rows on a multiprocessor.
   const int64_t most = kMostThreads;
   const bool held = all <= 2 * most;
   const int64_t wanted = held ? (all + 1) / 2 : most;

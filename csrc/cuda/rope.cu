@@ -1,15 +1,16 @@
 // apply_rope and apply_rope_and_append:
 //   (a, b) -> (a cos - b sin, b cos + a sin)      fp32, rounded to dtype once
 // for the pairs (i, i + D/2), or (2i, 2i + 1) when interleaved. One launch rotates q and k;
-// appending writes k, and v as it is, straight to their slots of the cache. No fma: the result
-// equals eager PyTorch's.
+// appending writes k, and v unchanged, straight to their slots of the cache. Without FMA, so that
+// the result equals eager PyTorch's.
 //
-// Cost in bf16: 4 bytes an element of q and k (and of v when appending); bound by memory. A thread
-// takes `step` neighbouring pairs of a head, 16 bytes at a time, the table's too. Pieces of a head,
-// heads and tokens are the x, y and z of a block: no index is divided, and within a token 32 bits
-// hold it; offsets take 64.
+// Cost in bf16: 4 bytes per element of q and k (and of v when appending); memory-bound. A thread
+// takes `step` neighboring pairs of a head, 16 bytes at a time, and as much of the table. Pieces of
+// a head, heads and tokens are the x, y and z of a block, so no index is divided. Within a token
+// indices fit in 32 bits; offsets take 64.
 //
-// The host cannot look at positions and slots: a position outside the table gives NaN, a slot
+// The host cannot read positions and slots: a position outside the table gives NaN, and a slot
+// outside the cache (or -1) is not written.
 // outside the cache (or -1) is not written.
 #include <algorithm>
 
@@ -24,7 +25,7 @@ LF_DEVICE int64_t index_at(const void* p, bool is_64bit, int64_t i) {
   return is_64bit ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
 
-// `step` elements in a row: 16 bytes, or one element.
+// `step` consecutive elements: 16 bytes, or one element.
 template <int step, class T>
 LF_DEVICE void load_run(const T* from, float (&x)[step]) {
   if constexpr (step == 1) {
@@ -53,8 +54,9 @@ LF_DEVICE void store_run(T* to, const float (&x)[step]) {
     store_vector<true>(to, 0, 1, v);
 }
 
-// A thread: `step` pairs of one head of one token. Heads count q's, then k's, then, appending, v's.
-// Cache: what k and v are appended as, T or e4m3; void: nothing is appended.
+// A thread takes `step` pairs of one head of one token. Heads are numbered q's first, then k's,
+// then, when appending, v's. Cache: the type that k and v are appended as, T or e4m3; void: nothing
+// is appended.
 template <class T, class Cache, int step, bool interleaved>
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(const RopeParams p, Divider<uint64_t> block_size) {
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   if (token >= p.tokens || row >= heads + kv_heads * (append ? 2 : 1) || pair >= half) return;
   const bool is_q = row < heads, is_v = append && row >= heads + kv_heads;
   const int head = is_q ? row : is_v ? row - heads - kv_heads : row - heads;
-  // A head's two runs: the first members and the second, or the first pairs and the others.
+  // A head's two runs: first and second members of the pairs or, interleaved, two groups of pairs.
   const int low = interleaved ? 2 * pair : pair, high = interleaved ? low + step : half + pair;
 
   const int64_t position = index_at(p.positions, p.positions_are_64bit, token);
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (std::is_same_v<Cache, T>) {
       store_run(to + low, x[0]);
       store_run(to + high, x[1]);
-    } else {  // rounded to T first, as what a 16-bit cache holds
+    } else {  // rounded to T first, as a 16-bit cache would hold it
       const bool per_head = is_v ? p.v_scale_per_head : p.k_scale_per_head;
       const Fp8Divisor by((is_v ? p.v_scale : p.k_scale)[per_head ? head : 0]);
 #pragma unroll
@@ -131,7 +133,7 @@ void run(const RopeParams& p, const Where& where) {
   const int64_t pieces = up(p.head_dim / 2, step);
   const int64_t rows = p.heads + p.kv_heads * (std::is_void_v<Cache> ? 1 : 2);
   if (pieces * rows == 0) return;
-  // As many pieces as a block has threads, then heads, in blocks of one size, then tokens.
+  // Pieces fill a block's x first, then heads its y in blocks of equal size, then tokens its z.
   const int64_t x = std::min<int64_t>(pieces, kThreads), y = up(rows, up(rows, kThreads / x));
   const int64_t z = std::min<int64_t>(kThreads / (x * y), 64);
   const auto size = [](int64_t a, int64_t b, int64_t c) {

@@ -1,5 +1,5 @@
-// What an emulated block is made of: threads that are fibers, the places where they wait for each
-// other, and what the asynchronous hardware still owes them.
+// An emulated block: threads that are fibers, the places where they wait for each other, and their
+// pending asynchronous operations.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,21 +19,21 @@ namespace lf::emu {
 
 // ---- fibers ----
 
-// Saves the callee-saved registers on the running stack, and goes on where `to` was saved.
+// Saves the callee-saved registers on the running stack and resumes where `to` was saved.
 extern "C" void lf_emu_switch(void** from, void* to);
 
-constexpr size_t kStackBytes = 128 << 10;  // a kernel's local arrays live here
+constexpr size_t kStackBytes = 128 << 10;  // holds a kernel's local arrays
 
 struct Block;
 
-// ---- what a block is made of ----
+// ---- the parts of a block ----
 
 // Lanes of a warp (or threads of a warpgroup) that have reached a collective instruction.
 struct Meeting {
   const char* what = nullptr;
   uint64_t generation = 0;
   int arrived = 0;
-  std::vector<void*> arguments;  // one a lane
+  std::vector<void*> arguments;  // one per lane
 };
 
 struct Barrier {
@@ -53,22 +53,22 @@ struct Thread {
   int linear = 0;
   void* stack_pointer = nullptr;
   bool done = false;
-  const char* waiting = nullptr;               // at what, for messages
+  const char* waiting = nullptr;               // the instruction, for messages
   std::function<bool()> ready;                 // empty: runnable
   std::vector<std::vector<AsyncCopy>> groups;  // committed cp.async groups, oldest first
-  std::vector<std::vector<std::function<void()>>> stores;  // hopper.h: TMA stores, committed
+  std::vector<std::vector<std::function<void()>>> stores;  // committed TMA stores (hopper.h)
   std::vector<std::function<void()>> stores_open;
   std::shared_ptr<void> wgmma;                                          // hopper.h
-  bool proxy_fenced = false, wgmma_fenced = false, inits_open = false;  // likewise
+  bool proxy_fenced = false, wgmma_fenced = false, inits_open = false;  // hopper.h
   bool grid_waited = false;                                             // griddepcontrol.wait
   std::vector<AsyncCopy> open;                                          // issued, not yet committed
 };
 
-// The registers of a block, counted for each thread of a warpgroup. Where setmaxnreg is used ptxas
-// gives a kernel all that its launch bounds allow: what a block of so many threads can have.
+// A block's registers, counted per thread of a warpgroup. With setmaxnreg, ptxas gives a kernel all
+// that its launch bounds allow: the most that a block of this size can have.
 struct RegisterPool {
   int at_launch = 0, free = 0;
-  std::vector<int> held;  // by each warpgroup
+  std::vector<int> held;  // per warpgroup
   explicit RegisterPool(int threads = 128)
       : at_launch(65536 / threads < 255 ? 65536 / threads / 8 * 8 : 255),
         held(static_cast<size_t>(threads + 127) / 128, at_launch) {}
@@ -82,18 +82,18 @@ struct Block {
   Barrier barriers[16];
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
-  std::set<const void*> mbarriers;  // those initialised
+  std::set<const void*> mbarriers;  // the initialized ones
   RegisterPool registers;
   size_t finished = 0;  // threads
 };
 
-// What runs at the same time: the blocks of one cluster, usually one.
+// What runs at the same time: the blocks of one cluster, usually one block.
 struct State {
   Thread* thread = nullptr;
   void* scheduler = nullptr;
   std::vector<Block> blocks;
   Barrier cluster_barrier;
-  std::vector<std::function<void()>> in_flight;  // hardware at work: done in any order, any time
+  std::vector<std::function<void()>> in_flight;  // hardware work: ends in any order, at any time
   std::function<void()> body;
   std::string error;
   std::mt19937 random{0};
@@ -108,7 +108,7 @@ inline Block& block() { return *self().block; }
 
 [[noreturn]] inline void fail(const std::string& message);
 
-// Gives the processor up until `ready` holds.
+// Yields until `ready` holds.
 inline void wait_until(const char* what, std::function<bool()> ready) {
   if (ready()) return;
   Thread& t = self();
@@ -117,7 +117,7 @@ inline void wait_until(const char* what, std::function<bool()> ready) {
   lf_emu_switch(&t.stack_pointer, state().scheduler);
 }
 
-// An error inside a fiber cannot be thrown across the switch: it is kept, and the fiber ends.
+// An error inside a fiber cannot be thrown across the switch: it is recorded, and the fiber ends.
 [[noreturn]] inline void fail(const std::string& message) {
   Thread& t = self();
   std::string& error = state().error;
@@ -129,8 +129,8 @@ inline void wait_until(const char* what, std::function<bool()> ready) {
   std::abort();
 }
 
-// All `count` threads from `first` on meet (mask: which of them; they must agree on it and on the
-// instruction); the last to arrive runs act over everyone's arguments, in order of their lanes.
+// Waits until `count` threads from `first` on (up to 64: those in mask) have arrived. They must
+// agree on the instruction and mask. The last to arrive runs act over all arguments, in lane order.
 inline void meet(const char* what, int first, int count, uint64_t mask, void* argument,
                  const std::function<void(std::vector<void*>&)>& act) {
   Meeting& m = block().meetings[{first * 2048 + count, mask}];
@@ -156,7 +156,7 @@ inline void meet(const char* what, int first, int count, uint64_t mask, void* ar
 }
 
 inline int warp_first() { return self().linear / 32 * 32; }
-inline uint64_t warp_mask(uint32_t mask) {  // a last warp may be short of lanes
+inline uint64_t warp_mask(uint32_t mask) {  // the last warp may have fewer lanes
   const int left = static_cast<int>(block().threads.size()) - warp_first();
   return left >= 32 ? mask : mask & ((1ull << left) - 1);
 }

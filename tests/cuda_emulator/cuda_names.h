@@ -1,4 +1,4 @@
-// CUDA C++'s own names for the threads of block.h: indices, barriers, shuffles and votes, atomics,
+// CUDA C++'s names for the threads of block.h: indices, barriers, shuffles and votes, atomics,
 // intrinsics.
 #pragma once
 
@@ -30,7 +30,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 }
 
 namespace lf::emu {
-// Every lane gets the value of lane source(lane); a source outside its segment is itself.
+// Gives every lane the value of lane source(lane), which is the lane itself outside its segment.
 template <class T, class F>
 T shuffle(const char* what, unsigned mask, T value, F source) {
   struct Slot {
@@ -106,7 +106,7 @@ inline int __all_sync(unsigned mask, int p) {
   return lf::emu::vote("__all_sync", mask, p != 0, [](unsigned b, unsigned a) { return b == a; });
 }
 
-// One thread runs at a time and only waits give the processor up: plain code is atomic.
+// One thread runs at a time and only waits yield, so plain code is atomic.
 template <class T>
 T atomicAdd(T* p, T v) {
   const T before = *p;

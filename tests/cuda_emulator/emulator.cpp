@@ -1,4 +1,4 @@
-// The emulator's one global, and its switch from one fiber to another.
+// The emulator's one global, and the switch between fibers.
 #include "emulator.h"
 
 #if defined(__x86_64__)
@@ -19,7 +19,7 @@ lf_emu_switch:
 namespace lf::emu {
 
 int& multiprocessors() {
-  static int n = 3;  // few: a test's small shapes then take several rounds
+  static int n = 3;  // few, so that a test's small shapes take several rounds
   return n;
 }
 

@@ -1,4 +1,4 @@
-// csrc/cuda/common/hopper.cuh and wgmma.cuh, executed on a CPU by the PTX ISA's definitions.
+// csrc/cuda/common/hopper.cuh and wgmma.cuh, executed on a CPU as the PTX ISA defines them.
 #pragma once
 
 #include <cuda.h>
@@ -45,8 +45,8 @@ inline TensorMap tensor_map(const CUtensorMap* map) {
   return m;
 }
 
-// 128-byte swizzle: the 16-byte chunk's number within 128 bytes, xor the number of those 128 bytes
-// modulo 8. Addresses decide, so tiles start at multiples of 1024.
+// 128-byte swizzle: the index of the 16-byte chunk within 128 bytes, xor the index of those 128
+// bytes modulo 8. It depends on addresses, so tiles start at multiples of 1024.
 inline uintptr_t swizzle(uintptr_t address, uint32_t bytes) {
   if (bytes == 128) return address ^ (address >> 7 & 7) << 4;
   if (bytes == 64) return address ^ (address >> 7 & 3) << 4;
@@ -54,8 +54,8 @@ inline uintptr_t swizzle(uintptr_t address, uint32_t bytes) {
   return address;
 }
 
-// Calls move(shared address, global address or null when outside) for each 16 bytes... of the box,
-// an element at a time: bounds may cut anywhere.
+// Calls move(shared address, global address or null if outside) for each element of the box, since
+// bounds may cut anywhere.
 template <class Move>
 void for_box(const TensorMap& m, const void* shared, const int* at, Move move) {
   uint64_t count = 1;
@@ -81,7 +81,7 @@ inline int box_bytes(const TensorMap& m) {
   return static_cast<int>(bytes);
 }
 
-// What lies at the same place of another block of the cluster.
+// The same offset in another block of the cluster.
 template <class T>
 T* in_block(T* mine, unsigned rank) {
   auto* at = reinterpret_cast<unsigned char*>(mine);
@@ -93,7 +93,7 @@ inline MBarrier& mbarrier_at(uint64_t* bar, unsigned rank) {
   return *reinterpret_cast<MBarrier*>(there);
 }
 
-// Into every block of the cluster whose bit is in `blocks`; the bytes count in each one's barrier.
+// Loads into every block of the cluster with its bit in `blocks`; its own barrier counts the bytes.
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, std::array<int, 5> at,
                      unsigned blocks) {
   const TensorMap m = tensor_map(map);
@@ -139,7 +139,7 @@ inline void stmatrix(const char* what, void* row, const uint32_t (&r)[4]) {
 
 // ---- wgmma ----
 
-// One operand in shared memory, by its descriptor: element (mn, k) of `size` bytes.
+// One operand in shared memory, from its descriptor: element (mn, k) of `size` bytes.
 struct Operand {
   uintptr_t start, leading, stride;
   uint32_t swizzle_bytes;
@@ -148,14 +148,14 @@ struct Operand {
 
   Operand(uint64_t descriptor, bool mn_major_) : mn_major(mn_major_) {
     const Block& b = block();
-    // The descriptor holds 18 bits of address: those of shared memory's own window.
+    // The descriptor holds 18 bits of the address, relative to shared memory's window.
     start = (descriptor & 0x3fff) << 4;
     leading = (descriptor >> 16 & 0x3fff) << 4;
     stride = (descriptor >> 32 & 0x3fff) << 4;
     const uint64_t mode = descriptor >> 62;
     swizzle_bytes = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 0;
     shared_base = reinterpret_cast<uintptr_t>(b.shared);
-    if (swizzle_bytes != 128) fail("wgmma: the emulator knows the 128-byte swizzle only");
+    if (swizzle_bytes != 128) fail("wgmma: the emulator supports only the 128-byte swizzle");
   }
   const void* element(int mn, int k, int size, const Block& b) const {
     uintptr_t at = start;
@@ -184,12 +184,12 @@ inline float load_as(const void* p, __nv_fp8_e4m3) {
   return e4m3_to_float(*static_cast<const uint8_t*>(p));
 }
 
-// What Hopper's wgmma makes of e4m3 products and the sum so far, which fp32 would be too kind for:
-// all are cut off 13 bits below the largest of them (of a product, the sum of its factors'
-// exponents), added exactly, and the sum keeps 13 bits after its leading one. Sources:
-// DeepSeek-V3's report, section 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication
-// Engines Are Not As Accurate As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical
-// behavior of NVIDIA tensor cores" (truncation towards zero).
+// Hopper's wgmma sum of e4m3 products and the previous sum, less precise than fp32: all terms are
+// truncated 13 bits below the largest (a product's exponent is the sum of its factors'), added
+// exactly, and the sum keeps 13 bits after its leading one. Sources: DeepSeek-V3's report, section
+// 3.5.2 (32 products, 14 bits); PyTorch's "Some Matrix Multiplication Engines Are Not As Accurate
+// As We Thought" (H100's accumulator is e8m13); Fasi et al., "Numerical behavior of NVIDIA tensor
+// cores" (truncation towards zero).
 inline float hopper_e4m3_sum(const float* a, const float* b, const int* a_exponent,
                              const int* b_exponent, int depth, float so_far) {
   constexpr int kBits = 13, kNone = -1000;  // kNone: zero's exponent, as in exponents()
@@ -208,7 +208,7 @@ inline float hopper_e4m3_sum(const float* a, const float* b, const int* a_expone
   return __uint_as_float(__float_as_uint(exact) & ~0u << (23 - kBits));
 }
 
-// One wgmma of a warpgroup, from its issue until somebody waits for it.
+// One wgmma of a warpgroup, from its issue until it is waited for.
 struct Wgmma {
   int n, depth;
   bool b_mn_major, accumulate, a_in_registers;
@@ -218,7 +218,7 @@ struct Wgmma {
   float (*load)(const void*);              // an element of a or b
   float (*extract)(uint32_t, int);         // element e of a register of a
   int size;                                // bytes of an element
-  std::vector<float> rows, columns;        // of a and b; empty: not read yet
+  std::vector<float> rows, columns;        // of a and b; empty until read
   bool done = false;
 
   // The hardware reads its operands at some time between the issue and the wait.
@@ -279,8 +279,8 @@ struct Wgmma {
   }
 };
 
-// What a thread knows of its wgmmas. Its accumulators are NaN from the issue to the wait; their
-// values meanwhile are in the shadow.
+// A thread's wgmmas. Its accumulators are NaN from the issue to the wait; the shadow holds their
+// values meanwhile.
 struct WgmmaThread {
   struct Shadow {
     std::vector<float> values;
@@ -338,7 +338,7 @@ void wgmma(int n, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b
              std::fill(x.d, x.d + n / 2, NAN);
            }
            ++shadow.pending;
-           op->d[t] = &shadow.values;  // a std::map's nodes stay where they are
+           op->d[t] = &shadow.values;  // a std::map's nodes do not move
            mine.open.push_back({op, x.d});
          }
          if (state().random() % 2) op->read_operands(block());
@@ -347,7 +347,7 @@ void wgmma(int n, float* d, const uint32_t* a, uint64_t a_descriptor, uint64_t b
 
 inline void wgmma_wait(size_t pending) {
   WgmmaThread& mine = wgmma_of(self());
-  self().wgmma_fenced = false;  // registers may change from here on
+  self().wgmma_fenced = false;  // registers may change after this
   while (mine.groups.size() > pending) {
     for (const WgmmaThread::Item& item : mine.groups.front()) {
       item.op->execute(block());
@@ -365,7 +365,7 @@ inline void wgmma_wait(size_t pending) {
 
 inline void set_registers(const char* what, int count, bool more) {
   if (count % 8 || count < 24 || count > 256)
-    fail(std::string(what) + ": no multiple of 8, 24 to 256");
+    fail(std::string(what) + ": not a multiple of 8 from 24 to 256");
   const int first = self().linear / 128 * 128;
   RegisterPool& pool = block().registers;
   int& held = pool.held[first / 128];
@@ -408,7 +408,7 @@ inline void mbarrier_init(uint64_t* bar, int arrivals) {
 inline void mbarrier_init_fence() { emu::self().inits_open = false; }
 inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
   emu::MBarrier& b = emu::mbarrier(bar);
-  if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
+  if (b.left == 0) emu::fail("mbarrier: more arrivals than its count");
   b.bytes += bytes;
   --b.left;
   emu::settle(b);
@@ -416,7 +416,7 @@ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
 inline void mbarrier_arrive(uint64_t* bar) { mbarrier_arrive_expect(bar, 0); }
 inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
   emu::MBarrier& b = emu::mbarrier_at(bar, rank);
-  if (b.left == 0) emu::fail("mbarrier: more arrivals than it was made for");
+  if (b.left == 0) emu::fail("mbarrier: more arrivals than its count");
   --b.left;
   emu::settle(b);
 }
@@ -429,7 +429,7 @@ inline void mbarrier_wait(uint64_t* bar, int parity) {
 inline void cp_async_4(void* to, const void* from, int valid) {
   emu::cp_async("cp.async 4", to, from, 4, valid);
 }
-// The copies land in the background, and the arrival follows them.
+// The copies land in the background, then the arrival follows.
 inline void cp_async_arrive(uint64_t* bar) {
   emu::Thread& t = emu::self();
   t.groups.push_back(std::move(t.open));
@@ -458,10 +458,10 @@ inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, 
                         int w) {
   emu::tma_load(to, map, bar, {x, y, z, w, 0});
 }
-// Reads its shared memory at the latest moment that the program allows: in tma_store_wait.
+// Reads shared memory as late as the program allows: in tma_store_wait.
 inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
   const emu::TensorMap m = emu::tensor_map(map);
-  // Of what other threads wrote nothing is known here: each fences its own, as this one does.
+  // Other threads' writes are not tracked: each thread fences its own, as this one does.
   if (!emu::self().proxy_fenced) emu::fail("TMA store: no fence.proxy.async since the last group");
   emu::check_shared("TMA store", from, static_cast<size_t>(emu::box_bytes(m)), 128);
   const std::array<int, 5> at{x, y, z, w, 0};

@@ -1,4 +1,4 @@
-// csrc/cuda/common/ptx.cuh, executed on a CPU by the PTX ISA's definitions of each instruction.
+// csrc/cuda/common/ptx.cuh, executed on a CPU as the PTX ISA defines each instruction.
 #pragma once
 
 #include <cfloat>
@@ -25,7 +25,7 @@ inline void land(const std::vector<AsyncCopy>& group) {
   }
 }
 
-// Poisons what it will fill: a read of the old data, or before the wait, gives NaN.
+// Poisons its destination: a read of the old data, or before the wait, gives NaN.
 inline void cp_async(const char* what, void* to, const void* from, size_t size, int valid) {
   check_shared(what, to, size, size);
   if (reinterpret_cast<uintptr_t>(from) % size)
@@ -51,8 +51,8 @@ inline float e4m3_to_float(uint8_t bits) {
 
 // d [16, 8] += a [16, depth] b [8, depth]^T with the fragments of all 32 lanes. With `per` elements
 // in a register, lane = 4 * group + i holds of a: rows group and group + 8, columns per * i .. of
-// the first and the second half of depth; of b: row group, the same columns; of d: rows group and
-// group + 8, columns 2 * i and 2 * i + 1. (PTX ISA, "Matrix Fragments for mma.m16n8k16/k32".)
+// each half of depth; of b: row group, the same columns; of d: rows group and group + 8, columns
+// 2 * i and 2 * i + 1. (PTX ISA, "Matrix Fragments for mma.m16n8k16/k32".)
 struct MmaArguments {
   float* d;
   const uint32_t* a;
@@ -152,7 +152,7 @@ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, 
     });
   });
 }
-constexpr bool kShortSums = false;  // an sm_90's
+constexpr bool kShortSums = false;  // those of sm_90
 inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emu::warp_mma("mma.m16n8k32.e4m3", d, a, b0, b1, [](std::vector<void*>& lanes) {
     emu::mma<32>(lanes, [](uint32_t r, int e) {
@@ -175,8 +175,8 @@ inline int opaque(int x) { return x; }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
-// rcp.approx.ftz: off by up to an ulp, here by one either way. But not where a Newton step would
-// not mend that (33 of 2^23 mantissas): __frcp_rn is this instruction and that step.
+// rcp.approx.ftz may be off by an ulp; here it is off by one either way, except where a Newton step
+// would not correct that (33 of 2^23 mantissas): __frcp_rn is this instruction and that step.
 inline float rcp_approx(float x) {
   const float exact = 1 / x;
   if (!(std::fabs(exact) >= FLT_MIN)) return std::copysign(exact == exact ? 0.0f : exact, exact);

@@ -1,5 +1,4 @@
-// Runs a kernel's blocks: the order of threads, background work, shared memory that is guarded, and
-// every way to end in an error.
+// Runs a kernel's blocks: thread order, background work, guarded shared memory, and error reports.
 #pragma once
 
 #include <sys/mman.h>
@@ -23,7 +22,7 @@ inline void fiber_main() {
   std::abort();
 }
 
-// Memory that faults past its end; what lies between the end and the page is a canary.
+// Memory that faults past its end. A canary fills the gap between the end and the page.
 class Guarded {
  public:
   explicit Guarded(size_t bytes) : bytes_(bytes) {
@@ -40,7 +39,7 @@ class Guarded {
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
 
-  // Starts as NaN in every float format: all bits set.
+  // Sets all bits: NaN in every float format.
   void poison() { std::memset(begin_, 0xff, usable_); }
   bool intact() const {
     return std::all_of(begin_ + bytes_, begin_ + usable_,
@@ -53,11 +52,11 @@ class Guarded {
   unsigned char *base_, *begin_;
 };
 
-unsigned& seed();        // of the order of threads
-int& multiprocessors();  // what a launcher is told of the device
-int64_t& blocks();       // that have run
+unsigned& seed();        // of the thread order
+int& multiprocessors();  // reported to launchers
+int64_t& blocks();       // number that have run
 
-// One piece of background work, any of them; false when there is none.
+// Finishes one random piece of background work. Returns false if there is none.
 inline bool finish_one(State& s) {
   if (s.in_flight.empty()) return false;
   std::swap(s.in_flight[s.random() % s.in_flight.size()], s.in_flight.back());
@@ -68,8 +67,8 @@ inline bool finish_one(State& s) {
 }
 
 inline void start(Thread& t, unsigned char* stack) {
-  // As if lf_emu_switch had been called from fiber_main's first line: six registers, then a return
-  // address; 16-byte aligned as at a function's entry.
+  // As if fiber_main's first line had called lf_emu_switch: six registers, then a return address,
+  // 16-byte aligned as at a function's entry.
   auto* top = reinterpret_cast<void**>(stack + kStackBytes) - 1;
   *top = nullptr;
   *--top = reinterpret_cast<void*>(&fiber_main);
@@ -77,15 +76,15 @@ inline void start(Thread& t, unsigned char* stack) {
   t.stack_pointer = top;
 }
 
-// Runs the threads of all blocks in state() until they are done, or one has failed.
+// Runs the threads of all blocks in state() until they are done or one has failed.
 inline void run() {
   State& s = state();
   std::vector<Thread*> order, warp;
   for (Block& b : s.blocks)
     for (Thread& t : b.threads) order.push_back(&t);
-  // Background work ends now and then, or as late as it can: one piece when all threads wait.
+  // Background work ends now and then or, if late, only when all threads wait, one piece at a time.
   const bool late = s.random() % 2;
-  // Lets each of them go on to where it has to wait. Whether one did.
+  // Runs each thread up to its next wait. Returns whether one ran.
   const auto advance = [&s, late](std::vector<Thread*>& threads) {
     std::shuffle(threads.begin(), threads.end(), s.random);
     bool moved = false;
@@ -100,7 +99,7 @@ inline void run() {
       moved = true;
       lf_emu_switch(&s.scheduler, t->stack_pointer);
       if (!s.error.empty()) return moved;
-      // A block that has ended leaves its shared memory to others.
+      // A block that has ended frees its shared memory for others.
       if (t->done && ++t->block->finished == t->block->threads.size())
         std::memset(t->block->shared, 0xff, t->block->shared_bytes);
       if (!late && s.random() % 64 == 0) finish_one(s);
@@ -125,7 +124,7 @@ inline void run() {
   }
   if (!s.error.empty()) return;
   s.error = "deadlock:";
-  std::set<std::string> places;  // a thread of each
+  std::set<std::string> places;  // one thread for each
   for (Thread* t : order)
     if (!t->done && places.insert(t->waiting ? t->waiting : "?").second)
       s.error += std::string(places.size() > 1 ? ";" : "") + " thread " +
@@ -133,7 +132,7 @@ inline void run() {
                  " waits at " + t->waiting;
 }
 
-// A fault inside a kernel ends its fiber with an error instead of the process.
+// A fault inside a kernel ends its fiber with an error, not the process.
 class FaultHandler {
  public:
   FaultHandler() {
@@ -156,7 +155,7 @@ class FaultHandler {
 };
 
 // kernel<<<grid, size, shared_bytes>>>, with clusters of `cluster` blocks along x. Throws
-// std::runtime_error for what a kernel did wrong.
+// std::runtime_error for a kernel's errors.
 inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
                    const std::function<void()>& body, bool programmatic = false) {
   const int count = static_cast<int>(size.x * size.y * size.z);
@@ -176,7 +175,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared_bytes, unsigned cluster,
   s.body = body;
   s.error.clear();
   const uint64_t clusters = static_cast<uint64_t>(grid.x / cluster) * grid.y * grid.z;
-  // A GPU starts blocks in about this order; the seeds past 0 promise nothing.
+  // A GPU starts blocks in about this order; seeds past 0 shuffle it.
   std::vector<uint64_t> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   if (seed() != 0) std::shuffle(order.begin(), order.end(), s.random);

@@ -1,5 +1,5 @@
-// The emulator's own tests, one a name: selftest <case> [seed]. Exit status 0: as it should be.
-// Cases named bug_* hold a planted bug and exit 3 when the emulator's run shows it.
+// The emulator's own tests: selftest <case> [seed]. Exit status 0: passed. Cases named bug_*
+// contain a planted bug and exit 3 when the emulator exposes it.
 #include <cstdio>
 #include <functional>
 
@@ -22,7 +22,7 @@ void run(int threads, size_t shared, const std::function<void()>& kernel, unsign
 
 int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-// Numbers that every format holds exactly and whose products' sums are exact in fp32.
+// Numbers that every format represents exactly, with products that sum exactly in fp32.
 int a_value(int row, int k) { return (row * 3 + k * 5) % 7 - 3; }
 int b_value(int column, int k) { return (column * 2 + k) % 5 - 2; }
 float expected(int row, int column, int depth) {
@@ -39,8 +39,8 @@ uint8_t e4m3(int x) {
   return __nv_cvt_float_to_fp8(static_cast<float>(x), __NV_SATFINITE, __NV_E4M3);
 }
 
-// The PTX ISA's words for mma.m16n8k16, not the emulator's: element i of a lies in row groupID for
-// i in {0, 1, 4, 5}, else groupID + 8, and column threadID_in_group * 2 + (i & 1), + 8 for i >= 4.
+// From the PTX ISA, not the emulator: element i of a lies in row groupID for i in {0, 1, 4, 5},
+// else groupID + 8, and column threadID_in_group * 2 + (i & 1), + 8 for i >= 4 (mma.m16n8k16).
 template <class T>
 void mma_16(bool wrong_fragment) {
   run(32, 0, [=] {
@@ -159,7 +159,7 @@ void cp_async(bool wait) {
   });
 }
 
-// Copies whose landing arrives at an mbarrier; 4 bytes each, the second half not there.
+// Copies that arrive at an mbarrier when they land; 4 bytes each, the second half invalid.
 void cp_async_arrival(bool wait) {
   run(32, 136, [=] {
     LF_DYNAMIC_SHARED(memory);
@@ -178,7 +178,7 @@ void cp_async_arrival(bool wait) {
   });
 }
 
-// Sums 256 numbers over eight warps; without the barrier some read before others have written.
+// Sums 256 numbers over eight warps. Without the barrier some read before others have written.
 void block_sum(bool barrier) {
   run(256, 32, [=] {
     LF_DYNAMIC_SHARED(memory);
@@ -235,7 +235,7 @@ void write_past_the_end() {
     memory[101] = 0;
   });
 }
-void uninitialised() {
+void uninitialized() {
   run(1, 16, [] {
     LF_DYNAMIC_SHARED(memory);
     EXPECT(!std::isnan(reinterpret_cast<float*>(memory)[2]));
@@ -311,7 +311,7 @@ void tma(const std::string& without = "") {
 }
 
 // [64, depth * steps] x [n, depth * steps]^T; a from shared memory or registers, b k-major or
-// mn-major. Tiles lie in shared memory as TMA would put them.
+// mn-major. Tiles lie in shared memory as TMA would write them.
 template <class T, int registers>
 void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") {
   const bool wait = without != "wait";
@@ -378,8 +378,8 @@ void wgmma(bool a_in_registers, bool mn_major, const std::string& without = "") 
   });
 }
 
-// Of a product that is 2^13 times another, Hopper's sum of e4m3 loses the other's half; of a sum so
-// far, whatever the products' 14 bits do not reach. Sums started at zero keep what a chain loses.
+// Hopper's e4m3 sum drops what lies below 2^-13 of its largest term, a product or the sum so far.
+// Sums started from zero keep what a chain loses.
 void wgmma_e4m3_sum() {
   const auto sum = [](std::vector<float> products, float so_far) {
     std::vector<float> ones(products.size(), 1.0f);
@@ -391,16 +391,16 @@ void wgmma_e4m3_sum() {
   EXPECT(sum({256, 1}, 0) == 257);
   EXPECT(sum({256, 1.0f / 32}, 0) == 256 + 1.0f / 32);  // 13 bits below
   EXPECT(sum({256, 1.0f / 64}, 0) == 256);              // 14: gone
-  EXPECT(sum({256, -1.0f / 64}, 0) == 256);             // and towards zero
+  EXPECT(sum({256, -1.0f / 64}, 0) == 256);             // truncated towards zero
   EXPECT(sum({-256, -3.0f / 64}, 0) == -256 - 1.0f / 32);
   EXPECT(sum({1, 1.0f / 4}, 8192) == 8193);
-  EXPECT(sum({1.0f / 4, 1.0f / 4, 1.0f / 4, 1.0f / 4}, 8192) == 8192);  // each by itself
-  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits before the sum's, 13 after
+  EXPECT(sum({1.0f / 4, 1.0f / 4, 1.0f / 4, 1.0f / 4}, 8192) == 8192);  // each on its own
+  EXPECT(sum({256, 256, 1.0f / 32}, 0) == 512);  // 14 bits below the sum, 13 below a term
   EXPECT(sum({0, 0}, 3.25f) == 3.25f && sum({0, 0}, 0) == 0);
   EXPECT(std::isnan(sum({1, NAN}, 0)) && std::isnan(sum({1, 2}, NAN)));
 }
 
-// Each block of a cluster leaves a number where the others read it.
+// Each block of a cluster writes a number where the others read it.
 void cluster(bool barrier, bool last = true) {
   run(
       32, 16,
@@ -416,8 +416,8 @@ void cluster(bool barrier, bool last = true) {
       8, 4);
 }
 
-// Two blocks, four times: each copies half of a tile to both, waits for all of it, and tells both
-// that it has read it. Both blocks' halves count in each one's barrier.
+// Two blocks, four times: each copies half of a tile to both, waits for all of it, and signals both
+// that it has read it. Both blocks' halves count in each block's barrier.
 void multicast(bool tell_both) {
   std::vector<uint16_t> from(4 * 64 * 64);
   for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint16_t>(i);
@@ -456,7 +456,7 @@ void multicast(bool tell_both) {
       4, 2);
 }
 
-// Sums over a block through one scratch: a warp that runs ahead writes the next one while others
+// Sums over a block through one scratch: a warp that runs ahead writes the next sum while others
 // still read.
 void scratch_used_again() {
   run(256, 32, [] {
@@ -472,7 +472,7 @@ void scratch_used_again() {
   });
 }
 
-// A producer gives registers up for two consumers: a block of 384 threads has 3 x 168.
+// A producer releases registers for two consumers: a block of 384 threads has 3 x 168.
 template <int released, int taken>
 void registers() {
   run(384, 0, [] {
@@ -527,7 +527,7 @@ const Case cases[] = {
     {"bug_different_instructions", different_instructions},
     {"bug_read_past_the_end", read_past_the_end},
     {"bug_write_past_the_end", write_past_the_end},
-    {"bug_uninitialised", uninitialised},
+    {"bug_uninitialized", uninitialized},
     {"bug_misaligned_copy", misaligned_copy},
     {"bug_never_waited", never_waited},
 };

@@ -1,5 +1,5 @@
-// Attention of one fp32 query by one warp, with plain FMAs: for fp32 activations, where tensor
-// cores would round. A lane takes a key for the scores and every 32nd column for the sums.
+// Attention of one fp32 query by one warp, with plain FMAs, since tensor cores would round fp32. A
+// lane takes every 32nd key for the scores and every 32nd column for the sums.
 #pragma once
 
 #include "attention_tile.cuh"
@@ -7,7 +7,7 @@
 
 namespace lf::cuda {
 
-constexpr int kFp32Warps = 4;  // of a block, each with its own query
+constexpr int kFp32Warps = 4;  // per block, each with its own query
 constexpr int kFp32Columns = 256 / 32;
 constexpr int kFp32SharedBytes = kFp32Warps * (256 + 32) * 4;
 
@@ -22,8 +22,8 @@ LF_DEVICE float cache_value(const uint8_t* row, int d) {
   return __low2float(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// Keys [first, last). at(key, k, v) sets the addresses of a key's rows and says whether it exists.
-// memory: the block's kFp32SharedBytes.
+// Takes keys [first, last). at(key, k, v) sets the addresses of a key's rows and returns whether it
+// exists. memory: the block's kFp32SharedBytes.
 template <class Cache, class At>
 LF_DEVICE Fp32Row attend_fp32(const float* query, int head_dim, int64_t first, int64_t last,
                               float scale, float* memory, At at) {
@@ -33,7 +33,7 @@ LF_DEVICE Fp32Row attend_fp32(const float* query, int head_dim, int64_t first, i
   for (int d = lane; d < head_dim; d += 32) q[d] = query[d];
   Fp32Row r{{}, kMinusInfinity, 0};
   for (int64_t begin = first; begin < last; begin += 32) {
-    __syncwarp();  // q is there; p has been read
+    __syncwarp();  // q is written; p has been read
     const Cache *k = nullptr, *v = nullptr;
     const bool exists = begin + lane < last && at(begin + lane, k, v);
     const unsigned seen = __ballot_sync(0xffffffffu, exists);

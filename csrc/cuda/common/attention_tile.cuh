@@ -1,6 +1,6 @@
-// What the attention kernels share: swizzled tiles of shared memory, the fragments of mma.sync
-// m16n8k16, and one step of the online softmax. Lane 4 g + i of a warp holds of a 16 x 16 operand
-// the rows g and g + 8, and of the sums the columns 2 i and 2 i + 1.
+// Shared by the attention kernels: swizzled tiles of shared memory, the fragments of mma.sync
+// m16n8k16, and one step of the online softmax. Lane 4 g + i of a warp holds rows g and g + 8 of a
+// 16 x 16 operand, and columns 2 i and 2 i + 1 of the sums.
 #pragma once
 
 #include "vector.cuh"
@@ -12,8 +12,8 @@ constexpr float kMinusInfinity = -INFINITY;
 
 LF_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 
-// Byte offset of a row's 16-byte chunk. Rows of 64 bytes or more; the exclusive or spreads eight
-// rows' equal chunks, which one ldmatrix reads, over all 32 banks.
+// Byte offset of a row's 16-byte chunk, for rows of 64 bytes or more. One ldmatrix reads the same
+// chunk of eight rows; the exclusive or spreads those over all 32 banks.
 template <int chunks>
 LF_DEVICE int swizzled(int row, int chunk) {
   static_assert(chunks == 4 || chunks % 8 == 0);
@@ -21,8 +21,8 @@ LF_DEVICE int swizzled(int row, int chunk) {
   return (row * chunks + (chunk ^ mask)) * 16;
 }
 
-// Where in a tile this lane's row of an ldmatrix of 16 rows and two chunks is: of queries and
-// values, or of keys (see load_keys).
+// Offset in a tile of this lane's row for an ldmatrix of 16 rows and two chunks, of queries and
+// values or of keys (see load_keys).
 template <int chunks>
 LF_DEVICE int rows_offset(int lane) {
   return swizzled<chunks>(lane % 16, lane / 16);
@@ -31,7 +31,7 @@ template <int chunks>
 LF_DEVICE int keys_offset(int lane) {
   return swizzled<chunks>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
-// `row` rows, a multiple of 16, and `pair` pairs of chunks further.
+// Moves by `row` rows, a multiple of 16, and `pair` pairs of chunks.
 template <int chunks>
 LF_DEVICE const unsigned char* at_offset(const unsigned char* tile, int offset, int row, int pair) {
   return tile + (offset ^ pair * 32) + row * chunks * 16;
@@ -42,13 +42,13 @@ template <int chunks>
 LF_DEVICE void load_a(uint32_t (&a)[4], const unsigned char* tile, int offset, int row, int pair) {
   ptx::ldmatrix_x4(a, at_offset<chunks>(tile, offset, row, pair));
 }
-// Two [8, 16] operands, 16 keys as columns of the product: b[0], b[1] of the first eight.
+// Two [8, 16] operands, 16 keys as columns of the product. b[0], b[1] are the first eight.
 template <int chunks>
 LF_DEVICE void load_keys(uint32_t (&b)[4], const unsigned char* tile, int offset, int row,
                          int pair) {
   ptx::ldmatrix_x4(b, at_offset<chunks>(tile, offset, row, pair));
 }
-// Two [8, 16] operands, 16 keys summed over, for the 16 columns of two chunks.
+// Two [8, 16] operands, summed over 16 keys, for the 16 columns of two chunks.
 template <int chunks>
 LF_DEVICE void load_values(uint32_t (&b)[4], const unsigned char* tile, int offset, int row,
                            int pair) {
@@ -69,7 +69,7 @@ LF_DEVICE uint32_t pack(float low, float high) {
   return u.bits;
 }
 
-// The four lanes of a row.
+// Reduces over the four lanes of a row.
 LF_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -79,13 +79,13 @@ LF_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// What is subtracted from scores below a maximum: a row that has seen nothing yet has none.
+// What is subtracted from scores below a maximum: zero for a row that has seen no key yet.
 LF_DEVICE float base_of(float top) { return top == kMinusInfinity ? 0.0f : top; }
 
-// A warp's 16 rows over a tile of keys. s: scores in base 2 are scale * s (of rows g and g + 8),
-// masked ones -inf; they become probabilities relative to the new top. total holds this lane's
-// share of a row's sum; acc [columns / 8][4] is rescaled when some row's top has grown (else by
-// exact ones: skipped).
+// Processes a warp's 16 rows over a tile of keys. The base-2 scores are scale * s (of rows g and g
+// + 8), with masked ones -inf; they become probabilities relative to the new top. total holds this
+// lane's share of a row's sum. acc [columns / 8][4] is rescaled when some row's top has grown;
+// otherwise every factor is exactly one and the rescaling is skipped.
 template <int tiles, int columns>
 LF_DEVICE void softmax_step(float (&s)[tiles][4], float (&top)[2], float (&total)[2],
                             float (&acc)[columns][4], float scale_low, float scale_high) {
@@ -99,8 +99,8 @@ LF_DEVICE void softmax_step(float (&s)[tiles][4], float (&top)[2], float (&total
   higher[1] = fmaxf(top[1], quad_max(higher[1]) * scale[1]);
   const float base[2] = {base_of(higher[0]), base_of(higher[1])};
   const float shrink[2] = {ptx::exp2_approx(top[0] - base[0]), ptx::exp2_approx(top[1] - base[1])};
-  // One FMA a score. It rounds once, the maximum's product before it: beyond 2^20 that difference
-  // would no longer be small, and scores are scaled first.
+  // One FMA per score. The FMA rounds once, but the maximum's product is rounded before it. Beyond
+  // 2^20 that difference matters, so scores are scaled first.
   float sum[2] = {0, 0};
   if (__any_sync(0xffffffffu, fmaxf(fabsf(base[0]), fabsf(base[1])) > 0x1p20f)) {
 #pragma unroll
@@ -138,7 +138,7 @@ LF_DEVICE void probabilities(uint32_t (&a)[4], const float (&first)[4], const fl
   a[3] = pack<T>(second[2], second[3]);
 }
 
-// A row that sees no key gives zeros. One whose scores are all -inf has total 0 too: 0 / 0 is NaN.
+// Zeros for a row that sees no key. If all its scores are -inf, total is 0 too, and 0 / 0 is NaN.
 LF_DEVICE float inverse_of(float total, bool sees) { return sees ? 1.0f / total : 0.0f; }
 
 }  // namespace lf::cuda

@@ -1,5 +1,5 @@
-// decode_attention's products: of a few rows of queries and a warp's tile of keys and values,
-// 16-bit or e4m3. C is the type of the operands, of the cache or, for e4m3, __half.
+// decode_attention's products: a few rows of queries with a warp's tile of keys and values, 16-bit
+// or e4m3. C is the operands' type: the cache's or, for e4m3, __half.
 #pragma once
 
 #include "decode_plan.cuh"
@@ -7,8 +7,8 @@
 
 namespace lf::cuda {
 
-// The queries' operands of 16 rows; in the order of e4m3 codes, as fp16 times a power of two, for
-// an FP8 cache. scale: of the two rows' scores, multiplied by that power.
+// The query operands of 16 rows. For an FP8 cache they are fp16 times a power of two, in the order
+// of the e4m3 codes. scale: factors of the two rows' scores, which take in that power.
 template <class C, bool fp8, int D>
 LF_DEVICE void load_queries(const DecodeAttentionParams& p, const DecodePlan& plan, const Part& w,
                             int first_row, int rows, uint32_t (&q)[D / 16][4], float (&scale)[2]) {
@@ -35,7 +35,7 @@ LF_DEVICE void load_queries(const DecodeAttentionParams& p, const DecodePlan& pl
       }
     if constexpr (!fp8) continue;
     if (p.dtype != DType::f16) {
-      // bf16 -> fp16. Elements below 2^-14 of the row's largest are off by 2^-25 of it at most.
+      // bf16 -> fp16. Elements below 2^-14 of the row's largest are off by at most 2^-25 of it.
       float largest = 0;
 #pragma unroll
       for (int d = 0; d < D / 16; ++d)
@@ -59,8 +59,8 @@ LF_DEVICE void load_queries(const DecodeAttentionParams& p, const DecodePlan& pl
                                             __uint_as_float(pair & 0xffff0000u) * inverse);
         }
     }
-    // The largest score is found before it is scaled: a scale below zero would turn the order
-    // around, and a masked score times zero is NaN.
+    // The largest score is found before scaling: a negative scale would reverse the order, and a
+    // masked score times zero is NaN.
     const uint32_t sign = __float_as_uint(scale[h]) & 0x80000000u;
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
@@ -74,7 +74,7 @@ LF_DEVICE void load_queries(const DecodeAttentionParams& p, const DecodePlan& pl
 template <class C, bool fp8, int D, int keys, int row_tiles>
 LF_DEVICE void scores(float (&s)[row_tiles][keys / 8][4], const uint32_t (&q)[row_tiles][D / 16][4],
                       const unsigned char* tile, int offset) {
-  constexpr int width = fp8 ? 32 : 16;  // of head_dim that one ldmatrix of two chunks brings
+  constexpr int width = fp8 ? 32 : 16;  // elements of head_dim in one ldmatrix of two chunks
 #pragma unroll
   for (int d = 0; d < D / width; ++d)
 #pragma unroll
@@ -97,8 +97,8 @@ LF_DEVICE void scores(float (&s)[row_tiles][keys / 8][4], const uint32_t (&q)[ro
     }
 }
 
-// acc [D / 8] += p v. Its tile n of eight columns holds d = 8 n ..; FP8: of each 16, the even d in
-// tile 2 n and the odd ones in tile 2 n + 1.
+// acc [D / 8] += p v. Tile n of eight columns holds d = 8 n and on. FP8: of each 16 columns, tile 2
+// n holds the even d and tile 2 n + 1 the odd ones.
 template <class C, bool fp8, int D, int keys, int row_tiles>
 LF_DEVICE void add_values(float (&acc)[row_tiles][D / 8][4],
                           const uint32_t (&a)[row_tiles][keys / 16][4], const unsigned char* tile,
@@ -114,7 +114,7 @@ LF_DEVICE void add_values(float (&acc)[row_tiles][D / 8][4],
       for (int j = 0; j < 4; j += 2) {
         const int columns = fp8 ? 2 * c + j : c + j / 2;
         if constexpr (fp8) {
-          const uint32_t low = __byte_perm(b[j], 0, 0x3120);  // two keys' even column, then odd
+          const uint32_t low = __byte_perm(b[j], 0, 0x3120);  // even column of two keys, then odd
           const uint32_t high = __byte_perm(b[j + 1], 0, 0x3120);
 #pragma unroll
           for (int odd = 0; odd < 2; ++odd) {

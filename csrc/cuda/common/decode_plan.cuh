@@ -1,18 +1,18 @@
-// decode_attention's division of labour: which rows and keys a block works on, and where its
-// results go: to out, or where a sequence is split, to the workspace.
+// Work partition of decode_attention: which rows and keys a block takes, and where its results go:
+// to out or, if the sequence is split, to the workspace.
 #pragma once
 
 #include "attention_tile.cuh"
 
 namespace lf::cuda {
 
-// What the host decides. Keys are counted in tiles of a block: its warps' keys.
+// Decided on the host. Keys are counted in tiles of a block: the keys of all its warps.
 struct DecodePlan {
-  int64_t capacity;  // keys a sequence can have
-  int group;         // heads of a key/value head
-  int row_tiles;     // of tile_rows of a key/value head's Sq * G rows
+  int64_t capacity;  // most keys of a sequence
+  int group;         // query heads per key/value head
+  int row_tiles;     // tiles of tile_rows in a key/value head's Sq * G rows
   int tile_rows, tile_keys;
-  int most;    // splits a sequence can have, and the grid is for
+  int most;    // most splits of a sequence; sizes the grid
   int forced;  // num_splits
   bool q_aligned, cache_aligned;
 };
@@ -32,13 +32,12 @@ LF_DEVICE int keys_of(const DecodeAttentionParams& p, const DecodePlan& plan, in
   return keys < 0 ? 0 : keys;
 }
 
-// Of the keys alone: 128 a split up to eight of them, then 512, until `most` fill the chip. More
-// keys never have fewer splits: the host asks for those of the capacity.
+// Depends on the keys alone: 128 per split up to eight splits, then 512, until `most` fill the
+// chip. More keys never give fewer splits, because the host sizes the grid by the capacity.
 constexpr int splits_of(const DecodePlan& plan, int keys) {
   const int few = keys / 128 < 8 ? keys / 128 : 8;
   int splits = keys / 512 > few ? keys / 512 : few;
-  if (plan.forced) {  // and no split without a tile; those of the rule have 128 keys, a tile or
-                      // more
+  if (plan.forced) {  // no split without a tile; those of the rule have 128 keys, at least a tile
     const int tiles = (keys + plan.tile_keys - 1) / plan.tile_keys;
     splits = plan.forced < tiles ? plan.forced : tiles;
   }
@@ -46,13 +45,13 @@ constexpr int splits_of(const DecodePlan& plan, int keys) {
   return splits < 1 ? 1 : splits;
 }
 
-// Which rows and keys a block (fp32: a warp) works on.
+// The rows and keys of a block (fp32: of a warp).
 struct Part {
   int row_tile, split, splits, keys, first_tile, last_tile;
   int64_t kv_head, b, length;
 };
 
-// index: of [batch, kv_heads, row_tiles].
+// index counts [batch, kv_heads, row_tiles].
 LF_DEVICE Part part_of(const DecodeAttentionParams& p, const DecodePlan& plan, unsigned index,
                        unsigned split) {
   Part w;
@@ -64,7 +63,7 @@ LF_DEVICE Part part_of(const DecodeAttentionParams& p, const DecodePlan& plan, u
   w.split = static_cast<int>(split);
   w.keys = keys_of(p, plan, static_cast<int>(w.length), w.row_tile);
   w.splits = splits_of(plan, w.keys);
-  if (w.split >= w.splits) return w;  // the grid covers the capacity: nothing to do, soon
+  if (w.split >= w.splits) return w;  // the grid covers the capacity: this block has no work
   const int tiles = (w.keys + plan.tile_keys - 1) / plan.tile_keys;
   const int each = tiles / w.splits, more = tiles % w.splits;
   w.first_tile = w.split * each + (w.split < more ? w.split : more);
@@ -72,7 +71,7 @@ LF_DEVICE Part part_of(const DecodeAttentionParams& p, const DecodePlan& plan, u
   return w;
 }
 
-// Row r of a key/value head: its place in q or out, and among all [B, Sq, H].
+// Row r of a key/value head: its place in q or out, and its index in [B, Sq, H].
 struct Row {
   int64_t query, head;
   LF_DEVICE Row(const DecodePlan& plan, int64_t kv_head, int r) {
@@ -99,7 +98,7 @@ LF_DEVICE float* partial_stats(const DecodeAttentionParams& p, const DecodePlan&
   return p.workspace + rows * plan.most * p.head_dim + (row * plan.most + split) * 2;
 }
 
-// Four columns of a row, rounded to out's dtype.
+// Stores four columns of a row, rounded to out's dtype.
 LF_DEVICE void store_io(const DecodeAttentionParams& p, int64_t at, const float (&x)[4],
                         bool aligned) {
   if (p.dtype == DType::f32) {

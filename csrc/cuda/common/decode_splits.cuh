@@ -1,12 +1,12 @@
-// decode_attention on the host: into how many splits a call's keys go.
+// decode_attention on the host: how many splits the keys of a call are cut into.
 #pragma once
 
 #include "decode_plan.cuh"
 
 namespace lf::cuda {
 
-// Into how many splits the `parts` of one sequence fill a chip that holds `slots` at a time: the
-// fewest whose last wave is nearly (19 in 20) as full as any choice's, within four waves.
+// How many splits of a sequence's `parts` fill a chip that runs `slots` at a time: the fewest that
+// fill their waves to 19/20 of what the best choice within four waves does.
 inline int64_t filling(int64_t parts, int64_t slots) {
   const auto full = [&](int64_t splits) {
     const int64_t blocks = parts * splits;
@@ -22,7 +22,7 @@ inline int64_t filling(int64_t parts, int64_t slots) {
 inline DecodePlan plan_of(const DecodeAttentionParams& p, const Device& device, int tile_rows,
                           int tile_keys, size_t shared_bytes, int parts_per_block) {
   constexpr int64_t kMostKeys = (int64_t{1} << 31) - (1 << 16);  // positions are ints
-  constexpr int64_t kMostSplits = 65535;                         // of a grid's second dimension
+  constexpr int64_t kMostSplits = 65535;  // the limit of a grid's second dimension
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   DecodePlan plan{};
   plan.capacity = smaller(p.block_size * (p.block_table ? p.table_blocks : 1), kMostKeys);
@@ -31,7 +31,7 @@ inline DecodePlan plan_of(const DecodeAttentionParams& p, const Device& device, 
   plan.tile_rows = tile_rows;
   plan.tile_keys = tile_keys;
   plan.row_tiles = static_cast<int>((rows + tile_rows - 1) / tile_rows);
-  // Two blocks on a multiprocessor where its shared memory has room.
+  // Counts two blocks per multiprocessor if its shared memory has room.
   const int64_t resident = device.shared_bytes >= 2 * shared_bytes ? 2 : 1;
   const int64_t slots = device.multiprocessors * resident * parts_per_block;
   const int64_t most = p.num_splits ? p.num_splits : filling(p.kv_heads * plan.row_tiles, slots);

@@ -1,12 +1,12 @@
-// decode_attention's copies: a warp's own stream of keys and values out of the cache.
+// decode_attention's copies: each warp streams its own keys and values from the cache.
 #pragma once
 
 #include "decode_plan.cuh"
 
 namespace lf::cuda {
 
-// One warp's tile of keys is 4 KB (or 32 keys, or 16: what mma.sync sums over), its values as much;
-// three stages of four warps are 96 KB. Tiles half as large have five.
+// One warp's tile of keys is 4 KB (or 32 keys, or 16, the depth of mma.sync), and its values the
+// same. Three stages of four warps are 96 KB. Tiles half as large have five stages.
 template <class Cache, int D, int row_tiles>
 struct DecodeShape {
   static constexpr int row_bytes = D * static_cast<int>(sizeof(Cache)), chunks = row_bytes / 16;
@@ -15,10 +15,10 @@ struct DecodeShape {
   static constexpr int stage_bytes = 2 * keys * row_bytes;
   static constexpr int stages = stage_bytes > 4096 ? 3 : 5;
   static constexpr int warp_bytes = stages * stage_bytes;
-  // After the stages: what would only fill registers in the loop.
+  // Follows the stages. These values would only fill registers in the loop.
   struct Kept {
     Part part;
-    unsigned seen[warps][stages];        // which of a stage's keys exist, as bits
+    unsigned seen[warps][stages];        // bit mask of a stage's keys that exist
     float scale[warps][16 * row_tiles];  // FP8: of each row's scores
   };
   static constexpr int shared_bytes = warps * warp_bytes + static_cast<int>(sizeof(Kept));
@@ -27,13 +27,13 @@ struct DecodeShape {
   }
 };
 
-// Copies tiles of keys and their values, each key wherever its block is, into this warp's stages.
+// Copies tiles of keys and values into this warp's stages, each key from its own block.
 template <class Cache, int D, int row_tiles>
 class KeyStream {
  public:
   using S = DecodeShape<Cache, D, row_tiles>;
 
-  // memory: the block's, its Kept::part set.
+  // memory: the block's, with Kept::part set.
   LF_DEVICE KeyStream(const DecodeAttentionParams& p, const DecodePlan& plan, unsigned char* memory,
                       int warp)
       : p_(p),
@@ -42,7 +42,7 @@ class KeyStream {
         kept_(S::kept(memory)),
         warp_(warp) {}
 
-  // Looks up where this lane's key of the tile that starts at `first` lies.
+  // Finds where this lane's key of the tile that starts at `first` lies.
   LF_DEVICE void look_up(int first) {
     const int key = first + lane_id() % S::keys;
     const int b = static_cast<int>(kept_.part.b);
@@ -55,7 +55,7 @@ class KeyStream {
     if (block_ >= p_.num_blocks) block_ = -1;
   }
 
-  // Starts the copy of the tile looked up into a stage; keys that do not exist are zero.
+  // Starts the copy of the tile found into a stage. Keys that do not exist become zero.
   LF_DEVICE void copy(int stage) {
     constexpr int per_pass = 32 / S::chunks, size = 16 / static_cast<int>(sizeof(Cache));
     const bool exists = block_ >= 0;
@@ -64,7 +64,7 @@ class KeyStream {
     const Cache* const k_mine = row_at(p_.k_cache, p_.k_cache_stride);
     const Cache* const v_mine = row_at(p_.v_cache, p_.v_cache_stride);
     const int lane = ptx::opaque(lane_id()), chunk = lane % S::chunks;
-    const int left = static_cast<int>(p_.head_dim) - chunk * size;  // of the row, from here on
+    const int left = static_cast<int>(p_.head_dim) - chunk * size;  // in the row
     const int valid = left <= 0 ? 0 : left < size ? left : size;
     unsigned char* to = keys_at(stage);
 #pragma unroll
@@ -80,7 +80,7 @@ class KeyStream {
     }
   }
 
-  // Which of a stage's keys exist, as bits.
+  // Bit mask of a stage's keys that exist.
   LF_DEVICE unsigned seen(int stage) const { return kept_.seen[warp_][stage]; }
   LF_DEVICE unsigned char* keys_at(int stage) const { return memory_ + stage * S::stage_bytes; }
   LF_DEVICE unsigned char* values_at(int stage) const {
@@ -88,7 +88,7 @@ class KeyStream {
   }
 
  private:
-  // Where this lane's key is in a cache; some row of it when there is none.
+  // This lane's key in a cache; some valid row if there is none.
   LF_DEVICE const Cache* row_at(const void* cache, const int64_t (&stride)[3]) const {
     const int64_t block = block_ < 0 ? 0 : block_, inside = block_ < 0 ? 0 : inside_;
     return static_cast<const Cache*>(cache) + block * stride[0] + inside * stride[1] +
@@ -114,7 +114,7 @@ class KeyStream {
   unsigned char* const memory_;  // this warp's stages
   typename S::Kept& kept_;
   const int warp_;
-  int block_ = -1, inside_ = 0;  // of this lane's key; -1: there is none
+  int block_ = -1, inside_ = 0;  // of this lane's key; block_ is -1 if there is none
 };
 
 }  // namespace lf::cuda

@@ -1,7 +1,7 @@
-// Division without its slow path. What nvcc makes of x / d, for every x, is a reciprocal, a check,
-// a branch around a call, and registers kept for that call; of 64-bit integers, about a hundred
-// instructions. Here a divisor is prepared once and each quotient is a few multiplications, with
-// the same bits.
+// Division without its slow path. For an unrestricted x / d, nvcc emits a reciprocal, a check, a
+// branch around a call, and registers reserved for that call; a 64-bit integer division takes about
+// a hundred instructions. Here a divisor is prepared once, and each quotient takes a few
+// multiplications and has the same bits.
 #pragma once
 
 #include <cfloat>
@@ -10,23 +10,23 @@
 
 namespace lf::cuda {
 
-// 1 / d rounded to nearest for normal d up to 2^126 (__frcp_rn's own steps there); beyond, Inf
-// included, 0; Inf for 0 and subnormal d; NaN for NaN.
+// 1 / d rounded to nearest for normal d up to 2^126, by the steps of __frcp_rn. Gives 0 for larger
+// d and Inf, Inf for 0 and subnormal d, and NaN for NaN.
 LF_DEVICE float reciprocal(float d) {
   const float r = ptx::rcp_approx(d);
-  return fmaf(r, fminf(fmaf(-d, r, 1.0f), 1.0f), r);  // min: 1 for NaN, of Inf * 0
+  return fmaf(r, fminf(fmaf(-d, r, 1.0f), 1.0f), r);  // min turns the NaN of Inf * 0 into 1
 }
 
-// x / d rounded to nearest, given r = reciprocal(d), where nothing under- or overflows (Markstein):
-// the remainder y d - x is exact, and y - r (y d - x) rounds as the quotient does. With these signs
-// a remainder of zero leaves -0 alone. finite: no x is infinite, nor d.
+// x / d rounded to nearest, given r = reciprocal(d), if nothing underflows or overflows
+// (Markstein): the remainder y d - x is exact, and y - r (y d - x) rounds as the quotient does.
+// With these signs a remainder of zero preserves -0. finite: neither x nor d is infinite.
 template <bool finite>
 LF_DEVICE float quotient(float x, float d, float r) {
   const float y = __fmul_rn(x, r), remainder = fmaf(y, d, -x);
   return fmaf(finite ? remainder : fminf(remainder, FLT_MAX), -r, y);  // min: Inf, not Inf - Inf
 }
 
-// n / d and n % d: what the multiplication loses is at most one. Made on the host.
+// n / d and n % d. The multiplication is off by at most one. Constructed on the host.
 template <class Unsigned>
 struct Divider {
   Unsigned divisor, inverse;

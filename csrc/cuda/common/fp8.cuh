@@ -1,6 +1,6 @@
 // The rule of quantize_fp8, for every kernel that emits FP8:
 //   scale = max(min(amax, scale_ub), tiny) / 448;  q = e4m3(clamp(x / scale, -448, 448))
-// x / scale rounds as IEEE division does: x times 1 / scale differs in the last bit and so, at
+// x / scale rounds as IEEE division does. x times 1 / scale would differ in the last bit and so, at
 // ties, in q.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace lf::cuda {
 
-// The largest magnitude, of bits: NaN above infinity.
+// The largest magnitude, by bits: NaN orders above infinity.
 template <class T, int count>
 LF_DEVICE float largest(const T (&x)[count]) {
   if constexpr (sizeof(T) == 2) {
@@ -31,22 +31,22 @@ LF_DEVICE float fp8_scale(float amax, float scale_ub) {
   if (amax > scale_ub) amax = scale_ub;  // false for NaN, which stays
   if (amax < kTiny) amax = kTiny;
   if (amax >= 448 * kTiny || amax != amax) return quotient<false>(amax, 448.0f, 1.0f / 448.0f);
-  // A subnormal scale counts units of 2^-149; so does amax, and fits 32 bits.
+  // A subnormal scale counts units of 2^-149. So does amax, and the count fits in 32 bits.
   const auto units = static_cast<uint32_t>(amax * 0x1p75f * 0x1p74f);
   const uint32_t whole = units / 448, rest = units % 448;
   return __uint_as_float(whole + (rest > 224 || (rest == 224 && whole % 2)));
 }
 
-// Two codes, a's the low byte; saturates, NaN stays NaN. In hardware from sm_89 on.
+// Two codes, a's in the low byte. Saturates; NaN stays NaN. One instruction from sm_89 on.
 LF_DEVICE uint32_t to_e4m3x2(float a, float b) {
 #if !defined(LF_CUDA_EMULATOR) && __CUDA_ARCH__ >= 890
   return __nv_cvt_float2_to_fp8x2(float2{a, b}, __NV_SATFINITE, __NV_E4M3);
 #else
   const auto code = [](float x) {
     const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-    // Half an ulp less one, and one more where the kept part is odd, carry to nearest even.
+    // Rounds to nearest even: adds half an ulp less one, plus one if the kept part is odd.
     const uint32_t normal = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - (120 << 3);
-    // Below 2^-6 e4m3 counts in steps of 2^-9: fp32's ulps at 2^14.
+    // Below 2^-6 e4m3 steps by 2^-9, which is fp32's ulp at 2^14.
     const uint32_t counted = __float_as_uint(__fadd_rn(fabsf(x), 0x1p14f)) - 0x46800000u;
     uint32_t q = magnitude < 0x3c800000u ? counted : normal;
     q = q < 0x7e ? q : 0x7e;
@@ -57,27 +57,27 @@ LF_DEVICE uint32_t to_e4m3x2(float a, float b) {
 #endif
 }
 
-// Divides by one scale. Where it is ordinary and no x is far beyond 448 times it, a quotient is a
-// product and two fma; else, uniformly for all who share the scale, x and the scale are moved to
-// where nothing underflows, and quotients beyond 448 are cut off before they overflow.
+// Divides by one scale. If the scale is ordinary and no x is far beyond 448 times it, a quotient is
+// a product and two FMAs. Otherwise x and the scale are moved to where nothing underflows, and
+// quotients beyond 448 are clamped before they overflow. Threads that share a scale do not diverge.
 class Fp8Divisor {
  public:
   LF_DEVICE explicit Fp8Divisor(float scale) {
     const float size = fabsf(scale);
     factor_ = size < 0x1p-60f ? 0x1p64f : size > 0x1p64f ? 0x1p-64f : 1.0f;
     scale_ = scale * factor_;
-    if (size > FLT_MAX) factor_ = 0, scale_ = 1;  // x / Inf: 0, NaN for Inf
+    if (size > FLT_MAX) factor_ = 0, scale_ = 1;  // x / Inf is 0, or NaN for Inf
     reciprocal_ = reciprocal(scale_);
   }
-  // amax: no |x| is larger.
+  // amax: an upper bound of |x|.
   LF_DEVICE Fp8Divisor(float scale, float amax) : Fp8Divisor(scale) {
     ordinary_ = factor_ == 1.0f && amax * reciprocal_ < 0x1p64f;
   }
 
-  // Codes of x / scale, four to a word, the first lowest.
+  // Codes of x / scale, four per word, the first in the lowest byte.
   template <class T, int count>
   LF_DEVICE void encode(const T (&x)[count], uint32_t (&words)[(count + 3) / 4]) const {
-    constexpr int step = count < 4 ? count : 4;  // registers: no more than a word's at a time
+    constexpr int step = count < 4 ? count : 4;  // one word at a time, to save registers
 #pragma unroll
     for (int k = 0; k < count; k += step) {
       float y[step];
@@ -103,15 +103,15 @@ class Fp8Divisor {
   bool ordinary_ = false;
 };
 
-// Two codes, exactly, as a __half2's bits. In hardware from sm_89 on; before, the code's bits are
-// put where fp16 has them, 2^8 too small, subnormals included, and NaN is put back.
+// Two codes, exactly, as the bits of a __half2. One instruction from sm_89 on; before, a code's
+// bits move to their places in fp16 (2^-8 of the value, also for subnormals) and NaN is restored.
 LF_DEVICE uint32_t from_e4m3x2(uint32_t codes) {
 #if defined(LF_CUDA_EMULATOR) || __CUDA_ARCH__ >= 890
   const __half2_raw pair =
       __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
   return pair.x | static_cast<uint32_t>(pair.y) << 16;
 #else
-  const uint32_t spread = __byte_perm(codes, 0, 0x1404);  // each in a high byte
+  const uint32_t spread = __byte_perm(codes, 0, 0x1404);  // each code in a high byte
   const uint32_t magnitude = (spread & 0x7f007f00u) >> 1;
   const uint32_t small = (spread & 0x80008000u) | magnitude, two_to_8 = 0x5c005c00u;
   const auto half2 = [](const uint32_t& bits) { return *reinterpret_cast<const __half2*>(&bits); };
@@ -121,7 +121,7 @@ LF_DEVICE uint32_t from_e4m3x2(uint32_t codes) {
 #endif
 }
 
-// x / scale as e4m3 at a place of a row of n, 4, 8 or 16 bytes at once where everything is aligned.
+// Stores x / scale as e4m3 in a row of n: 4, 8 or 16 bytes at once if everything is aligned.
 template <bool aligned, class T, int count>
 LF_DEVICE void store_e4m3(uint8_t* row, int64_t first, int64_t n, const T (&x)[count],
                           const Fp8Divisor& by) {

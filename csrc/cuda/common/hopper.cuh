@@ -1,4 +1,4 @@
-// sm_90's own instructions: mbarriers, the bulk tensor copy engine (TMA), clusters. wgmma is in
+// sm_90 instructions: mbarriers, the bulk tensor copy engine (TMA) and clusters. wgmma is in
 // wgmma.cuh. Under LF_CUDA_EMULATOR the same names come from tests/cuda_emulator/hopper.h.
 #pragma once
 
@@ -12,12 +12,12 @@
 
 namespace lf::ptx {
 
-// ---- mbarrier: counts arrivals and bytes; a phase ends when both are there ----
+// ---- mbarrier: counts arrivals and bytes; a phase ends when all have arrived ----
 
 __device__ inline void mbarrier_init(uint64_t* bar, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals));
 }
-// After the inits, before a barrier: makes them visible to the copy engine.
+// Call after the inits and before a barrier: makes the inits visible to the copy engine.
 __device__ inline void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -29,7 +29,7 @@ __device__ inline void mbarrier_arrive_expect(uint64_t* bar, int bytes) {
                "r"(bytes)
                : "memory");
 }
-// On the barrier at the same place of block `rank` of the cluster.
+// Arrives on the barrier at the same offset in block `rank` of the cluster.
 __device__ inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
   asm volatile(
       "{\n"
@@ -40,7 +40,7 @@ __device__ inline void mbarrier_arrive_at(uint64_t* bar, unsigned rank) {
       "r"(rank)
       : "memory");
 }
-// Until the phase of this parity (0, then 1, 0, ...) has ended.
+// Waits until the phase of this parity (0, then 1, 0, ...) has ended.
 __device__ inline void mbarrier_wait(uint64_t* bar, int parity) {
   asm volatile(
       "{\n"
@@ -55,15 +55,15 @@ __device__ inline void mbarrier_wait(uint64_t* bar, int parity) {
       : "memory");
 }
 
-// ---- what goes with mbarriers and TMA ----
+// ---- used with mbarriers and TMA ----
 
-// 4 bytes from global to shared memory; zero, and not read, where `valid` is 0 and not 4.
+// Copies 4 bytes from global to shared memory; if `valid` is 0, not 4, writes zeros, reads nothing.
 __device__ inline void cp_async_4(void* to, const void* from, int valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid)
                : "memory");
 }
-// An arrival once this thread's cp.async so far have landed.
+// Arrives once all of this thread's earlier cp.async have landed.
 __device__ inline void cp_async_arrive(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
                : "memory");
@@ -76,7 +76,7 @@ __device__ inline void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
       : "memory");
 }
 
-// ---- TMA: a box of a tensor, by its map; coordinates in elements, innermost first ----
+// ---- TMA: copies a box of a tensor, given its map; coordinates in elements, innermost first ----
 
 __device__ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   asm volatile(
@@ -85,7 +85,7 @@ __device__ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* b
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
       : "memory");
 }
-// To the same place of every block of the cluster whose bit is in `blocks`, and its barrier.
+// Copies to the same offset of each block of the cluster with its bit in `blocks`, and its barrier.
 __device__ inline void tma_load_2d_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int x,
                                              int y, int blocks) {
   asm volatile(
@@ -127,7 +127,7 @@ __device__ inline void tma_store_4d(const CUtensorMap* map, const void* from, in
 __device__ inline void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until at most `pending` of this thread's stores still read their shared memory.
+// Waits until at most `pending` of this thread's stores still read shared memory.
 template <int pending>
 __device__ inline void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
@@ -135,7 +135,7 @@ __device__ inline void tma_store_wait() {
 __device__ inline void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// Between ordinary stores to shared memory and the copy engine's or wgmma's reads of it.
+// Orders ordinary stores to shared memory before reads by the copy engine or wgmma.
 __device__ inline void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -153,7 +153,7 @@ __device__ inline void cluster_sync() {
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
-// The float at the same place of another block's shared memory.
+// Reads the float at the same offset of another block's shared memory.
 __device__ inline float cluster_load(const float* mine, unsigned rank) {
   uint32_t remote;
   float value;
@@ -164,7 +164,7 @@ __device__ inline float cluster_load(const float* mine, unsigned rank) {
   return value;
 }
 
-// ---- registers: a producer gives some up, consumers take them ----
+// ---- registers: a producer releases some, consumers take them ----
 
 template <int count>
 __device__ inline void registers_decrease() {

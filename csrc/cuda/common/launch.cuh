@@ -1,4 +1,4 @@
-// How every kernel is launched: on the right device and stream, with errors as exceptions.
+// Kernel launch on the right device and stream, with errors as exceptions.
 #pragma once
 
 #include <stdexcept>
@@ -13,7 +13,7 @@
 
 namespace lf::cuda {
 
-// What a failed launch says: "rms_norm [512, 4096] bf16".
+// Names the kernel in the message of a failed launch: "rms_norm [512, 4096] bf16".
 inline std::string shape_text(std::initializer_list<int64_t> sizes) {
   std::string text = " [";
   for (int64_t size : sizes) text += (text.size() > 2 ? ", " : "") + std::to_string(size);
@@ -22,11 +22,11 @@ inline std::string shape_text(std::initializer_list<int64_t> sizes) {
 
 inline void check(cudaError_t error, const char* op, const std::string& shape) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next call, of anybody, would report this one
+  cudaGetLastError();  // or the next CUDA call, from any caller, would report this error
   throw std::runtime_error(std::string(op) + shape + ": " + cudaGetErrorString(error));
 }
 
-// Makes a device current for a scope. The caller's may be another one.
+// Makes a device current for a scope. The caller's current device may differ.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* op) {
@@ -53,11 +53,11 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// What a launcher may ask of its device. Read once.
+// Properties of a device, read once.
 struct Device {
   int sm;  // 90 for sm_90
   int multiprocessors;
-  size_t shared_bytes;  // most that one block can have
+  size_t shared_bytes;  // limit of one block
 };
 
 inline Device device_of(const Where& where) {
@@ -84,11 +84,11 @@ inline Device device_of(const Where& where) {
 
 struct LaunchShape {
   const char* op;
-  std::initializer_list<int64_t> sizes;  // for messages
+  std::initializer_list<int64_t> sizes;  // for error messages
   dim3 grid, block;
   size_t shared_bytes = 0;
-  unsigned cluster = 1;  // blocks of a cluster along x (sm_90)
-  // Starts beside the end of the kernel before (sm_90): needs ptx::griddepcontrol_wait.
+  unsigned cluster = 1;  // blocks per cluster along x (sm_90)
+  // Starts while the previous kernel ends (sm_90). The kernel must call ptx::griddepcontrol_wait.
   bool programmatic = false;
 };
 

@@ -1,6 +1,6 @@
-// The PTX instructions of sm_80 and up that C++ has no word for, one small function each. Under
+// PTX instructions of sm_80 and up that C++ cannot express, one small function each. Under
 // LF_CUDA_EMULATOR the same names come from tests/cuda_emulator/ptx.h, which executes them on a CPU
-// by the PTX ISA's definitions.
+// as the PTX ISA defines them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,7 +23,7 @@ __device__ inline uint32_t shared_address(const void* p) {
 
 // ---- cp.async: global to shared memory without registers; lands at the wait ----
 
-// 16 bytes, both addresses 16-byte aligned; bytes past `valid` (0 to 16) are zero and not read.
+// Copies 16 bytes, both addresses 16-byte aligned. Bytes past `valid` (0 to 16) are zero, not read.
 __device__ inline void cp_async_16(void* to, const void* from, int valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid)
@@ -31,15 +31,14 @@ __device__ inline void cp_async_16(void* to, const void* from, int valid = 16) {
 }
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `pending` of this thread's youngest groups are in flight. Other threads see the
+// Waits until at most `pending` of this thread's newest groups are in flight. Other threads see the
 // data after a barrier.
 template <int pending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// ---- ldmatrix: four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8
-// ----
+// ---- ldmatrix: four 8 x 8 matrices of 16 bits; lane l names row l % 8 of matrix l / 8 ----
 
 __device__ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -72,8 +71,8 @@ __device__ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// sm_89 and up. sm_89's tensor cores keep about 14 bits of a sum of e4m3 products; sm_90's mma.sync
-// is compiled to two of fp16, which keep fp32's.
+// sm_89 and up. The tensor cores of sm_89 keep about 14 bits of a sum of e4m3 products. sm_90
+// compiles this mma.sync to two fp16 ones, which keep fp32 precision.
 #if __CUDA_ARCH__ == 890
 constexpr bool kShortSums = true;
 #else
@@ -88,7 +87,7 @@ __device__ inline void mma_16832_e4m3(float (&d)[4], const uint32_t (&a)[4], uin
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  __trap();  // the launcher never gets here: FP8 x FP8 needs sm_89
+  __trap();  // unreachable: the launcher requires sm_89 for FP8 x FP8
 #endif
 }
 
@@ -101,24 +100,24 @@ __device__ inline void named_barrier_arrive(int id, int count) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// ---- programmatic dependent launch (sm_90 and up; elsewhere nothing) ----
+// ---- programmatic dependent launch (sm_90 and up; no-op elsewhere) ----
 
-// Until the kernels before this one have ended and what they wrote is visible. Every thread of a
-// kernel that is launched as LaunchShape::programmatic comes here before it reads global memory.
+// Waits until the previous kernels have ended and their writes are visible. In a kernel launched
+// with LaunchShape::programmatic, every thread calls this before it reads global memory.
 __device__ inline void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// A next kernel that is programmatic may start once every block has been here, or has ended.
+// Lets the next programmatic kernel start once every block has called this or ended.
 __device__ inline void griddepcontrol_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// 16 bytes to global memory at a multiple of 16, by one instruction: an assignment the compiler may
-// split into four, and does beside divisions.
+// Stores 16 bytes to global memory at a multiple of 16, by one instruction. The compiler may split
+// an assignment into four, and does near divisions.
 __device__ inline void store_16(void* to, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
@@ -127,8 +126,8 @@ __device__ inline void store_16(void* to, uint4 v) {
 
 // ---- for the compiler ----
 
-// x, of which the compiler then knows nothing: what is computed from it in a loop is not kept in
-// registers throughout.
+// Returns x with its value hidden from the compiler, so that values computed from it in a loop are
+// not kept in registers.
 __device__ inline int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
@@ -142,7 +141,7 @@ __device__ inline float exp2_approx(float x) {  // 2 ulp; -inf gives 0
   return y;
 }
 
-__device__ inline float rcp_approx(float x) {  // 1 ulp; below 2^-126 it gives 0, and takes 0
+__device__ inline float rcp_approx(float x) {  // 1 ulp; below 2^-126 inputs and results flush to 0
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;

@@ -1,5 +1,5 @@
-// Where an FP8 operand's scale of a row and a block of 128 of k is: one address for every
-// granularity, where a choice before each load would be a branch.
+// Address of an FP8 operand's scale for a row and a block of 128 of k. One formula covers every
+// granularity, where a choice per load would be a branch.
 #pragma once
 
 #include "vector.cuh"
@@ -8,7 +8,7 @@ namespace lf::cuda {
 
 struct ScaleAt {
   const float* data;
-  int64_t of_row, of_k;  // elements from one to the next
+  int64_t of_row, of_k;  // elements from one row, or one block of k, to the next
   int row_bits;          // 2^row_bits rows share a scale
 
   LF_DEVICE const float* operator()(int64_t row, int64_t block = 0) const {

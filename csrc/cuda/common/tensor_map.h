@@ -1,5 +1,5 @@
-// CUtensorMap, what TMA calls a tensor. Encoded by the driver's own function, found at run time, so
-// that nothing links against libcuda.
+// CUtensorMap, TMA's descriptor of a tensor. The driver's own function encodes it; it is looked up
+// at run time, so that nothing links against libcuda.
 #pragma once
 
 #include "launch.cuh"

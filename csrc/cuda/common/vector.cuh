@@ -1,4 +1,4 @@
-// Memory in 16-byte pieces, fp32 in registers, and sums over a block in one order.
+// Memory in 16-byte pieces, fp32 in registers, and block sums in a fixed order.
 #pragma once
 
 #include <type_traits>
@@ -27,7 +27,7 @@ LF_DEVICE T from_float(float x) {
     return x;
 }
 
-// An even count of bf16 by words: a shift or a mask each, where taking halves apart costs two.
+// Converts an even count of bf16 by words: one shift or mask each, where splitting takes two.
 template <class T, int count>
 LF_DEVICE void to_floats(const T (&x)[count], float (&y)[count]) {
 #pragma unroll
@@ -41,8 +41,8 @@ LF_DEVICE void to_floats(const T (&x)[count], float (&y)[count]) {
   }
 }
 
-// Rounds to T and back: where eager PyTorch stores an intermediate result. Two at a time, which is
-// half an instruction each; one alone goes through the slow unit of the exponentials.
+// Rounds to T and back, as eager PyTorch does when it stores an intermediate result. Two values at
+// once cost half an instruction each; a single one uses the slow unit of the exponentials.
 template <class T, int count>
 LF_DEVICE void round_to(float (&x)[count]) {
   alignas(4) T y[count];
@@ -58,8 +58,8 @@ struct alignas(16) Vector {
   T at[size];
 };
 
-// Elements [first, first + size) of a row of n; past the end zero, and not read. Aligned: the row
-// starts at a multiple of 16 bytes and n is a multiple of size.
+// Loads elements [first, first + size) of a row of n. Elements past the end become zero and are not
+// read. aligned: the row starts at a multiple of 16 bytes and n is a multiple of size.
 template <bool aligned, class T>
 LF_DEVICE Vector<T> load_vector(const T* row, int64_t first, int64_t n) {
   Vector<T> v;
@@ -94,14 +94,14 @@ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 
 struct Sum {
   LF_DEVICE float operator()(float a, float b) const { return a + b; }
 };
-// Of magnitudes, as bits: they order like their values, with NaN above infinity.
+// For magnitudes, as bits: they order like their values, with NaN above infinity.
 struct MaxMagnitude {
   LF_DEVICE float operator()(float a, float b) const {
     return __float_as_uint(a) > __float_as_uint(b) ? a : b;
   }
 };
 
-// Over each `lanes` neighbours of a warp, all of whose lanes take part.
+// Reduces over each `lanes` neighboring lanes of a warp. All lanes of the warp must take part.
 template <int lanes, class Combine>
 LF_DEVICE float reduce_lanes(float value, Combine combine) {
 #pragma unroll
@@ -115,8 +115,8 @@ LF_DEVICE float reduce_warp(float value, Combine combine) {
   return reduce_lanes<32>(value, combine);
 }
 
-// All threads get the result. Threads are a multiple of 32; a barrier at both ends lets the
-// scratch be used again.
+// All threads get the result. The thread count is a multiple of 32. A barrier at both ends lets the
+// scratch be reused.
 template <class Combine>
 LF_DEVICE float reduce_block(float value, float* scratch, Combine combine) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -126,11 +126,11 @@ LF_DEVICE float reduce_block(float value, float* scratch, Combine combine) {
   __syncthreads();
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  // Zero is neutral for sums and for magnitudes.
+  // Zero is the identity for sums and for magnitudes.
   return reduce_warp(lane < warps ? scratch[lane] : 0.0f, combine);
 }
 
-// Calls f with a value of the C++ type.
+// Calls f with a value of the dtype's C++ type.
 template <class F>
 void with_dtype(DType dtype, const char* op, F&& f) {
   switch (dtype) {

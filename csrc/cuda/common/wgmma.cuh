@@ -1,15 +1,15 @@
-// wgmma: a warpgroup multiplies a [64, depth] tile by a [depth, n] one out of shared memory, in the
-// background; depth is 16 elements of 16 bits or 32 of 8. Needs sm_90a. Under LF_CUDA_EMULATOR the
-// same names come from tests/cuda_emulator/hopper.h.
+// wgmma: a warpgroup multiplies a [64, depth] tile by a [depth, n] tile in shared memory,
+// asynchronously. depth is 16 elements of 16 bits or 32 of 8. Needs sm_90a. Under LF_CUDA_EMULATOR
+// the same names come from tests/cuda_emulator/hopper.h.
 #pragma once
 
 #include "hopper.cuh"
 
 namespace lf::ptx {
 
-// Describes an operand in shared memory under the 128-byte swizzle (tiles start at multiples of
-// 1024 bytes; a step along k within the 128 bytes adds to the address). Byte distances: `stride`
-// between groups of 8 rows (k-major), or of 8 values of k (mn-major); `leading` between blocks of
+// Describes an operand in shared memory under the 128-byte swizzle. Tiles start at multiples of
+// 1024 bytes; a step along k within the 128 bytes adds to the address. Byte distances: `stride`
+// between groups of 8 rows (k-major) or of 8 values of k (mn-major); `leading` between blocks of
 // 128 bytes along mn (mn-major only). Source: PTX ISA, "Matrix Descriptor Format".
 #if !defined(LF_CUDA_EMULATOR)
 __device__
@@ -22,20 +22,19 @@ __device__
 
 #if !defined(LF_CUDA_EMULATOR)
 
-// Before the first wgmma, and after registers that one reads have been written.
+// Call before the first wgmma, and after writing registers that a wgmma reads.
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most `pending` groups are in flight; only then may their accumulators be read.
+// Waits until at most `pending` groups are in flight. Only then may their accumulators be read.
 template <int pending>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// The instruction's text differs in its shape and types only; the operands of n = 64, 128 and 256:
-// d[0 .. n / 2), then a (a descriptor or four registers), b's descriptor, and whether d is added
-// to.
+// The instruction's text differs in its shape and types only. Operands of n = 64, 128 and 256:
+// d's n / 2, then a (a descriptor or four registers), b's descriptor, and whether d is added.
 #define LF_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define LF_D16(i) LF_D4(i), LF_D4(i + 4), LF_D4(i + 8), LF_D4(i + 12)
 #define LF_D32 LF_D16(0), LF_D16(16)
@@ -56,7 +55,7 @@ __device__ inline void wgmma_wait() {
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "     \
   "%123, %124, %125, %126, %127"
 
-// b in k-major order (mn = 0) or mn-major (1: 16-bit types only); scales are 1.
+// b is k-major (mn = 0) or mn-major (1: 16-bit types only). Scales are 1.
 #define LF_WGMMA(registers, count, shape, types, tail_shared, tail_registers, Type, mn, p0, p1,    \
                  p2, p3, p4, p5, p6)                                                               \
   template <>                                                                                      \
