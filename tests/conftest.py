@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from llama_fast import Llama, _cpu
 from llama_fast.generation import decode, generate
 
-from .recorded_graph import RecordedGraph
+from .support.recorded_graph import RecordedGraph
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,7 +34,7 @@ LONGEST = (
     "tests/static/test_triton.py",
     "tests/static/test_cuda.py",
     "tests/test_packaging.py",
-    "tests/test_tuning.py",
+    "tests/ops/test_tuning.py",
 )
 
 

@@ -18,8 +18,8 @@ from llama_fast import __version__
 from llama_fast.cli import main
 from llama_fast.generation import sampling
 
-from .checkpoints import hf_model, save
-from .llama3 import byte_tokenizer
+from .support.checkpoints import hf_model, save
+from .support.llama3 import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .checkpoints import hf_model, save
-from .llama3 import byte_tokenizer
+from .support.checkpoints import hf_model, save
+from .support.llama3 import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

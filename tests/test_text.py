@@ -16,7 +16,7 @@ from tiktoken.load import load_tiktoken_bpe
 from llama_fast import chat
 from llama_fast.cli import main
 
-from .llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
+from .support.llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
 
 BOS, START, END, EOT = 128000, 128006, 128007, 128009
 ANSWER = "สวัสดี ชาวโลก 🦙 नमस्ते दुनिया!"

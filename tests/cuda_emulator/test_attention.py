@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import SEEDS, emulated
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

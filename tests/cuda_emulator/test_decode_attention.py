@@ -12,13 +12,11 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.decode_attention import dtypes, lengths, make, page
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import emulated
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
-dtypes = pytest.mark.parametrize(
-    "dtype", [BF16, F16, F32], ids=lambda d: str(d).removeprefix("torch.")
-)
 fp8_or_not = pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
 NAN = float("nan")
 
@@ -26,18 +24,6 @@ NAN = float("nan")
 @pytest.fixture
 def cuda() -> Any:
     return emulated()
-
-
-def lengths(*n: int) -> Tensor:
-    return torch.tensor(n, dtype=torch.int32)
-
-
-def make(
-    batch: int, sq: int, capacity: int, heads: tuple[int, int], d: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, hkv = heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, capacity, hkv, d)
-    return q.to(dtype), k.to(dtype), (torch.randn(batch, capacity, hkv, d) + 0.25).to(dtype)
 
 
 def to_fp8(k: Tensor, v: Tensor, per_head: bool = True) -> dict[str, Tensor]:
@@ -49,23 +35,6 @@ def to_fp8(k: Tensor, v: Tensor, per_head: bool = True) -> dict[str, Tensor]:
         made[f"{name}_scale"] = scale
         made[f"{name}_cache"] = (cache.float() / scale[:, None]).to(E4M3)
     return made
-
-
-def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same cache in shuffled blocks; three more, and what k and v leave free, are NaN."""
-    batch, capacity, *row = k.shape
-    n = -(-capacity // block_size)
-    ids = torch.randperm(batch * n + 3)[: batch * n]
-    pools = []
-    for cache in (k, v):
-        padded = torch.full((batch, n * block_size, *row), NAN).to(cache.dtype)
-        padded.view(torch.uint8)[:, :capacity] = cache.view(torch.uint8)
-        pool = torch.full((batch * n + 3, block_size, *row), NAN).to(cache.dtype)
-        pool.view(torch.uint8)[ids] = padded.view(torch.uint8).view(
-            batch * n, block_size, *padded.view(torch.uint8).shape[2:]
-        )
-        pools.append(pool)
-    return pools[0], pools[1], ids.view(batch, n).int()
 
 
 def run(

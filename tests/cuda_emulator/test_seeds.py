@@ -18,7 +18,13 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, RMS_NORM_ULPS, assert_close_to_eager, ulp, ulps
+from ..support.tolerances import (
+    ATTENTION_VALUE_ULPS,
+    RMS_NORM_ULPS,
+    assert_close_to_eager,
+    ulp,
+    ulps,
+)
 from .native import SEEDS, emulated
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn

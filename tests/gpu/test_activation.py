@@ -10,7 +10,7 @@ import llama_fast as lf
 from llama_fast import reference, triton_backend
 from llama_fast.kernels import activation, common
 
-from ..tolerances import SILU_FP32_ULPS, SILU_TIES, ulps
+from ..support.tolerances import SILU_FP32_ULPS, SILU_TIES, ulps
 from .conftest import launcher
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ from llama_fast import reference
 from llama_fast.kernels import attention as kernel
 from llama_fast.kernels import common
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
 from .conftest import BACKEND, launcher
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

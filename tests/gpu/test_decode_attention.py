@@ -16,9 +16,9 @@ from llama_fast import reference
 from llama_fast.kernels import common, decode_plan
 from llama_fast.kernels.decode_tile import splits_of
 
-from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
-from ..test_decode_attention import make as make_on_cpu
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.decode_attention import DTYPES, dtypes, page, poison, queries
+from ..support.decode_attention import make as make_on_cpu
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .conftest import launcher
 
 NAN, INF = float("nan"), float("inf")
@@ -44,14 +44,9 @@ def make(device: torch.device) -> Any:
     return lambda *arguments: tuple(t.to(device) for t in make_on_cpu(*arguments))
 
 
-def paged(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """page(), which works on bytes of FP8 caches: e4m3's NaN is 0x7f."""
-    if k.dtype != FP8:
-        pools = page(k.cpu(), v.cpu(), block_size)
-    else:
-        one, two, table = page(*(t.cpu().to(torch.float32) for t in (k, v)), block_size)
-        pools = one.to(FP8), two.to(FP8), table
-    return tuple(t.to(k.device) for t in pools)  # type: ignore[return-value]
+def paged(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Return page()'s result on the device of k."""
+    return tuple(t.to(k.device) for t in page(k.cpu(), v.cpu(), block_size))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> Tensor:

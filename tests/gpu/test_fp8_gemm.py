@@ -23,7 +23,7 @@ from llama_fast import cuda, reference, triton_backend
 from llama_fast.kernels import common, fp8_stream, fp8_tile, linear
 from llama_fast.kernels.common import CHIPS, Chip
 
-from ..tolerances import FP8_SUM, assert_close_to_eager
+from ..support.tolerances import FP8_SUM, assert_close_to_eager
 from .conftest import BACKEND, launcher
 
 FP8 = torch.float8_e4m3fn

@@ -11,7 +11,7 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import reference
 
-from ..op_examples import OPS, example, registered_arguments, tensors
+from ..support.op_examples import OPS, example, registered_arguments, tensors
 
 pytestmark = pytest.mark.gpu
 

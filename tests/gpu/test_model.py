@@ -19,8 +19,8 @@ from llama_fast.generation import decode, generate
 from llama_fast.ops import linear as products
 from llama_fast.reference import unpack_weight
 
-from ..checkpoints import relative_error
-from ..recorded_graph import RecordedGraph
+from ..support.checkpoints import relative_error
+from ..support.recorded_graph import RecordedGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,8 +265,7 @@ def test_f21_the_first_product_of_a_process_is_captured(
     """Nothing has warmed up a library before the first generation, whose second step captures."""
     run_python(f"""
 import llama_fast as lf
-from tests.gpu.test_model import SMALL
-model = lf.Llama.from_config(SMALL, quantize={quantize}, device="cuda")
+model = lf.Llama.from_config(lf.{SMALL}, quantize={quantize}, device="cuda")
 first = model.generate([[1]], 12, temperature=0, graphs=True)
 assert model.generate([[1]], 12, temperature=0, graphs=False) == first
 """)

@@ -10,7 +10,7 @@ import llama_fast as lf
 from llama_fast import reference, triton_backend
 from llama_fast.kernels import common, rms_norm
 
-from ..tolerances import RMS_NORM_ULPS, ulps
+from ..support.tolerances import RMS_NORM_ULPS, ulps
 from .conftest import launcher
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

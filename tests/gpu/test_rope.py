@@ -49,7 +49,7 @@ def test_matches_eager(
 
 @pytest.mark.parametrize("position", [257, 8192, 131071])
 def test_f24_angles_are_not_in_16_bits(position: int, device: torch.device) -> None:
-    """Against fp64 angles, with everything else in bf16 (tests/test_rope.py has the bound)."""
+    """Against fp64 angles, with everything else in bf16 (tests/ops/test_rope.py has the bound)."""
     d = 128
     table = lf.rope_table(5e5, position + 1, head_dim=d, scaling=SCALING, device=device)
     q = torch.randn(1, 2, d).bfloat16().to(device)
