@@ -1,6 +1,6 @@
 """sdist -> wheel and editable installs, as a user makes them: build isolated, imports from outside.
 
-The kernels are compiled once for the file, without optimisation: what they compute is not the
+The kernels are compiled once for the file, without optimization: what they compute is not the
 question here. Everything happens on a copy of the checkout; the checkout itself stays as it is.
 """
 
@@ -91,7 +91,7 @@ def sdist(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    launcher = tmp_path_factory.mktemp("launcher") / "unoptimised"
+    launcher = tmp_path_factory.mktemp("launcher") / "unoptimized"
     launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
     launcher.chmod(0o755)
 

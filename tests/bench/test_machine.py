@@ -169,7 +169,7 @@ def test_a_long_first_call_counts_as_a_round() -> None:
     assert timing.measure(runs, 0.1, least=2)["ours"].rounds == len(called)
 
 
-def test_a_slow_baseline_is_measured_smaller_and_labelled(
+def test_a_slow_baseline_is_measured_smaller_and_labeled(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(measured.BUDGETS, "quick", 1e-9)  # nothing is fast enough

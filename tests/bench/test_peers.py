@@ -150,7 +150,7 @@ def test_a_peers_model_is_refused_where_it_cannot_run() -> None:
 # The same model.
 
 
-def test_rows_are_moved_so_that_neighbours_turn_together() -> None:
+def test_rows_are_moved_so_that_neighbors_turn_together() -> None:
     weight = torch.arange(8.0)[:, None]  # two heads of four rows
     moved = gguf_file.interleaved(weight, heads=2)
     assert moved.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

@@ -1,4 +1,4 @@
-"""Reading checkpoints: quantising, every FP8 format, memory, and files made to do harm."""
+"""Reading checkpoints: quantizing, every FP8 format, memory, and files made to do harm."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def is_linear(name: str) -> bool:
     return name.endswith(".weight") and name.split(".")[-2] in LINEARS
 
 
-def quantise(
+def quantize(
     folder: Path, granularity: str, suffix: str, chosen: Callable[[str], bool], **config: Any
 ) -> dict[str, Tensor]:
     """Rewrites the chosen linears in FP8. Returns what the checkpoint then means, in fp32."""
@@ -63,7 +63,7 @@ def quantise(
 
 
 def check_means(folder: Path, meant: dict[str, Tensor], tolerance: float = LOGITS) -> Llama:
-    """The loaded model computes what transformers does with the dequantised weights."""
+    """The loaded model computes what transformers does with the dequantized weights."""
     hf = hf_model(**LAYOUT)
     hf.load_state_dict(meant, strict=False)
     tokens = torch.randint(320, (2, 19))
@@ -99,7 +99,7 @@ def wide(tmp_path: Path) -> Path:
 
 def test_reads_fbgemm_fp8(wide: Path) -> None:
     skipped = ["model.layers.0", "self_attn", "lm_head"]
-    meant = quantise(
+    meant = quantize(
         wide,
         "row",
         "weight_scale",
@@ -114,7 +114,7 @@ def test_reads_fbgemm_fp8(wide: Path) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
-    meant = quantise(
+    meant = quantize(
         wide, granularity, "weight_scale", lambda n: n != "lm_head.weight", **COMPRESSED
     )
     held = tensors(wide)
@@ -125,14 +125,14 @@ def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
 
 
 def test_reads_fine_grained_fp8(wide: Path) -> None:
-    meant = quantise(wide, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK)
+    meant = quantize(wide, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK)
     scale = check_means(wide, meant).weights.layers[0].qkv.scale
     assert scale is not None and tuple(scale.shape) == (4, 1)  # as stored: 512 rows, 128 columns
 
 
-def test_blocks_that_straddle_fused_parts_are_quantised_by_row(folder: Path) -> None:
+def test_blocks_that_straddle_fused_parts_are_quantized_by_row(folder: Path) -> None:
     """k has 32 rows, so its block's scale would fall on v's too."""
-    meant = quantise(
+    meant = quantize(
         folder, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
     )
     layer = Llama.from_pretrained(folder, torch.float32).weights.layers[0]
@@ -143,14 +143,14 @@ def test_blocks_that_straddle_fused_parts_are_quantised_by_row(folder: Path) -> 
     assert torch.equal(plain, expected)
 
 
-def test_a_fused_weight_of_mixed_formats_is_dequantised(wide: Path) -> None:
-    meant = quantise(wide, "row", "weight_scale", lambda name: "q_proj" in name, **FBGEMM)
+def test_a_fused_weight_of_mixed_formats_is_dequantized(wide: Path) -> None:
+    meant = quantize(wide, "row", "weight_scale", lambda name: "q_proj" in name, **FBGEMM)
     assert check_means(wide, meant).weights.layers[0].qkv.scale is None
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("quantize", ["fp8", "fp8_ffn"])
-def test_quantises_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
+def test_quantizes_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
     hf = hf_model(tie_word_embeddings=tied)
     model = Llama.from_pretrained(save(hf, tmp_path), torch.float32, quantize)
     with torch.no_grad():
@@ -399,14 +399,14 @@ def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
         (FBGEMM | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert: got 'lm_head'"),
     ],
 )
-def test_other_quantisations_are_refused(folder: Path, config: Any, message: str) -> None:
+def test_other_quantizations_are_refused(folder: Path, config: Any, message: str) -> None:
     edit_json(folder / "config.json", quantization_config=config)
     with pytest.raises(ValueError, match=message):
         Llama.from_pretrained(folder)
 
 
 def test_fp8_must_agree_with_its_config(wide: Path) -> None:
-    quantise(wide, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
+    quantize(wide, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
     edit_json(
         wide / "config.json", quantization_config=FBGEMM | {"modules_to_not_convert": ["up_proj"]}
     )

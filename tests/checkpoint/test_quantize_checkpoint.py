@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_shard_size="300KB",
     )
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "LICENSE").write_text("a licence")
+    (folder / "LICENSE").write_text("a license")
     for name in STAY:
         (folder / name).write_text("weights in another format, or no part of the checkpoint")
     return folder
@@ -135,7 +135,7 @@ def test_transformers_and_llama_fast_read_it(source: Path, tmp_path: Path, recip
     assert torch.equal(hf_logits(dequantized, TOKENS), want)
     ours = lf.Llama.from_pretrained(tmp_path / "out", torch.float32)
     assert relative_error(ours(TOKENS), want) < 2e-5
-    # And as users of transformers load it, with activations quantised too: e4m3 has 3 bits, and
+    # And as users of transformers load it, with activations quantized too: e4m3 has 3 bits, and
     # random weights keep all of the noise.
     in_fp8 = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     error = hf_logits(in_fp8, TOKENS) - want
@@ -209,9 +209,9 @@ def test_refuses_to_write_into_the_input(source: Path, tmp_path: Path) -> None:
             quantize_checkpoint(source, same)
 
 
-def test_refuses_what_is_quantised_already(source: Path, tmp_path: Path) -> None:
+def test_refuses_what_is_quantized_already(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "once")
-    with pytest.raises(ValueError, match="already quantised"):
+    with pytest.raises(ValueError, match="start from the 16-bit weights"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
 
 

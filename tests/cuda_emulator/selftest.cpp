@@ -235,7 +235,7 @@ void write_past_the_end() {
     memory[101] = 0;
   });
 }
-void uninitialised() {
+void uninitialized() {
   run(1, 16, [] {
     LF_DYNAMIC_SHARED(memory);
     EXPECT(!std::isnan(reinterpret_cast<float*>(memory)[2]));
@@ -527,7 +527,7 @@ const Case cases[] = {
     {"bug_different_instructions", different_instructions},
     {"bug_read_past_the_end", read_past_the_end},
     {"bug_write_past_the_end", write_past_the_end},
-    {"bug_uninitialised", uninitialised},
+    {"bug_uninitialized", uninitialized},
     {"bug_misaligned_copy", misaligned_copy},
     {"bug_never_waited", never_waited},
 };

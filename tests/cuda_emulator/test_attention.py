@@ -206,9 +206,7 @@ def test_f31_views_of_a_fused_projection(cuda: Any, dtype: torch.dtype) -> None:
 
 
 @dtypes
-def test_f08_neighbours_and_masked_keys_of_nan_change_nothing(
-    cuda: Any, dtype: torch.dtype
-) -> None:
+def test_f08_neighbors_and_masked_keys_of_nan_change_nothing(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = (t[0] for t in qkv((90, 90), (2, 1), 64, dtype))
     cu = cu_seqlens([25, 40, 25])
     clean = run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)

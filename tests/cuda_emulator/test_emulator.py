@@ -53,7 +53,7 @@ BUGS = {
     "different_instructions": "meet in different instructions",
     "read_past_the_end": "memory fault",
     "write_past_the_end": "write past the end of shared memory",
-    "uninitialised": "line",
+    "uninitialized": "line",
     "misaligned_copy": "not aligned to 16",
     "never_waited": "cp.async is never waited for",
 }

@@ -67,7 +67,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan")).to(dtype)
 
 
-# ---- norms, activations, quantisers, rope ----
+# ---- norms, activations, quantizers, rope ----
 
 
 @pytest.mark.parametrize(

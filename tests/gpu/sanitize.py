@@ -55,9 +55,9 @@ class Doubt(NamedTuple):
 
 DOUBTS = (
     Doubt("memcheck", (2026, 2), "does not check TMA loads"),
-    Doubt("racecheck", (2026, 1), "reports races between warpgroups that are synchronised"),
+    Doubt("racecheck", (2026, 1), "reports races between warpgroups that are synchronized"),
     Doubt("racecheck", (2026, 3), "may report races where an mbarrier counts a TMA load's bytes"),
-    Doubt("initcheck", (2026, 1), "takes what TMA stores wrote for uninitialised"),
+    Doubt("initcheck", (2026, 1), "takes what TMA stores wrote for uninitialized"),
     Doubt("synccheck", (2025, 2), "mistakes arrivals at barriers that count bytes"),
 )
 

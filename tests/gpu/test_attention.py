@@ -227,7 +227,7 @@ def test_f08_a_value_past_the_diagonal_tiles_never_counts(
 @paths
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("causal", [True, False])
-def test_f08_packed_neighbours_never_count(
+def test_f08_packed_neighbors_never_count(
     device: torch.device, causal: bool, bad: float, tma: bool
 ) -> None:
     lengths = [25, 150, 25]

@@ -82,7 +82,7 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, native: bool, device: torch.
 
 
 def test_f38_ties_round_to_even(native: bool, device: torch.device) -> None:
-    """Halfway between neighbours, one by one, and both sides of each by one ulp of fp32: normals,
+    """Halfway between neighbors, one by one, and both sides of each by one ulp of fp32: normals,
     the first normal, subnormals, half of the smallest and one and a half times it."""
     ties = {
         17.0: 16.0, 19.0: 20.0, 21.0: 20.0, 23.0: 24.0, 1.0625: 1.0, 1.1875: 1.25,

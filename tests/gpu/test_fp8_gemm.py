@@ -49,7 +49,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture(autouse=True)
-def quantiser() -> Iterator[None]:
+def quantizer() -> Iterator[None]:
     """Not this file's subject."""
     with lf.use_backend("reference", "quantize_fp8"):
         yield
@@ -285,7 +285,7 @@ def test_f29_f31_strides_and_canaries(m: int, k: int, left: int, device: torch.d
 
 
 @pytest.mark.parametrize("n", [1, 33, 769])
-def test_f30_odd_width_leaves_neighbours_alone(n: int, device: torch.device) -> None:
+def test_f30_odd_width_leaves_neighbors_alone(n: int, device: torch.device) -> None:
     one = torch.ones(1, device=device)
     for m in (1, 66):
         a, b = integers(m, 32, device), integers(n, 32, device)
@@ -327,8 +327,8 @@ def test_f01_weight_past_2_to_31_elements(m: int, device: torch.device) -> None:
         weight[feature].fill_(2.0**i)
     want = torch.tensor([k * 2.0**i for i in range(4)], device=device)
     x = torch.ones(m, k, dtype=torch.bfloat16, device=device)
-    for quantise in (False, True):
-        out = lf.fp8_linear(x, weight, one, quantize_activation=quantise)
+    for quantize in (False, True):
+        out = lf.fp8_linear(x, weight, one, quantize_activation=quantize)
         assert (out[:, features] == want).all() and out.count_nonzero() == 4 * m
 
 
@@ -444,7 +444,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device)
 # ---- fp8_linear's choice ----
 
 
-def test_quantises_where_the_chip_multiplies_e4m3(chip: str, device: torch.device) -> None:
+def test_quantizes_where_the_chip_multiplies_e4m3(chip: str, device: torch.device) -> None:
     x, weight = torch.randn(3, 256).bfloat16().to(device), torch.randn(70, 256).to(device)
     native = common.chip_of(x).has_e4m3
     assert native == (chip not in ("sm_80",)) or chip == "at hand"
@@ -471,10 +471,10 @@ def test_f42_250_repeats(m: int, device: torch.device) -> None:
     x = torch.randn(m, 4096, device=device).bfloat16()
     for granularity in ("row", "block_2d"):
         q, scale = reference.quantize_fp8(torch.randn(1024, 4096, device=device), granularity)
-        for quantise in (True, False):
-            first = lf.fp8_linear(x, q, scale, quantize_activation=quantise)
+        for quantize in (True, False):
+            first = lf.fp8_linear(x, q, scale, quantize_activation=quantize)
             for _ in range(250):
-                again = lf.fp8_linear(x, q, scale, quantize_activation=quantise)
+                again = lf.fp8_linear(x, q, scale, quantize_activation=quantize)
                 assert torch.equal(again, first)
 
 

@@ -71,7 +71,7 @@ def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterato
 
 @pytest.mark.parametrize("quantize", [None, "fp8"], ids=["plain", "fp8"])
 def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None) -> None:
-    """fp8: activations unquantised, so that only the order of summation differs."""
+    """fp8: activations unquantized, so that only the order of summation differs."""
     model = tiny(device, quantize)
     tokens = torch.randint(TINY.vocab_size, (2, 37), device=device)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference", "fp8_linear"):
@@ -96,12 +96,12 @@ def test_cache_gives_what_no_cache_gives(device: torch.device, finds_runs: bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
-    """The kernels that quantise in passing against those that do nothing else."""
+def test_fused_quantization_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
+    """The kernels that quantize in passing against those that do nothing else."""
     model = tiny(device, "fp8", dtype)
     tokens = torch.randint(TINY.vocab_size, (2, 7), device=device)
     if not products.prefers_fp8_activations(model.weights.head.weight):
-        pytest.skip("fp8_linear does not quantise on this chip")
+        pytest.skip("fp8_linear does not quantize on this chip")
     fused = model(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Linear, "wants_fp8", False)
@@ -202,7 +202,7 @@ def test_sequences_stop_on_their_own() -> None:
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_device() -> None:
-    """After a call that compiles and captures, nothing in another one synchronises: torch raises
+    """After a call that compiles and captures, nothing in another one synchronizes: torch raises
     where it would. (Waiting for a token that is due, through an event, is no such thing.)"""
     model = small()
     for options in OPTIONS:

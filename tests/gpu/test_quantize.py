@@ -47,7 +47,7 @@ def test_bitwise(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> None:
     """All values that fit e4m3 go through the cast with a scale of exactly 1; then all finite
-    values, each with 447 neighbours under one scale."""
+    values, each with 447 neighbors under one scale."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     x = every[every.abs() <= 448]
     x = torch.cat((x, torch.full((1,), 448.0, dtype=dtype)))[None].to(device)
@@ -119,7 +119,7 @@ def test_scales_are_ieee_quotients(device: torch.device) -> None:
 
 
 def test_f38_ties_round_to_even(device: torch.device) -> None:
-    """Halfway between neighbours, one by one: normals, the first normal, subnormals, half of the
+    """Halfway between neighbors, one by one: normals, the first normal, subnormals, half of the
     smallest (to zero) and one and a half times it."""
     ties = {
         17.0: 16.0, 19.0: 20.0, 21.0: 20.0, 23.0: 24.0, 1.0625: 1.0, 1.1875: 1.25,

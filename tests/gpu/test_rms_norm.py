@@ -38,7 +38,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """And fusing changes no bit: the sum, the norm of the sum, the quantised norm."""
+    """And fusing changes no bit: the sum, the norm of the sum, the quantized norm."""
     x, residual, w = make(3, hidden, dtype, device)
     normed, total = lf.add_rms_norm(x, residual, w)
     assert torch.equal(total, x + residual)
@@ -67,7 +67,7 @@ def test_f29_f31_offsets_and_strides(hidden: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("hidden", [1, 769, 5125, 20001])
-def test_f30_odd_width_leaves_neighbours_alone(hidden: int, device: torch.device) -> None:
+def test_f30_odd_width_leaves_neighbors_alone(hidden: int, device: torch.device) -> None:
     x, residual, w = make(3, hidden, torch.bfloat16, device)
     out, total = torch.full((2, 5, hidden), 7.0, dtype=x.dtype, device=device)
     q, scale = torch.full_like(out, 7, dtype=torch.uint8), torch.full((5, 1), 7.0, device=device)

@@ -159,7 +159,7 @@ def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: torch.device) -> None:
     """Past the public op's checks, which a GPU's tensors do not get. A position outside the table,
-    whose neighbours in memory hold sevens, makes its token NaN; a slot outside writes nothing."""
+    whose neighbors in memory hold sevens, makes its token NaN; a slot outside writes nothing."""
     q, k, v, _, table = make(6, 4, 2, 32, torch.bfloat16, device)
     memory = torch.full((68, 32), 7.0, device=device)
     table = memory[2:-2].copy_(table)

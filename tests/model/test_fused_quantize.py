@@ -1,4 +1,4 @@
-"""Norm and SwiGLU that quantise for the FP8 GEMM behind them, in the model: when, and the bits."""
+"""Norm and SwiGLU that quantize for the FP8 GEMM behind them, in the model: when, and the bits."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def unpacked(model: Llama) -> Llama:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("quantize", ["fp8", "fp8_ffn"])
-def test_fused_quantisation_changes_no_bit(
+def test_fused_quantization_changes_no_bit(
     quantize: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norm and SwiGLU that quantise, against the separate ops that they stand for; with an
+    """Norm and SwiGLU that quantize, against the separate ops that they stand for; with an
     activation bound low enough to bite."""
     from llama_fast.checkpoint import weights
     from llama_fast.ops import activation, linear, rms_norm
@@ -63,8 +63,8 @@ def test_fused_quantisation_changes_no_bit(
         plain = model(tokens)
         assert called == []
         real_linear = linear.fp8_linear
-        quantising = lambda *a, **k: real_linear(*a, **{"quantize_activation": True} | k)  # noqa: E731
-        monkeypatch.setattr(linear, "fp8_linear", quantising)
+        forced = lambda *a, **k: real_linear(*a, **{"quantize_activation": True} | k)  # noqa: E731
+        monkeypatch.setattr(linear, "fp8_linear", forced)
         expected = model(tokens)
         assert called == [] and not torch.equal(expected, plain)
         monkeypatch.setattr(linear, "prefers_fp8_activations", lambda weight: True)

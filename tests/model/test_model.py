@@ -164,9 +164,9 @@ def test_random_weights_are_repeatable_and_keep_the_variance(quantize: str | Non
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert 0.5 < float(first.std()) < 2
     layers = models[0].weights.layers
-    quantised = [layer.down.scale is not None for layer in layers]
+    quantized = [layer.down.scale is not None for layer in layers]
     assert (
-        quantised
+        quantized
         == {None: [False] * 3, "fp8": [True] * 3, "fp8_ffn": [False, True, False]}[quantize]
     )
     assert (layers[1].qkv.scale is not None) == (quantize == "fp8")

@@ -182,7 +182,7 @@ def test_f10_packed_sequences_with_empty_ones(isa: str, dtype: torch.dtype, caus
             assert not alone.any()
 
 
-def test_a_packed_neighbour_of_nan_changes_nothing(isa: str) -> None:
+def test_a_packed_neighbor_of_nan_changes_nothing(isa: str) -> None:
     q, k, v = (t[0] for t in qkv((90, 90), (2, 1), 64, torch.bfloat16))
     cu = cu_seqlens([25, 40, 25])
     clean = lf.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)

@@ -99,7 +99,7 @@ def test_f40_compiles_whole(op: str) -> None:
 # ---- what they mean ----
 
 
-def test_append_quantises_what_it_would_have_written() -> None:
+def test_append_quantizes_what_it_would_have_written() -> None:
     arguments = fp8_example("apply_rope_and_append", slots=torch.tensor([3, -1, 0, 15, 7, 9]))
     arguments["v"][0, 0, :3] = torch.tensor([1e4, -1e4, float("nan")])
     plain = {
@@ -123,7 +123,7 @@ def test_append_quantises_what_it_would_have_written() -> None:
     assert torch.equal(*unwritten)
 
 
-def test_attention_is_that_over_the_dequantised_cache() -> None:
+def test_attention_is_that_over_the_dequantized_cache() -> None:
     a = fp8_example("attention_with_kvcache")
     k = a["k_cache"].float() * a["k_scale"][:, None]
     v = a["v_cache"].float() * a["v_scale"][:, None]

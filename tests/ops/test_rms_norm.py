@@ -35,7 +35,7 @@ def test_f29_any_width_and_offset(hidden: int, dtype: torch.dtype, isa: str) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_residual_and_fp8_are_the_unfused_ops(hidden: int, dtype: torch.dtype, isa: str) -> None:
-    """Fusing changes no bit: the sum, the norm of the sum, and the quantised norm."""
+    """Fusing changes no bit: the sum, the norm of the sum, and the quantized norm."""
     x, residual, w = make(5, hidden, dtype)
     normed, total = lf.add_rms_norm(x, residual, w)
     assert torch.equal(total, x + residual)
@@ -50,7 +50,7 @@ def test_residual_and_fp8_are_the_unfused_ops(hidden: int, dtype: torch.dtype, i
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def test_f30_odd_width_leaves_neighbours_alone(isa: str) -> None:
+def test_f30_odd_width_leaves_neighbors_alone(isa: str) -> None:
     for hidden in (769, 5125):
         x, _, w = make(3, hidden, torch.bfloat16)
         canary = torch.full((5, hidden), 7.0, dtype=torch.bfloat16)

@@ -62,8 +62,8 @@ def test_f37_every_value_times_fp32(interleaved: bool, dtype: torch.dtype, isa: 
         assert_same_bits(a, b)
 
 
-def test_f38_every_e4m3_tie_and_its_neighbours(isa: str) -> None:
-    """All 126 midpoints between neighbouring magnitudes, and the fp32 values next to each."""
+def test_f38_every_e4m3_tie_and_its_neighbors(isa: str) -> None:
+    """All 126 midpoints between neighboring magnitudes, and the fp32 values next to each."""
     magnitudes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
     low, high = magnitudes[:-1], magnitudes[1:]
     ties = (low + high) / 2

@@ -79,7 +79,7 @@ def test_planned_shared_memory_is_the_launchers(file: str, tmp_path: Path) -> No
 
 
 def test_portable_kernels_compile_for_blackwell(tmp_path: Path) -> None:
-    """sm_100a, which runs them from PTX until it has its own; unoptimised, in a quarter of the
+    """sm_100a, which runs them from PTX until it has its own; unoptimized, in a quarter of the
     time: what is asked is whether its compiler takes them."""
     program = shutil.which("nvcc")
     known = program and subprocess.run([program, "--list-gpu-arch"], capture_output=True, text=True)

@@ -60,7 +60,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """128,256 tokens. Skips the test where the ranks, which have a licence of their own, are not
+    """128,256 tokens. Skips the test where the ranks, which have a license of their own, are not
     at hand."""
     if not RANKS.exists():
         pytest.skip(f"needs Llama 3's tokenizer.model: no {RANKS.name}; LLAMA3_TOKENIZER names one")

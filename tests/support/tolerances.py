@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# rms_norm against the eager twin. 16 bits: both round twice (the normalised value, then the
+# rms_norm against the eager twin. 16 bits: both round twice (the normalized value, then the
 # product); the sums of squares are added in another order, which moves rstd by fp32 ulps and so,
 # near a tie, each rounding by one ulp of the dtype; the first is doubled at most where the product
 # crosses a power of two. fp32: rstd itself is off by 1.5 ulp from the sum's order, the division and
