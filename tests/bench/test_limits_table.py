@@ -1,4 +1,4 @@
-"""The limits table against sums done by hand."""
+"""Tests of the limits table against sums worked out by hand."""
 
 from __future__ import annotations
 
