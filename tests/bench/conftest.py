@@ -24,9 +24,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     """Return bench(*options) -> (exit status, JSON document), which runs a few rounds of each
     case."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
-    monkeypatch.setattr(
-        suite, "keep_freed", lambda: True
-    )  # it would affect the rest of the process
+    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it outlasts the test
 
     def run(*options: str) -> tuple[int, Any]:
         path = tmp_path / "figures.json"

@@ -58,7 +58,7 @@ def test_every_row_of_the_targets_is_measured() -> None:
             "limit",
             *made.baselines,
             "torch._scaled_mm",
-        }  # _scaled_mm: not every torch has it
+        }  # not in every torch
         assert set(made.targets) <= offered, plan.name
         assert set(made.baselines) <= set(cases.BASELINES), plan.name
 

@@ -1,4 +1,4 @@
-"""Reading checkpoints: quantizing, every FP8 format, memory, and files made to do harm."""
+"""Tests of reading checkpoints: quantizing, every FP8 format, memory, and hostile files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def is_linear(name: str) -> bool:
 def quantize(
     folder: Path, granularity: str, suffix: str, chosen: Callable[[str], bool], **config: Any
 ) -> dict[str, Tensor]:
-    """Rewrites the chosen linears in FP8. Returns what the checkpoint then means, in fp32."""
+    """Rewrite the chosen linears in FP8. Return the weights that the checkpoint now means, in
+    fp32."""
     held, meant = tensors(folder), {}
     for name, weight in list(held.items()):
         meant[name] = weight
@@ -63,7 +64,8 @@ def quantize(
 
 
 def check_means(folder: Path, meant: dict[str, Tensor], tolerance: float = LOGITS) -> Llama:
-    """The loaded model computes what transformers does with the dequantized weights."""
+    """Require that the loaded model computes what transformers does with the dequantized
+    weights."""
     hf = hf_model(**LAYOUT)
     hf.load_state_dict(meant, strict=False)
     tokens = torch.randint(320, (2, 19))
@@ -131,7 +133,7 @@ def test_reads_fine_grained_fp8(wide: Path) -> None:
 
 
 def test_blocks_that_straddle_fused_parts_are_quantized_by_row(folder: Path) -> None:
-    """k has 32 rows, so its block's scale would fall on v's too."""
+    """Give k 32 rows, so that its block's scale would also cover rows of v."""
     meant = quantize(
         folder, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
     )
@@ -160,13 +162,13 @@ def test_quantizes_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
             inside = ".layers.1.mlp." in f".{name}"
             if quantize == "fp8" or inside:
                 q = reference.dequantize_fp8(*reference.quantize_fp8(linear.weight))
-                linear.weight = torch.nn.Parameter(q)  # the embedding, where tied, keeps its own
+                linear.weight = torch.nn.Parameter(q)  # a tied embedding keeps its own
     tokens = torch.randint(320, (2, 19))
     assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
 
 
 def test_quantizes_what_the_file_holds(folder: Path) -> None:
-    """fp32 weights for a bf16 model: rounding them to bf16 first would round twice."""
+    """Load fp32 weights into a bf16 model. Rounding them to bf16 first would round twice."""
     held = tensors(folder)["model.layers.1.self_attn.o_proj.weight"]
     ours = Llama.from_pretrained(folder, torch.bfloat16, "fp8").weights.layers[1].output
     q, scale = reference.quantize_fp8(held)
@@ -179,7 +181,7 @@ def test_a_tied_checkpoint_may_store_its_head(tmp_path: Path) -> None:
     tokens, held = torch.randint(320, (1, 9)), tensors(folder)
     assert "lm_head.weight" not in held
     model = Llama.from_pretrained(folder, torch.float32)
-    assert model.weights.nbytes == sum(t.nbytes for t in held.values())  # the embedding once
+    assert model.weights.nbytes == sum(t.nbytes for t in held.values())  # a tied one once
     first = model(tokens)
     write(folder, held | {"lm_head.weight": held["model.embed_tokens.weight"].clone()})
     assert torch.equal(Llama.from_pretrained(folder, torch.float32)(tokens), first)
@@ -210,7 +212,8 @@ def test_excluded_modules_match_whole_components() -> None:
 
 
 def test_excluded_by_a_regex_of_the_beginning() -> None:
-    """As in compressed-tensors: from the name's start, and not to its end."""
+    """Match at the start of the name, and not necessarily to its end, as compressed-tensors
+    does."""
     form = Format("weight_scale", False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$"))
     assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
     assert not form.excludes("model.layers.2.mlp.up_proj")
@@ -239,7 +242,7 @@ def test_loading_holds_no_second_copy(tmp_path: Path, quantize: str) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     grown, held = map(int, run.stdout.split())
     largest = 2 * 4096 * 1024 * 2  # gate and up, bf16
-    # A fused weight may be there thrice: mapped, plain, packed.
+    # A fused weight may exist three times: mapped, plain, packed.
     assert grown < 1.05 * held + 3 * largest + (16 << 20)
 
 
@@ -247,7 +250,7 @@ def test_loading_holds_no_second_copy(tmp_path: Path, quantize: str) -> None:
 
 
 class Boom:
-    """Unpickled, it leaves a file behind."""
+    """Create a file when unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

@@ -1,4 +1,5 @@
-"""Checkpoints written in FP8: what is in them, who can read them, and what an interrupt leaves."""
+"""Tests of checkpoints written in FP8: their contents, their readers, and what an interrupt
+leaves."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ TOKENS = torch.arange(3, 40)[None]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Several shards in bf16, and files that should and should not come along."""
+    """Return a bf16 checkpoint of several shards, with files that should and should not be
+    copied."""
     torch.manual_seed(0)
     folder = save(
         hf_model(num_hidden_layers=4).bfloat16(),
@@ -99,8 +101,8 @@ def test_the_folder_is_complete(source: Path, tmp_path: Path) -> None:
 
 
 def test_everything_in_a_file_is_aligned(tmp_path: Path) -> None:
-    """Readers map files: the data begins at a multiple of 8 bytes, each tensor at one of its item,
-    also beside FP8 weights of 33 x 101."""
+    """Require alignment, because readers map files: the data begins at a multiple of 8 bytes and
+    each tensor at a multiple of its item size, also beside FP8 weights of 33 x 101."""
     model = hf_model(
         hidden_size=101, intermediate_size=33, num_attention_heads=1, num_key_value_heads=1
     )
@@ -135,8 +137,8 @@ def test_transformers_and_llama_fast_read_it(source: Path, tmp_path: Path, recip
     assert torch.equal(hf_logits(dequantized, TOKENS), want)
     ours = lf.Llama.from_pretrained(tmp_path / "out", torch.float32)
     assert relative_error(ours(TOKENS), want) < 2e-5
-    # And as users of transformers load it, with activations quantized too: e4m3 has 3 bits, and
-    # random weights keep all of the noise.
+    # transformers also quantizes activations. e4m3 has 3 bits of mantissa, and random weights
+    # average none of the noise away.
     in_fp8 = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     error = hf_logits(in_fp8, TOKENS) - want
     assert 0 < error.norm() / want.norm() < 0.3
@@ -172,7 +174,7 @@ def test_interrupted_it_leaves_nothing(
         if calls == 9:
             assert any(tmp_path.glob(".out.partial-*/*.safetensors")), "nothing written yet"
             if how == "SIGINT":
-                # A shell's background job, CI among them, starts with SIGINT ignored.
+                # A shell's background job, in CI too, starts with SIGINT ignored.
                 before = signal.signal(signal.SIGINT, signal.default_int_handler)
                 try:
                     signal.raise_signal(signal.SIGINT)

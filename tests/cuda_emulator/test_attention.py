@@ -1,4 +1,5 @@
-"""csrc/cuda/attention.cu in the emulator: every instance and tile path, any order of threads."""
+"""Tests of csrc/cuda/attention.cu in the emulator: every instance and tile path, in any order of
+threads."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def test_f09_ragged_tiles_with_and_without_a_mask(
     ids=lambda n: f"{n[0]}x{n[1]}",
 )
 def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, int]) -> None:
-    """Tiles of 128 keys: none, one or three under a mask, and up to four without."""
+    """Cover tiles of 128 keys: none, one or three with a mask, and up to four without."""
     q, k, v = qkv(lengths, (2, 1), 64, BF16)
     check(cuda, q, k, v)
     check(cuda, q, k, v, causal=False)
@@ -94,7 +95,7 @@ def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, 
 
 @pytest.mark.parametrize("lengths", [(300, 300), (400, 140)], ids=lambda n: f"{n[0]}x{n[1]}")
 def test_persistent_blocks_on_any_chip(cuda: Any, lengths: tuple[int, int]) -> None:
-    """A block to twelve tiles of queries, or one to each; the last ones may see nothing."""
+    """Give a block twelve tiles of queries, or one. The last blocks may see nothing."""
     q, k, v = qkv(lengths, (2, 1), 64, BF16, batch=2)
     expected = check(cuda, q, k, v)
     for multiprocessors, seed in ((1, 0), (1, 1), (2, 2), (5, 3), (132, 4)):
@@ -132,7 +133,7 @@ def test_equal_scores_give_the_exact_mean(cuda: Any, dtype: torch.dtype) -> None
 def test_a_winning_score_copies_its_value(
     cuda: Any, dtype: torch.dtype, d: int, size: float
 ) -> None:
-    """Up to scores of 9 * 2^26, whose rounding in base 2 is beyond what exp2 can take."""
+    """Cover scores up to 9 * 2^26, whose rounding error in base 2 exceeds what exp2 can take."""
     k = size * torch.randint(0, 2, (1, 150, 2, d)).mul(2).sub(1).to(dtype)
     v = torch.randn(1, 150, 2, d).to(dtype)
     chosen = (torch.rand(150) * (torch.arange(150) + 1)).long()
@@ -154,7 +155,7 @@ def test_f10_packed_sequences_with_empty_ones(cuda: Any, dtype: torch.dtype) -> 
 
 
 def test_packed_sequences_in_sections_of_heads(cuda: Any) -> None:
-    """Keys said to be many, so that no two key/value heads share the L2 cache's room."""
+    """Pretend that there are many keys, so that no two key/value heads share the L2 cache."""
     q, k, v = (t[0] for t in qkv((9, 9), (6, 3), 64, BF16))
     cu = cu_seqlens([4, 5])
     expected = run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)

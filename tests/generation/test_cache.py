@@ -1,4 +1,4 @@
-"""KVCache's blocks: reserved, refused, and read as one run where they follow each other."""
+"""Tests of KVCache's blocks: reserved, refused, and read as one run where they are consecutive."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_f22_a_pool_smaller_than_all_sequences_need() -> None:
 
 
 def test_prefill_over_a_run_of_slots_is_prefill_over_blocks() -> None:
-    """On a GPU a prompt's blocks are read as one piece of memory, by attention()."""
+    """Read consecutive blocks as one piece of memory by attention(), as a GPU does."""
     model = Llama.from_config(CONFIG, dtype=torch.float32)
     tokens = torch.randint(320, (1, 300))
     caches = [KVCache(CONFIG, 300, dtype=torch.float32, block_size=32) for _ in range(2)]

@@ -1,5 +1,5 @@
-"""The loop that runs ahead of a GPU, on CPU tensors: the tokens of the plain loop, and no more
-steps than it needs. tests/gpu/test_model.py has the same on a GPU."""
+"""Tests of the loop that runs ahead of a GPU, on CPU tensors: it returns the plain loop's tokens
+and takes no more steps than needed. tests/gpu/test_model.py runs it on a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model() -> Llama:
 
 
 def steps_taken() -> int:
-    """A step has two graphs: the model's, and its sampling's."""
+    """Return the number of steps. A step has two graphs: the model's and the sampling's."""
     runs = sum(graph.replays + graph.warm_ups for graph in RecordedGraph.made)
     assert runs % 2 == 0
     return runs // 2
@@ -49,7 +49,8 @@ def test_same_tokens_as_the_plain_loop(
 def test_sequences_stop_on_their_own(
     model: Llama, queued: int, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each at another step, so that rows move and the batch shrinks from bucket to bucket."""
+    """Stop each sequence at another step, so that rows move and the batch shrinks from bucket to
+    bucket."""
     monkeypatch.setattr(decode, "AHEAD", queued)
     batch = prompts(5, 9, 30, 4, 17)
     free = plainly(model, batch, 24, temperature=1.0, top_p=1.0, seed=5, stop_ids=())
@@ -85,7 +86,7 @@ def test_f26_a_ragged_batch_equals_singles(model: Llama) -> None:
 
 
 def test_a_token_is_emitted_before_the_next_but_one_is_computed(model: Llama) -> None:
-    """Streaming: AHEAD steps of delay at most, for the first tokens as well."""
+    """Stream with a delay of at most AHEAD steps, for the first tokens as well."""
     steps: list[int] = []
     spy = Llama(model.config, model.weights)
     spy.logits = lambda hidden: (steps.append(1), model.logits(hidden))[1]  # type: ignore[method-assign]
@@ -93,12 +94,12 @@ def test_a_token_is_emitted_before_the_next_but_one_is_computed(model: Llama) ->
     spy.generate(
         prompts(5, 9), 6, stop_ids=(), graphs=False, on_token=lambda *_: computed.append(len(steps))
     )
-    # Two first tokens, then pairs: a step computes both.
+    # Two first tokens, then pairs, because a step computes both sequences.
     assert computed == [2, 3, *[n for step in range(4, 8) for n in (step, step)], 7, 7]
 
 
 def test_no_more_steps_than_needed(model: Llama) -> None:
-    """A single sequence that stops computes AHEAD tokens that nobody sees."""
+    """Compute at most AHEAD tokens that nothing uses after a single sequence has stopped."""
     (prompt,) = prompts(5)
     options = {"temperature": 1.0, "top_p": 1.0, "seed": 2}
     (free,) = plainly(model, [prompt], 30, stop_ids=(), **options)
@@ -115,7 +116,7 @@ def test_f44_nan_in_the_model_names_the_prompt(model: Llama) -> None:
 
 
 def test_f44_nan_in_one_sequence_spares_the_others(model: Llama) -> None:
-    """A token whose embedding is NaN: its sequence fails, and says at which token."""
+    """Set one token's embedding to NaN. Its sequence fails, and the error names the token."""
     embedding = model.weights.embedding.clone()
     embedding[7] = math.nan
     broken = Llama(CONFIG, dataclasses.replace(model.weights, embedding=embedding))
@@ -143,12 +144,12 @@ def test_graphs_need_a_gpu(model: Llama, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_f47_a_bad_id_on_a_gpu_is_nan_for_its_sequence_only() -> None:
-    """What model() does where it cannot look at the ids."""
+    """Check model() where it cannot look at the ids."""
     config = LlamaConfig(320, 128, 192, 2, 8, 2, 16)
     model = Llama.from_config(config)
 
     class Elsewhere(Tensor):
-        """CPU tensors that deny it."""
+        """Report that a CPU tensor is not on the CPU."""
 
         is_cpu = False
 

@@ -1,5 +1,5 @@
-"""The decode step as a graph holds it: what is kept from call to call, the recorded graph itself,
-and what it must catch."""
+"""Tests of the decode step as a graph holds it: what stays between calls, and what the recorded
+graph catches."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def model() -> Llama:
 
 
 def test_graphs_serve_the_next_call(model: Llama) -> None:
-    """Other prompts, lengths, settings and seeds: the model's same graphs, the right tokens; and a
-    graph of sampling for each batch size and way of choosing."""
+    """Generate with other prompts, lengths, settings and seeds. The model's graphs stay; sampling
+    has a graph for each batch size and kind of choice."""
     for lengths, options in (
         ((190, 2, 3, 4), OPTIONS["top-p"]),
         ((5, 60, 200), OPTIONS["greedy"]),
@@ -46,7 +46,7 @@ def test_graphs_serve_the_next_call(model: Llama) -> None:
         expected = plainly(model, batch, 9, stop_ids=(), **options)
         assert model.generate(batch, 9, stop_ids=(), **options) == expected
     assert len(model.decoders) == 1
-    # 4 rows' model and top-p; greedy; both; then a row's model and greedy; all.
+    # Replays of: 4 rows' model and top-p; greedy; both; one row's model and greedy; all.
     replays = [graph.replays for graph in RecordedGraph.made]
     assert replays == [7 + 8 + 8, 7, 7, 7, 7 + 8, 7, 7]
 
@@ -86,8 +86,8 @@ def test_new_settings_in_each_call_do_not_pile_up(
 
 
 def test_a_failed_warm_up_is_no_warm_up(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling runs out of memory, say, at each graph's first call: the next generation warms it
-    up again, and captures only afterwards (RecordedGraph.capture looks)."""
+    """Fail each graph's first call, as if compiling ran out of memory. The next generation must
+    warm it up again and capture only afterwards (RecordedGraph.capture checks)."""
     warm_up = RecordedGraph.warm_up
     failures = iter((True, False, True))
 
@@ -99,7 +99,7 @@ def test_a_failed_warm_up_is_no_warm_up(model: Llama, monkeypatch: pytest.Monkey
     monkeypatch.setattr(RecordedGraph, "warm_up", fails)
     batch = prompts(5, 9)
     options = {"temperature": 0, "stop_ids": ()}
-    for _ in range(2):  # the model's, then the sampling's
+    for _ in range(2):  # the model's graph, then the sampling's
         with pytest.raises(torch.OutOfMemoryError):
             model.generate(batch, 6, **options)
     assert model.generate(batch, 6, **options) == plainly(model, batch, 6, **options)
@@ -108,7 +108,7 @@ def test_a_failed_warm_up_is_no_warm_up(model: Llama, monkeypatch: pytest.Monkey
 def test_a_step_launches_little_beside_its_graphs(
     model: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's launches of a step: a draw for each row, and the tokens' way back."""
+    """Require two launches beside the graphs: a draw for each row, and the copy of the tokens."""
 
     class Counted(TorchDispatchMode):
         def __torch_dispatch__(
@@ -137,7 +137,8 @@ def test_a_step_launches_little_beside_its_graphs(
 
 
 def test_memory_is_given_back_when_the_last_step_is_done(model: Llama) -> None:
-    """However it is dropped: another stream may still use it."""
+    """Drop the decoder. It must wait for its last step, because another stream may still use its
+    memory."""
 
     class Event:
         waited = False
@@ -180,7 +181,7 @@ def test_a_call_within_a_call_has_a_decoder_of_its_own(model: Llama) -> None:
 
 
 def test_the_model_goes_with_its_last_reference() -> None:
-    """Its memory is a GPU's: no cycle may keep it until the collector comes."""
+    """Require that no reference cycle keeps the model: its memory is a GPU's."""
     model = Llama.from_config(CONFIG)
     model.generate(prompts(5, 6, 7), 6, temperature=0, stop_ids=())
     gone = weakref.ref(model), weakref.ref(model.decoders[0])
@@ -203,7 +204,7 @@ def test_sizes() -> None:
     assert len({Size(1, n, n).rounded() for n in range(1, 4096)}) < 50
 
 
-# ---- the recorded graph itself, and what it must catch ----
+# ---- the recorded graph: what it must catch ----
 
 
 def decoder(model: Llama, lengths: list[int]) -> Decoder:
@@ -216,7 +217,7 @@ def decoder(model: Llama, lengths: list[int]) -> Decoder:
 
 
 def broken(attribute: str, change: Callable[[Tensor], Tensor]) -> type[Decoder]:
-    """A decoder that makes one of its tensors anew after each step."""
+    """Return a decoder that replaces one of its tensors by a new one after each step."""
 
     class Broken(Decoder):
         def __init__(self, *args: Any) -> None:
@@ -235,8 +236,8 @@ def broken(attribute: str, change: Callable[[Tensor], Tensor]) -> type[Decoder]:
 def test_f20_a_tensor_made_anew_is_caught(
     model: Llama, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The test of the tests above: tensors that move give other tokens, once a sequence has ended
-    and the others change rows."""
+    """Check RecordedGraph: tensors that move must give other tokens once a sequence has ended and
+    the others change rows."""
     batch = prompts(5, 120, 130, 9)
     options = {"temperature": 1.0, "top_p": 1.0, "seed": 1}
     free = plainly(model, batch, 12, stop_ids=(), **options)

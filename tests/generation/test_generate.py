@@ -1,4 +1,4 @@
-"""Generation: against transformers, ragged batches against singles, sampling at its ends, text."""
+"""Tests of generation: transformers' tokens, ragged batches, sampling at its limits, and text."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_seeds(model: Llama) -> None:
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_f49_each_stop_id_stops(model: Llama, which: int) -> None:
-    """The stop id is the last that is returned; sequences stop on their own."""
+    """Return the stop id as the last token. Sequences stop independently."""
     batch = prompts(8, 30)
     free = model.generate(batch, 40, 1.0, seed=5, stop_ids=())
     assert [len(ids) for ids in free] == [40, 40]
@@ -169,7 +169,7 @@ def test_f45_top_p_at_its_ends(top_k: int) -> None:
 
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 1 - 1e-7, 1.0])
 def test_f45_nearly_flat_logits_keep_their_share(top_p: float) -> None:
-    """20,000 tokens, in falling order and all about as likely: the first top_p of them is kept."""
+    """Keep the first top_p of 20,000 tokens in falling order that are all about as likely."""
     drawn = draws(torch.linspace(0, -1e-3, 20_000), 100, top_p=top_p)
     assert 0.8 * top_p * 20_000 <= max(drawn) <= top_p * 20_001
     assert max(draws(torch.zeros(20_000), 100, top_p=1.0)) < 20_000
@@ -181,7 +181,8 @@ def test_f45_nearly_flat_logits_keep_their_share(top_p: float) -> None:
 def test_f46_the_last_token_wins_where_it_should(
     vocab: int, top_p: float, temperature: float
 ) -> None:
-    """All logits are negative, so zeros of a tail tile would win; and one in the tail must."""
+    """Choose the largest of negative logits: zeros of a tail tile would win, and so must one in the
+    tail."""
     logits = torch.full((vocab,), -40.0)
     for best in (vocab - 1, 0, 4096):
         row = logits.clone()
@@ -191,7 +192,7 @@ def test_f46_the_last_token_wins_where_it_should(
 
 @pytest.mark.parametrize("vocab", [8193, 128256])
 def test_f46_the_head_has_no_tail(vocab: int) -> None:
-    """Negative logits throughout: a tile that goes past the vocabulary shows as zeros."""
+    """Compute negative logits only: a tile that reaches past the vocabulary shows as zeros."""
     config = dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=1)
     model = Llama.from_config(config, dtype=torch.float32)
     weight = -torch.rand(vocab, 128)
@@ -206,7 +207,7 @@ def test_top_p_keeps_what_it_says() -> None:
     for top_p, kept in ((0.49, {0}), (0.55, {0, 1}), (0.85, {0, 1, 2}), (0.96, {0, 1, 2, 3})):
         assert draws(logits, 500, top_p=top_p) == kept
     assert draws(logits, 500, top_p=1.0, top_k=2) == {0, 1}
-    assert draws(logits, 500, top_p=0.6, top_k=2) == {0}  # of the two left, 0.625 and 0.375
+    assert draws(logits, 500, top_p=0.6, top_k=2) == {0}  # 0.625 and 0.375 are left
 
 
 def test_draws_in_proportion() -> None:
@@ -216,7 +217,7 @@ def test_draws_in_proportion() -> None:
     for _ in range(4000):
         counts[sample(p.log(), 1.0, 1.0, 0, generator)] += 1
     chi2 = ((counts - 4000 * p) ** 2 / (4000 * p)).sum()
-    assert chi2 < 16.3  # 0.1 % of honest samplers exceed it (3 degrees of freedom)
+    assert chi2 < 16.3  # 0.1 % of correct samplers exceed it (3 degrees of freedom)
 
 
 @given(
@@ -230,7 +231,7 @@ def test_draws_in_proportion() -> None:
 def test_samples_only_what_is_kept(
     row: list[float], temperature: float, top_p: float, top_k: int, seed: int
 ) -> None:
-    """Against top-k, then top-p, written out over the sorted list."""
+    """Compare with top-k, then top-p, written out over the sorted list."""
     if max(row) == NEG:
         return
     logits = torch.tensor(row)
@@ -239,7 +240,7 @@ def test_samples_only_what_is_kept(
     total, before, allowed = sum(weights[i] for i in order), 0.0, set()
     for i in order:
         if before <= top_p * total * (1 + 1e-12) and weights[i] > 0:
-            allowed |= {j for j in range(len(row)) if weights[j] == weights[i]}  # ties: either
+            allowed |= {j for j in range(len(row)) if weights[j] == weights[i]}  # ties
         before += weights[i]
     got = sample(logits, temperature, top_p, top_k, torch.Generator().manual_seed(seed))
     assert got in allowed
@@ -249,7 +250,7 @@ def test_samples_only_what_is_kept(
 
 
 class ByteTokenizer:
-    """A token a byte: the hardest case, as in byte-level BPE for characters it never merged."""
+    """Make a token of each byte, as byte-level BPE does for characters that it never merged."""
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
@@ -282,7 +283,7 @@ def test_f53_bytes_that_are_no_character_come_out_at_the_end() -> None:
 
 
 def test_streamed_words_keep_the_spaces_between_them() -> None:
-    """Decoders such as sentencepiece's leave out the space before the first token of a text."""
+    """Decode as sentencepiece does, without the space before the first token of a text."""
 
     class Words:
         def decode(self, ids: list[int]) -> str:

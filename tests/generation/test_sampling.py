@@ -1,5 +1,5 @@
-"""Sampling a batch of rows at once: the ids of sampling one by one, whatever the batch, the order
-of sums and the draw."""
+"""Tests of sampling a batch at once: it must return the ids of sampling row by row, in any batch,
+order of sums and draw."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_rows_are_sampled_the_same_in_any_batch(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 8193)], ids=str)
 def test_top_k_is_a_stable_sorts(shape: tuple[int, ...]) -> None:
-    """Ties, both zeros, infinities, subnormals: the ids of a stable sort, and no sort."""
+    """Compare with a stable sort, on ties, both zeros, infinities and subnormals."""
     logits = (2 * torch.randn(shape)).round()
     logits[..., ::5] *= 0.0
     logits[..., 3::11], logits[..., 4::13], logits[..., 5::17] = -math.inf, 1e-44, -1e-44
@@ -72,14 +72,15 @@ def test_top_k_is_a_stable_sorts(shape: tuple[int, ...]) -> None:
 
 
 def test_top_k_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 128,256 logits of a row sorted take longer than the rest of sampling."""
+    """Forbid sorting: sorting the 128,256 logits of a row takes longer than the rest of
+    sampling."""
     monkeypatch.setattr(torch.Tensor, "sort", None, raising=False)
     sampling.sample_rows(torch.randn(2, 50), torch.rand(2, dtype=torch.float64), 1.0, 0.9, 5)
     sampling.sample(torch.randn(50), 1.0, 0.9, 5)
 
 
 def test_weights_have_one_sum_in_any_order() -> None:
-    """So it does not matter in what pieces a device adds them up."""
+    """Require that the order in which a device adds the weights does not matter."""
     weights = sampling._weights(6 * torch.randn(128256), torch.tensor(25.0), 0.7)
     orders = [weights.flip(0), weights.view(501, 256).t().flatten(), weights.sort().values]
     assert {int(w.cumsum(0)[-1]) for w in [weights, *orders]} == {int(weights.sum())}
@@ -96,7 +97,7 @@ def test_f45_draws_at_both_ends_of_the_unit_interval(top_p: float) -> None:
 
 
 def test_one_number_at_a_time_or_all_at_once() -> None:
-    """A seed gives the same tokens on a GPU, which is sent all the numbers at once."""
+    """Draw the same tokens from a seed on a GPU, which receives all the numbers at once."""
     at_once = torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     one = torch.Generator().manual_seed(1)
     singly = [torch.rand(1, dtype=torch.float64, generator=one) for _ in range(100)]

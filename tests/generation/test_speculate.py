@@ -1,4 +1,5 @@
-"""Speculative decoding: plain decoding's tokens, whatever is proposed; and when it pauses."""
+"""Tests of speculative decoding: it returns plain decoding's tokens for any proposals, and it
+pauses."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def model() -> Llama:
 
 @pytest.fixture(scope="module")
 def draft() -> Llama:
-    """Of other weights, narrower, and with other attention heads."""
+    """Return a draft model: narrower, with other weights and attention heads."""
     config = dataclasses.replace(
         CONFIG, hidden_size=64, num_attention_heads=4, num_key_value_heads=1
     )
@@ -35,7 +36,7 @@ def draft() -> Llama:
 
 
 class Always(Pace):
-    """No pauses, which would depend on the machine's load."""
+    """Never pause: pauses depend on the machine's load."""
 
     def propose(self, active: Sequence[int], room: Sequence[int]) -> list[list[int]]:
         most = self._sequences[0].most
@@ -56,7 +57,7 @@ def repetitive(*lengths: int) -> list[list[int]]:
 
 
 class Oracle:
-    """Proposes what plain decoding will say, or always something else."""
+    """Propose the tokens of plain decoding, or always others."""
 
     def __init__(self, expected: list[list[int]], texts: list[list[int]], right: bool) -> None:
         self.expected, self.texts, self.right = expected, texts, right
@@ -79,7 +80,7 @@ def proposes(monkeypatch: pytest.MonkeyPatch, expected: list[list[int]], right: 
 
 
 def counted(model: Llama, *args: Any, **options: Any) -> tuple[list[list[int]], int, int, int]:
-    """The tokens, passes, proposed, accepted."""
+    """Return the tokens and the numbers of passes, proposed tokens and accepted tokens."""
     passes: list[tuple[int, int]] = []
     ids = model.generate(*args, **options, on_pass=lambda *counts: passes.append(counts))
     return ids, len(passes), sum(p for p, _ in passes), sum(a for _, a in passes)
@@ -93,8 +94,9 @@ def counted(model: Llama, *args: Any, **options: Any) -> tuple[list[list[int]], 
 def test_tokens_of_plain_decoding(
     model: Llama, draft: Llama, options: dict[str, Any], kind: str
 ) -> None:
-    """Ragged prompts of which some repeat, across blocks of the cache, with each way of sampling.
-    A model that drafts for itself is always right: it samples with the same numbers."""
+    """Decode ragged prompts, some repetitive, across blocks of the cache, with each kind of
+    sampling. A model that drafts for itself is always right, because it samples with the same
+    numbers."""
     batch = [*repetitive(40, 126), *prompts(1, 17)]
     by = {"lookup": "lookup", "draft": draft, "itself": model}[kind]
     expected = model.generate(batch, 40, stop_ids=(), **options)
@@ -111,7 +113,7 @@ def test_tokens_of_plain_decoding(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set(dtype: torch.dtype, isa: str, monkeypatch: Any) -> None:
     model = Llama.from_config(CONFIG, dtype=dtype)
-    batch = prompts(30, 500)  # 512 keys: a second chunk of the attention kernel's
+    batch = prompts(30, 500)  # 512 keys: a second chunk in the attention kernel
     for options in (OPTIONS["greedy"], OPTIONS["all"]):
         expected = model.generate(batch, 24, stop_ids=(), **options)
         proposes(monkeypatch, expected, True)
@@ -134,7 +136,7 @@ def test_a_proposer_that_is_always(
         model, batch, 33, stop_ids=(), speculate="lookup", draft_tokens=7, **options
     )
     assert ids == expected
-    assert passes == (4 if right else 32)  # 32 tokens after the first, 8 a pass
+    assert passes == (4 if right else 32)  # 32 tokens after the first, 8 per pass
     assert accepted == (proposed if right else 0) and proposed == 2 * (28 if right else 25 * 7 + 21)
 
 
@@ -201,7 +203,7 @@ def test_one_random_number_a_token(model: Llama, monkeypatch: pytest.MonkeyPatch
 def test_cache_holds_what_plain_decoding_left(
     model: Llama, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As seen in the last pass, which ends one sequence and does not reach the other's end."""
+    """Compare the cache after the last pass, which ends one sequence before the other's end."""
     made: list[KVCache] = []
 
     class Kept(KVCache):
@@ -233,7 +235,7 @@ def test_cache_holds_what_plain_decoding_left(
 def test_on_token_order_is_plain_decodings(
     model: Llama, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One sequence's proposals are right, the other's wrong."""
+    """Make one sequence's proposals right and the other's wrong."""
     batch = prompts(5, 12, 3)
     orders: list[list[tuple[int, int]]] = [[], []]
     free = model.generate(batch, 25, stop_ids=(), **options)
@@ -256,7 +258,7 @@ def test_on_token_order_is_plain_decodings(
 def test_f44_nan_says_the_same_after_the_same_tokens(
     model: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A token whose embedding is NaN is sampled in the midst of an accepted run."""
+    """Sample a token whose embedding is NaN in the middle of an accepted run."""
     batch, options = prompts(5, 9), {"temperature": 1.0, "top_p": 1.0, "seed": 3, "stop_ids": ()}
     free = model.generate(batch, 20, **options)
     bad = next(
@@ -293,15 +295,15 @@ def test_lookup() -> None:
     assert lookup({0: 3, 1: 4, 2: 5, 3: 2}) == {
         0: [4, 5, 9],
         1: [],
-        2: [5, 6, 5, 6, 5],  # goes on where the text ends
-        3: [9, 4],  # three tokens that match, although two do later
+        2: [5, 6, 5, 6, 5],  # continues past the end of the text
+        3: [9, 4],  # three tokens match here; two match later
     }
     texts[0] += [4, 7, 2, 3]
-    assert lookup({0: 2}) == {0: [4, 7]}  # the last time
+    assert lookup({0: 2}) == {0: [4, 7]}  # the last match
 
 
 def test_a_draft_model_sees_the_whole_text(model: Llama) -> None:
-    """After proposals that were refused, and after a pause longer than a chunk."""
+    """Propose after refused proposals, and after a pause longer than a chunk."""
     texts, generators = prompts(600, 4), [torch.Generator() for _ in range(2)]
     draft = Draft(model, texts, [1300, 1300], generators, (0, 1.0, 0))
 
@@ -340,9 +342,9 @@ def paced(
     passes: int = 400,
     most: int = 7,
 ) -> tuple[float, list[int]]:
-    """Times faster than plain decoding, and how many tokens each pass proposed. right(pass): how
-    many of its proposals are accepted at most. cost: what a proposal, or so many, add to a plain
-    pass's time, which is 1."""
+    """Return the speedup over plain decoding and how many tokens each pass proposed. right(pass)
+    bounds how many of its proposals are accepted. cost is what each proposal, or a number of them,
+    adds to the time of a plain pass, which is 1."""
     clock = Clock()
     pace = Pace(lambda wanted: {i: [0] * n for i, n in wanted.items()}, 1, most, clock)
     tokens, widths = 0, []
@@ -360,7 +362,7 @@ def paced(
 def test_it_pauses_where_proposals_are_wrong(per_row: float) -> None:
     speed, widths = paced(lambda _: 0, per_row)
     assert speed >= 0.97
-    assert 0 < sum(widths[-2 * LONGEST_PAUSE :]) <= 3  # and tries again now and then
+    assert 0 < sum(widths[-2 * LONGEST_PAUSE :]) <= 3  # it still tries now and then
 
 
 def test_it_proposes_more_where_proposals_are_right() -> None:
@@ -370,20 +372,20 @@ def test_it_proposes_more_where_proposals_are_right() -> None:
 
 
 def test_it_proposes_as_many_as_pay() -> None:
-    """A step of the cost from 6 to 7 rows, as of a kernel whose tiles have 6."""
+    """Raise the cost between 6 and 7 rows, as a kernel with tiles of 6 rows would."""
     speed, widths = paced(lambda _: 99, lambda n: 0.05 * n + 2.5 * (n > 5), most=15)
     assert widths.count(5) > 300 and speed > 0.85 * 6 / 1.25
 
 
 def test_one_slow_pass_does_not_count() -> None:
-    """The first of that width, as another program's turn may make it."""
+    """Slow the first pass of that width, as another program could."""
     slow = iter([4.0])
     _, widths = paced(lambda _: 99, lambda n: 0.05 * n + (next(slow, 0.0) if n else 0.0))
     assert widths.count(7) > 300
 
 
 def test_right_but_too_dear() -> None:
-    """One of each pass's tokens is right, and a row takes as long as a pass."""
+    """Make one token per pass right, at the cost of a pass per row."""
     assert paced(lambda at: at % 2, 1.2)[0] >= 0.95
     assert paced(lambda at: 99, 1.2)[0] >= 0.95
 
@@ -407,7 +409,7 @@ def test_a_sequence_pauses_on_its_own() -> None:
 
 @pytest.mark.parametrize("sequences", [2, 20, 31, 40])
 def test_a_pass_has_31_rows_at_most(sequences: int) -> None:
-    """So that no row takes another path with AMX than alone."""
+    """Bound the rows, so that with AMX no row takes another path than it takes alone."""
     clock, active = Clock(), range(sequences)
     pace = Pace(lambda wanted: {i: [0] * n for i, n in wanted.items()}, sequences, 15, clock)
     most = 0
@@ -426,7 +428,7 @@ def test_room_is_never_exceeded() -> None:
     for _ in range(speculate.PLAIN_PASSES):
         pace.passed([0, 1], pace.propose([0, 1], [5, 5]), [0, 0])
     for sequence in pace._sequences:
-        sequence.right = sequence.checked  # all right so far: as many as there is room for
+        sequence.right = sequence.checked  # all right so far: propose as many as there is room for
     assert [len(p) for p in pace.propose([0, 1], [0, 2])] == [0, 2]
 
 
