@@ -1,4 +1,4 @@
-"""The llama-fast command: what it prints, where, and its exit codes."""
+"""Tests of the llama-fast command: what it prints, where, and its exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """says(ids): the model computes what it does, and then these tokens are drawn."""
+    """Return says(ids): the model computes as usual, and then these tokens are drawn."""
 
     def install(ids: list[int]) -> None:
         tokens: Iterator[int] = iter(ids)
@@ -50,7 +50,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def failure(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error."""
+    """Return the error, which must be one line."""
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
     assert out == "" and len(lines) == 1 and lines[0].startswith("llama-fast: error: "), err
@@ -221,7 +221,7 @@ def test_ctrl_c_keeps_what_was_generated(
 
 
 def with_template(folder: Path, template: str | None) -> Path:
-    """No weights: every failure comes before they would be read."""
+    """Save a tokenizer without weights: every failure comes before they are read."""
     byte_tokenizer(template).save_pretrained(folder)
     return folder
 
@@ -247,7 +247,8 @@ def test_f54_hostile_chat_template(
 def test_chat_template_that_cuts_messages_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its control tokens could not be told from the user's."""
+    """Refuse a template that cuts messages: its control tokens could not be told from the
+    user's."""
     folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
     assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
     assert "takes messages apart" in failure(capsys)
@@ -311,7 +312,7 @@ def test_without_the_benchmark_suite(
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    """python -m llama_fast: the exit code, and no traceback."""
+    """Run python -m llama_fast: an exit code and no traceback."""
     command = [sys.executable, "-m", "llama_fast", "quantize", str(tmp_path), "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""

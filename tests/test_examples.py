@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, on a tiny model."""
+"""Run every script of examples/ on a tiny model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-# script -> its arguments (DIR: the checkpoint), and how its output begins
+# script -> its arguments (DIR: the checkpoint), and the start of its output
 CASES = {
     "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
     "speculate.py": (

@@ -1,4 +1,4 @@
-"""LlamaConfig: presets, both of Hugging Face's styles, and what is refused."""
+"""Tests of LlamaConfig: presets, both of Hugging Face's styles, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Norm and SwiGLU that quantize for the FP8 GEMM behind them, in the model: when, and the bits."""
+"""Tests of a norm and SwiGLU that quantize for the next FP8 GEMM in the model: when they do, and
+their bits."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unpacked(model: Llama) -> Llama:
-    """The same weights as [N, K], as on a GPU."""
+    """Return the same weights as [N, K], as on a GPU."""
 
     def plain(linear: Any) -> Any:
         return dataclasses.replace(linear, weight=lf.reference.unpack_weight(linear.weight))
@@ -38,8 +39,8 @@ def unpacked(model: Llama) -> Llama:
 def test_fused_quantization_changes_no_bit(
     quantize: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Norm and SwiGLU that quantize, against the separate ops that they stand for; with an
-    activation bound low enough to bite."""
+    """Compare norm and SwiGLU that quantize with the separate ops that they replace, at an
+    activation bound low enough to take effect."""
     from llama_fast.checkpoint import weights
     from llama_fast.ops import activation, linear, rms_norm
     from llama_fast.ops import quantize as quantizing

@@ -1,4 +1,4 @@
-"""Llama and KVCache against transformers on checkpoints that transformers saved."""
+"""Tests of Llama and KVCache against transformers, on checkpoints that transformers saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "no-scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "odd-vocab": {"vocab_size": 321, "intermediate_size": 200},
 }
-LOGITS = 2e-5  # of the largest, fp32: other orders of summation through three layers
+LOGITS = 2e-5  # of the largest logit, fp32: other orders of summation through three layers
 TINY = LlamaConfig(320, 128, 192, 3, 8, 2, 16, max_position_embeddings=4096)
 
 
@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("start", [0, 20_000, 100_000])
 def test_f25_logits_equal_transformers(pair: Any, start: int) -> None:
-    """At positions past 8192 a loader that drops the rope scaling is far off."""
+    """Use positions past 8192, where a loader that drops the rope scaling is far off."""
     hf, folder = pair
     model = Llama.from_pretrained(folder, torch.float32)
     tokens = torch.randint(hf.config.vocab_size, (2, 37))
@@ -87,7 +87,7 @@ def test_cache_gives_what_no_cache_gives() -> None:
 
 
 def test_batch_does_not_change_a_sequence() -> None:
-    """Ragged sequences decoded together give bit for bit what each gives alone."""
+    """Decode ragged sequences together. Each must give the bits that it gives alone."""
     model = Llama.from_config(TINY)
     lengths = [5, 130, 64]
     prompts = [torch.randint(320, (1, n)) for n in lengths]

@@ -1,4 +1,4 @@
-"""silu_and_mul against the eager twin, over every 16-bit value."""
+"""Tests of silu_and_mul against the eager twin, over every 16-bit value."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def same(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("up", [1.0, 1.30078125])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_value(dtype: torch.dtype, up: float, isa: str) -> None:
-    """silu of all 65,536 values, NaN and infinities included: at most two differ, by a rounding
-    tie that fp32's last bit decides. A factor shows that silu is rounded before it is multiplied.
-    """
+    """Compare silu of all 65,536 values, with NaN and infinities. At most two differ, by a rounding
+    tie that fp32's last bit decides. A factor shows that silu is rounded before it is
+    multiplied."""
     gate = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     gate_up = torch.cat((gate, torch.full_like(gate, up)))[None]
     ours, eager = lf.silu_and_mul(gate_up)[0], reference.silu_and_mul(gate_up)[0]
@@ -48,7 +48,8 @@ def test_matches_eager(width: int, dtype: torch.dtype, isa: str) -> None:
 
 
 def test_fp32_over_the_whole_range(isa: str) -> None:
-    """Where e^-x overflows, at infinities and at NaN as torch; elsewhere against fp64."""
+    """Compare with torch where e^-x overflows, at infinities and at NaN, and with fp64
+    elsewhere."""
     gate = torch.tensor(
         [-1e38, -100.0, -89.0, 0.0, 100.0, 1e38, *map(float, ("-inf", "inf", "nan"))]
     )
@@ -71,7 +72,7 @@ def test_f30_f31_strides_and_canaries(isa: str) -> None:
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("width", [4095, 4097, 4103, 8191])
 def test_f30_the_end_of_a_row_cut_into_items(width: int, dtype: torch.dtype, isa: str) -> None:
-    """A wide row is several items of work; the last must stop at the row's end."""
+    """Cut a wide row into several items of work. The last must stop at the row's end."""
     gate_up = torch.full((3, 2 * width), float("nan"), dtype=dtype)[:1]
     gate_up.copy_(torch.randn(1, 2 * width))
     canary = torch.full((3, width), 7.0, dtype=dtype)

@@ -1,4 +1,5 @@
-"""Products on a CPU with AMX, which a stand-in plays: which calls oneDNN gets, and its results."""
+"""Tests of products on a CPU with AMX, which is simulated: which calls go to oneDNN, and their
+results."""
 
 from __future__ import annotations
 
@@ -16,12 +17,12 @@ from llama_fast import _cpu, amx, reference
 from ..support.tolerances import assert_close_to_eager
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-ROWS = 40  # from which the stand-in's products are said to be faster
+ROWS = 40  # from this many rows on, oneDNN's products count as faster
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A CPU with AMX; collects the rows of each product that oneDNN gets."""
+    """Simulate a CPU with AMX. Collect the rows of each product that goes to oneDNN."""
     rows: list[int] = []
     product = amx.linear
 
@@ -44,7 +45,7 @@ def test_rows_decide(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     alone = lf.linear(x[:1], weight)
     assert torch.equal(lf.linear(x[: ROWS - 1], weight)[:1], alone) and not taken
     assert torch.equal(lf.linear(x, weight), F.linear(x, weight)) and taken == [ROWS]
-    monkeypatch.setattr(amx, "first_rows", lambda *_: 1)  # never below 32, whatever was measured
+    monkeypatch.setattr(amx, "first_rows", lambda *_: 1)  # never below 32, whatever is measured
     lf.linear(x[: amx.LEAST_ROWS - 1], weight)
     assert taken == [ROWS] and amx.LEAST_ROWS == 32
     lf.linear(x[: amx.LEAST_ROWS], weight)
@@ -52,7 +53,7 @@ def test_rows_decide(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_path_for_every_row(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deterministic algorithms, and a CPU that is not enabled."""
+    """Keep one path under deterministic algorithms, and on a CPU where AMX is not enabled."""
     x, weight = torch.randn(ROWS, 96).to(BF16), torch.randn(192, 96).to(BF16)
     alone = torch.cat([lf.linear(row, weight) for row in x.split(1)])
     torch.use_deterministic_algorithms(True)
@@ -65,8 +66,8 @@ def test_one_path_for_every_row(taken: list[int], monkeypatch: pytest.MonkeyPatc
 
 
 def test_other_dtypes_stay(taken: list[int]) -> None:
-    """fp16 and fp32 do not fit bf16; an fp32 result would be rounded to it; blocks of x are summed
-    one by one."""
+    """Keep products that oneDNN would change: fp16 and fp32 do not fit bf16, an fp32 result would
+    be rounded to it, and blocks of x are summed one by one."""
     for dtype in (torch.float16, torch.float32):
         lf.linear(integers(ROWS, 64, dtype), integers(64, 64, dtype))
         lf.fp8_linear(integers(ROWS, 64, dtype), integers(64, 64, FP8), torch.ones(1))
@@ -79,8 +80,8 @@ def test_other_dtypes_stay(taken: list[int]) -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block", "block_2d"])
 @pytest.mark.parametrize("n, k", [(1, 1), (130, 389), (1088, 300)])
 def test_integers_are_exact(granularity: str, n: int, k: int, taken: list[int], isa: str) -> None:
-    """Every layout and scale (powers of two), more features than are decoded at once, an x with a
-    row stride."""
+    """Cover every layout and scale (powers of two), more features than are decoded at once, and an
+    x with a row stride."""
     x, bias = integers(ROWS, k + 3)[:, 3:], torch.randint(-9, 10, (n,)).to(BF16)
     weight = integers(n, k)
     blocks = {"tensor": (1,), "row": (n, 1), "block": (n, -(-k // 128))}
@@ -102,7 +103,8 @@ def test_integers_are_exact(granularity: str, n: int, k: int, taken: list[int], 
 
 
 def assert_once_rounded(out: Tensor, want: Tensor) -> None:
-    """Powers of two commute with rounding to bf16, so a second rounding changes nothing."""
+    """Require one rounding. Powers of two commute with rounding to bf16, so a second one changes
+    nothing."""
     assert torch.equal(out, want.to(BF16))
 
 
@@ -118,7 +120,7 @@ def test_error_is_eagers(granularity: str, taken: list[int]) -> None:
 
 
 def test_every_code(taken: list[int], isa: str) -> None:
-    """Subnormals survive; NaN stays NaN, and in its feature."""
+    """Decode every code. Subnormals survive, and NaN stays NaN in its feature."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(256, 1).expand(256, 64).contiguous()
     x = torch.zeros(ROWS, 64, dtype=BF16)
     x[:, 63] = 1.0
@@ -139,7 +141,7 @@ def test_an_x_of_one_row_repeated(taken: list[int]) -> None:
 
 
 def test_first_rows_is_where_the_other_begins_to_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the clock: oneDNN's product takes 100 us whatever the rows, ours 1 us each."""
+    """Simulate the clock: oneDNN's product takes 100 us for any rows, ours 1 us per row."""
     now = 0.0
 
     def lasts(seconds: Callable[[int], float]) -> Callable[..., None]:

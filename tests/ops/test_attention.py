@@ -1,4 +1,4 @@
-"""attention against fp64, and everything a prefill must not do."""
+"""Tests of attention against fp64, and of what a prefill must not do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAN = float("nan")
 def qkv(
     lengths: tuple[int, int], heads: tuple[int, int], d: int, dtype: torch.dtype, batch: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; values with a mean, as activations have."""
+    """Return q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. v has a mean, as activations do."""
     (sq, sk), (h, hkv) = lengths, heads
     q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
     return q.to(dtype), k.to(dtype), (torch.randn(batch, sk, hkv, d) + 0.25).to(dtype)
@@ -138,7 +138,7 @@ def test_f08_a_masked_value_never_counts(
 @dtypes
 @pytest.mark.parametrize("keys", [64, 128, 200])
 def test_a_row_that_misses_only_its_last_key(isa: str, dtype: torch.dtype, keys: int) -> None:
-    """Two rows: the first misses one key of the block, and that is NaN."""
+    """Give the first of two rows all of a block but its last key, which is NaN."""
     q, k, v = qkv((2, keys), (1, 1), 32, dtype)
     clean = lf.attention(q, k, v)
     k[:, -1], v[:, -1] = NAN, NAN
@@ -238,7 +238,7 @@ def test_touches_nothing_outside(isa: str, dtype: torch.dtype, d: int) -> None:
 
 
 def test_f02_f05_offsets_beyond_int32(isa: str) -> None:
-    tokens, stride = 12, 2**28 + 64  # the last row starts at 2.9e9 elements; few pages are touched
+    tokens, stride = 12, 2**28 + 64  # the last row starts at element 2.9e9; few pages are touched
     q, k, v = (t[0] for t in qkv((tokens, tokens), (2, 1), 16, torch.bfloat16))
     cu = cu_seqlens([5, 7])
     expected = lf.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
@@ -274,11 +274,11 @@ def test_f41_a_row_does_not_depend_on_the_batch(
     q, k, v = qkv((300, 300), (4, 2), 64, dtype, batch=3)
     whole = lf.attention(q, k, v)
     assert torch.equal(lf.attention(q[1:2], k[1:2], v[1:2]), whole[1:2])
-    for n in (1, 2, 31, 255, 256):  # the last rows alone: a chunk of a prefill
+    for n in (1, 2, 31, 255, 256):  # the last rows alone, as a chunk of a prefill
         assert torch.equal(lf.attention(q[:, -n:], k, v), whole[:, -n:])
-    for n in (1, 100, 257):  # the first rows alone: a shorter prompt
+    for n in (1, 100, 257):  # the first rows alone, as a shorter prompt
         assert torch.equal(lf.attention(q[:, :n], k[:, :n], v[:, :n]), whole[:, :n])
-    for one in (slice(0, 2), slice(2, 4)):  # a head's share under tensor parallelism
+    for one in (slice(0, 2), slice(2, 4)):  # a rank's heads under tensor parallelism
         head = one.start // 2
         shard = lf.attention(q[:, :, one], k[:, :, head, None], v[:, :, head, None])
         assert torch.equal(shard, whole[:, :, one])
@@ -309,7 +309,7 @@ def test_any_shape(
     seed: int,
 ) -> None:
     if not causal:
-        lengths = [(sq, max(sk, 1)) for sq, sk in lengths]  # eager's softmax of nothing
+        lengths = [(sq, max(sk, 1)) for sq, sk in lengths]  # eager's softmax of nothing is NaN
     torch.manual_seed(seed)
     before = _cpu.isa()
     _cpu.set_isa(isa)

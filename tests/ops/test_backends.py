@@ -1,5 +1,5 @@
-"""Which backend serves an op: the defaults, use_backend(), the environment, and the errors for
-what is not there."""
+"""Tests of which backend serves an op: defaults, use_backend(), the environment, and errors for
+backends that are missing."""
 
 from __future__ import annotations
 

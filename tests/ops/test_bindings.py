@@ -1,4 +1,5 @@
-"""The tensors that a binding takes (csrc/tensor.h): every kind of them, and nothing else."""
+"""Tests of the tensors that a binding takes (csrc/tensor.h): every kind of them, and nothing
+else."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def test_every_kind_of_tensor_is_read(kind: str) -> None:
 
 def test_a_negative_bit_is_resolved_before_a_kernel_sees_it() -> None:
     x = torch.randn(64, 4)
-    lazy = torch.complex(torch.zeros(64, 4), -x).conj().imag[:, :1]  # one column: dense enough
+    lazy = torch.complex(torch.zeros(64, 4), -x).conj().imag[:, :1]  # one column: dense
     assert lazy.is_neg() and torch.equal(lazy, x[:, :1])
     assert torch.equal(lf.rms_norm(lazy, torch.ones(1)), lf.rms_norm(x[:, :1], torch.ones(1)))
 

@@ -1,4 +1,5 @@
-"""attention_with_kvcache against the eager twin in fp64, and all that must not reach a result."""
+"""Tests of attention_with_kvcache against the eager twin in fp64, and of what must not reach a
+result."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> T
     exact = reference.attention_with_kvcache(q.double(), k.double(), v.double(), seqlens, **options)
     allowed = 0.0
     if q.dtype == torch.float32:
-        # The allowance is for scores up to 8; a larger one is rounded by larger ulps.
+        # The allowance is for scores up to 8. A larger score is rounded by larger ulps.
         scale = options.get("softmax_scale") or q.shape[-1] ** -0.5
         largest = scale * (_norm(q) * _norm(k)).item() if q.numel() and k.numel() else 0.0
         value = ulp(v.nan_to_num(0, 0, 0).abs().max(), q.dtype).item() if v.numel() else 0.0
@@ -81,7 +82,7 @@ def test_many_chunks(isa: str, dtype: torch.dtype) -> None:
 
 @dtypes
 def test_exact_sums(isa: str, dtype: torch.dtype) -> None:
-    """Equal scores, integer values, a power of two of keys: nothing rounds."""
+    """Make nothing round: equal scores, integer values, a power of two of keys."""
     q, k = torch.zeros(1, 1, 4, 64, dtype=dtype), torch.randn(1, 256, 2, 64).to(dtype)
     v = torch.randint(-4, 5, (1, 256, 2, 64)).to(dtype)
     mean = v.double().mean(1).repeat_interleave(2, 1).to(dtype)
@@ -174,7 +175,7 @@ def test_f13_forced_splits_of_strided_queries(isa: str, dtype: torch.dtype, spli
     _, k, v = make(2, 1, 300, (6, 2), 32, dtype)
     q = torch.randn(2, 3, 6, 96).to(dtype)[:, 1:2, :, 32:64]
     seqlens = lengths(300, 61)
-    memory = torch.full((4, 1, 6, 32), 7.0, dtype=dtype)  # first: a crash says less
+    memory = torch.full((4, 1, 6, 32), 7.0, dtype=dtype)  # canaries first: a crash would say less
     rest = (None, True, 0.2, splits, None, None)
     cpu.decode_attention(memory[1:3], q, k, v, seqlens, *rest)
     assert (memory[[0, 3]] == 7).all()
@@ -221,7 +222,7 @@ def test_f04_keys_and_values_interleaved_in_one_pool(isa: str, dtype: torch.dtyp
 @dtypes
 @queries(1, 60)
 def test_caches_of_different_strides(isa: str, dtype: torch.dtype, sq: int) -> None:
-    """Keys token by token and values head by head, and the other way about."""
+    """Lay out keys token by token and values head by head, and the reverse."""
     q, k, v = make(2, sq, 90, (4, 2), 32, dtype)
     seqlens = lengths(90, 71)
     want = lf.attention_with_kvcache(q, k, v, seqlens)
@@ -238,7 +239,7 @@ def test_caches_of_different_strides(isa: str, dtype: torch.dtype, sq: int) -> N
 
 @queries(1, 64)
 def test_f03_highest_block_of_a_pool_past_2_to_the_31(isa: str, sq: int) -> None:
-    """Memory that is never touched costs nothing: only the blocks in use are."""
+    """Use only a few blocks of the pool: untouched memory costs nothing."""
     q, k, v = make(1, sq, 512, (8, 4), 128, torch.bfloat16)
     pools = [torch.empty(20000, 256, 4, 128, dtype=torch.bfloat16) for _ in range(2)]
     assert pools[0].numel() > 2**31
@@ -259,7 +260,7 @@ def test_f22_at_and_past_the_capacity() -> None:
             with pytest.raises(ValueError, match=f"cache_seqlens: got {bad}"):
                 lf.attention_with_kvcache(q, keys, values, lengths(1, bad), **options)
     table[1, 2] = paged_k.shape[0]
-    lf.attention_with_kvcache(q, paged_k, paged_v, lengths(48, 32), **paged)  # that far: unused
+    lf.attention_with_kvcache(q, paged_k, paged_v, lengths(48, 32), **paged)  # not read
     with pytest.raises(ValueError, match=r"block_table: got block 9 at \[1, 2\]"):
         lf.attention_with_kvcache(q, paged_k, paged_v, lengths(48, 33), **paged)
 
@@ -268,7 +269,8 @@ def test_f22_at_and_past_the_capacity() -> None:
 
 
 def test_more_chunks_than_one_wave_holds(isa: str) -> None:
-    """9 sequences of 16 heads in 1024 chunks each: over 80 MB of partial results, 64 to a wave."""
+    """Attend 9 sequences of 16 heads in 1024 chunks each: over 80 MB of partial results, 64 to a
+    wave."""
     q, k, v = make(9, 1, 1024, (16, 16), 8, torch.bfloat16)
     seqlens = lengths(1024, 1023, 1024, 1022, 1024, 1024, 1024, 1024, 1024)
     out = lf.attention_with_kvcache(q, k, v, seqlens, num_splits=1024)

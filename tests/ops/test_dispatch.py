@@ -1,4 +1,4 @@
-"""Which GPU backend a call takes: by chip and class of shapes, from dispatch.CHOICES."""
+"""Tests of which GPU backend a call takes, by chip and class of shapes, from dispatch.CHOICES."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ MEASURED = {
 
 @pytest.fixture
 def on_sm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """on_sm(90): as if on that chip, with the CUDA extension built and MEASURED chosen there."""
+    """Return on_sm(90), which simulates that chip with the CUDA extension built and MEASURED
+    chosen."""
 
     def clear() -> None:
         for cached in (dispatch._on_gpu, dispatch._no_chip, dispatch._warn_once):
@@ -108,7 +109,7 @@ def test_table_says_why(on_sm: Callable[..., None], monkeypatch: pytest.MonkeyPa
 def test_another_chip_is_not_measured(
     on_sm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gfx90a reports 9.0, as H100 does."""
+    """Reject gfx90a, which reports 9.0 as H100 does."""
     on_sm(89)
     assert dispatch._on_gpu("rms_norm", 0).choice == ("triton", NONE_YET)
     on_sm(90)
@@ -165,7 +166,7 @@ def test_every_op_hands_over_what_decides_its_class(
 
 
 def rows(op: str, n: int) -> tuple[Any, ...]:
-    """What op hands to kernels() for n rows, queries or packed tokens."""
+    """Return the tensors that op passes to kernels() for n rows, queries or packed tokens."""
     x = torch.empty(n, 512, dtype=torch.bfloat16)
     if op == "fp8_gemm":
         return x.to(torch.float8_e4m3fn), torch.empty(64, 1), torch.bfloat16
@@ -178,7 +179,7 @@ def rows(op: str, n: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("op", ON_GPUS)
 def test_a_class_depends_on_no_number_of_rows(op: str) -> None:
-    """But for FP8 products: both backends change kernels after 64 rows."""
+    """Require one class for any number of rows. Only FP8 products change kernels, after 64 rows."""
     found = [dispatch.shape_class(op, *rows(op, n)) for n in (1, 2, 64, 65, 4096)]
     assert None not in found
     if op.startswith("fp8_"):
@@ -188,7 +189,8 @@ def test_a_class_depends_on_no_number_of_rows(op: str) -> None:
 
 
 def test_fp8_linear_has_fp8_gemms_classes() -> None:
-    """A producer that quantizes hands fp8_gemm what fp8_linear would have made."""
+    """Require one class: a producer that quantizes calls fp8_gemm where fp8_linear would have
+    quantized."""
     for scale in (torch.empty(1), torch.empty(64, 1), torch.empty(1, 4)):
         for shape in ((1, 512), (2, 40, 512)):
             x = torch.empty(shape, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""KV caches in FP8 (e4m3 with k_scale and v_scale): both ops, KVCache and the model."""
+"""Tests of KV caches in FP8 (e4m3 with k_scale and v_scale): both ops, KVCache and the model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_f40_opcheck(op: str) -> None:
         torch.library.opcheck(
             overload,
             tuple(arguments[a.name] for a in overload._schema.arguments),
-            # Not test_schema: it compares inputs before and after with allclose, which has no FP8.
+            # Not test_schema: it compares inputs before and after with allclose, which lacks FP8.
             test_utils=["test_faketensor"],
         )
 

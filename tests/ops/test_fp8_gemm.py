@@ -1,4 +1,4 @@
-"""fp8_gemm against fp64: every granularity of scales, every e4m3 code, ragged shapes."""
+"""Tests of fp8_gemm against fp64: every granularity of scales, every e4m3 code, ragged shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scale_shape(granularity: str, rows: int, cols: int) -> tuple[int, ...]:
 
 
 def powers_of_two(granularity: str, rows: int, cols: int) -> Tensor:
-    """Scales that keep integer sums exact in fp32."""
+    """Return scales that keep integer sums exact in fp32."""
     return torch.exp2(torch.randint(-2, 3, scale_shape(granularity, rows, cols)).float())
 
 
@@ -67,7 +67,7 @@ def test_error_is_eagers(granularity: str, out_dtype: torch.dtype, isa: str) -> 
 
 @pytest.mark.parametrize("rows", [1, 16])
 def test_every_code_on_either_side(rows: int, isa: str) -> None:
-    """Through an identity matrix a code comes out as its value, subnormals and NaN included."""
+    """Multiply by an identity matrix: a code comes out as its value, also subnormals and NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     one = torch.ones(1)
     eye = torch.eye(256).to(FP8)
@@ -107,7 +107,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(granularity: str, isa: str, thre
     a, scale_a = reference.quantize_fp8(torch.randn(514, 769), "block" if blockwise else "row")
     b, scale_b = reference.quantize_fp8(torch.randn(130, 769), granularity)
     torch.set_num_threads(1)
-    some = (1, 253, 511, 513)  # either side of the rows that share a pass over the weight
+    some = (1, 253, 511, 513)  # on either side of the rows that share a pass over the weight
     alone = {i: lf.fp8_gemm(a[i : i + 1], b, scale_a[i : i + 1], scale_b)[0] for i in some}
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -117,7 +117,8 @@ def test_f41_a_row_does_not_depend_on_the_batch(granularity: str, isa: str, thre
 
 
 def test_f31_strides_and_canaries(isa: str) -> None:
-    """Rows inside wider tensors whose other columns are NaN; an output between canaries."""
+    """Put rows inside wider tensors whose other columns are NaN, and the output between
+    canaries."""
     wide = torch.full((40, 300), float("nan")).to(FP8)
     a, b = wide[:10, 7:136], wide[10:, 31:160]
     a.copy_(integers(10, 129))

@@ -1,4 +1,5 @@
-"""linear, fp8_linear and pack_weight: plain and packed weights give the same bits, at any batch."""
+"""Tests of linear, fp8_linear and pack_weight. Plain and packed weights give the same bits in any
+batch."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_integers_are_exact(rows: int, dtype: torch.dtype, isa: str) -> None:
-    """16-bit and FP8 weights, plain and packed; more columns than one decoded block."""
+    """Cover 16-bit and FP8 weights, plain and packed, with more columns than one decoded block."""
     x, bias = integers(rows, 1100, dtype), torch.randint(-9, 10, (192,)).to(dtype)
     weight = integers(192, 1100, dtype)
     want = (exact(x, weight) + bias.double()).to(dtype)
@@ -93,7 +94,8 @@ def test_scale_ub_bounds_what_is_quantized(granularity: str, isa: str) -> None:
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_code_of_the_weight(dtype: torch.dtype, rows: int, isa: str) -> None:
-    """One column: each output is one weight. Subnormals (2^-9 and up) survive, NaN stays NaN."""
+    """Multiply one column: each output is one weight. Subnormals (2^-9 and up) survive; NaN stays
+    NaN."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(256, 1)
     out = lf.fp8_linear(torch.ones(rows, 1, dtype=dtype), codes, ONE)
     want = codes.float().view(1, 256).expand(rows, 256).to(dtype)
@@ -105,8 +107,9 @@ def test_every_code_of_the_weight(dtype: torch.dtype, rows: int, isa: str) -> No
 def test_f41_a_row_does_not_depend_on_the_batch(
     dtype: torch.dtype, fp8: bool, isa: str, threads: None
 ) -> None:
-    """Nor on the threads, nor on the weight's layout: every row of every batch, either side of a
-    tile's rows, a pass's and 512; an odd number of columns and a panel that is not full too."""
+    """Require that a row depends on neither batch, threads nor the weight's layout: every row of
+    batches on either side of a tile's rows, of a pass's and of 512, with an odd number of columns
+    and a panel that is not full."""
     x, weight = torch.randn(513, 390).to(dtype), torch.randn(130, 390).to(dtype)
     op: Callable[[Tensor, Tensor], Tensor] = lf.linear
     scale = ONE
@@ -143,7 +146,8 @@ def test_f41_block_scales(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_f31_strides_and_canaries(dtype: torch.dtype, isa: str) -> None:
-    """Rows inside wider tensors whose other columns are NaN; an output between canaries."""
+    """Put rows inside wider tensors whose other columns are NaN, and the output between
+    canaries."""
     for rows in (1, 3, 20):
         wide = torch.full((rows + 70, 300), float("nan"), dtype=dtype)
         x, weight = wide[:rows, 3:132], wide[rows:, 5:134]
@@ -159,7 +163,7 @@ def test_f31_strides_and_canaries(dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("value", [1e3, 1e4, 6e4])
 def test_f48_large_fp16(value: float, isa: str) -> None:
-    """Partial sums pass fp16's 65504 by far; only the result has to fit."""
+    """Let partial sums pass fp16's 65504 by far. Only the result has to fit."""
     x = torch.full((2, 512), value, dtype=torch.float16)
     weight = torch.ones(64, 512)
     weight[:, 256:] = -1.0
@@ -170,7 +174,7 @@ def test_f48_large_fp16(value: float, isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_codes_anywhere_in_a_weight(dtype: torch.dtype, isa: str, one_thread: None) -> None:
-    """First, last and tail features and columns: NaN there, the others' bits as before."""
+    """Put NaN into first, last and tail features and columns. Other features keep their bits."""
     x, weight = torch.randn(40, 389).to(dtype), integers(130, 389, torch.float32).to(FP8)
     for w in (weight, weight[:128, :388]):
         n, k = w.shape
@@ -197,8 +201,8 @@ def test_nan_codes_anywhere_in_a_weight(dtype: torch.dtype, isa: str, one_thread
 
 @pytest.mark.parametrize("value", [1e-39, 1e-30, 1.0, 300.0, 1e32])
 def test_x_of_any_size(value: float, isa: str, one_thread: None) -> None:
-    """fp32's range, its denormals included, against e4m3's smallest and largest weights; large and
-    small values in one row, and rows that share a tile with Inf, as they are without."""
+    """Cover fp32's range with denormals against e4m3's smallest and largest weights. One row has
+    large and small values, and rows that share a tile with Inf must not change."""
     codes = torch.randint(0, 127, (128, 300), dtype=torch.uint8)
     codes[:, ::2] %= 8  # subnormal
     codes[:, 7] = 0
@@ -218,7 +222,7 @@ def test_x_of_any_size(value: float, isa: str, one_thread: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_flushed_denormals_change_nothing(dtype: torch.dtype, isa: str, one_thread: None) -> None:
-    """Another library may have told the CPU to take denormals for zeros."""
+    """Flush denormals to zero, as another library may have set the CPU to do."""
     codes = torch.arange(128 * 300).view(128, 300) % 8 + torch.arange(300) % 2 * 128
     weight = codes.to(torch.uint8).view(FP8)
     x = torch.randn(40, 300).to(dtype)
@@ -266,7 +270,7 @@ def test_pack_weight_moves_bits(k: int, dtype: torch.dtype, isa: str) -> None:
 @pytest.mark.big
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 def test_f01_weight_past_2_to_31_elements(packed: bool) -> None:
-    """Features either side of element 2^31, each with its own value."""
+    """Use features on either side of element 2^31, each with its own value."""
     k = 8192
     n = 2**31 // k + 128
     weight = torch.zeros((n // 64, k // 2, 64, 2) if packed else (n, k), dtype=FP8)
@@ -280,7 +284,7 @@ def test_f01_weight_past_2_to_31_elements(packed: bool) -> None:
 
 
 def test_f02_row_stride_past_2_to_31(isa: str) -> None:
-    """Two rows 2^31 + 64 elements apart; pages that nobody touches cost nothing."""
+    """Put two rows 2^31 + 64 elements apart. Untouched pages cost nothing."""
     stride = 2**31 + 64
     memory = torch.empty(stride + 64, dtype=torch.bfloat16)
     rows = memory.as_strided((2, 64), (stride, 1))

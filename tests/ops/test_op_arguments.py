@@ -1,4 +1,5 @@
-"""A bad argument of any op raises, and is named with what was got and what is wanted."""
+"""Tests that a bad argument of any op raises an error with its name, its value and the valid
+values."""
 
 from __future__ import annotations
 
@@ -240,11 +241,11 @@ def test_f23_position_outside_the_table(op: str, bad: int) -> None:
         call(op, positions=torch.tensor([0, 1, bad, 3, 4, 5]))
 
 
-# ---- layouts: of what is no activation, any stride will do ----
+# ---- layouts: integer arguments, tables and scales may have any stride ----
 
 
 def _spaced(t: Tensor, fill: float) -> Tensor:
-    """The same values at every second place of each dimension, fill between them."""
+    """Return the same values at every second place of each dimension, with fill between them."""
     wide = torch.full([2 * n for n in t.shape], fill, dtype=t.dtype)
     return wide[tuple(slice(None, None, 2) for _ in t.shape)].copy_(t)
 
@@ -293,7 +294,7 @@ PACKED = {"q": x(6, H, D), "k": x(9, HKV, D), "v": x(9, HKV, D),
 def test_f31_strided_arguments(
     op: str, name: str, layout: Any, fill: float, changed: dict[str, Any]
 ) -> None:
-    """Two calls, alike but for the strides of one argument; what lies between is poison."""
+    """Call twice, with other strides of one argument. Poison lies between its elements."""
     arguments = example(op) | changed | (PACKED if op == "attention" else {})
     results = []
     for argument in (arguments[name], layout(arguments[name], fill)):

@@ -1,5 +1,5 @@
-"""What holds for every op alike: the reference's signature and results, registration,
-torch.compile, threads, zero rows, memory."""
+"""Tests of all ops alike: the reference's signature and results, registration, torch.compile,
+threads, zero rows, memory."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_docstring_names_shapes(op: str) -> None:
 
 
 class _DivisionsByNumbers(TorchDispatchMode):
-    """Lists divisions whose divisor is a Python number or a scalar on the CPU. PyTorch runs them as
-    products with the reciprocal on a GPU: an ulp off there, and nothing to see here."""
+    """List divisions by a Python number or a CPU scalar. On a GPU PyTorch multiplies by the
+    reciprocal instead, which is off by an ulp there and does not show here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def test_no_twin_divides_by_a_number(op: str) -> None:
 
 
 def test_sampling_does_not_divide_by_a_number() -> None:
-    """The same seed, the same tokens on every device."""
+    """Sample without such divisions, so that a seed gives the same tokens on every device."""
     logits, u = torch.randn(2, 50), torch.rand(2, dtype=torch.float64)
     with _DivisionsByNumbers() as divisions:
         for top_k in (0, 3):
@@ -125,7 +125,7 @@ def test_f11_zero_rows_then_a_normal_call() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called with Linux's numbers")
 def test_f29_no_op_reads_past_its_inputs(run_python: Callable[..., Any]) -> None:
-    """A tail that is loaded as a whole vector goes unnoticed until its page is the last."""
+    """Put inputs at the end of mapped memory: only there does a vector load of a tail fault."""
     run = run_python("from tests.support.guarded import main; main()", check=False)
     assert run.returncode == 0, run.stdout.splitlines()[-1:] + run.stderr.splitlines()[-3:]
     assert all(f" {op} " in run.stdout for op in {*OPS} - {"add_rms_norm"})
@@ -136,7 +136,7 @@ def test_f29_no_op_reads_past_its_inputs(run_python: Callable[..., Any]) -> None
 
 @pytest.mark.parametrize("op", [*OPS, "rms_norm_fp8-plain"])
 def test_f40_opcheck(op: str) -> None:
-    """Schema, fake version, strides and functionalisation, by torch's own checker."""
+    """Check schema, fake version, strides and functionalization with torch's own checker."""
     overload, arguments = registered_arguments(op.removesuffix("-plain"))
     if op.endswith("-plain"):
         overload = torch.ops.llama_fast.rms_norm_fp8.default
@@ -171,7 +171,7 @@ def test_f40_compiles_whole_with_dynamic_shapes(op: str) -> None:
 
 
 def test_no_op_holds_the_interpreter_lock_or_shared_state() -> None:
-    """Eight Python threads, one answer."""
+    """Call one op from eight Python threads."""
     a, w = x(512, 1024), x(1024)
     expected = lf.rms_norm(a, w)
     failures: list[int] = []
@@ -193,7 +193,7 @@ def test_no_op_holds_the_interpreter_lock_or_shared_state() -> None:
 def test_large_outputs_ask_for_huge_pages(
     rows: int, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From 32 MB on, where each allocation is fresh memory, and before it is written."""
+    """Ask from 32 MB on, where each allocation is fresh memory, and before it is written."""
     asked_for: list[Tensor] = []
     monkeypatch.setattr(_cpu, "advise_huge_pages", asked_for.append)
     x = torch.ones(rows, 4096, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""quantize_fp8: bit for bit what the eager twin gives, on every instruction set."""
+"""Tests of quantize_fp8: it must have the eager twin's bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_bitwise(shape: tuple[int, int], granularity: str, dtype: torch.dtype, i
 
 
 def test_a_tensors_largest_element_may_be_anywhere(isa: str, threads: None) -> None:
-    """The rows are shared out in 64 parts, here of 32: one of its first, one of its last rows."""
+    """Put the largest into the first or last rows of a part: the rows are divided into 64 parts of
+    32."""
     x = torch.randn(2048, 512)
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -48,7 +49,7 @@ def test_a_tensors_largest_element_may_be_anywhere(isa: str, threads: None) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_every_16_bit_value(dtype: torch.dtype, isa: str) -> None:
-    """All values that fit e4m3 go through the cast with a scale of exactly 1."""
+    """Cast all values that fit e4m3 with a scale of exactly 1."""
     x = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.abs() <= 448]
     x = torch.cat((x, torch.full((1,), 448.0, dtype=dtype)))[None]
@@ -58,8 +59,8 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, isa: str) -> None:
 
 
 def test_f38_ties_round_to_even(isa: str) -> None:
-    """Halfway between neighbors, one by one: normals, the first normal, subnormals, half of the
-    smallest (to zero) and one and a half times it."""
+    """Check ties between neighbors: normals, the first normal, subnormals, half of the smallest (to
+    zero) and one and a half times it."""
     ties = {
         17.0: 16.0, 19.0: 20.0, 21.0: 20.0, 23.0: 24.0, 1.0625: 1.0, 1.1875: 1.25,
         432.0: 448.0, 2.0**-6 * 1.0625: 2.0**-6, 7.5 * 2.0**-9: 8 * 2.0**-9,
@@ -73,8 +74,9 @@ def test_f38_ties_round_to_even(isa: str) -> None:
 
 
 def test_f38_quotients_about_every_tie(isa: str) -> None:
-    """x / scale on a tie between two codes, and one step of fp32 to either side, for scales of any
-    mantissa, those a step from a power of two among them: one bit of the quotient is a code."""
+    """Quantize x where x / scale is a tie between two codes, and one step of fp32 to either side.
+    Scales have any mantissa, some one step from a power of two: there one bit of the quotient
+    decides the code."""
     near_powers = 1 + torch.arange(-4, 5) * 2.0**-23
     scale = torch.cat((torch.rand(400) + 1, near_powers))[:, None] * 2.0**-4
     codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
@@ -100,7 +102,7 @@ def test_f27_zero_and_tiny_rows(granularity: str, isa: str) -> None:
 @pytest.mark.parametrize("value", [448, 449, 464, 465, 480, 1200, 1201, float("inf")])
 @pytest.mark.parametrize("scale_ub", [None, 448.0, 1200.0])
 def test_f28_the_cast_is_clamped(value: float, scale_ub: float | None, isa: str) -> None:
-    """e4m3 has no infinity: unclamped, 465 and more would become NaN."""
+    """Clamp before the cast: e4m3 has no infinity, and 465 and more would become NaN."""
     x = torch.tensor([[value, -value, 1.0, 0.0]])
     assert_same(x, "row", scale_ub)
     if scale_ub is not None or value != float("inf"):
@@ -118,7 +120,7 @@ def test_nan_is_never_a_number(granularity: str, isa: str) -> None:
 
 
 def test_f31_strides_and_canaries(isa: str) -> None:
-    x = torch.randn(80, 400)[:5, 3:303]  # with room for work past the last row to be seen
+    x = torch.randn(80, 400)[:5, 3:303]  # leave room to see work past the last row
     canary = torch.full((80, 300), 7.0).to(FP8)
     scale = torch.empty(80, 1)[:5]
     cpu.quantize(canary[1:6], scale, x, "row", None)
@@ -129,7 +131,7 @@ def test_f31_strides_and_canaries(isa: str) -> None:
 
 @pytest.mark.big
 def test_f06_more_than_2_to_31_elements() -> None:
-    """1,900,000 x 1152 is past 2^31; one row stands for all but the last few."""
+    """Quantize 1,900,000 x 1152, which is past 2^31. One row stands for all but the last few."""
     rows, cols = 1_900_000, 1152
     x = torch.randn(1, cols).bfloat16().expand(rows, cols)
     q, scale = lf.quantize_fp8(x)

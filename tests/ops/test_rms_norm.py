@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm and rms_norm_fp8 against the eager twin and fp64."""
+"""Tests of rms_norm, add_rms_norm and rms_norm_fp8 against the eager twin and fp64."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make(rows: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_f29_any_width_and_offset(hidden: int, dtype: torch.dtype, isa: str) -> None:
-    """Odd widths, and storage that starts one element off any vector's alignment."""
+    """Use odd widths and storage one element off any vector's alignment."""
     memory = torch.randn(1 + 5 * hidden).to(dtype)
     x, w = memory[1:].view(5, hidden), torch.randn(hidden + 1).to(dtype)[1:]
     assert ulps(lf.rms_norm(x, w), reference.rms_norm(x, w)) <= RMS_NORM_ULPS[dtype]
@@ -35,7 +35,7 @@ def test_f29_any_width_and_offset(hidden: int, dtype: torch.dtype, isa: str) -> 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_residual_and_fp8_are_the_unfused_ops(hidden: int, dtype: torch.dtype, isa: str) -> None:
-    """Fusing changes no bit: the sum, the norm of the sum, and the quantized norm."""
+    """Require that fusing changes no bit: the sum, its norm, and the quantized norm."""
     x, residual, w = make(5, hidden, dtype)
     normed, total = lf.add_rms_norm(x, residual, w)
     assert torch.equal(total, x + residual)
@@ -71,7 +71,7 @@ def test_f31_strides(isa: str) -> None:
 
 
 def test_f02_row_stride_past_2_to_31(isa: str) -> None:
-    """Two rows 2^31 + 64 elements apart; pages that nobody touches cost nothing."""
+    """Put two rows 2^31 + 64 elements apart. Untouched pages cost nothing."""
     stride = 2**31 + 64
     memory = torch.empty(stride + 64, dtype=torch.bfloat16)
     x = memory.as_strided((2, 64), (stride, 1))
@@ -99,7 +99,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(
 
 @pytest.mark.parametrize("value", [1e3, 1e4, 6e4])
 def test_f48_large_fp16(value: float, isa: str) -> None:
-    """The sum of squares passes fp16's 65504 by far; it is kept in fp32."""
+    """Let the sum of squares pass fp16's 65504 by far. The kernel keeps it in fp32."""
     x = torch.full((2, 4096), value, dtype=torch.float16)
     w = torch.ones(4096, dtype=torch.float16)
     assert torch.equal(lf.rms_norm(x, w), torch.ones_like(x))

@@ -1,4 +1,5 @@
-"""apply_rope and apply_rope_and_append: the eager twin bit for bit, fp64, and Meta's pairing."""
+"""Tests of apply_rope and apply_rope_and_append: the eager twin's bits, fp64, and Meta's
+pairing."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def test_matches_eager(
 
 
 def test_pairings_are_a_permutation_of_each_other(isa: str) -> None:
-    """Hugging Face permutes the rows of wq and wk so that both pairings give the same scores."""
+    """Permute as Hugging Face does with rows of wq and wk: both pairings then give the same
+    scores."""
     q, k, _, positions, table = make(6, 4, 2, 32, torch.float32)
     to_halves = torch.cat((torch.arange(0, 32, 2), torch.arange(1, 32, 2)))
     pairs, _ = lf.apply_rope(q, k, positions, table, interleaved=True)
@@ -56,7 +58,7 @@ def test_pairings_are_a_permutation_of_each_other(isa: str) -> None:
 
 @pytest.mark.parametrize("position", [257, 4097, 8191, 8192, 20000, 65535, 131071])
 def test_f24_angles_are_not_in_16_bits(position: int, isa: str) -> None:
-    """Against fp64 angles, with everything else in bf16. The table forms its angles in fp32, so
+    """Compare with fp64 angles, everything else in bf16. The table forms its angles in fp32, so
     they are off by up to position * 2^-23 radians; bf16 angles would be off by hundreds."""
     d = 128
     table = lf.rope_table(5e5, position + 1, head_dim=d, scaling=SCALING)
@@ -93,7 +95,7 @@ def test_append_writes_what_apply_rope_gives(dtype: torch.dtype, isa: str) -> No
 
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_caches_of_different_strides(interleaved: bool, isa: str) -> None:
-    """v token by token beside a k head by head, with gaps: each goes by its own strides."""
+    """Lay out v token by token and k head by head, with gaps. Each goes by its own strides."""
     q, k, v, positions, table = make(9, 4, 2, 32, torch.bfloat16)
     _, want = lf.apply_rope(q, k, positions, table, interleaved=interleaved)
     slots = torch.tensor([3, 17, 0, 5, 22, 9, 11, 1, 23])
@@ -110,7 +112,8 @@ def test_caches_of_different_strides(interleaved: bool, isa: str) -> None:
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["largest", "negative", "least"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) -> None:
-    """Rounding to bf16 by an addition would carry out of a NaN whose lower bits are set."""
+    """Fill the table with a NaN. Rounding to bf16 by an addition would carry out of one whose lower
+    bits are set."""
     q, k, _, positions, table = make(3, 4, 2, 128, torch.bfloat16)
     table = torch.full_like(table, 0).view(torch.int32).fill_(bits).view(torch.float32)
     for out in lf.apply_rope(q, k, positions, table, interleaved=interleaved):
@@ -120,7 +123,7 @@ def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) 
 def test_f19_slot_minus_one_writes_nothing(isa: str) -> None:
     q, k, v, positions, table = make(4, 4, 2, 32, torch.bfloat16)
     memory = torch.randn(2, 4, 8, 2, 32).bfloat16()
-    caches, before = memory[:, 1:3], memory.clone()  # a slot -1 may lie before the first one
+    caches, before = memory[:, 1:3], memory.clone()  # slot -1 may write before the first one
     lf.apply_rope_and_append(q, k, v, positions, table, *caches, torch.full((4,), -1))
     assert torch.equal(memory, before)
     lf.apply_rope_and_append(q, k, v, positions, table, *caches, torch.tensor([-1, 2, -1, -1]))
@@ -135,7 +138,7 @@ def test_f31_views_of_a_fused_projection(isa: str) -> None:
     views = lf.apply_rope(q, k, positions, table)
     dense = lf.apply_rope(q.contiguous(), k.contiguous(), positions, table)
     assert all(torch.equal(a, b) for a, b in zip(views, dense, strict=True))
-    # k as the projection has it, v token by token and head by head with gaps of its own.
+    # k is a view of the projection; v is token by token and head by head with other gaps.
     apart = torch.full((5, 3, 80), float("nan")).bfloat16()[:, :2, :64].copy_(v)
     caches = torch.zeros(2, 1, 8, 2, 64).bfloat16()
     lf.apply_rope_and_append(q, k, apart, positions, table, *caches, positions)
@@ -155,7 +158,7 @@ def test_f02_token_stride_past_2_to_31(isa: str) -> None:
 
 
 def test_error_is_at_most_twice_eager_transformers(isa: str) -> None:
-    """transformers rounds cos, sin and every product to bf16."""
+    """Compare with transformers, which rounds cos, sin and every product to bf16."""
     q, k, _, positions, table = make(32, 4, 2, 128, torch.bfloat16)
     cos, sin = (torch.cat((t, t), -1)[:, None].bfloat16() for t in table[positions].chunk(2, -1))
     a, b = q.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""The conversions of csrc/cpu/simd.h, reached through ops that do little else, against torch's."""
+"""Tests of csrc/cpu/simd.h's conversions against torch's, through ops that do little else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def every_value(dtype: torch.dtype) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """NaN may carry any payload; zeros must agree in sign."""
+    """Require the same bits. NaN may carry any payload; zeros must agree in sign."""
     integer = torch.int16 if actual.itemsize == 2 else torch.int32
     same = actual.view(integer) == expected.view(integer)
     same |= actual.isnan() & expected.isnan()
@@ -32,7 +32,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("width", [4096, 37], ids=["vectors", "tails"])
 def test_f37_every_value_survives_load_and_store(width: int, dtype: torch.dtype, isa: str) -> None:
-    """Denormals too: the bf16 instruction alone would make them zero. Adding -0 changes nothing."""
+    """Add -0, which changes nothing. The bf16 instruction alone would turn denormals into zeros."""
     x = every_value(dtype)
     x = torch.cat((x, x[: -len(x) % width])).view(-1, width)
     _, total = lf.add_rms_norm(x, torch.full_like(x, -0.0), torch.ones_like(x[0]))
@@ -42,7 +42,7 @@ def test_f37_every_value_survives_load_and_store(width: int, dtype: torch.dtype,
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("addend", [1.0, -3.0, 2.0**-14, 3 * 2.0**-24, 6e4, 3e38, 2.0**-130])
 def test_f37_every_value_plus_a_constant(addend: float, dtype: torch.dtype, isa: str) -> None:
-    """fp32 sums with few significant bits: ties, overflow and cancellation round as in torch."""
+    """Round fp32 sums with few significant bits: ties, overflow and cancellation."""
     x = every_value(dtype).view(16, 4096)
     residual = torch.tensor(addend).to(dtype).expand_as(x).contiguous()
     _, total = lf.add_rms_norm(x, residual, torch.ones_like(x[0]))
@@ -52,7 +52,7 @@ def test_f37_every_value_plus_a_constant(addend: float, dtype: torch.dtype, isa:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_f37_every_value_times_fp32(interleaved: bool, dtype: torch.dtype, isa: str) -> None:
-    """Full fp32 significands of every size down to the smallest results, rounded to 16 bits."""
+    """Round full fp32 significands of every size, down to the smallest results, to 16 bits."""
     q = every_value(dtype).view(64, 8, 128)
     table = torch.randn(64, 128) * torch.exp2(-torch.arange(64.0))[:, None]
     positions = torch.arange(64)
@@ -63,7 +63,7 @@ def test_f37_every_value_times_fp32(interleaved: bool, dtype: torch.dtype, isa: 
 
 
 def test_f38_every_e4m3_tie_and_its_neighbors(isa: str) -> None:
-    """All 126 midpoints between neighboring magnitudes, and the fp32 values next to each."""
+    """Check all 126 midpoints between neighboring magnitudes, and the fp32 values next to each."""
     magnitudes = torch.arange(127, dtype=torch.uint8).view(FP8).float()
     low, high = magnitudes[:-1], magnitudes[1:]
     ties = (low + high) / 2
@@ -78,7 +78,8 @@ def test_f38_every_e4m3_tie_and_its_neighbors(isa: str) -> None:
 
 @pytest.fixture
 def flushed() -> Iterator[None]:
-    """As another library may leave a thread: denormals are zeros, as operands and as results."""
+    """Flush denormals to zero, as operands and as results, as another library may leave a
+    thread."""
     assert torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)

@@ -1,4 +1,5 @@
-"""The choice of a configuration: measured once, stored, read back, and never in anybody's way."""
+"""Tests of the choice of a configuration: it is measured once, stored, read back, and never in the
+way."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No choices at first, and those of the process back afterwards."""
+    """Start without choices. Restore those of the process afterwards."""
     folders = list(tuning._folders)
     common.load_choices()
     yield
@@ -42,11 +43,11 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """A GPU on which the larger block is the faster one; lists what was measured on it."""
+    """Simulate a GPU on which the larger block is faster. List what is measured on it."""
     log: list[tuple[str, int]] = []
 
     def milliseconds(run: Callable[[Config], object], config: Config) -> float:
-        time.sleep(0.002)  # for other threads to come in between
+        time.sleep(0.002)  # lets other threads run in between
         run(config)
         log.append((threading.current_thread().name, config["BLOCK"]))
         return 1.0 / config["BLOCK"]
@@ -133,7 +134,7 @@ def test_a_users_choice_wins_over_the_packages(
 def test_saving_adds_only_what_was_measured(
     measured: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    """The package's choices do not become the user's: a newer package's would lose to them."""
+    """Save only measured choices. A newer package's would lose to copies of the old package's."""
     tuning._measured[CHIP.name] = {"demo": {"1": OFFERED[1]}}
     common.save_choices(CHIP.name, tmp_path / "package")
     common.load_choices(tmp_path / "package")
@@ -237,7 +238,7 @@ def test_launch_finds_the_tensor_and_skips_empty_grids() -> None:
 
 
 def test_f34_eight_threads_with_a_cold_cache(measured: list[tuple[str, int]]) -> None:
-    """Each key is measured by one thread, and no two threads measure at once."""
+    """Measure each key in one thread, and never in two threads at once."""
     a, b = tuner(), Tuner("other", lambda chip, *key: OFFERED)
     start = threading.Barrier(8)
 
@@ -251,13 +252,13 @@ def test_f34_eight_threads_with_a_cold_cache(measured: list[tuple[str, int]]) ->
     assert [block for _, block in measured] == [16, 32, 64] * 8
     groups = [measured[i : i + 3] for i in range(0, len(measured), 3)]
     assert all(len({name for name, _ in group}) == 1 for group in groups)
-    with ThreadPoolExecutor(8) as pool:  # and reading, with nothing loaded
+    with ThreadPoolExecutor(8) as pool:  # reading, too, with nothing loaded
         common.load_choices()
         assert set(pool.map(lambda _: a.choose(X, (0,)), range(64))) == {OFFERED[0]}
 
 
 def test_f34_a_tuner_within_a_tuner(measured: list[tuple[str, int]]) -> None:
-    """run() may call a launcher that asks another Tuner."""
+    """Let run() call a launcher that asks another Tuner."""
     inner, outer = tuner(), Tuner("outer", lambda chip, *key: OFFERED)
     chosen: list[Config] = []
 
@@ -276,8 +277,8 @@ def test_f34_a_tuner_within_a_tuner(measured: list[tuple[str, int]]) -> None:
 def test_f32_tuning_a_kernel_that_works_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each op with a cold cache under tuning gives what it gives afterwards, and what it gives
-    without: every configuration runs several times meanwhile, into memory of its own."""
+    """Run each op before, during (with a cold cache) and after tuning, with one result. While it
+    tunes, every configuration runs several times, into memory of its own."""
     monkeypatch.setattr(tuning, "_can_measure", lambda t: True)
     runs = []
 
@@ -285,7 +286,7 @@ def test_f32_tuning_a_kernel_that_works_in_place(
         runs.append(config)
         run(config)
         run(config)
-        return 1.0 / len(runs)  # the last one wins: not the one that serves without tuning
+        return 1.0 / len(runs)  # the last one wins, not the one that serves without tuning
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     torch.manual_seed(0)
@@ -330,7 +331,7 @@ TINY = dataclasses.replace(
 
 
 def test_tune_reaches_every_tuner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """llama-fast tune at tiny shapes: nothing that can be chosen is left to guesses."""
+    """Run llama-fast tune at tiny shapes. It must measure every choice."""
     seen = set()
 
     def milliseconds(run: Callable[[Config], object], config: Config) -> float:
@@ -368,7 +369,7 @@ def test_f35_eight_processes_with_one_fresh_compile_cache(tmp_path: Path) -> Non
     hashes = race("compile", tmp_path)
     assert len(hashes) == 8 and len(set(hashes)) == 1
     assert not list(tmp_path.rglob("*.tmp*"))
-    assert race("compile", tmp_path) == hashes  # and out of it
+    assert race("compile", tmp_path) == hashes  # and from that cache
 
 
 def test_f35_eight_processes_save_to_one_file(tmp_path: Path) -> None:

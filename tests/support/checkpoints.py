@@ -1,4 +1,4 @@
-"""Small checkpoints for tests: saved by transformers, then edited where a test wants it."""
+"""Make small checkpoints: transformers saves them, and tests edit them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ LLAMA3_ROPE = {
 
 
 def hf_model(**changes: Any) -> transformers.LlamaForCausalLM:
-    """Random weights, large enough that attention and rotation matter to the logits."""
+    """Return a model of random weights, large enough that attention and rotation affect the
+    logits."""
     fields = {
         "vocab_size": 320,
         "hidden_size": 128,

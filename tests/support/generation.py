@@ -1,5 +1,5 @@
-"""A small model's config, prompts and sampling options for tests of generation. The fixture `ahead`
-(conftest.py) makes CPU tensors take the path of a GPU; plainly() is the loop to compare with."""
+"""Config, prompts and sampling options for tests of generation. The fixture `ahead` (conftest.py)
+sends CPU tensors along the path of a GPU; plainly() is the loop to compare with."""
 
 from __future__ import annotations
 

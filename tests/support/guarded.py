@@ -24,7 +24,7 @@ _kept: list[Any] = []
 
 
 def guarded(t: Tensor) -> Tensor:
-    """A dense copy whose last byte is the last before a page that nobody may touch."""
+    """Return a dense copy whose last byte is the last one before a protected page."""
     pages = -(-t.nbytes // mmap.PAGESIZE)
     memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))

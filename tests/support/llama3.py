@@ -1,4 +1,4 @@
-"""Tokenizers for tests: a byte-level one made here, and Llama 3's own from its published ranks."""
+"""Make tokenizers for tests: a byte-level one, and Llama 3's own from its published ranks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ RANKS = Path(
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """A token for each byte, then Llama 3's first control tokens: every character that is not
-    ASCII takes several tokens."""
+    """Return a tokenizer with a token for each byte, then Llama 3's first control tokens. Every
+    character outside ASCII takes several tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -60,12 +60,12 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """128,256 tokens. Skips the test where the ranks, which have a license of their own, are not
-    at hand."""
+    """Return Llama 3's tokenizer of 128,256 tokens. Skip the test without its ranks, which have
+    their own license."""
     if not RANKS.exists():
         pytest.skip(f"needs Llama 3's tokenizer.model: no {RANKS.name}; LLAMA3_TOKENIZER names one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # or tiktoken leaves a copy in the temporary folder
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")  # or tiktoken leaves a copy behind
         converter = TikTokenConverter(vocab_file=str(RANKS), extra_special_tokens=CONTROL)
         return _finished(converter.converted(), CHAT_TEMPLATE)
 
@@ -85,10 +85,10 @@ def _finished(tokenizer: Tokenizer, chat_template: str | None) -> PreTrainedToke
 
 
 def save_reciter(folder: Path, tokenizer: PreTrainedTokenizerFast, after: str, text: str) -> Path:
-    """A checkpoint that, greedily, says text and <|eot_id|> once it has read `after`.
+    """Save a checkpoint that, greedily, says text and <|eot_id|> once it has read `after`.
 
-    Attention and feed-forward add nothing, so the head sees the last token's embedding; its row
-    for a token is the embedding of the token before. No token may come twice.
+    Attention and feed-forward add nothing, so the head sees the last token's embedding. The head's
+    row for a token is the embedding of the token before it. No token may occur twice.
     """
     chain = tokenizer.encode(after + text, add_special_tokens=False)
     start = len(tokenizer.encode(after, add_special_tokens=False)) - 1

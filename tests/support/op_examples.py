@@ -1,4 +1,4 @@
-"""Valid arguments for every op, in small shapes, for tests of what holds for all ops alike."""
+"""Valid arguments for every op, in small shapes, for tests of all ops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
 
 
 def watch_kernels(monkeypatch: pytest.MonkeyPatch, look: Callable[..., Any]) -> None:
-    """Every op asks look instead of dispatch.kernels which backend serves it."""
+    """Replace dispatch.kernels, which every op asks for its backend, by look."""
     for family in FAMILIES:
         monkeypatch.setattr(getattr(ops, family), "kernels", look)
 
@@ -36,7 +36,7 @@ def fp8(*shape: int) -> Tensor:
 
 
 def example(op: str) -> dict[str, Any]:
-    """Valid arguments for op, by name."""
+    """Return valid arguments for op, by name."""
     qkv = {"q": x(T, H, D), "k": x(T, HKV, D)}
     rope = {**qkv, "positions": torch.arange(T), "table": lf.rope_table(1e4, 32, head_dim=D)}
     caches = {"k_cache": x(2, 8, HKV, D), "v_cache": x(2, 8, HKV, D)}
@@ -119,7 +119,8 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def described(value: Any) -> str:
-    """An argument in a test's id, the same in every process: of a tensor the shape and dtype."""
+    """Return an argument's name in a test's id, the same in every process: a tensor's shape and
+    dtype."""
     return f"{list(value.shape)}-{value.dtype}" if isinstance(value, Tensor) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""A CUDA graph's rules on CPU tensors, for tests of code that is captured."""
+"""Apply a CUDA graph's rules to CPU tensors, for tests of code that is captured."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-# What would make the host wait, which a capture refuses.
+# Ops that make the host wait. A capture refuses them.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
 
 
 class RecordedGraph:
-    """decode.CudaGraph's interface. capture() records every op with its own tensors and leaves no
-    trace in memory; replay() runs those ops again on those very tensors, and no Python of the
-    captured function. So a function that makes a new tensor where it should use a fixed one, or
-    that lets the host decide, gives stale results here as it would on a GPU."""
+    """Replace decode.CudaGraph. capture() records every op with its tensors and leaves no trace in
+    memory. replay() runs those ops on the same tensors without the captured function's Python. A
+    function that makes a new tensor instead of using a fixed one, or that lets the host decide,
+    gives stale results here, as on a GPU."""
 
-    made: list[RecordedGraph] = []  # for tests to look at; they clear it
+    made: list[RecordedGraph] = []  # tests read and clear it
 
     def __init__(self, shared: Any) -> None:
         assert shared == "shared"
@@ -38,7 +38,7 @@ class RecordedGraph:
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         assert self.warm_ups == 1 and not self.ops
-        # Or what torch makes for its random numbers would be inference tensors, for all graphs.
+        # Otherwise torch's state of random numbers would be an inference tensor, for all graphs.
         assert not torch.is_inference_mode_enabled()
         with _Recorder(self.ops) as recorder:
             result = function()
@@ -64,7 +64,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, ops: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
         super().__init__()
         self.ops = ops
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # what was there, by storage
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # earlier contents, by storage
         self._made: set[int] = set()  # storages that the capture itself allocated
 
     def __torch_dispatch__(
