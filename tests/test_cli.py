@@ -102,7 +102,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_wrong_usage_is_one_line_and_2(
+def test_wrong_usage_is_one_line_and_exit_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -111,7 +111,7 @@ def test_wrong_usage_is_one_line_and_2(
     assert message in failure(capsys)
 
 
-def test_failures_are_one_line_and_1(
+def test_failures_are_one_line_and_exit_1(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--model", str(tmp_path / "none"), "--prompt", "x"]) == 1

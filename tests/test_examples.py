@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def test_none_is_forgotten() -> None:
+def test_every_script_has_a_case() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(CASES)
 
 

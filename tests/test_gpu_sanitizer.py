@@ -196,7 +196,7 @@ def test_large_tests_are_marked() -> None:
 
 
 @pytest.mark.parametrize(("reserved", "emptied"), [(2 << 30, 0), ((2 << 30) + 1, 1)])
-def test_memory_goes_back_after_a_large_test(
+def test_memory_is_freed_after_a_large_test(
     reserved: int, emptied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []

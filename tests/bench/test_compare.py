@@ -81,7 +81,7 @@ def test_a_single_pass_has_its_rounds_noise() -> None:
     assert found is not None and found.verdict == "slower"
 
 
-def test_other_weights_of_ours_are_no_yardstick() -> None:
+def test_other_weights_of_ours_are_no_baseline() -> None:
     """Compare with the others: a cause that slows our bf16 and FP8 alike must still show."""
 
     def forward(others: float) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def test_what_cannot_be_captured_is_launched(cuda: FakeCuda, declared: bool) -> 
     assert cuda.slept > gpu_timing.LEAD * gpu_timing.MIN_ROUNDS
 
 
-def test_the_order_turns_round(cuda: FakeCuda) -> None:
+def test_the_order_of_runs_rotates(cuda: FakeCuda) -> None:
     runs = {n: cuda.work(n, 3e-3, capturable=False) for n in "ab"}
     gpu_timing.measure(runs, 0.0)
     assert cuda.log[-4:] in (["b0", "a0", "a0", "b0"], ["a0", "b0", "b0", "a0"])

@@ -133,7 +133,7 @@ def test_the_longest_job_fits_the_model() -> None:
     assert models.transformers_model(narrow()).config.max_position_embeddings > longest
 
 
-def test_extrapolation_counts_what_is_not_run() -> None:
+def test_extrapolation_counts_the_parts_that_are_not_run() -> None:
     """Scale 4 layers and a vocabulary of 32,000 to 32 layers and the whole vocabulary, by FLOPs and
     by bytes."""
     config = models.shape()
@@ -160,7 +160,9 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
 
 
 @pytest.mark.parametrize("implementation", ["ours", "transformers"])
-def test_each_step_of_a_batch_is_its_sequences(implementation: str, one_thread: None) -> None:
+def test_each_step_of_a_batch_equals_single_sequences(
+    implementation: str, one_thread: None
+) -> None:
     hf = models.transformers_model(narrow())
     model: Any = Transformers("transformers", hf)
     if implementation == "ours":

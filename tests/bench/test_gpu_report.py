@@ -291,7 +291,7 @@ def test_a_test_that_hangs_costs_itself(
     assert list(found["failed"]) == ["tests.gpu.test_rope::test_hangs"] or len(found["failed"]) == 1
 
 
-def test_what_is_not_built_is_said(
+def test_a_missing_build_is_reported(
     tmp_path: Path, args: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tests" / "gpu").mkdir(parents=True)

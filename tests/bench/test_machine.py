@@ -158,7 +158,7 @@ def test_a_slow_machine_runs_less() -> None:
     assert full == shapes.sweep("8b", CPU, "full")
 
 
-def test_a_part_counts_for_the_whole() -> None:
+def test_a_part_is_scaled_to_the_whole() -> None:
     runs = {"ours": lambda i: time.sleep(2e-3), "part": timing.Part(lambda i: time.sleep(5e-3), 4)}
     found = timing.measure(runs, 0.1)
     assert found["part"].p10 >= 0.02 and found["ours"].p10 < found["part"].p10
@@ -186,7 +186,7 @@ def test_a_slow_baseline_is_measured_smaller_and_labeled(
         assert " eager " in head and "eager, 1/8 of it:" in row and " peers " not in head
 
 
-def test_a_part_does_a_part() -> None:
+def test_a_part_computes_a_share_of_the_columns() -> None:
     with torch.inference_mode():
         for plan in cases.plan(cases.spec("tiny", speed=ZEN3), ["fp8_linear"]):
             made = plan.make()
@@ -213,7 +213,9 @@ def test_no_pass_begins_that_cannot_end(
     )
 
 
-def test_a_pass_of_the_forward_pass_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_of_the_forward_pass_begins_only_if_it_can_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     taken: list[str] = []
     monkeypatch.setattr(
         forward,
@@ -239,7 +241,7 @@ def test_torch_compile_has_its_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "eager" in row["times"] and "torch.compile" not in row["times"]
 
 
-def test_a_held_down_run_says_so(
+def test_a_restricted_run_is_marked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Print a warning, and refuse to compare such a run with one that is not held down. Older
@@ -251,8 +253,8 @@ def test_a_held_down_run_says_so(
     capsys.readouterr()
     _, held = bench("--op", "rms_norm", "--no-plot")
     heading = capsys.readouterr().out.splitlines()[0]
-    for told in (f"isa {_cpu.isa()}", "torch_isa DEFAULT", "onednn_max_isa AVX2"):
-        assert told in heading
+    for entry in (f"isa {_cpu.isa()}", "torch_isa DEFAULT", "onednn_max_isa AVX2"):
+        assert entry in heading
     with pytest.raises(ValueError, match="torch_isa"):
         compare.check(free, held)
     old = json.loads(json.dumps(free))

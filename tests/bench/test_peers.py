@@ -93,11 +93,11 @@ def exact(hf: Any, tokens: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
-def test_absent_peers_are_skipped_with_the_command_that_installs_them(nobody: None) -> None:
+def test_absent_peers_are_skipped_with_the_command_that_installs_them(no_peers: None) -> None:
     found, skipped = peers.wanted(None, "cuda")
     assert found == []
     assert skipped.keys() == peers.PEERS.keys()
@@ -106,7 +106,7 @@ def test_absent_peers_are_skipped_with_the_command_that_installs_them(nobody: No
     assert skipped["llama.cpp"] == "runs on cpu only, not on cuda"
 
 
-def test_a_peer_asked_for_by_name_has_to_be_there(nobody: None) -> None:
+def test_a_peer_asked_for_by_name_is_required(no_peers: None) -> None:
     with pytest.raises(ValueError, match=r"peer torchao: torchao is not installed: pip install"):
         peers.wanted(["torchao"], "cpu")
     with pytest.raises(ValueError, match=r"peer flashinfer: runs on cuda only, not on cpu"):
@@ -150,7 +150,7 @@ def test_a_peers_model_is_refused_where_it_cannot_run() -> None:
 # The same model.
 
 
-def test_rows_are_moved_so_that_neighbors_turn_together() -> None:
+def test_rows_are_permuted_so_that_neighbors_rotate_together() -> None:
     weight = torch.arange(8.0)[:, None]  # two heads of four rows
     moved = gguf_file.interleaved(weight, heads=2)
     assert moved.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -331,7 +331,7 @@ def _structure(**values: int) -> Any:
     return type("params", (ctypes.Structure,), {"_fields_": fields})(*values.values())
 
 
-def test_ik_llama_cpp_is_told_each_batchs_position(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ik_llama_cpp_gets_each_batchs_position(monkeypatch: pytest.MonkeyPatch) -> None:
     library = StandIn()
     monkeypatch.setattr(ik_llamacpp, "_bindings", lambda: library)
     monkeypatch.setattr(gguf_file, "write", lambda *_: 7)
@@ -424,7 +424,7 @@ def test_llama_cpps_ops_agree_with_ours(
         assert error(run(i), wanted(i)) < allowed
 
 
-def test_an_op_that_a_peer_has_not_is_no_run() -> None:
+def test_an_op_that_a_peer_lacks_is_not_run() -> None:
     pytest.importorskip("llama_cpp")
     assert peers.PEERS["llama.cpp"].ops("apply_rope", {}) == {}
 

@@ -58,7 +58,7 @@ def test_one_color_an_implementation() -> None:
         (["a, b", "a, c"], ["a, b", "a, c"], ""),
     ],
 )
-def test_shapes_without_what_they_share(shapes: list[str], labels: list[str], rest: str) -> None:
+def test_shapes_without_their_common_part(shapes: list[str], labels: list[str], rest: str) -> None:
     assert short(shapes) == (labels, rest)
 
 

@@ -122,7 +122,7 @@ def test_broken_run_is_named(checkout: Path, capsys: pytest.CaptureFixture[str])
     assert publish.main(checkout / "docs") == publish.USAGE
 
 
-def test_noise_decides_who_is_surely_faster() -> None:
+def test_noise_decides_which_is_surely_faster() -> None:
     run = copy.deepcopy(example())
     found = {(case, who): sure for case, who, _, sure in pages.slower(run)}
     assert found == {

@@ -92,8 +92,8 @@ def narrow(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curves(narrow: None, tmp_path: Path) -> None:
-    told: list[str] = []
-    found = scaling.run(CPU, "quick", told.append)
+    lines_printed: list[str] = []
+    found = scaling.run(CPU, "quick", lines_printed.append)
     assert found["wrong"] == []
     curves = {c["name"]: c for c in found["curves"]}
     assert list(curves) == [
@@ -116,7 +116,7 @@ def test_curves(narrow: None, tmp_path: Path) -> None:
     assert lines["ours"]["points"][-1]["error"] < 0.02
     # Eager's scores are quadratic: it stops at the size that would take too long.
     assert lines["eager"]["points"][-1]["bytes"] > 4 * 512**2 * 4
-    assert any("linear memory to 4096 tokens: yes" in line for line in told)
+    assert any("linear memory to 4096 tokens: yes" in line for line in lines_printed)
     results = {"ops": [], "scaling": found, "environment": ENVIRONMENT}
     assert [p.name for p in plot.all_of(results, tmp_path / "x.svg")] == [
         "x-scaling.png",
@@ -159,7 +159,7 @@ def test_wrong_result_is_noticed(
     ]
 
 
-def test_what_would_take_too_much_leaves() -> None:
+def test_a_size_that_would_take_too_much_is_skipped() -> None:
     point = {"size": 1024, "seconds": 1.0, "bytes": 1e6}
     assert scaling._too_much([], 2048, 1.0) == ""
     assert scaling._too_much([point], 2048, 4.0) == ""

@@ -75,7 +75,7 @@ def test_shapes_of_a_rank(model: str, tp: int) -> None:
     assert rank.heads * tp == whole.heads and rank.heads % rank.kv_heads == 0
 
 
-def test_full_covers_what_it_says() -> None:
+def test_full_covers_its_ranges() -> None:
     """Cover M from 1 to 16384, attention to 131072, batches to 64."""
     gpu = shapes.sweep("8b", torch.device("cuda"), "full")
     assert {1, 16384} <= set(gpu.tokens) and {1, 16384} <= set(gpu.rows)
@@ -285,7 +285,7 @@ def test_a_kernel_that_fails_costs_its_own_case(
         bench("--op", "rms_norm", "--debug")
 
 
-def test_what_gpus_are_for_runs_where_it_is_named(bench: Bench) -> None:
+def test_ops_for_gpus_run_if_they_are_named(bench: Bench) -> None:
     status, document = bench("--op", ",".join(cases.FOR_GPUS), "--no-plot")
     assert status == 0 and {r["op"] for r in document["ops"]} == set(cases.FOR_GPUS)
 
@@ -298,7 +298,7 @@ def test_targets_are_shown_where_asked_for(
     assert "targets met:" in out and "(>=60)" in out
 
 
-def test_it_calls_itself_as_it_was_called(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_command_as_called(capsys: pytest.CaptureFixture[str]) -> None:
     """Print, in --help, what every option is for and where the suite writes."""
     for prog, options in (("python -m bench", []), ("llama-fast bench", []), ("x", GPU_REPORT)):
         with pytest.raises(SystemExit):
@@ -444,7 +444,9 @@ def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_every_truth_can_tell(op: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_exact_result_differs_from_a_wrong_one(
+    op: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What each op is held against is no copy of its own result: a last row doubled is seen."""
     right = getattr(lf, op)
 

@@ -30,7 +30,7 @@ def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {t.rounds for t in result.values()} == {clock.MIN_ROUNDS}
 
 
-def test_threads_of_the_one_before_are_waited_for() -> None:
+def test_waits_for_threads_of_the_previous_run() -> None:
     """Threads that spin on for 2 ms are done when the next run is timed."""
     until = [0.0]
 
@@ -55,7 +55,7 @@ def test_a_slow_baseline_has_a_budget_of_its_own() -> None:
     assert result["ours"].rounds == result["near"].rounds > result["slow"].rounds
 
 
-def test_where_ours_is_slow_all_have_few_rounds() -> None:
+def test_all_have_few_rounds_if_ours_is_slow() -> None:
     runs = {"ours": lambda i: time.sleep(0.02), "other": lambda i: time.sleep(0.04)}
     assert {t.rounds for t in timing.measure(runs, 0.01).values()} == {clock.SLOW_ROUNDS}
 
@@ -93,7 +93,7 @@ def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPa
     assert found["ours"].to_json()["passes"] == [p["ours"].p10 for p in passes]
 
 
-def test_who_missed_a_pass_is_left_out() -> None:
+def test_runs_that_missed_a_pass_are_left_out() -> None:
     one, two = timing.summarize([1.0]), timing.summarize([2.0])
     assert set(timing.joined([{"ours": one, "flaky": one}, {"ours": two}])) == {"ours"}
 
@@ -158,7 +158,7 @@ def test_a_gpus_read_probe_reads_every_word(words: int) -> None:
     assert sums.numel() == -(-words // (read_probe.BLOCK * read_probe.STEPS))
 
 
-def test_peak_memory_sees_what_is_given_back() -> None:
+def test_peak_memory_counts_freed_memory() -> None:
     with memory.peak_memory(torch.device("cpu")) as nothing:
         pass
     with memory.peak_memory(torch.device("cpu")) as some:

@@ -165,7 +165,7 @@ def test_packed_sequences_in_sections_of_heads(cuda: Any) -> None:
 
 
 @dtypes
-def test_offsets_that_are_none_stay_in_bounds(cuda: Any, dtype: torch.dtype) -> None:
+def test_invalid_offsets_stay_in_bounds(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = (t[0] for t in qkv((20, 20), (2, 1), 64, dtype))
     for bad in ([-5, 30, 10], [0, 50, -3], [7, 7, 2**30]):
         cu = torch.tensor(bad, dtype=torch.int32)
@@ -220,7 +220,7 @@ def test_f08_neighbors_and_masked_keys_of_nan_change_nothing(cuda: Any, dtype: t
 
 
 @dtypes
-def test_f41_a_row_does_not_depend_on_what_comes_with_it(cuda: Any, dtype: torch.dtype) -> None:
+def test_f41_a_row_does_not_depend_on_the_batch(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = qkv((200, 200), (4, 2), 64, dtype, batch=2)
     whole = run(cuda, q, k, v)
     assert torch.equal(run(cuda, q[1:], k[1:], v[1:]), whole[1:])

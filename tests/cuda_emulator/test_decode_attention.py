@@ -252,7 +252,7 @@ def h100(cuda: Any) -> Iterator[Any]:
     cuda.module.set_multiprocessors(3)
 
 
-def test_workspace_is_for_the_splits_that_a_capacity_can_have(h100: Any) -> None:
+def test_workspace_fits_the_splits_of_a_capacity(h100: Any) -> None:
     """Count splits for Llama 3.1 8B: up to eight of 128 keys, beyond that of 512, up to the 32 that
     fill the chip. At batch 32 x 4,096 keys this is a workspace of 4 MB and 2,048 blocks. One split
     per tile took 17 MB and 8,192."""

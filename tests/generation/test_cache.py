@@ -38,7 +38,7 @@ def test_f22_a_pool_smaller_than_all_sequences_need() -> None:
         KVCache(CONFIG, 64, num_blocks=0)
 
 
-def test_prefill_over_a_run_of_slots_is_prefill_over_blocks() -> None:
+def test_prefill_over_a_run_of_slots_equals_prefill_over_blocks() -> None:
     """Read consecutive blocks as one piece of memory by attention(), as a GPU does."""
     model = Llama.from_config(CONFIG, dtype=torch.float32)
     tokens = torch.randint(320, (1, 300))
@@ -53,7 +53,7 @@ def test_prefill_over_a_run_of_slots_is_prefill_over_blocks() -> None:
     assert caches[1].append(0).run == slice(0, 300)
 
 
-def test_blocks_that_do_not_follow_each_other_are_no_run() -> None:
+def test_blocks_that_are_not_consecutive_are_no_run() -> None:
     cache = KVCache(CONFIG, 64, 2, block_size=16)
     cache.finds_runs = True
     cache.select([0]).append(16), cache.select([1]).append(16)

@@ -85,7 +85,7 @@ def test_new_settings_in_each_call_do_not_pile_up(
         assert len(model.decoders[0]._captured) <= 3 + 2
 
 
-def test_a_failed_warm_up_is_no_warm_up(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_warm_up_is_repeated(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail each graph's first call, as if compiling ran out of memory. The next generation must
     warm it up again and capture only afterwards (RecordedGraph.capture checks)."""
     warm_up = RecordedGraph.warm_up
@@ -136,7 +136,7 @@ def test_a_step_launches_little_beside_its_graphs(
         assert launched == ["aten::index_select.out", "aten::copy_"]
 
 
-def test_memory_is_given_back_when_the_last_step_is_done(model: Llama) -> None:
+def test_memory_is_freed_after_the_last_step(model: Llama) -> None:
     """Drop the decoder. It must wait for its last step, because another stream may still use its
     memory."""
 
@@ -180,7 +180,7 @@ def test_a_call_within_a_call_has_a_decoder_of_its_own(model: Llama) -> None:
     assert len(model.decoders) == 2
 
 
-def test_the_model_goes_with_its_last_reference() -> None:
+def test_the_model_is_freed_with_its_last_reference() -> None:
     """Require that no reference cycle keeps the model: its memory is a GPU's."""
     model = Llama.from_config(CONFIG)
     model.generate(prompts(5, 6, 7), 6, temperature=0, stop_ids=())
@@ -233,7 +233,7 @@ def broken(attribute: str, change: Callable[[Tensor], Tensor]) -> type[Decoder]:
 
 
 @pytest.mark.parametrize("attribute", ["_tokens", "_state", "_table"])
-def test_f20_a_tensor_made_anew_is_caught(
+def test_f20_a_replaced_tensor_is_caught(
     model: Llama, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check RecordedGraph: tensors that move must give other tokens once a sequence has ended and

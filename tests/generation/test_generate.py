@@ -146,7 +146,7 @@ def draws(logits: Tensor, n: int = 200, **options: Any) -> set[int]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-300, 0.6, 1e300])
-def test_f44_logits_that_mean_nothing_are_an_error(temperature: float) -> None:
+def test_f44_invalid_logits_are_an_error(temperature: float) -> None:
     for row in ([math.nan] * 9, [0.0] * 8 + [math.nan], [NEG] * 9, [0.0, math.inf]):
         with pytest.raises(ValueError, match="want a finite number"):
             sample(torch.tensor(row), temperature)
@@ -202,7 +202,7 @@ def test_f46_the_head_has_no_tail(vocab: int) -> None:
     assert logits.argmax(-1).tolist() == [int(weight.sum(-1).argmax())] * 3
 
 
-def test_top_p_keeps_what_it_says() -> None:
+def test_top_p_keeps_its_share() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     for top_p, kept in ((0.49, {0}), (0.55, {0, 1}), (0.85, {0, 1, 2}), (0.96, {0, 1, 2, 3})):
         assert draws(logits, 500, top_p=top_p) == kept

@@ -37,7 +37,7 @@ def test_rows_are_sampled_as_one_by_one(vocab: int, options: dict[str, Any]) -> 
     assert sampling.sample_rows(logits, u[:, 0], *settings).tolist() == alone
 
 
-def test_f44_rows_that_mean_nothing_are_minus_one() -> None:
+def test_f44_invalid_rows_give_minus_one() -> None:
     logits = torch.randn(6, 50)
     logits[1, 3], logits[2], logits[3, 4] = math.nan, -math.inf, math.inf
     logits[4] = math.nan
@@ -61,7 +61,7 @@ def test_rows_are_sampled_the_same_in_any_batch(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 8193)], ids=str)
-def test_top_k_is_a_stable_sorts(shape: tuple[int, ...]) -> None:
+def test_top_k_matches_a_stable_sort(shape: tuple[int, ...]) -> None:
     """Compare with a stable sort, on ties, both zeros, infinities and subnormals."""
     logits = (2 * torch.randn(shape)).round()
     logits[..., ::5] *= 0.0

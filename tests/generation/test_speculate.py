@@ -232,7 +232,7 @@ def test_cache_holds_what_plain_decoding_left(
 
 
 @pytest.mark.parametrize("options", [OPTIONS["greedy"], OPTIONS["all"]], ids=["greedy", "sampled"])
-def test_on_token_order_is_plain_decodings(
+def test_on_token_follows_plain_decodings_order(
     model: Llama, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Make one sequence's proposals right and the other's wrong."""
@@ -384,7 +384,7 @@ def test_one_slow_pass_does_not_count() -> None:
     assert widths.count(7) > 300
 
 
-def test_right_but_too_dear() -> None:
+def test_pauses_where_right_proposals_cost_too_much() -> None:
     """Make one token per pass right, at the cost of a pass per row."""
     assert paced(lambda at: at % 2, 1.2)[0] >= 0.95
     assert paced(lambda at: 99, 1.2)[0] >= 0.95

@@ -179,7 +179,7 @@ def test_scores_that_are_all_minus_infinity_stay_nan(
     assert torch.equal(out[:, 2], v[:, 4])
 
 
-def test_a_tile_of_minus_infinity_comes_to_nothing(device: torch.device) -> None:
+def test_a_tile_of_minus_infinity_contributes_nothing(device: torch.device) -> None:
     q, k, v = qkv(device, (3, 200), (1, 1), 16, torch.bfloat16)
     q[:], k[:, :150] = 1.0, -INF
     out = launch(q, k, v, causal=False)
@@ -360,7 +360,7 @@ def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d
     assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
 
 
-def test_what_the_tma_unit_is_given(device: torch.device) -> None:
+def test_tma_descriptors(device: torch.device) -> None:
     t = torch.zeros(2, 70, 3, 64, dtype=torch.bfloat16, device=device)
     assert kernel._descriptor(t, 64, 64) is not None
     assert kernel._descriptor(t[:, 1:, :2], 64, 64) is not None

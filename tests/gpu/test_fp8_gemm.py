@@ -148,7 +148,7 @@ def test_16_bit_activations(
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", SCALES)
 @pytest.mark.parametrize("m", [19, 70])
-def test_error_is_eagers(
+def test_error_is_within_eagers_bound(
     m: int, granularity: str, out_dtype: torch.dtype, device: torch.device
 ) -> None:
     n, k = (70, 272) if device.type == "cpu" else (500, 4096)

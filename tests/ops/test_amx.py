@@ -65,7 +65,7 @@ def test_one_path_for_every_row(taken: list[int], monkeypatch: pytest.MonkeyPatc
     assert torch.equal(lf.linear(x, weight), alone) and not taken
 
 
-def test_other_dtypes_stay(taken: list[int]) -> None:
+def test_other_dtypes_stay_on_our_kernels(taken: list[int]) -> None:
     """Keep products that oneDNN would change: fp16 and fp32 do not fit bf16, an fp32 result would
     be rounded to it, and blocks of x are summed one by one."""
     for dtype in (torch.float16, torch.float32):
@@ -109,7 +109,7 @@ def assert_once_rounded(out: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block", "block_2d"])
-def test_error_is_eagers(granularity: str, taken: list[int]) -> None:
+def test_error_is_within_eagers_bound(granularity: str, taken: list[int]) -> None:
     x, bias = torch.randn(64, 1000).to(BF16), torch.randn(256).to(BF16)
     q, scale = reference.quantize_fp8(torch.randn(256, 1000) * 0.05, granularity)
     want = x.double() @ reference.dequantize_fp8(q, scale).double().t() + bias.double()
@@ -177,7 +177,7 @@ def test_flags_and_switches_allow_it(monkeypatch: pytest.MonkeyPatch) -> None:
         amx.allowed()
 
 
-def test_backends_says_so(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_shows_it(taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     why = lf.backends()["fp8_linear"]["cpu"].why
     assert f"oneDNN (AMX) from {ROWS} rows of plain bf16 weights" in why
     assert f"{ROWS} rows of packed fp8 weights" in why

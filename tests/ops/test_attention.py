@@ -72,7 +72,7 @@ def test_f15_f16_every_ratio_of_heads(isa: str, group: int) -> None:
     check(*qkv((30, 50), (group, 1), 16, torch.float32))
 
 
-def test_405b_ratio_in_one_tile_wider_than_the_tile(isa: str) -> None:
+def test_a_group_of_heads_wider_than_a_tile(isa: str) -> None:
     check(*qkv((3, 9), (400, 1), 8, torch.float32))
 
 

@@ -123,7 +123,7 @@ def test_append_quantizes_what_it_would_have_written() -> None:
     assert torch.equal(*unwritten)
 
 
-def test_attention_is_that_over_the_dequantized_cache() -> None:
+def test_attention_equals_that_over_the_dequantized_cache() -> None:
     a = fp8_example("attention_with_kvcache")
     k = a["k_cache"].float() * a["k_scale"][:, None]
     v = a["v_cache"].float() * a["v_scale"][:, None]

@@ -55,7 +55,7 @@ def test_integers_are_exact(m: int, n: int, k: int, scale_a: str, scale_b: str, 
 
 @pytest.mark.parametrize("out_dtype", OUT, ids=str)
 @pytest.mark.parametrize("granularity", SCALES)
-def test_error_is_eagers(granularity: str, out_dtype: torch.dtype, isa: str) -> None:
+def test_error_is_within_eagers_bound(granularity: str, out_dtype: torch.dtype, isa: str) -> None:
     x, w = torch.randn(19, 1000), torch.randn(200, 1000)
     a, scale_a = reference.quantize_fp8(x, "block" if granularity == "block_2d" else granularity)
     b, scale_b = reference.quantize_fp8(w, granularity)

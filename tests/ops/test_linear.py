@@ -61,7 +61,7 @@ def test_f29_any_shape_of_a_plain_weight(n: int, k: int, dtype: torch.dtype, isa
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 6, 40])
-def test_error_is_eagers(rows: int, dtype: torch.dtype, isa: str) -> None:
+def test_error_is_within_eagers_bound(rows: int, dtype: torch.dtype, isa: str) -> None:
     x, weight = torch.randn(rows, 2048).to(dtype), (torch.randn(128, 2048) * 0.05).to(dtype)
     bias = torch.randn(128).to(dtype)
     want = exact(x, weight) + bias.double()
