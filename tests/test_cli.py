@@ -247,8 +247,7 @@ def test_f54_hostile_chat_template(
 def test_chat_template_that_cuts_messages_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refuse a template that cuts messages: its control tokens could not be told from the
-    user's."""
+    """Refuse a template that cuts messages: control tokens could be the user's."""
     folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
     assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
     assert "takes messages apart" in failure(capsys)

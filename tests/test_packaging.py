@@ -176,8 +176,7 @@ def test_wheel_holds_the_package_and_one_extension(wheel: Path) -> None:
 
 
 def test_extension_links_neither_torch_nor_python(extension: Path) -> None:
-    """Serve every torch with one build: the extension needs libgomp's plain soname, and torch
-    brings it."""
+    """Serve every torch with one build: it needs libgomp's plain soname, which torch brings."""
     if not shutil.which("readelf"):
         pytest.skip("readelf (binutils) is not installed")
     dynamic = succeed("readelf", "--dynamic", extension)

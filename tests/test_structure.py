@@ -1,5 +1,4 @@
-"""Tests of the package's structure: no circular imports, and a short path from an op to its
-kernel."""
+"""Tests of the package's structure: no circular imports, a short path from op to kernel."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ PACKAGE = ROOT / "llama_fast"
 
 
 def modules() -> dict[str, Path]:
-    """Return name -> file of the modules of llama_fast and of kernels, which is installed inside
-    it."""
+    """Return name -> file of all modules of llama_fast and kernels (installed inside it)."""
     found = {}
     for folder, prefix in ((PACKAGE, "llama_fast"), (ROOT / "kernels", "llama_fast.kernels")):
         for path in (*folder.rglob("*.py"), *folder.rglob("*.pyi")):  # _cpu has only a stub
@@ -92,8 +90,7 @@ def test_kernels_import_nothing_of_the_package() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_one_name_and_a_short_walk(family: str) -> None:
-    """Follow an op from lf.rms_norm to the loop: each file names the next. dispatch.py chooses
-    between such paths."""
+    """Follow an op from lf.rms_norm to the loop: each file names the next."""
     walk = {
         PACKAGE / "__init__.py": f"from .ops.{family} import",
         PACKAGE / "ops" / f"{family}.py": f"on.{family}(",

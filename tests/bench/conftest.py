@@ -21,8 +21,7 @@ from .runs import TINY
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
-    """Return bench(*options) -> (exit status, JSON document), which runs a few rounds of each
-    case."""
+    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
     monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it outlasts the test
 

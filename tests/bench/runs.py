@@ -1,5 +1,4 @@
-"""Runs of the benchmark suite: the options of a tiny run, and an invented run that has every
-part."""
+"""Runs of the benchmark suite: the options of a tiny one, and an invented one with every part."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ from llama_fast.bench.timing import events as gpu_timing
 
 
 class FakeCuda:
-    """Simulate a device whose time passes only with its work. Graphs keep the work that they
-    captured."""
+    """Simulate a device whose time passes only with its work. Graphs keep captured work."""
 
     def __init__(self) -> None:
         self.now, self.slept = 0.0, 0.0

@@ -36,8 +36,8 @@ def tool(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Return the arguments of a report into tmp_path/out about a checkout in tmp_path that is still
-    empty."""
+    """Return the arguments of a report into tmp_path/out about tmp_path, a checkout without
+    files."""
     for module in (tests, processes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(processes, "PATIENCE", 0.5)

@@ -1,5 +1,4 @@
-"""Tests of how the suite adapts to a machine: its speed, which cases shrink, what limits a
-product."""
+"""Tests of how the suite adapts to a machine: its speed, smaller cases, a product's limit."""
 
 from __future__ import annotations
 
@@ -264,8 +263,7 @@ def test_a_restricted_run_is_marked(
 
 
 def test_limits_of_two_kinds_are_not_compared() -> None:
-    """Ignore the limit in a comparison if one run limited the row by a product and the other by
-    multiply-adds."""
+    """Ignore the limit if one run bounds a row by a product and the other by multiply-adds."""
     seconds = {name: {"passes": [t]} for name, t in {"ours": 1.0, "limit": 2.0}.items()}
     old = {"op": "a", "shape": "", "limit": "matmul", "seconds": seconds}
     new = {**old, "limit": "fma", "seconds": {**seconds, "limit": {"passes": [0.1]}}}

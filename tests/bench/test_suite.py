@@ -66,8 +66,7 @@ def test_every_row_of_the_targets_is_measured() -> None:
 @pytest.mark.parametrize("tp", shapes.TP)
 @pytest.mark.parametrize("model", ("8b", "70b", "405b"))
 def test_shapes_of_a_rank(model: str, tp: int) -> None:
-    """Sum the ranks' shapes: together they hold the layer's weights. Key/value heads are
-    repeated."""
+    """Sum the ranks' weights: they make up the layer, except that key/value heads repeat."""
     whole, rank = shapes.layer_shapes(model), shapes.layer_shapes(model, tp)
     for name in ("gate_up", "down", "output"):
         n, k = rank.linears[name]

@@ -49,8 +49,7 @@ def is_linear(name: str) -> bool:
 def quantize(
     folder: Path, granularity: str, suffix: str, chosen: Callable[[str], bool], **config: Any
 ) -> dict[str, Tensor]:
-    """Rewrite the chosen linears in FP8. Return the weights that the checkpoint now means, in
-    fp32."""
+    """Rewrite the chosen linears in FP8. Return the checkpoint's new weights in fp32."""
     held, meant = tensors(folder), {}
     for name, weight in list(held.items()):
         meant[name] = weight
@@ -64,8 +63,7 @@ def quantize(
 
 
 def check_means(folder: Path, meant: dict[str, Tensor], tolerance: float = LOGITS) -> Llama:
-    """Require that the loaded model computes what transformers does with the dequantized
-    weights."""
+    """Compare the loaded model with transformers on the dequantized weights."""
     hf = hf_model(**LAYOUT)
     hf.load_state_dict(meant, strict=False)
     tokens = torch.randint(320, (2, 19))
@@ -212,8 +210,7 @@ def test_excluded_modules_match_whole_components() -> None:
 
 
 def test_excluded_by_a_regex_of_the_beginning() -> None:
-    """Match at the start of the name, and not necessarily to its end, as compressed-tensors
-    does."""
+    """Match at the start of the name, not necessarily to its end, as compressed-tensors does."""
     form = Format("weight_scale", False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$"))
     assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
     assert not form.excludes("model.layers.2.mlp.up_proj")

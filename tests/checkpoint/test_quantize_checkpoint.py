@@ -1,5 +1,4 @@
-"""Tests of checkpoints written in FP8: their contents, their readers, and what an interrupt
-leaves."""
+"""Tests of checkpoints written in FP8: their contents, their readers, and interrupted writing."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ TOKENS = torch.arange(3, 40)[None]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bf16 checkpoint of several shards, with files that should and should not be
-    copied."""
+    """Return a bf16 checkpoint in shards, with files that should and should not be copied."""
     torch.manual_seed(0)
     folder = save(
         hf_model(num_hidden_layers=4).bfloat16(),

@@ -7,5 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_torch_thread(one_thread: None) -> None:
-    """Set one thread. A second one for the eager twin doubled these tests' time on two busy
-    cores."""
+    """Set one thread: a second, for the eager twin, doubled the tests' time on two busy cores."""

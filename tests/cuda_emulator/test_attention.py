@@ -1,4 +1,4 @@
-"""Tests of csrc/cuda/attention.cu in the emulator: every instance and tile path, in any order of
+"""Tests of csrc/cuda/attention.cu in the emulator: every instance, tile path and order of
 threads."""
 
 from __future__ import annotations

@@ -235,8 +235,7 @@ def test_f41_alone_or_in_a_batch(cuda: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("key", [3, 100, 4159], ids=["first warp", "last warp", "last split"])
 @pytest.mark.parametrize("splits", [1, 64])
 def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> None:
-    """Put one score 184 above the others in base 2: weights relative to a smaller maximum
-    overflow."""
+    """Put one score 184 above the others in base 2: relative to another maximum it overflows."""
     q, k = torch.full((1, 1, 2, 64), 8.0).to(BF16), torch.full((1, 4160, 1, 64), -1.0).to(BF16)
     v = torch.randn(1, 4160, 1, 64).to(BF16)
     k[:, key] = 1.0

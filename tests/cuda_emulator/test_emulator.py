@@ -1,5 +1,4 @@
-"""Tests of the emulator: each instruction follows the PTX ISA's layouts, and planted bugs are
-caught."""
+"""Tests of the emulator: instructions follow the PTX ISA's layouts, and planted bugs are caught."""
 
 from __future__ import annotations
 

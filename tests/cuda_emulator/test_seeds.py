@@ -54,8 +54,8 @@ def bits(t: Tensor) -> Tensor:
 
 
 def under_every_seed(cuda: Any, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Return run()'s results, which must have the same bits under each seed. run fills its outputs
-    with NaN first."""
+    """Return run()'s results, with the same bits under each seed. run fills its outputs with
+    NaN."""
     cuda.set_seed(SEEDS[0])
     first = run()
     for seed in SEEDS[1:]:
@@ -151,9 +151,8 @@ def check(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None
     ], ids=str,
 )  # fmt: skip
 def test_attention(cuda: Any, d: int, dtype: torch.dtype, sq: int, sk: int, causal: bool) -> None:
-    """Cover TMA and wgmma (head_dim 64 and 128), mma.sync (the others) and plain fma (fp32). Among
-    the lengths, one puts the last key of a walk first in a tile, and one puts the first masked key
-    last."""
+    """Cover TMA and wgmma (head_dim 64 and 128), mma.sync (the others) and plain fma (fp32). One
+    length puts the last key of a walk first in a tile, one puts the first masked key last."""
     q = at_page_end(torch.randn(1, sq, 4, d).to(dtype))
     k, v = (at_page_end(torch.randn(1, sk, 2, d).add(0.25).to(dtype)) for _ in range(2))
 

@@ -49,8 +49,7 @@ def test_same_tokens_as_the_plain_loop(
 def test_sequences_stop_on_their_own(
     model: Llama, queued: int, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stop each sequence at another step, so that rows move and the batch shrinks from bucket to
-    bucket."""
+    """Stop each sequence at another step: rows move, and the batch shrinks by buckets."""
     monkeypatch.setattr(decode, "AHEAD", queued)
     batch = prompts(5, 9, 30, 4, 17)
     free = plainly(model, batch, 24, temperature=1.0, top_p=1.0, seed=5, stop_ids=())

@@ -1,5 +1,4 @@
-"""Tests of the decode step as a graph holds it: what stays between calls, and what the recorded
-graph catches."""
+"""Tests of the decode step in a graph: what stays between calls, and what RecordedGraph catches."""
 
 from __future__ import annotations
 
@@ -137,8 +136,7 @@ def test_a_step_launches_little_beside_its_graphs(
 
 
 def test_memory_is_freed_after_the_last_step(model: Llama) -> None:
-    """Drop the decoder. It must wait for its last step, because another stream may still use its
-    memory."""
+    """Drop the decoder. It waits for its last step: another stream may still use its memory."""
 
     class Event:
         waited = False
@@ -236,8 +234,8 @@ def broken(attribute: str, change: Callable[[Tensor], Tensor]) -> type[Decoder]:
 def test_f20_a_replaced_tensor_is_caught(
     model: Llama, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check RecordedGraph: tensors that move must give other tokens once a sequence has ended and
-    the others change rows."""
+    """Check RecordedGraph: tensors that move give other tokens once a sequence ends and others
+    change rows."""
     batch = prompts(5, 120, 130, 9)
     options = {"temperature": 1.0, "top_p": 1.0, "seed": 1}
     free = plainly(model, batch, 12, stop_ids=(), **options)

@@ -181,8 +181,7 @@ def test_f45_nearly_flat_logits_keep_their_share(top_p: float) -> None:
 def test_f46_the_last_token_wins_where_it_should(
     vocab: int, top_p: float, temperature: float
 ) -> None:
-    """Choose the largest of negative logits: zeros of a tail tile would win, and so must one in the
-    tail."""
+    """Choose the largest of negative logits, also in the tail. Zeros of a tail tile would win."""
     logits = torch.full((vocab,), -40.0)
     for best in (vocab - 1, 0, 4096):
         row = logits.clone()

@@ -1,5 +1,4 @@
-"""Tests of sampling a batch at once: it must return the ids of sampling row by row, in any batch,
-order of sums and draw."""
+"""Tests of sampling a batch: it returns the ids of single rows, in any batch and order of sums."""
 
 from __future__ import annotations
 
@@ -72,8 +71,7 @@ def test_top_k_matches_a_stable_sort(shape: tuple[int, ...]) -> None:
 
 
 def test_top_k_sorts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forbid sorting: sorting the 128,256 logits of a row takes longer than the rest of
-    sampling."""
+    """Forbid sorting: to sort a row's 128,256 logits takes longer than the rest of sampling."""
     monkeypatch.setattr(torch.Tensor, "sort", None, raising=False)
     sampling.sample_rows(torch.randn(2, 50), torch.rand(2, dtype=torch.float64), 1.0, 0.9, 5)
     sampling.sample(torch.randn(50), 1.0, 0.9, 5)

@@ -1,5 +1,4 @@
-"""Tests of speculative decoding: it returns plain decoding's tokens for any proposals, and it
-pauses."""
+"""Tests of speculative decoding: the tokens of plain decoding for any proposals, and its pauses."""
 
 from __future__ import annotations
 
@@ -95,8 +94,7 @@ def test_tokens_of_plain_decoding(
     model: Llama, draft: Llama, options: dict[str, Any], kind: str
 ) -> None:
     """Decode ragged prompts, some repetitive, across blocks of the cache, with each kind of
-    sampling. A model that drafts for itself is always right, because it samples with the same
-    numbers."""
+    sampling. A model that drafts for itself is always right: it samples with the same numbers."""
     batch = [*repetitive(40, 126), *prompts(1, 17)]
     by = {"lookup": "lookup", "draft": draft, "itself": model}[kind]
     expected = model.generate(batch, 40, stop_ids=(), **options)

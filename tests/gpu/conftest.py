@@ -110,8 +110,8 @@ def give_back() -> None:
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail a test of another backend if it launches a Triton kernel: it would say nothing about
-    that backend."""
+    """Fail another backend's test if it launches a Triton kernel: it would not test that
+    backend."""
 
     def refuse(kernel: Any, grid: Any) -> None:
         pytest.fail(f"{kernel.__name__} is Triton's, and this is a test of {BACKEND}")
@@ -139,8 +139,8 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def launcher(op: str) -> Any:
-    """Return the module that launches op in these tests, for outputs and lengths that the op itself
-    would refuse."""
+    """Return the module that launches op, for outputs and lengths that the op itself would
+    refuse."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return dispatch.kernels(op, torch.empty(0, device=device))
 

@@ -30,8 +30,7 @@ def _matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @functools.cache
 def _builtins(owner: ModuleType | type) -> list[tuple[str, Any]]:
-    """List owner's functions that the interpreter replaces. Call this while none of them is
-    replaced."""
+    """List owner's functions that the interpreter replaces. Call this before it replaces any."""
     members = inspect.getmembers(owner)
     return [(name, member) for name, member in members if tl.core.is_builtin(member)]
 

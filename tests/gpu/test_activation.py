@@ -42,8 +42,7 @@ def test_every_value(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_fp32_over_the_whole_range(device: torch.device) -> None:
-    """Compare with torch where e^-x overflows, at infinities and at NaN, and with fp64
-    elsewhere."""
+    """Compare with torch where e^-x overflows, at infinities and NaN; elsewhere with fp64."""
     ends = [-1e38, 0.0, 100.0, 1e38, *map(float, ("-inf", "inf", "nan"))]
     gate = torch.cat((torch.tensor(ends), torch.linspace(-140, -89, 5001))).to(device)
     gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
@@ -68,8 +67,7 @@ def test_matches_eager(width: int, dtype: torch.dtype, device: torch.device) -> 
 
 @pytest.mark.parametrize("width", [16, 93, 16501])
 def test_f29_f30_f31_strides_offsets_and_canaries(width: int, device: torch.device) -> None:
-    """Put NaN on all sides of the rows that may be read and sevens around those that may be
-    written."""
+    """Put NaN on all sides of what may be read and sevens around what may be written."""
     dense = randn(3, 2 * width, dtype=torch.bfloat16, device=device)
     fenced = torch.full((5, 2 * width + 9), float("nan"), dtype=torch.bfloat16, device=device)
     gate_up = fenced[1:4, 5 : 5 + 2 * width].copy_(dense)
@@ -134,8 +132,8 @@ def test_f27_zeros_nan_and_f11_no_rows(width: int, device: torch.device) -> None
 @pytest.mark.triton
 @pytest.mark.parametrize("width", [64, 769, 16500])
 def test_f33_every_configuration(width: int, device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call must give what the second
-    gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     gate_up = randn(5, 2 * width, dtype=torch.bfloat16, device=device)
     chip = common.chip_of(gate_up)
     want = lf.silu_and_mul(gate_up)

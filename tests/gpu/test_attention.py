@@ -141,8 +141,8 @@ def test_a_winning_score_copies_its_value(
 
 
 def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
-    """Check values and the source. Compiled tf32 would miss the bound by far, but the interpreter
-    cannot show it."""
+    """Check values (compiled tf32 would be far off) and the source (the interpreter has no
+    tf32)."""
     check(*qkv(device, (60, 200), (2, 1), 128, torch.float32), softmax_scale=0.5)
     source = Path(kernel.__file__).read_text()
     dots = re.findall(r"tl\.dot\((.*)\)", source)
@@ -205,8 +205,7 @@ def test_f08_a_masked_key_never_counts(
 def test_a_row_that_misses_only_its_last_key(
     device: torch.device, dtype: torch.dtype, keys: int
 ) -> None:
-    """Give the first of two rows all of a tile but its last key, which would outweigh the
-    others."""
+    """Give the first of two rows all of a tile but its last key, whose weight would be largest."""
     q, k, v = qkv(device, (2, keys), (1, 1), 64, dtype)
     clean = lf.attention(q, k, v)
     k[:, -1], v[:, -1] = 8 * q[:, 0], 1e4
@@ -299,8 +298,7 @@ def test_many_short_sequences_find_their_tiles(device: torch.device) -> None:
     ids=str,
 )
 def test_wrong_cu_seqlens_stay_inside(device: torch.device, cu: list[int]) -> None:
-    """Pass values that the op cannot check on a GPU. Nothing around the tensors may be read (it is
-    NaN) or written."""
+    """Pass offsets that no GPU op checks. NaN around the tensors is neither read nor written."""
     q, k, v = (_framed(t[0]) for t in qkv(device, (60, 60), (1, 1), 16, torch.bfloat16))
     out = _framed(torch.zeros_like(q))
     wrong = torch.tensor(cu, dtype=torch.int32, device=device)

@@ -1,5 +1,5 @@
-"""Tests of kernels/decode_attention.py against the eager twin in fp64, and of what must not reach a
-result."""
+"""Tests of kernels/decode_attention.py against the eager twin in fp64, and of keys it must not
+see."""
 
 from __future__ import annotations
 
@@ -153,8 +153,7 @@ def test_f08_what_lies_past_the_lengths_changes_nothing(
 @dtypes
 @queries(5, 30)
 def test_nan_stays_nan(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None:
-    """Require that a NaN key reaches only the queries that see it, and a NaN value at least
-    those."""
+    """Let a NaN key reach only the queries that see it, and a NaN value at least those."""
     q, k, v = make(1, sq, 100, (3, 1), 32, dtype)
     for splits in (1, 3) if sq == 5 else (1,):
         clean = attend(q, k, v, lengths(100), num_splits=splits)
@@ -386,8 +385,7 @@ def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None
 
 @queries(1, 20)
 def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
-    """Use scales that are negative, 0 and tiny. The kernel finds the largest score before it scales
-    them."""
+    """Use negative, zero and tiny scales. The kernel finds the largest score before it scales."""
     q, k, v = make(1, sq, 140, (8, 2), 64, BF16)
     k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
     for value in (-0.7, 0.0, 1e-44):
@@ -411,8 +409,7 @@ def test_every_e4m3_value_comes_back(
 
 @pytest.mark.parametrize("power", [-100, -60, 40, 126])
 def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
-    """Scale bf16 queries by powers of two. The kernel takes them as fp16, with the same bits at any
-    size."""
+    """Scale bf16 queries by powers of two. As fp16 they give the same bits at any size."""
     q, k, v = make(1, 1, 100, (4, 2), 32, BF16)
     q = q / q.abs().max() * 3.5  # 2^126 times that is finite and has the largest exponent
     q[0, 0, 1] = 0.0
@@ -489,8 +486,8 @@ def test_f33_each_configuration_alone(
 
 
 def test_splits_fill_the_chip() -> None:
-    """Fill 264 slots from 8 key/value heads: 32 splits take 97 % of a wave; 33 would start a
-    second."""
+    """Fill 264 slots from 8 key/value heads: 32 splits are 97 % of a wave, 33 would start
+    another."""
     assert decode_plan.most_splits(8, 264) == 32
     assert decode_plan.most_splits(1, 264) == 251
     assert decode_plan.most_splits(128, 132) == 1

@@ -111,8 +111,7 @@ def test_every_code_decodes_exactly(dtype: torch.dtype, native: bool, device: to
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_rounding_and_widening_of_16_bits(dtype: torch.dtype, device: torch.device) -> None:
-    """Avoid the interpreter's own cast, which truncates fp32 to bf16 and loses bf16's
-    subnormals."""
+    """Avoid the interpreter's cast, which truncates fp32 to bf16 and loses bf16's subnormals."""
     x = torch.randint(-(2**31), 2**31 - 1, (65536,)).to(torch.int32).view(torch.float32).to(device)
     out = torch.empty(65536, dtype=dtype, device=device)
     round_kernel[(16,)](out, x, TYPES[dtype], BLOCK)

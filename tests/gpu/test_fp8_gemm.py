@@ -77,8 +77,7 @@ def exact(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor) -> Tens
 
 
 def fenced(t: Tensor, left: int) -> Tensor:
-    """Return the same rows with NaN before, after and between them, `left` elements off
-    alignment."""
+    """Return the same rows, `left` elements off alignment, with NaN before, after and between."""
     rows, cols = t.shape
     memory = torch.full((rows + 2, left + cols + 3), float("nan"), device=t.device).to(t.dtype)
     view = memory[1:-1, left : left + cols]
@@ -115,8 +114,7 @@ def test_integers_are_exact(
 
 @pytest.mark.parametrize("m", [33, 65])
 def test_on_every_chip(m: int, chip: str, device: torch.device) -> None:
-    """Run with and without TMA, e4m3 and promotion, K a multiple of 16 and not, and both kinds of
-    x."""
+    """Run with and without TMA, e4m3, promotion and K a multiple of 16, for both kinds of x."""
     for k, scale_a, scale_b in (
         (272, "row", "row"),
         (272, "block", "block_2d"),
@@ -270,8 +268,7 @@ def test_f48_large_fp16(device: torch.device) -> None:
 @pytest.mark.parametrize("k", [129, 144])
 @pytest.mark.parametrize("left", [1, 16], ids=["off alignment", "aligned"])
 def test_f29_f31_strides_and_canaries(m: int, k: int, left: int, device: torch.device) -> None:
-    """Put operands between NaN at any alignment, the output between canaries, and scales between
-    NaN."""
+    """Put operands at any alignment and scales between NaN, and the output between canaries."""
     for dtype, granularity in itertools.product((FP8, torch.bfloat16), ("row", "block")):
         wide = k + 160 - k % 16  # TMA takes these strides if the start is aligned too
         memory = torch.full((m + 94, wide), float("nan"), device=device).to(dtype)
@@ -349,9 +346,8 @@ def test_f11_zero_rows_then_a_normal_call(device: torch.device) -> None:
 
 @pytest.mark.triton
 def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
-    """Force each configuration into poison: exact for integers, and the same bits for random
-    values. There are more tiles than programs, and the last group has fewer rows of tiles than
-    GROUP_M."""
+    """Force each configuration into poison: exact for integers, the same bits for random values.
+    There are more tiles than programs; the last group has fewer rows of tiles than GROUP_M."""
     chip, n, k = common.chip_of(torch.empty(1, device=device)), 150, 144
     if not chip.has_e4m3:
         pytest.skip("this GPU does not multiply e4m3")
@@ -379,8 +375,7 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
 def test_f33_every_configuration_of_stream(
     m: int, k: int, dtype: torch.dtype, chip: str, device: torch.device
 ) -> None:
-    """Force each configuration into poison, with K whole and split unevenly (an odd number of
-    blocks)."""
+    """Force each configuration into poison, with K whole and split unevenly (odd blocks)."""
     if chip in ("sm_89", "sm_100") and m != 33:
         pytest.skip("as another chip")
     this, n, few = common.chip_of(torch.empty(1, device=device)), 60, m <= 64
@@ -414,8 +409,7 @@ def test_f36_configurations_fit_and_are_few() -> None:
 
 
 def test_splits_fill_the_chip() -> None:
-    """Split 4096 x 4096, which has 64 tiles of 64 features, in two for 132 SMs. 14336 needs no
-    split."""
+    """Split 4096 x 4096, with its 64 tiles of 64 features, in two for 132 SMs; 14336 in none."""
     chip = CHIPS["sm_90"]
     for n, splits in ((4096, 2), (14336, 1), (28672, 1), (128256, 1)):
         assert fp8_stream._configs(chip, True, n, 4096, 1, True)[0]["SPLITS"] == splits
@@ -423,9 +417,8 @@ def test_splits_fill_the_chip() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "block", "16-bit"])
 def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device) -> None:
-    """Compare a row among up to 64, where K is split, and among more. In the interpreter partial
-    sums are of integers, exact in any order of the CPU's; scales in blocks make the order of splits
-    show in fp32."""
+    """Compare a row among up to 64, where K is split, and among more. The interpreter's partial
+    sums are of integers, exact in any order; scales in blocks show the order of splits in fp32."""
     k, n = 1040, 64
     x, b = integers(256, k, device), integers(n, k, device)
     if device.type == "cuda":
@@ -487,8 +480,7 @@ def test_f42_250_repeats(m: int, device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [16, 300])
 def test_f20_f21_graph_replays_splits(m: int, device: torch.device) -> None:
-    """Require that the graph keeps the partial sums of its splits. Other calls between replays use
-    others."""
+    """Replay splits: the graph keeps its partial sums, and calls between replays use others."""
     a, b = integers(m, 4096, device), integers(256, 4096, device)
     one = torch.ones(1, device=device)
     lf.fp8_gemm(a, b, one, one)  # compiles

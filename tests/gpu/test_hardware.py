@@ -1,5 +1,4 @@
-"""Tests, for every op, of what only a GPU can show: graphs, streams, devices, empty launches,
-races."""
+"""Tests of every op that only a GPU can show: graphs, streams, devices, empty launches, races."""
 
 from __future__ import annotations
 

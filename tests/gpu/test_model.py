@@ -1,6 +1,5 @@
-"""Tests of the whole model on Triton's kernels against the eager twin, of graphs and streams, and
-of the host that runs ahead. On a CPU Triton's interpreter runs a tiny model, and a recorder stands
-in for graphs."""
+"""Tests of the model on Triton's kernels against the eager twin, of graphs, streams and the host
+that runs ahead. On a CPU, Triton's interpreter runs a tiny model, and graphs are recorded."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ LOGITS = 2e-5  # of the largest logit, fp32: other orders of summation through t
 
 
 def moved(model: Llama, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
-    """Return the same weights on device as [N, K], with norms, embedding and plain linears in
-    dtype."""
+    """Return the same weights on device as [N, K]: norms, embedding and plain linears in dtype."""
     dtype = dtype or model.dtype
 
     def place(value: Any) -> Any:
@@ -60,8 +58,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 @pytest.fixture
 def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
-    """Make generate() take the path of a GPU: on the GPU, or on CPU tensors with recorded
-    graphs."""
+    """Make generate() take a GPU's path: on the GPU, or on CPU tensors with recorded graphs."""
     if device.type == "cpu":
         monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
         monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
@@ -74,8 +71,7 @@ def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterato
 
 @pytest.mark.parametrize("quantize", [None, "fp8"], ids=["plain", "fp8"])
 def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None) -> None:
-    """Compare logits. With fp8, activations are not quantized, so that only the order of sums
-    differs."""
+    """Compare logits. Activations are not quantized, so that only the order of sums differs."""
     model = tiny(device, quantize)
     tokens = torch.randint(TINY.vocab_size, (2, 37), device=device)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference", "fp8_linear"):
@@ -224,8 +220,8 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 def test_f18_the_callers_stream_counts() -> None:
-    """Generate on a side stream whose earlier, long work makes the weights, at each point of a
-    model's life with graphs."""
+    """Generate on a side stream whose long earlier work makes the weights, while graphs are warmed
+    up, captured and replayed."""
     model = small()
     batch = prompts(30, 40)
     expected = model.generate(batch, 12, temperature=0)
@@ -249,7 +245,7 @@ def test_f18_the_callers_stream_counts() -> None:
 
 @pytest.mark.gpu
 def test_f20_small_then_large_then_small() -> None:
-    """Keep the graphs of a small batch through a larger one's workspaces, in their decoder and the
+    """Keep a small batch's graphs through a larger one's workspaces, in this decoder and the
     next."""
     model = small()
     cases = [prompts(9), prompts(*[9] * 8), prompts(3000, 5), prompts(12), prompts(*[100] * 40)]
@@ -268,8 +264,7 @@ def test_f20_small_then_large_then_small() -> None:
 def test_f21_the_first_product_of_a_process_is_captured(
     quantize: str, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Start with a generation whose second step captures, so that nothing has warmed up a
-    library."""
+    """Generate first of all: the second step captures, and nothing has warmed up a library."""
     run_python(f"""
 import llama_fast as lf
 model = lf.Llama.from_config(lf.{SMALL}, quantize={quantize}, device="cuda")

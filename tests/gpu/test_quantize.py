@@ -60,7 +60,7 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> Non
 
 
 def amaxes(dtype: torch.dtype, count: int) -> Tensor:
-    """Return values of every magnitude of dtype, with subnormals and its largest, and no powers of
+    """Return values of every magnitude of dtype, with subnormals and its largest, no powers of
     two."""
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps

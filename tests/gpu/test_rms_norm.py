@@ -38,8 +38,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compare with eager, and require that fusing changes no bit: the sum, its norm, the quantized
-    norm."""
+    """Compare with eager. Fusing changes no bit of the sum, its norm or the quantized norm."""
     x, residual, w = make(3, hidden, dtype, device)
     normed, total = lf.add_rms_norm(x, residual, w)
     assert torch.equal(total, x + residual)
@@ -56,8 +55,8 @@ def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("hidden", [8, 769, 3584, 20001])
 def test_f29_f31_offsets_and_strides(hidden: int, device: torch.device) -> None:
-    """Use storage one element off any vector's alignment, NaN between rows, and different strides
-    of x, residual and weight."""
+    """Use storage one element off alignment, NaN between rows, and different strides per
+    argument."""
     x, residual, w = make(5, hidden, torch.bfloat16, device)
     off = torch.cat((w[:1], w))[1:]
     want = lf.add_rms_norm(x, residual, w)
@@ -151,8 +150,8 @@ def test_f27_zero_rows_and_f11_no_rows(device: torch.device) -> None:
 @pytest.mark.parametrize("hidden", [64, 769, 4096, 20001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_f33_every_configuration(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call must give what the second
-    gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     rows = 3 if hidden > 16384 else 7
     x, residual, w = make(rows, hidden, dtype, device)
     eager, total = reference.add_rms_norm(x, residual, w)

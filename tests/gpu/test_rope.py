@@ -49,8 +49,7 @@ def test_matches_eager(
 
 @pytest.mark.parametrize("position", [257, 8192, 131071])
 def test_f24_angles_are_not_in_16_bits(position: int, device: torch.device) -> None:
-    """Compare with fp64 angles, everything else in bf16 (tests/ops/test_rope.py explains the
-    bound)."""
+    """Compare with fp64 angles, all else in bf16 (tests/ops/test_rope.py explains the bound)."""
     d = 128
     table = lf.rope_table(5e5, position + 1, head_dim=d, scaling=SCALING, device=device)
     q = torch.randn(1, 2, d).bfloat16().to(device)
@@ -69,8 +68,7 @@ def test_f24_angles_are_not_in_16_bits(position: int, device: torch.device) -> N
 def test_f04_append_into_one_pool(
     dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool, device: torch.device
 ) -> None:
-    """Require that apply_rope's result lands in its slots and nothing else changes. k and v share a
-    pool."""
+    """Append into a pool that k and v share. Only the slots change, to apply_rope's result."""
     q, k, v, positions, table = make(*shape, dtype, device)
     want_q, want_k = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     slots = torch.tensor([3, 17, 0, 5, 22, 9, 11, 1, 23], device=device)
@@ -160,9 +158,8 @@ def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: torch.device) -> None:
-    """Pass indices that the public op does not check on a GPU. A position outside the table, whose
-    neighbors in memory hold sevens, makes its token NaN. A slot outside the cache writes
-    nothing."""
+    """Pass indices that the op does not check on a GPU. A position outside the table, which lies
+    between sevens, makes its token NaN. A slot outside the cache writes nothing."""
     q, k, v, _, table = make(6, 4, 2, 32, torch.bfloat16, device)
     memory = torch.full((68, 32), 7.0, device=device)
     table = memory[2:-2].copy_(table)
@@ -195,8 +192,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
 def test_f29_f30_f31_offsets_strides_and_canaries(
     d: int, interleaved: bool, device: torch.device
 ) -> None:
-    """Put heads one element off any alignment, NaN between and around them, and sevens around what
-    may be written."""
+    """Put heads off alignment with NaN around them, and sevens around what may be written."""
     q, k, _, positions, table = make(3, 4, 2, d, torch.bfloat16, device)
     want = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     views = []
@@ -257,8 +253,8 @@ def test_f11_no_tokens_and_f41_batches(device: torch.device) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("heads", [(4, 2), (40, 8)], ids=str)
 def test_f33_every_configuration(heads: tuple[int, int], device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call must give what the second
-    gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     q, k, v, positions, table = make(3, *heads, 128, torch.bfloat16, device)
     want_q, want_k = reference.apply_rope(q, k, positions, table)
     slots = torch.tensor([5, 0, 2], device=device)

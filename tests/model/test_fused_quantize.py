@@ -1,5 +1,4 @@
-"""Tests of a norm and SwiGLU that quantize for the next FP8 GEMM in the model: when they do, and
-their bits."""
+"""Tests of norm and SwiGLU that quantize for the model's next FP8 GEMM: when, and their bits."""
 
 from __future__ import annotations
 

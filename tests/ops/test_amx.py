@@ -1,5 +1,4 @@
-"""Tests of products on a CPU with AMX, which is simulated: which calls go to oneDNN, and their
-results."""
+"""Tests of products on a simulated CPU with AMX: which calls go to oneDNN, and their results."""
 
 from __future__ import annotations
 
@@ -80,8 +79,8 @@ def test_other_dtypes_stay_on_our_kernels(taken: list[int]) -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block", "block_2d"])
 @pytest.mark.parametrize("n, k", [(1, 1), (130, 389), (1088, 300)])
 def test_integers_are_exact(granularity: str, n: int, k: int, taken: list[int], isa: str) -> None:
-    """Cover every layout and scale (powers of two), more features than are decoded at once, and an
-    x with a row stride."""
+    """Cover every layout and scale, more features than are decoded at once, and x with a row
+    stride."""
     x, bias = integers(ROWS, k + 3)[:, 3:], torch.randint(-9, 10, (n,)).to(BF16)
     weight = integers(n, k)
     blocks = {"tensor": (1,), "row": (n, 1), "block": (n, -(-k // 128))}
@@ -103,8 +102,7 @@ def test_integers_are_exact(granularity: str, n: int, k: int, taken: list[int], 
 
 
 def assert_once_rounded(out: Tensor, want: Tensor) -> None:
-    """Require one rounding. Powers of two commute with rounding to bf16, so a second one changes
-    nothing."""
+    """Require one rounding, with powers of two, which commute with rounding to bf16."""
     assert torch.equal(out, want.to(BF16))
 
 

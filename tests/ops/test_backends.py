@@ -1,5 +1,4 @@
-"""Tests of which backend serves an op: defaults, use_backend(), the environment, and errors for
-backends that are missing."""
+"""Tests of which backend serves an op: defaults, use_backend(), environment, missing backends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Tests of the tensors that a binding takes (csrc/tensor.h): every kind of them, and nothing
-else."""
+"""Tests of the tensors that a binding takes (csrc/tensor.h): every kind, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Tests of attention_with_kvcache against the eager twin in fp64, and of what must not reach a
-result."""
+"""Tests of attention_with_kvcache against the eager twin in fp64, and of keys it must not see."""
 
 from __future__ import annotations
 
@@ -269,8 +268,7 @@ def test_f22_at_and_past_the_capacity() -> None:
 
 
 def test_more_chunks_than_one_wave_holds(isa: str) -> None:
-    """Attend 9 sequences of 16 heads in 1024 chunks each: over 80 MB of partial results, 64 to a
-    wave."""
+    """Attend 9 x 16 heads in 1024 chunks each: over 80 MB of partial results, 64 to a wave."""
     q, k, v = make(9, 1, 1024, (16, 16), 8, torch.bfloat16)
     seqlens = lengths(1024, 1023, 1024, 1022, 1024, 1024, 1024, 1024, 1024)
     out = lf.attention_with_kvcache(q, k, v, seqlens, num_splits=1024)

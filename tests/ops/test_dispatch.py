@@ -31,8 +31,8 @@ MEASURED = {
 
 @pytest.fixture
 def on_sm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return on_sm(90), which simulates that chip with the CUDA extension built and MEASURED
-    chosen."""
+    """Return on_sm(90), which simulates that chip, the CUDA extension and the choice of
+    MEASURED."""
 
     def clear() -> None:
         for cached in (dispatch._on_gpu, dispatch._no_chip, dispatch._warn_once):
@@ -189,8 +189,7 @@ def test_a_class_depends_on_no_number_of_rows(op: str) -> None:
 
 
 def test_fp8_linear_has_fp8_gemms_classes() -> None:
-    """Require one class: a producer that quantizes calls fp8_gemm where fp8_linear would have
-    quantized."""
+    """Compare classes: a producer that quantizes calls fp8_gemm, others call fp8_linear."""
     for scale in (torch.empty(1), torch.empty(64, 1), torch.empty(1, 4)):
         for shape in ((1, 512), (2, 40, 512)):
             x = torch.empty(shape, dtype=torch.bfloat16)

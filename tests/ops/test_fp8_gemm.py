@@ -117,8 +117,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(granularity: str, isa: str, thre
 
 
 def test_f31_strides_and_canaries(isa: str) -> None:
-    """Put rows inside wider tensors whose other columns are NaN, and the output between
-    canaries."""
+    """Put rows inside wider tensors that are otherwise NaN, and the output between canaries."""
     wide = torch.full((40, 300), float("nan")).to(FP8)
     a, b = wide[:10, 7:136], wide[10:, 31:160]
     a.copy_(integers(10, 129))

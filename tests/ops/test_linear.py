@@ -1,5 +1,4 @@
-"""Tests of linear, fp8_linear and pack_weight. Plain and packed weights give the same bits in any
-batch."""
+"""Tests of linear, fp8_linear and pack_weight: packed weights and any batch give the same bits."""
 
 from __future__ import annotations
 
@@ -94,8 +93,7 @@ def test_scale_ub_bounds_what_is_quantized(granularity: str, isa: str) -> None:
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_code_of_the_weight(dtype: torch.dtype, rows: int, isa: str) -> None:
-    """Multiply one column: each output is one weight. Subnormals (2^-9 and up) survive; NaN stays
-    NaN."""
+    """Multiply one column: each output is one weight. Subnormals (2^-9 and up) and NaN survive."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(256, 1)
     out = lf.fp8_linear(torch.ones(rows, 1, dtype=dtype), codes, ONE)
     want = codes.float().view(1, 256).expand(rows, 256).to(dtype)
@@ -146,8 +144,7 @@ def test_f41_block_scales(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_f31_strides_and_canaries(dtype: torch.dtype, isa: str) -> None:
-    """Put rows inside wider tensors whose other columns are NaN, and the output between
-    canaries."""
+    """Put rows inside wider tensors that are otherwise NaN, and the output between canaries."""
     for rows in (1, 3, 20):
         wide = torch.full((rows + 70, 300), float("nan"), dtype=dtype)
         x, weight = wide[:rows, 3:132], wide[rows:, 5:134]

@@ -1,5 +1,4 @@
-"""Tests that a bad argument of any op raises an error with its name, its value and the valid
-values."""
+"""Tests that a bad argument of any op raises an error that names it, its value and valid values."""
 
 from __future__ import annotations
 

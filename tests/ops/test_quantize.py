@@ -36,8 +36,7 @@ def test_bitwise(shape: tuple[int, int], granularity: str, dtype: torch.dtype, i
 
 
 def test_a_tensors_largest_element_may_be_anywhere(isa: str, threads: None) -> None:
-    """Put the largest into the first or last rows of a part: the rows are divided into 64 parts of
-    32."""
+    """Put the largest into first and last rows of parts: rows are divided into 64 parts of 32."""
     x = torch.randn(2048, 512)
     for count in (1, 2):
         torch.set_num_threads(count)
@@ -74,9 +73,9 @@ def test_f38_ties_round_to_even(isa: str) -> None:
 
 
 def test_f38_quotients_about_every_tie(isa: str) -> None:
-    """Quantize x where x / scale is a tie between two codes, and one step of fp32 to either side.
-    Scales have any mantissa, some one step from a power of two: there one bit of the quotient
-    decides the code."""
+    """Quantize x where x / scale is a tie between two codes, and one step of fp32 to either side,
+    for any mantissa of scale, also beside powers of two: one bit of the quotient decides the
+    code."""
     near_powers = 1 + torch.arange(-4, 5) * 2.0**-23
     scale = torch.cat((torch.rand(400) + 1, near_powers))[:, None] * 2.0**-4
     codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()

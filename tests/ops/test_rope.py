@@ -1,5 +1,4 @@
-"""Tests of apply_rope and apply_rope_and_append: the eager twin's bits, fp64, and Meta's
-pairing."""
+"""Tests of apply_rope and apply_rope_and_append: the eager twin's bits, fp64, Meta's pairing."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def test_matches_eager(
 
 
 def test_pairings_are_a_permutation_of_each_other(isa: str) -> None:
-    """Permute as Hugging Face does with rows of wq and wk: both pairings then give the same
-    scores."""
+    """Permute as Hugging Face permutes rows of wq and wk: both pairings give the same scores."""
     q, k, _, positions, table = make(6, 4, 2, 32, torch.float32)
     to_halves = torch.cat((torch.arange(0, 32, 2), torch.arange(1, 32, 2)))
     pairs, _ = lf.apply_rope(q, k, positions, table, interleaved=True)
@@ -112,8 +110,8 @@ def test_caches_of_different_strides(interleaved: bool, isa: str) -> None:
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["largest", "negative", "least"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) -> None:
-    """Fill the table with a NaN. Rounding to bf16 by an addition would carry out of one whose lower
-    bits are set."""
+    """Fill the table with a NaN. Rounding by an addition would carry out of one with low bits
+    set."""
     q, k, _, positions, table = make(3, 4, 2, 128, torch.bfloat16)
     table = torch.full_like(table, 0).view(torch.int32).fill_(bits).view(torch.float32)
     for out in lf.apply_rope(q, k, positions, table, interleaved=interleaved):

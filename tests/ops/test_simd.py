@@ -78,8 +78,7 @@ def test_f38_every_e4m3_tie_and_its_neighbors(isa: str) -> None:
 
 @pytest.fixture
 def flushed() -> Iterator[None]:
-    """Flush denormals to zero, as operands and as results, as another library may leave a
-    thread."""
+    """Flush denormals to zero, both operands and results, as another library may have set."""
     assert torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)

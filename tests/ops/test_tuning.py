@@ -1,5 +1,4 @@
-"""Tests of the choice of a configuration: it is measured once, stored, read back, and never in the
-way."""
+"""Tests of the choice of a configuration: measured once, stored, read back, and never blocking."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ LLAMA3_ROPE = {
 
 
 def hf_model(**changes: Any) -> transformers.LlamaForCausalLM:
-    """Return a model of random weights, large enough that attention and rotation affect the
-    logits."""
+    """Return a model whose random weights let attention and rotation affect the logits."""
     fields = {
         "vocab_size": 320,
         "hidden_size": 128,

@@ -60,8 +60,8 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Return Llama 3's tokenizer of 128,256 tokens. Skip the test without its ranks, which have
-    their own license."""
+    """Return Llama 3's 128,256 tokens. Skip the test without the ranks, which have their own
+    license."""
     if not RANKS.exists():
         pytest.skip(f"needs Llama 3's tokenizer.model: no {RANKS.name}; LLAMA3_TOKENIZER names one")
     with pytest.MonkeyPatch.context() as patch:

@@ -119,8 +119,7 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 def described(value: Any) -> str:
-    """Return an argument's name in a test's id, the same in every process: a tensor's shape and
-    dtype."""
+    """Return an argument's name in a test's id, the same in every process."""
     return f"{list(value.shape)}-{value.dtype}" if isinstance(value, Tensor) else str(value)
 
 
