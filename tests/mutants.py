@@ -253,8 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-k", default="", metavar="WORDS", help="of name and files, with `or`")
-    parser.add_argument("--list", action="store_true", help="run nothing: do they apply?")
+    parser.add_argument(
+        "-k", default="", metavar="WORDS", help="words of name and files, joined by `or`"
+    )
+    parser.add_argument("--list", action="store_true", help="only check that the mutants apply")
     parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass")
     parser.add_argument("--scratch", type=Path, help="keep the copy in this folder, for later runs")
     parser.add_argument("--file", type=Path, default=ROOT / "tests" / "mutants.txt")

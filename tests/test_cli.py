@@ -268,7 +268,7 @@ def test_quantize(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "exists already" in failure(capsys)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 1
     assert "tune: needs a GPU" in failure(capsys)

@@ -1,8 +1,8 @@
 """Tests of the sdist, the wheel built from it and editable installs, as a user makes them: the
 build is isolated, and imports come from outside.
 
-The kernels are compiled once per session, without optimization, since their results are not tested
-here. Everything happens in a copy of the checkout.
+The kernels are compiled once for all tests, without optimization, since their results are not
+tested here. Everything happens in a copy of the checkout.
 """
 
 from __future__ import annotations

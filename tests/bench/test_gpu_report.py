@@ -25,7 +25,7 @@ from .runs import op
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 def tool(folder: Path, name: str, body: str) -> None:

@@ -245,12 +245,12 @@ def test_baselines_can_be_chosen(bench: Bench) -> None:
     assert list(document["ops"][0]["times"]) == ["torch.compile"]
     status, document = bench("--no-plot", "--baseline", "none")
     assert status == 0 and len({r["op"] for r in document["ops"]}) == 9
-    for r in document["ops"]:  # held against eager's error all the same
+    for r in document["ops"]:  # eager still checks the error
         assert not r["times"] and r["of_limit"] > 0 and not r["wrong"] and r["eager_error"] > 0
 
 
 def test_backends_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Print a column for each backend beside the first. A wrong one is marked as ours would be."""
+    """Print a column for each further backend. A wrong one is marked as ours would be."""
     options = ("--op", "rms_norm", "--no-plot", "--backend", "reference,cpu")
     status, document = bench(*options)
     (r,) = document["ops"]
@@ -422,11 +422,11 @@ def test_a_wrong_baseline_is_not_compared_with(
 
 
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="nothing to hold back"
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="PyTorch does not use AVX-512 here"
 )
 def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> None:
-    """Compiled for all that the processor has, then again held to less: PyTorch's own cache takes
-    the first graph for the second."""
+    """Compile for the whole processor, then for fewer instructions. PyTorch's own cache would
+    return the first graph for the second."""
     code = (
         "import torch\n"
         "from llama_fast import reference\n"
@@ -446,7 +446,7 @@ def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> No
 def test_every_exact_result_differs_from_a_wrong_one(
     op: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What each op is held against is no copy of its own result: a last row doubled is seen."""
+    """Double the last row of each op's result. It must then differ from the exact result."""
     right = getattr(lf, op)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:

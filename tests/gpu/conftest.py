@@ -87,7 +87,7 @@ SANITIZED = {
 LARGE = re.compile(r"test_f0[12356]_")
 KEPT = 2 << 30  # bytes of a GPU's memory that a worker may hold between two tests
 
-collected: dict[str, list[str]] = {}  # every test of this session, in the form of SANITIZED
+collected: dict[str, list[str]] = {}  # every test, in the form of SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -114,7 +114,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     backend."""
 
     def refuse(kernel: Any, grid: Any) -> None:
-        pytest.fail(f"{kernel.__name__} is Triton's, and this is a test of {BACKEND}")
+        pytest.fail(f"a test of {BACKEND} launched the Triton kernel {kernel.__name__}")
 
     monkeypatch.setattr(KernelInterface, "__getitem__", refuse)
 
@@ -123,7 +123,7 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if BACKEND != "triton":
         if request.node.get_closest_marker("triton"):
-            pytest.skip("about Triton's kernels")
+            pytest.skip("tests Triton kernels")
         request.getfixturevalue("no_triton")
     if not torch.cuda.is_available():
         request.getfixturevalue("one_thread")  # the kernels run on one anyway

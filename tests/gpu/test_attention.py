@@ -135,8 +135,8 @@ def test_a_winning_score_copies_its_value(
     v = torch.randn(1, n, 2, 64).to(device, dtype)
     chosen = (torch.rand(n) * (torch.arange(n) + 1)).long() if causal else torch.randperm(n)
     out = lf.attention(k[:, chosen], k, v, causal=causal, softmax_scale=1.0)
-    # On a GPU the FMA leaves the largest exponent at its product's rounding error instead of 0. p v
-    # / p still rounds to v in 16 bits.
+    # On a GPU the FMA leaves the largest exponent at its product's rounding error instead of 0.
+    # In 16 bits (p v) / p still rounds to v.
     assert ulps(out, v[:, chosen]) <= (4 if dtype == torch.float32 else 0)
 
 

@@ -43,7 +43,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Launch as on each chip in the interpreter, or on the GPU that is present."""
     if request.param != "at hand":
         if torch.cuda.is_available() or BACKEND != "triton":
-            pytest.skip("this chip is what it is")
+            pytest.skip("other chips exist only in the interpreter")
         monkeypatch.setattr("llama_fast.kernels.chip._INTERPRETER", OTHERS[request.param])
     return str(request.param)
 
@@ -377,7 +377,7 @@ def test_f33_every_configuration_of_stream(
 ) -> None:
     """Force each configuration into poison, with K whole and split unevenly (odd blocks)."""
     if chip in ("sm_89", "sm_100") and m != 33:
-        pytest.skip("as another chip")
+        pytest.skip("another chip takes the same path")
     this, n, few = common.chip_of(torch.empty(1, device=device)), 60, m <= 64
     x, b, scale = integers(m, k, device, dtype), integers(n, k, device), None
     if dtype == FP8:

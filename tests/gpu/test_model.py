@@ -129,7 +129,7 @@ def test_generates_what_the_eager_twin_does_on_a_cpu(
 
 @pytest.mark.usefixtures("runs_ahead")
 def test_f41_a_sequence_alone_and_in_a_batch(device: torch.device) -> None:
-    """Compare FP8 linears, which are Triton kernels. cuBLAS's 16-bit products promise nothing."""
+    """Compare FP8 linears, which are Triton kernels. cuBLAS does not promise it."""
     model = tiny(device, "fp8", torch.bfloat16)
     batch = prompts(5, 130, 30)
     together = model.generate(batch, 3, temperature=0, stop_ids=())

@@ -123,7 +123,7 @@ def test_f11_zero_rows_then_a_normal_call() -> None:
         assert tensors(call(op))[0].numel() > 0, op
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called with Linux's numbers")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's constants of mprotect")
 def test_f29_no_op_reads_past_its_inputs(run_python: Callable[..., Any]) -> None:
     """Put inputs at the end of mapped memory: only there does a vector load of a tail fault."""
     run = run_python("from tests.support.guarded import main; main()", check=False)

@@ -40,7 +40,7 @@ def nvcc(*arguments: str | Path) -> None:
 def kernels() -> list[Kernel]:
     extension = cuda.extension()
     if extension is None and not shutil.which("nvcc"):
-        pytest.skip("no llama_fast/_cuda: nvcc was not on PATH at installation, and is not now")
+        pytest.skip("no llama_fast/_cuda, and nvcc is not on PATH")
     assert extension, "nvcc is on PATH and llama_fast/_cuda is not built: install again"
     return binary.read(extension)
 
@@ -101,7 +101,7 @@ def test_portable_kernels_compile_for_blackwell(tmp_path: Path) -> None:
 def test_a_whole_build_takes_less_than_six_minutes() -> None:
     kept = ROOT / "build" / "native.txt"
     if not kept.exists():
-        pytest.skip("this checkout was not installed from: no build/native.txt")
+        pytest.skip("no build/native.txt: nothing was installed from this checkout")
     line = kept.read_text()
     match = re.match(r"native build: (\d+) s, (\d+) of (\d+) files compiled, .* (\d+) cores,", line)
     assert match, line
@@ -141,7 +141,7 @@ VECTORS = ("16-byte loads", "16-byte stores")
 def test_copies_that_do_not_overlap_are_found(
     planted: dict[tuple[str, tuple[str, ...]], Kernel],
 ) -> None:
-    """Run eight blocks of 256 threads, with 32 KB of one copy each, or 128 KB of four."""
+    """Plan eight blocks of 256 threads, with 32 KB of one copy each, or 128 KB of four."""
     for together, ahead in (("true", 131072), ("false", 32768)):
         kernel = planted["stream_kernel", (together,)]
         one = replace(plan(kernel, 256, needs=["cp.async"]), shared=4 * 4096)

@@ -63,7 +63,7 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
     """Return Llama 3's 128,256 tokens. Skip the test without the ranks, which have their own
     license."""
     if not RANKS.exists():
-        pytest.skip(f"needs Llama 3's tokenizer.model: no {RANKS.name}; LLAMA3_TOKENIZER names one")
+        pytest.skip(f"no {RANKS.name}: set LLAMA3_TOKENIZER to Llama 3's tokenizer.model")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")  # or tiktoken leaves a copy behind
         converter = TikTokenConverter(vocab_file=str(RANKS), extra_special_tokens=CONTROL)
