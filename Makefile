@@ -29,7 +29,7 @@ CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(comman
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 CXX_FILES = $(shell find csrc tests/cuda_emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 EMULATED = $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
 # Configure and build a preset of CMakePresets.json with .venv's tools.
 build = "$(BIN)/cmake" --preset $(1) -DCMAKE_MAKE_PROGRAM="$(BIN)/ninja" -DPython_EXECUTABLE="$(BIN)/python" \

@@ -1,4 +1,4 @@
-"""Fixtures for every test, and the summary line that counts what did not run."""
+"""Fixtures for every test, and the order of files under pytest-xdist."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Read when Triton is first imported: its kernels then run on CPU tensors (tests/gpu).
+    # Triton reads this when it is first imported. Its kernels then run on CPU tensors (tests/gpu).
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from llama_fast import Llama, _cpu
 from llama_fast.generation import decode, generate
 
-from .recorded_graph import RecordedGraph
+from .support.recorded_graph import RecordedGraph
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,13 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
-# Side by side (make test), in this order and before the others: a long file that begins last keeps
-# one core busy and leaves the rest idle.
+# pytest-xdist starts these first (make test): a long file that starts last keeps one core busy
+# while the others idle.
 LONGEST = (
     "tests/static/test_triton.py",
     "tests/static/test_cuda.py",
     "tests/test_packaging.py",
-    "tests/test_tuning.py",
+    "tests/ops/test_tuning.py",
 )
 
 
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(params=[named] if (named := os.environ.get("LLAMA_FAST_CPU_ISA")) else _cpu.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine can run, in turn; or the one that is asked for."""
+    """Set each instruction set that this machine can run, or only LLAMA_FAST_CPU_ISA."""
     before = _cpu.isa()
     _cpu.set_isa(request.param)
     yield request.param
@@ -65,8 +65,8 @@ def seed() -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tiny models: with two, on a busy machine, each small op waits out a scheduler's quantum
-    for its other thread, and takes 15 ms."""
+    """Use one thread for tiny models. With two, on a busy machine, each small op waits a
+    scheduler's quantum for its other thread and takes 15 ms."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -75,7 +75,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch, model: Llama) -> None:
-    """CPU tensors take a GPU's way, with graphs that record; for the test file's own `model`."""
+    """Send CPU tensors of the file's `model` along the path of a GPU, with graphs that record."""
     monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
     monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
     monkeypatch.setattr(decode, "CudaGraph", RecordedGraph)
@@ -85,7 +85,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch, model: Llama) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Restores the thread count that a test changes."""
+    """Restore the thread count that a test changes."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -93,7 +93,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run_python(code, NAME=value, check=True): a fresh interpreter in the checkout's root."""
+    """Return run_python(code, check=True, NAME=value): a new interpreter in the checkout's root."""
 
     def run(code: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

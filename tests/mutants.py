@@ -1,15 +1,15 @@
-"""Break the code in one place, in a copy, and see whether the named tests notice: `make mutants`.
+"""Break the code in one place, in a copy, and run the tests that should fail: `make mutants`.
 
-The list is tests/mutants.txt. A mutant says where (a glob of files), what stands there (must occur
-exactly once below it; white space counts as any white space), what stands there instead, and which
-tests must fail. Its kind follows from the folder: csrc/cpu is compiled for one instruction set,
-csrc/cuda for the emulator, kernels run in Triton's interpreter, llama_fast as it is.
+The list is tests/mutants.txt. A mutant names its files (a glob), the text to replace (it must occur
+exactly once there; white space matches any white space), the replacement, and the tests that must
+fail. The folder decides what is rebuilt: csrc/cpu for one instruction set, csrc/cuda for the
+emulator; kernels run in Triton's interpreter; llama_fast runs as it is.
 
     python -m tests.mutants --list
-    python -m tests.mutants -k "rope or decode" --scratch /tmp/mutants     # kept, for the next call
+    python -m tests.mutants -k "rope or decode" --scratch /tmp/mutants     # kept for the next call
 
-Each set of tests first runs on the unchanged copy, where it must pass. Exit status 1: a mutant
-survived that is not explained (`equivalent`), or does not apply.
+Each set of tests first runs on the unchanged copy and must pass there. The exit status is 1 if a
+mutant survives without an explanation (`equivalent`) or does not apply.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EMULATED = {
     "OMP_NUM_THREADS": "1",
 }
 
-CPU_SECONDS = 120  # of a test run: a mutant may loop for ever
+CPU_SECONDS = 120  # of a test run: a mutant may loop forever
 
 
 @dataclass
@@ -88,7 +88,7 @@ def spot(root: Path, mutant: Mutant) -> tuple[Path, re.Match[str]]:
 
 
 def test_files(root: Path, mutant: Mutant) -> list[Path]:
-    """Find the test files that its `tests` names, wherever below tests/ they lie."""
+    """Find the test files that mutant.tests names, in any folder below tests/."""
     folders, files = TESTS.get(mutant.kind, ("tests",)), []
     for stem in mutant.tests.partition(":")[0].split():
         here = [p for folder in folders for p in (root / folder).rglob(f"test_{stem}.py")]
@@ -101,7 +101,7 @@ def test_files(root: Path, mutant: Mutant) -> list[Path]:
 
 
 class Scratch:
-    """A copy of the checkout that may be broken, built where a mutant asks for it."""
+    """Hold a copy of the checkout to break, built only where a mutant needs it."""
 
     def __init__(self, root: Path, trusted: bool) -> None:
         self.root, self.trusted = root, trusted
@@ -114,14 +114,14 @@ class Scratch:
             here, there = ROOT / name, root / name
             if there.exists() and here.read_bytes() == there.read_bytes():
                 continue  # keeps its time stamp: nothing to build
-            if not (there.exists() and name.endswith(".so")):  # those are built here
+            if not (there.exists() and name.endswith(".so")):  # the copy builds those itself
                 there.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(here, there)
         sources = {".py", ".cpp", ".h", ".cu", ".cuh"}
         for top in ("csrc", "kernels", "llama_fast", "tests"):
             for path in (root / top).rglob("*"):
                 if path.suffix in sources and str(path.relative_to(root)) not in names:
-                    path.unlink()  # it has moved away
+                    path.unlink()  # moved or deleted in the checkout
         self.built: set[str] = set()
         self.passed: dict[tuple[str, ...], tuple[str, float]] = {}
 
@@ -158,7 +158,7 @@ class Scratch:
         self.built.add(kind)
 
     def _rebuild(self, mutant: Mutant, path: Path, restored: list[tuple[Path, Path]]) -> None:
-        """Compile what includes path, of the kernels for one instruction set, and link."""
+        """Compile what includes path, among the kernels for one instruction set, and link."""
         folder, target, _ = BUILDS[mutant.kind]
         build = self.root / "build" / folder
 
@@ -189,7 +189,7 @@ class Scratch:
         run_last(target)
 
     def test(self, mutant: Mutant) -> tuple[str, float]:
-        """Run its tests: "passed", or how they failed; and the seconds."""
+        """Run the mutant's tests. Return "passed" or how they failed, and the seconds."""
         chosen, files = mutant.tests.partition(":")[2], test_files(self.root, mutant)
         command = [sys.executable, "-m", "pytest", "-xq", "-rfE", "-p", "no:cacheprovider"]
         command += map(str, files)
@@ -219,7 +219,8 @@ class Scratch:
         return ("passed" if run.returncode == 0 else failed[1] if failed else "failed"), seconds
 
     def judge(self, mutant: Mutant) -> tuple[str, str, float]:
-        """ "killed", "survived" or "error"; by which test, or why; the seconds of its tests."""
+        """Return "killed", "survived" or "error", the failing test or the reason, and the
+        seconds."""
         try:
             spot(self.root, mutant)
             self.build(mutant.kind)
@@ -240,7 +241,7 @@ class Scratch:
 
 
 def chosen_by(expression: str, mutant: Mutant) -> bool:
-    """pytest's -k in small: words joined by `or`, looked for in the name and the files."""
+    """Match words joined by `or` against the mutant's name and files, as pytest's -k does."""
     words = [word.strip() for word in expression.split(" or ")]
     return any(word in f"{mutant.name} {mutant.files}" for word in words)
 
@@ -252,8 +253,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-k", default="", metavar="WORDS", help="of name and files, with `or`")
-    parser.add_argument("--list", action="store_true", help="run nothing: do they apply?")
+    parser.add_argument(
+        "-k", default="", metavar="WORDS", help="words of name and files, joined by `or`"
+    )
+    parser.add_argument("--list", action="store_true", help="only check that the mutants apply")
     parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass")
     parser.add_argument("--scratch", type=Path, help="keep the copy in this folder, for later runs")
     parser.add_argument("--file", type=Path, default=ROOT / "tests" / "mutants.txt")

@@ -1,7 +1,7 @@
-"""pytest on the sanitized extension; `make sanitize` runs this with its folder in PYTHONPATH.
+"""Run pytest on the sanitized extension; `make sanitize` runs this with its folder in PYTHONPATH.
 
-The extension is loaded and shown before pytest starts, so no path that pytest adds to sys.path can
-put the ordinary one in its place unseen.
+It loads and prints the extension before pytest starts. A path that pytest adds to sys.path then
+cannot replace it by the ordinary one unnoticed.
 """
 
 import os

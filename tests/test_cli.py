@@ -1,4 +1,4 @@
-"""The llama-fast command: what it prints, where, and its exit codes."""
+"""Tests of the llama-fast command: what it prints, where, and its exit codes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llama_fast import __version__
 from llama_fast.cli import main
 from llama_fast.generation import sampling
 
-from .checkpoints import hf_model, save
-from .llama3 import byte_tokenizer
+from .support.checkpoints import hf_model, save
+from .support.llama3 import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """says(ids): the model computes what it does, and then these tokens are drawn."""
+    """Return says(ids): the model computes as usual, and then these tokens are drawn."""
 
     def install(ids: list[int]) -> None:
         tokens: Iterator[int] = iter(ids)
@@ -50,7 +50,7 @@ def says(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def failure(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error."""
+    """Return the error, which must be one line."""
     out, err = capsys.readouterr()
     lines = err.strip().splitlines()
     assert out == "" and len(lines) == 1 and lines[0].startswith("llama-fast: error: "), err
@@ -102,7 +102,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_wrong_usage_is_one_line_and_2(
+def test_wrong_usage_is_one_line_and_exit_2(
     argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -111,7 +111,7 @@ def test_wrong_usage_is_one_line_and_2(
     assert message in failure(capsys)
 
 
-def test_failures_are_one_line_and_1(
+def test_failures_are_one_line_and_exit_1(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "--model", str(tmp_path / "none"), "--prompt", "x"]) == 1
@@ -221,7 +221,7 @@ def test_ctrl_c_keeps_what_was_generated(
 
 
 def with_template(folder: Path, template: str | None) -> Path:
-    """No weights: every failure comes before they would be read."""
+    """Save a tokenizer without weights: every failure comes before they are read."""
     byte_tokenizer(template).save_pretrained(folder)
     return folder
 
@@ -247,7 +247,7 @@ def test_f54_hostile_chat_template(
 def test_chat_template_that_cuts_messages_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its control tokens could not be told from the user's."""
+    """Refuse a template that cuts messages: control tokens could be the user's."""
     folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
     assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
     assert "takes messages apart" in failure(capsys)
@@ -268,7 +268,7 @@ def test_quantize(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "exists already" in failure(capsys)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tune_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 1
     assert "tune: needs a GPU" in failure(capsys)
@@ -311,7 +311,7 @@ def test_without_the_benchmark_suite(
 
 
 def test_as_a_process(tmp_path: Path) -> None:
-    """python -m llama_fast: the exit code, and no traceback."""
+    """Run python -m llama_fast: an exit code and no traceback."""
     command = [sys.executable, "-m", "llama_fast", "quantize", str(tmp_path), "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""

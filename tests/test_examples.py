@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, on a tiny model."""
+"""Run every script of examples/ on a tiny model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .checkpoints import hf_model, save
-from .llama3 import byte_tokenizer
+from .support.checkpoints import hf_model, save
+from .support.llama3 import byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-# script -> its arguments (DIR: the checkpoint), and how its output begins
+# script -> its arguments (DIR: the checkpoint), and the start of its output
 CASES = {
     "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
     "speculate.py": (
@@ -36,7 +36,7 @@ CASES = {
 }
 
 
-def test_none_is_forgotten() -> None:
+def test_every_script_has_a_case() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(CASES)
 
 

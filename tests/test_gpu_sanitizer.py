@@ -1,5 +1,5 @@
-"""tests/gpu/sanitize.py without a GPU: a stand-in for compute-sanitizer prints what the real one
-prints, and runs nothing, or a stand-in for pytest."""
+"""Tests of tests/gpu/sanitize.py without a GPU. A stand-in for compute-sanitizer prints what the
+real one prints, and runs nothing or a stand-in for pytest."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_judge(
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a compute-sanitizer, first on PATH; its script is the file `body`."""
+    """Put a stand-in for compute-sanitizer first on PATH. Its script is the file `body`."""
     script = tmp_path / "bin" / "compute-sanitizer"
     script.parent.mkdir()
     script.write_text(
@@ -110,7 +110,7 @@ def test_every_tool_on_every_backend(fake: Path, monkeypatch: pytest.MonkeyPatch
     ]
     calls = (fake / "calls").read_text().splitlines()
     assert calls[0].startswith("triton 1 --tool memcheck --error-exitcode 66 ")
-    assert " --session-timeout 238 " in calls[0]  # its summary comes within the 280 s
+    assert " --session-timeout 238 " in calls[0]  # the summary comes within the 280 s
     assert "-m sanitize tests/gpu" in calls[7] and calls[7].startswith("cuda 1 --tool synccheck")
 
 
@@ -145,7 +145,7 @@ def test_options_reach_the_commands(fake: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_cuda_that_is_not_built(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left out where nobody asked for it, an error where somebody did."""
+    """Skip CUDA by default if it is not built, and fail if it was asked for."""
     monkeypatch.setattr(sanitize, "ROOT", fake)
     assert run(fake, GOOD, "--tool", "memcheck")[0] == 0
     (fake / "out.json").write_text('{"runs": []}')
@@ -177,16 +177,16 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_the_cases_exist() -> None:
-    """A name that a test no longer has would be looked at by nobody."""
+    """Require that every named test exists: a stale name would check nothing."""
     files = {name.split("::")[0] for name in conftest.collected}
     if not files >= {name.split("::")[0] for name in conftest.SANITIZED}:
-        pytest.skip("tests/gpu is not part of this run")
+        pytest.skip("this run has not collected tests/gpu")
     for name, parameters in conftest.SANITIZED.items():
         assert set(parameters) <= set(conftest.collected.get(name, ())), name
 
 
 def test_large_tests_are_marked() -> None:
-    """Every test that allocates past 2^31 elements."""
+    """Find every test that allocates past 2^31 elements."""
     for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
         for test in re.split(r"^(?=def |@)", path.read_text(), flags=re.MULTILINE):
             allocates = re.search(r"torch\.(empty|zeros)\(|\.expand\(", test)
@@ -196,7 +196,7 @@ def test_large_tests_are_marked() -> None:
 
 
 @pytest.mark.parametrize(("reserved", "emptied"), [(2 << 30, 0), ((2 << 30) + 1, 1)])
-def test_memory_goes_back_after_a_large_test(
+def test_memory_is_freed_after_a_large_test(
     reserved: int, emptied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[None] = []

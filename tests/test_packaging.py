@@ -1,7 +1,8 @@
-"""sdist -> wheel and editable installs, as a user makes them: build isolated, imports from outside.
+"""Tests of the sdist, the wheel built from it and editable installs, as a user makes them: the
+build is isolated, and imports come from outside.
 
-The kernels are compiled once for the file, without optimisation: what they compute is not the
-question here. Everything happens on a copy of the checkout; the checkout itself stays as it is.
+The kernels are compiled once for all tests, without optimization, since their results are not
+tested here. Everything happens in a copy of the checkout.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("llama_fast", "kernels", "bench", "csrc", "tests", "docs", "examples", ".ci")
 NOT_SOURCE = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "out")
 
-# Reads as JSON where everything was imported from; runs in the environment under test.
+# Runs in the environment under test. Prints, as JSON, the file of every import.
 SHOW = """
 import json
 import llama_fast, torch
@@ -43,7 +44,7 @@ print(json.dumps({
 def run(
     *command: str | Path, cwd: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Without the CUDA kernels, which take minutes; `make test` itself was built with them."""
+    """Run a command without the CUDA kernels, which take minutes and are tested elsewhere."""
     ambient = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     ambient["LLAMA_FAST_CUDA"] = "off"
     return subprocess.run(
@@ -63,7 +64,7 @@ def succeed(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkout's sources, and a module in each mapped folder to ask for."""
+    """Return a copy of the sources, with a module in each mapped folder to import."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     copy.mkdir()
     for name in FOLDERS:
@@ -80,7 +81,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sdist(checkout: Path) -> Path:
-    """The source distribution, unpacked: all that an installation from PyPI has to go by."""
+    """Return the unpacked source distribution, which is all that an installation from PyPI has."""
     build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
     succeed(sys.executable, "-c", build, cwd=checkout)
     (archive,) = (checkout / "dist").glob("*.tar.gz")
@@ -91,7 +92,7 @@ def sdist(checkout: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def pip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    launcher = tmp_path_factory.mktemp("launcher") / "unoptimised"
+    launcher = tmp_path_factory.mktemp("launcher") / "unoptimized"
     launcher.write_text('#!/bin/sh\nexec "$@" -O0\n')
     launcher.chmod(0o755)
 
@@ -117,7 +118,7 @@ def extension(wheel: Path) -> Path:
 
 
 def make_venv(folder: Path) -> Path:
-    """An environment that sees this one's packages, but not what is installed editable here."""
+    """Return an environment with this one's packages, but not with its editable installation."""
     succeed(sys.executable, "-m", "venv", "--without-pip", folder)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -133,7 +134,7 @@ def installed(wheel: Path, pip: Callable[..., str]) -> Path:
 
 @pytest.fixture(scope="session")
 def editable(wheel: Path, sdist: Path, pip: Callable[..., str]) -> Path:
-    """After the wheel, in the same tree: the kernels are already compiled."""
+    """Install after the wheel, in the same tree: the kernels are already compiled."""
     python = make_venv(sdist.parent / "editable")
     pip("--python", python, "install", "--no-deps", "-e", sdist)
     return python
@@ -141,7 +142,7 @@ def editable(wheel: Path, sdist: Path, pip: Callable[..., str]) -> Path:
 
 @pytest.fixture(scope="session")
 def kernels_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The PyPI package `kernels`, which transformers imports when it is there."""
+    """Return the PyPI package `kernels`, which transformers imports if it is installed."""
     target = tmp_path_factory.mktemp("kernels_package")
     command = ("-m", "pip", "install", "--no-deps", "-c", ROOT / "constraints.txt")
     result = run(sys.executable, *command, "--target", target, "kernels")
@@ -175,7 +176,7 @@ def test_wheel_holds_the_package_and_one_extension(wheel: Path) -> None:
 
 
 def test_extension_links_neither_torch_nor_python(extension: Path) -> None:
-    """One build serves every torch; libgomp under its plain soname is the one torch brings."""
+    """Serve every torch with one build: it needs libgomp's plain soname, which torch brings."""
     if not shutil.which("readelf"):
         pytest.skip("readelf (binutils) is not installed")
     dynamic = succeed("readelf", "--dynamic", extension)
@@ -215,7 +216,7 @@ def test_editable(editable: Path, sdist: Path, tmp_path: Path, inside: bool) -> 
 def test_beside_the_kernels_package(
     kind: str, kernels_package: Path, sdist: Path, request: pytest.FixtureRequest
 ) -> None:
-    """From the root too, where the folder of the same name lies first on sys.path."""
+    """Import in the root too, where the folder of the same name is first on sys.path."""
     python = request.getfixturevalue(kind)
     which = "import importlib.util; print(importlib.util.find_spec('kernels').origin)"
     path = {"PYTHONPATH": str(kernels_package)}
@@ -276,7 +277,7 @@ def test_setup_names_what_python_lacks(checkout: Path, patch: str, message: str)
 
 
 def build_with(tools: dict[str, str], folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """setup.py build_ext in a copy of its own, with shell scripts in place of tools."""
+    """Run setup.py build_ext in a copy of its own, with shell scripts in place of tools."""
     (folder / "bin").mkdir()
     for name, script in tools.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -284,14 +285,14 @@ def build_with(tools: dict[str, str], folder: Path, **env: str) -> subprocess.Co
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder)
     (folder / "llama_fast").mkdir()
-    shutil.copy2(ROOT / "llama_fast" / "__init__.py", folder / "llama_fast")  # the version
+    shutil.copy2(ROOT / "llama_fast" / "__init__.py", folder / "llama_fast")  # holds the version
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return run(sys.executable, "setup.py", "build_ext", cwd=folder, PATH=path, **env)
 
 
 @pytest.mark.parametrize("jobs", ["3", ""], ids=["three", "unset"])
 def test_build_respects_max_jobs_and_says_how_long_it_took(tmp_path: Path, jobs: str) -> None:
-    """CMake is a script here that notes how it was called."""
+    """Replace CMake by a script that records its arguments."""
     tools = {"cmake": f'echo "$*" >> "{tmp_path}/calls"', "ninja": ""}
     done = build_with(tools, tmp_path, MAX_JOBS=jobs)
     assert done.returncode == 0, done.stdout + done.stderr

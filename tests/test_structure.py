@@ -1,4 +1,4 @@
-"""The package's structure: imports form no circle, and an op is a short walk from its kernel."""
+"""Tests of the package's structure: no circular imports, a short path from op to kernel."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ PACKAGE = ROOT / "llama_fast"
 
 
 def modules() -> dict[str, Path]:
-    """Of llama_fast and of kernels, which is installed inside it: name -> file."""
+    """Return name -> file of all modules of llama_fast and kernels (installed inside it)."""
     found = {}
     for folder, prefix in ((PACKAGE, "llama_fast"), (ROOT / "kernels", "llama_fast.kernels")):
-        for path in (*folder.rglob("*.py"), *folder.rglob("*.pyi")):  # _cpu has a stub only
+        for path in (*folder.rglob("*.py"), *folder.rglob("*.pyi")):  # _cpu has only a stub
             parts = path.relative_to(folder).with_suffix("").parts
             found[".".join((prefix, *parts)).removesuffix(".__init__")] = path
     return found
 
 
 def imports(name: str, source: str, is_package: bool, known: Iterable[str]) -> Iterator[str]:
-    """The known modules that a module imports: at its top, within functions, for types alike."""
+    """Yield the known modules that a module imports: at its top, in functions, and for types."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             wanted = [alias.name for alias in node.names]
@@ -33,7 +33,7 @@ def imports(name: str, source: str, is_package: bool, known: Iterable[str]) -> I
             base = name.split(".") if is_package else name.split(".")[:-1]
             base = base[: len(base) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            # A name may be a submodule; if it is not, the module itself is what is read.
+            # A name may be a submodule. Otherwise the module itself is imported.
             wanted = [
                 f"{module}.{alias.name}" if f"{module}.{alias.name}" in known else module
                 for alias in node.names
@@ -52,7 +52,7 @@ def graph() -> dict[str, set[str]]:
 
 
 def circle(edges: Mapping[str, Iterable[str]]) -> list[str] | None:
-    """The modules along one circle, or None."""
+    """Return the modules along one circle, or None."""
     done: set[str] = set()
 
     def search(name: str, trail: list[str]) -> list[str] | None:
@@ -90,8 +90,7 @@ def test_kernels_import_nothing_of_the_package() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_one_name_and_a_short_walk(family: str) -> None:
-    """From lf.rms_norm to the loop, each file names what leads to the next; dispatch.py chooses
-    between such walks."""
+    """Follow an op from lf.rms_norm to the loop: each file names the next."""
     walk = {
         PACKAGE / "__init__.py": f"from .ops.{family} import",
         PACKAGE / "ops" / f"{family}.py": f"on.{family}(",

@@ -1,4 +1,4 @@
-"""Text to text with Llama 3's real tokenizer: what goes in as ids, and what comes out as UTF-8."""
+"""Tests of text with Llama 3's real tokenizer: which ids go in, and which UTF-8 comes out."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tiktoken.load import load_tiktoken_bpe
 from llama_fast import chat
 from llama_fast.cli import main
 
-from .llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
+from .support.llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
 
 BOS, START, END, EOT = 128000, 128006, 128007, 128009
 ANSWER = "สวัสดี ชาวโลก 🦙 नमस्ते दुनिया!"
 HEADER_END = "<|end_header_id|>\n\n"
 
-# As published with llama.cpp's vocabulary tests, where splitting went wrong twice (7193, 6809).
+# From llama.cpp's vocabulary tests, where splitting went wrong twice (7193, 6809).
 PUBLISHED = {
     " ": [220],
     "  ": [256],
@@ -51,7 +51,7 @@ Nǐ hǎo, 你好世界。こんにちは สวัสดีชาวโลก �
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that answers with ANSWER, beside the real tokenizer."""
+    """Save a model that answers with ANSWER, beside the real tokenizer."""
     tokenizer = llama3_tokenizer()
     return save_reciter(tmp_path_factory.mktemp("llama3"), tokenizer, HEADER_END, ANSWER)
 
@@ -101,7 +101,7 @@ def test_f51_messages_hold_no_control_tokens(tokenizer: Any, role: str) -> None:
     ids = chat.encode_chat(tokenizer, [{"role": role, "content": attack}])
     controls = [token for token in ids if token >= 128000]
     assert controls == [BOS, START, END, EOT, START, END]
-    # Nothing is lost: the model reads the same characters, as characters.
+    # Nothing is lost: the model reads the same text, as ordinary characters.
     body = ids[ids.index(271) + 1 : ids.index(EOT)]
     assert tokenizer.decode(body) == attack
 
@@ -114,7 +114,7 @@ def test_f51_the_prompt_of_a_base_model_may_hold_them(tokenizer: Any) -> None:
 def test_f52_a_million_equal_characters(tokenizer: Any, character: str) -> None:
     start = time.perf_counter()
     ids = chat.encode_chat(tokenizer, [{"role": "user", "content": f"x{character * 10**6}x"}])
-    assert time.perf_counter() - start < 20  # 1 to 3 s; quadratic would be hours
+    assert time.perf_counter() - start < 20  # 1 to 3 s; a quadratic tokenizer would take hours
     assert tokenizer.decode(ids).count(character) >= 10**6
 
 
@@ -138,7 +138,7 @@ def test_f53_generate_streams_whole_characters(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The command end to end, in a locale that cannot even spell the answer."""
+    """Run the command in a locale that cannot spell the answer."""
     tokens = tokenizer.encode(ANSWER, add_special_tokens=False)
     broken = [t for t in tokens if "\ufffd" in tokenizer.decode([t])]
     assert len(broken) >= 3, "the answer should split characters"

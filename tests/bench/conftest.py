@@ -1,5 +1,5 @@
-"""A run of the suite at tiny shapes; and what the tracked benchmarks are run on: by default tiny
-shapes too, once, for the results alone."""
+"""Fixtures for tests of the suite, and the options of the tracked benchmarks. By default those run
+once at tiny shapes and check results only."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from .runs import TINY
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
-    """bench(options) -> exit status, the JSON file: a few rounds of each case."""
+    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
-    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it would last for the whole process
+    monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it outlasts the test
 
     def run(*options: str) -> tuple[int, Any]:
         path = tmp_path / "figures.json"
@@ -34,7 +34,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """There only when tests/bench is named on the command line; see the defaults below."""
+    """Add the options. pytest calls this only if tests/bench is on the command line; otherwise the
+    defaults below apply."""
     group = parser.getgroup("llama_fast")
     group.addoption("--bench-model", choices=shapes.MODELS, help="time at these shapes")
     group.addoption("--bench-level", choices=shapes.LEVELS, default="default")
@@ -58,5 +59,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def timed(pytestconfig: pytest.Config) -> bool:
-    """Whether times are asked for, and not right results only."""
+    """Return whether the run measures times as well as results."""
     return pytestconfig.getoption("bench_model", None) is not None

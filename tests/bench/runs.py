@@ -1,4 +1,4 @@
-"""Runs of the benchmark suite: options of a tiny one, and a made-up one with every part in it."""
+"""Runs of the benchmark suite: the options of a tiny one, and an invented one with every part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 TINY = ["--quick", "--model", "tiny", "--peers", "none"]
-Bench = Callable[..., tuple[int, dict[str, Any]]]  # of the fixture `bench`
+Bench = Callable[..., tuple[int, dict[str, Any]]]  # the type of the fixture `bench`
 
 
 def seconds(median: float, ours: float) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def job(name: str, tokens: int, whose: str) -> dict[str, Any]:
 
 
 def example() -> dict[str, Any]:
-    """A small run with everything in it."""
+    """Return a small run that has every part."""
     return {
         "schema": 2,
         "environment": {

@@ -1,4 +1,4 @@
-"""--compare: what counts as slower, and what is noise."""
+"""Tests of --compare: which changes count as slower, and which are noise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .runs import TINY, Bench
 
 
 def row(*others: float, limit: float | None = None, noise: float = 0.01) -> dict[str, Any]:
-    """A case whose ours took 1 s in three passes, the others and the limit so many times as
-    long, give or take the noise."""
+    """Return a row in which ours took 1 s in each of three passes. The others and the limit take
+    the given multiples of it; `noise` scatters all of them."""
     named = {f"other {i}": times for i, times in enumerate(others)}
     if limit is not None:
         named["limit"] = limit
@@ -60,7 +60,7 @@ def test_change(new: dict[str, Any], verdict: str) -> None:
 
 
 def test_the_fast_end_counts() -> None:
-    """What one pass reached is not lost by two that a neighbor disturbed."""
+    """Keep what one pass reached when a neighbor disturbed the other two."""
     new = row(2.0, 3.0, 4.0, limit=0.5)
     new["seconds"]["ours"]["passes"] = [1.4, 1.0, 1.3]
     found = compare.change("op shape", OLD, new)
@@ -81,8 +81,8 @@ def test_a_single_pass_has_its_rounds_noise() -> None:
     assert found is not None and found.verdict == "slower"
 
 
-def test_other_weights_of_ours_are_no_yardstick() -> None:
-    """What slows bf16 and FP8 alike is seen against the others."""
+def test_other_weights_of_ours_are_no_baseline() -> None:
+    """Compare with the others: a cause that slows our bf16 and FP8 alike must still show."""
 
     def forward(others: float) -> dict[str, Any]:
         case = row(others, limit=others / 4)
@@ -101,7 +101,7 @@ def test_nothing_to_compare_with() -> None:
 
 @pytest.mark.parametrize("again, slower", [(1.25, True), (1.0, False)])
 def test_a_suspect_is_measured_once_more(again: float, slower: bool) -> None:
-    """A pass that is as fast as it was clears it."""
+    """Measure a suspect again. A pass as fast as before clears it."""
     said: list[str] = []
 
     def took(*ours: float) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def test_other_machines_are_not_compared(bench: Bench, tmp_path: Path, capsys: A
 def test_slower_kernel_fails_a_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A quarter as fast, on purpose, through the command; how fine it is, is measured by hand."""
+    """Slow a kernel to a quarter and run the command. (The sensitivity is measured by hand.)"""
     options = [*TINY, "--op", "linear", "--no-plot", "--threads", "1", "--json"]
     old = tmp_path / "old.json"
     assert main([*options, str(old)]) == 0

@@ -1,4 +1,4 @@
-"""Timing on a GPU, against a device of arithmetic: what is captured, counted, ordered."""
+"""Tests of GPU timing against a simulated device: what it captures, counts and orders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llama_fast.bench.timing import events as gpu_timing
 
 
 class FakeCuda:
-    """A device whose time passes only by its work; graphs hold the work they captured."""
+    """Simulate a device whose time passes only with its work. Graphs keep captured work."""
 
     def __init__(self) -> None:
         self.now, self.slept = 0.0, 0.0
@@ -95,7 +95,7 @@ def test_graphs_fill_a_sample_in_whole_turns(cuda: FakeCuda) -> None:
 
 
 def test_launch_gaps_do_not_shorten_a_sample(cuda: FakeCuda) -> None:
-    """Launched one by one a call takes 50 times what it takes in a graph."""
+    """Simulate a call that takes 50 times as long when launched singly as in a graph."""
 
     def run(i: int) -> None:
         if cuda.capturing is None:
@@ -113,17 +113,17 @@ def test_no_endless_graph(cuda: FakeCuda) -> None:
     assert max(cuda.captures) <= gpu_timing.MAX_CALLS
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["told", "found out"])
-def test_what_cannot_be_captured_is_launched(cuda: FakeCuda, told: bool) -> None:
+@pytest.mark.parametrize("declared", [True, False], ids=["declared", "discovered"])
+def test_what_cannot_be_captured_is_launched(cuda: FakeCuda, declared: bool) -> None:
     runs = {"a": cuda.work("a", 1e-3, capturable=False), "b": cuda.work("b", 1e-3)}
-    found = gpu_timing.measure(runs, 0.0, copies=2, waits=("a",) if told else ())
+    found = gpu_timing.measure(runs, 0.0, copies=2, waits=("a",) if declared else ())
     assert found["a"].mode == "events" and found["b"].mode == "graph"
     assert found["a"].median == pytest.approx(1e-3) == found["b"].median
-    assert (cuda.log.count("ours") == 1) != told  # back from the stream of the failed capture
+    assert (cuda.log.count("ours") == 1) != declared  # back from the stream of the failed capture
     assert cuda.slept > gpu_timing.LEAD * gpu_timing.MIN_ROUNDS
 
 
-def test_the_order_turns_round(cuda: FakeCuda) -> None:
+def test_the_order_of_runs_rotates(cuda: FakeCuda) -> None:
     runs = {n: cuda.work(n, 3e-3, capturable=False) for n in "ab"}
     gpu_timing.measure(runs, 0.0)
     assert cuda.log[-4:] in (["b0", "a0", "a0", "b0"], ["a0", "b0", "b0", "a0"])

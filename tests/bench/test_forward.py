@@ -1,4 +1,4 @@
-"""The suite's forward pass: every implementation of it, job by job."""
+"""Tests of the suite's forward pass: every implementation, job by job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .runs import TINY, Bench
 
 
 def narrow() -> lf.LlamaConfig:
-    """Two layers of no size, for a run through every path."""
+    """Return a model of two tiny layers, for a run through every path."""
     return dataclasses.replace(
         lf.LlamaConfig.llama_3_1_8b(),
         hidden_size=128,
@@ -36,7 +36,7 @@ def narrow() -> lf.LlamaConfig:
 
 @pytest.mark.parametrize("level", ["default", "full"])
 def test_end_to_end(level: str, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """The main job on two narrow layers."""
+    """Run the main job on two narrow layers."""
     wanted = {
         "default": jobs.JOBS["default"],
         "full": (Job("tg", 4), Job("pp", 8, 24), Job("tg", 4, 24)),
@@ -74,7 +74,7 @@ def test_forward_alone(
     capsys: pytest.CaptureFixture[str],
     one_thread: None,
 ) -> None:
-    """--op forward: prefill and decode without the ops, to the last file."""
+    """Run --op forward: prefill and decode without the ops, up to the written file."""
     two = (Job("pp", 8), Job("tg", 2, 8))
     monkeypatch.setitem(jobs.JOBS, "quick", two)
     monkeypatch.setitem(forward.BUDGETS, "quick", 0.0)
@@ -90,7 +90,7 @@ def test_forward_alone(
 
 
 class Failing:
-    """A peer's model that works as long as `works` says."""
+    """Fail once `works` calls have succeeded, as a peer's model may."""
 
     def __init__(self, model: Any, works: int) -> None:
         self.label, self.model, self.works = "failing", model, works
@@ -133,8 +133,9 @@ def test_the_longest_job_fits_the_model() -> None:
     assert models.transformers_model(narrow()).config.max_position_embeddings > longest
 
 
-def test_extrapolation_counts_what_is_not_run() -> None:
-    """32 layers and the whole vocabulary, against 4 and 32,000: by flops, and by bytes."""
+def test_extrapolation_counts_the_parts_that_are_not_run() -> None:
+    """Scale 4 layers and 32,000 ids to 32 layers and the whole vocabulary, by FLOPs and by
+    bytes."""
     config = models.shape()
     whole = forward.whole_config(config)
     assert (whole.num_hidden_layers, whole.vocab_size) == (32, 128256)
@@ -159,7 +160,9 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
 
 
 @pytest.mark.parametrize("implementation", ["ours", "transformers"])
-def test_each_step_of_a_batch_is_its_sequences(implementation: str, one_thread: None) -> None:
+def test_each_step_of_a_batch_equals_single_sequences(
+    implementation: str, one_thread: None
+) -> None:
     hf = models.transformers_model(narrow())
     model: Any = Transformers("transformers", hf)
     if implementation == "ours":
@@ -173,7 +176,7 @@ def test_each_step_of_a_batch_is_its_sequences(implementation: str, one_thread: 
 
 
 def test_a_gpus_step_is_captured_once(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    """With CPU tensors that pass for a GPU's: every step has the same length and result."""
+    """Treat CPU tensors as a GPU's. Every step has the same length and result."""
     model = models.Ours("bf16", models.same_weights(models.transformers_model(narrow()))["bf16"])
     captured: list[Any] = []
     monkeypatch.setattr(models, "captured", lambda step, device: captured.append(step) or step)

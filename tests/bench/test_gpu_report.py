@@ -1,5 +1,5 @@
-"""The GPU report without a GPU: what it refuses, how it shares its time, how it builds, tests and
-measures in processes that end, and what it leaves."""
+"""Tests of the GPU report without a GPU: what it refuses, how it divides its time, how it builds,
+tests and measures in processes that end, and which files it leaves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .runs import op
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
 def tool(folder: Path, name: str, body: str) -> None:
@@ -36,7 +36,8 @@ def tool(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Of a report into tmp_path/out, about a checkout in tmp_path that has nothing yet."""
+    """Return the arguments of a report into tmp_path/out about tmp_path, a checkout without
+    files."""
     for module in (tests, processes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(processes, "PATIENCE", 0.5)
@@ -45,7 +46,7 @@ def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     return argparse.Namespace(out=tmp_path / "out", device="cpu", tiny=False, sm="", case="")
 
 
-# ---- the whole ----
+# ---- the whole report ----
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,8 @@ def test_make_target() -> None:
 def run_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str, **instead: Any
 ) -> tuple[int, dict[str, float]]:
-    """The exit status, and the parts that ran with their seconds. No part does anything but those
-    named."""
+    """Run a report in which only the named parts do anything. Return the exit status and the parts
+    that ran, with their seconds."""
     ran: dict[str, float] = {}
 
     def step(name: str) -> Any:
@@ -111,7 +112,7 @@ def test_both_calls_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_steps_share_a_calls_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """At most what each is given, and the last one all that is left."""
+    """Give each step at most its share, and the last one all the time that is left."""
     _, ran = run_report(monkeypatch, tmp_path, "--call", "2", "--seconds", "225")
     assert ran["build-cpu"] == pytest.approx(60, abs=1)
     assert ran["tests-triton"] == ran["precompile"] == pytest.approx(80, abs=1)
@@ -132,7 +133,7 @@ def test_without_nvcc_the_rest_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_interrupted_report_exits_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By what `timeout` sends, as by Ctrl-C."""
+    """Interrupt the report with the signal that `timeout` sends, and as Ctrl-C does."""
     before = signal.getsignal(signal.SIGTERM)
 
     def interrupt() -> list[str]:
@@ -144,7 +145,7 @@ def test_interrupted_report_exits_130(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_report_from_end_to_end(tmp_path: Path) -> None:
-    """The driver, its processes and their files, for one part and its few cases."""
+    """Run the driver, its processes and their files for one part with few cases."""
     command = [sys.executable, "-m", "bench", "--gpu-report", str(tmp_path), "--tiny"]
     command += ["--device", "cpu", "--call", "2", "--only", "ops", "--case", "rms_norm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -157,7 +158,7 @@ def test_report_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_documented_commands_are_short_and_understood() -> None:
-    """Those of docs/gpu.md, as they are pasted."""
+    """Parse the commands of docs/gpu.md as a reader would paste them."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "gpu.md").read_text(), re.DOTALL)
     calls = [block for block in blocks if "--call" in block]
     assert len(calls) == 2
@@ -172,7 +173,7 @@ def test_documented_commands_are_short_and_understood() -> None:
 
 
 def test_a_process_that_does_not_end_is_stopped_with_its_children(tmp_path: Path) -> None:
-    """One that ignores every signal but one; what it printed is kept."""
+    """Stop a process that ignores every signal except SIGKILL, and keep what it printed."""
     script = "echo begun; trap '' INT TERM; sleep 300 & wait; sleep 300"
     began = time.monotonic()
     assert processes.limited(["sh", "-c", script], 0.5, tmp_path / "logs" / "log") is None
@@ -241,7 +242,7 @@ HANGS = "import os, time\ndef test_before(): pass\ndef test_hangs(): time.sleep(
 
 
 def checkout(tmp_path: Path, **files: str) -> None:
-    """tests/gpu with these files, and CUDA kernels that are built."""
+    """Return a checkout with these files in tests/gpu and CUDA kernels that are built."""
     folder = tmp_path / "tests" / "gpu"
     folder.mkdir(parents=True)
     (tmp_path / "pytest.ini").write_text(
@@ -263,7 +264,7 @@ def test_a_file_that_hangs_costs_its_own_tests(
     args: argparse.Namespace,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One process a file, each with its results as soon as it ends, whatever ended it."""
+    """Run one process per file. Each writes its results when it ends, however it ends."""
     monkeypatch.setattr(tests, "SIDE_BY_SIDE", ())
     monkeypatch.setattr(tests, "TIMEOUTS", {"cuda": a_test})
     checkout(tmp_path, rope=HANGS, some=SOME)
@@ -281,7 +282,7 @@ def test_a_file_that_hangs_costs_its_own_tests(
 def test_a_test_that_hangs_costs_itself(
     tmp_path: Path, args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where pytest-xdist replaces the process that pytest-timeout ended."""
+    """Let pytest-xdist replace the process that pytest-timeout ended."""
     monkeypatch.setattr(tests, "TIMEOUTS", {"triton": "2"})
     checkout(tmp_path, rope=HANGS + "def test_after(): pass\n")
     tests.run("triton", args, 60.0)
@@ -290,7 +291,7 @@ def test_a_test_that_hangs_costs_itself(
     assert list(found["failed"]) == ["tests.gpu.test_rope::test_hangs"] or len(found["failed"]) == 1
 
 
-def test_what_is_not_built_is_said(
+def test_a_missing_build_is_reported(
     tmp_path: Path, args: argparse.Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
@@ -304,8 +305,8 @@ def test_what_is_not_built_is_said(
 def run_ops(
     monkeypatch: pytest.MonkeyPatch, args: argparse.Namespace, codes: dict[str, int | None]
 ) -> tuple[list[str], list[str]]:
-    """ops' problems, and the options of the processes; each ends with its op's code (twice), but
-    for an op's second try."""
+    """Return the problems of `ops` and its calls. A process on two backends ends with the code of
+    its op; an op's second try, on one backend, ends with 0."""
     calls: list[str] = []
 
     def limited(command: list[str], seconds: float, log: Path, **_: str) -> int | None:
@@ -349,8 +350,8 @@ def test_a_wrong_result_is_a_problem() -> None:
 
 
 def test_precompiled_kernels_are_what_a_launch_finds(tmp_path: Path) -> None:
-    """Into an empty cache; then the launcher's own call, on a driver that only knows its chip,
-    adds nothing to it."""
+    """Precompile into an empty cache. The launcher's own call, on a driver that only knows its
+    chip, must then add nothing to it."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ambient = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

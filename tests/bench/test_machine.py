@@ -1,4 +1,4 @@
-"""How the suite fits a machine: its speed, what is made smaller by it, what limits a product."""
+"""Tests of how the suite adapts to a machine: its speed, smaller cases, a product's limit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama_fast.bench.timing.machine import Speed
 
 from .runs import Bench
 
-# Two cores each, about. T: 1e12 operations a second.
+# Processors of about two cores each. T: 1e12 operations a second.
 T, G = 1e12, 1e9
 ZEN4 = Speed(bf16=0.4 * T, fp32=0.2 * T, fma=0.235 * T, fma_bf16=0.47 * T, read=43 * G)
 SKYLAKE_X = Speed(bf16=0.15 * T, fp32=0.15 * T, fma=0.2 * T, fma_bf16=0.2 * T, read=20 * G)
@@ -35,7 +35,7 @@ OLD = Speed(bf16=0.005 * T, fp32=0.03 * T, fma=0.03 * T, fma_bf16=0.03 * T, read
     "speed, slow", [(ZEN4, False), (AMX, False), (SKYLAKE_X, True), (ZEN3, True), (OLD, True)]
 )
 def test_fp32_is_measured_where_bf16_is_no_faster(speed: Speed, slow: bool) -> None:
-    """By what products reach, not by what the processor has."""
+    """Decide by the measured products, not by the processor's instruction sets."""
     assert speed.bf16_is_slow == slow
     columns = {
         "attention": {"eager fp32", "SDPA fp32"},
@@ -53,8 +53,8 @@ def test_fp32_is_measured_where_bf16_is_no_faster(speed: Speed, slow: bool) -> N
             exact = made.exact()
             for name in fp32:
                 error = cases.relative_error(made.value(made.baselines[name](0)), exact)
-                # The same result, with fp32's error: 2^-24 times sums of 64 to 128 terms. But the
-                # weights of F.linear have not been to FP8, which keeps them to 2^-4.
+                # The same result with fp32's error: 2^-24 times sums of 64 to 128 terms. But the
+                # weights of F.linear have not been rounded to FP8, which keeps them to 2^-4.
                 fp8 = plan.op == "fp8_linear" and name == "F.linear fp32"
                 assert error < (2.0**-4 if fp8 else 1e-5), f"{plan.name}: {name}"
     for spec in (
@@ -71,13 +71,13 @@ def test_fp32_is_measured_where_bf16_is_no_faster(speed: Speed, slow: bool) -> N
         (ZEN4, torch.float32, ("fma", 0.235 * T)),
         (ZEN3, torch.bfloat16, ("fma", 0.22 * T)),
         (AMX, torch.bfloat16, ("bf16", 1.5 * T)),
-        # Ours held to fewer instructions than PyTorch's.
+        # Our kernels are held to fewer instructions than PyTorch's.
         (
             dataclasses.replace(ZEN4, fma=0.08 * T, fma_bf16=0.08 * T),
             torch.float32,
             ("fp32", 0.2 * T),
         ),
-        # A neighbor while the loop ran: no product is faster than registers.
+        # A neighbor ran during the loop: no product is faster than the registers allow.
         (dataclasses.replace(ZEN3, fp32=0.23 * T), torch.bfloat16, ("fma", 0.22 * T)),
     ],
 )
@@ -97,8 +97,8 @@ def test_the_limit_is_the_fastest_means(
 
 
 def test_multiply_adds_are_done(isa: str) -> None:
-    """As many as it reports: a loop that a compiler had emptied would be faster than any processor,
-    of two vectors a cycle at 6.5 GHz."""
+    """Require as many operations as the loop reports: if the compiler had emptied it, it would be
+    faster than any processor (two vectors a cycle at 6.5 GHz)."""
     lanes = {"generic": 8, "avx2": 8}.get(isa, 16)
     for pairs in (False, True):
         each = 2 * lanes * (2 if pairs and isa == "avx512_bf16" else 1)
@@ -128,7 +128,7 @@ def test_a_fast_machine_runs_everything() -> None:
 
 @pytest.mark.parametrize("speed", [ZEN4, SKYLAKE_X, ZEN3, AMX, OLD])
 def test_jobs_fit_the_machine(speed: Speed) -> None:
-    """At what was found of it: the least number of calls of all, in seconds."""
+    """Choose jobs by the measured speed: the seconds of the fewest calls of all jobs."""
     sizes = jobs.plan("default", speed)
     prefill, decode = sizes.jobs
     flops = models.prefill_flops(sizes.config, prefill.tokens)
@@ -157,7 +157,7 @@ def test_a_slow_machine_runs_less() -> None:
     assert full == shapes.sweep("8b", CPU, "full")
 
 
-def test_a_part_counts_for_the_whole() -> None:
+def test_a_part_is_scaled_to_the_whole() -> None:
     runs = {"ours": lambda i: time.sleep(2e-3), "part": timing.Part(lambda i: time.sleep(5e-3), 4)}
     found = timing.measure(runs, 0.1)
     assert found["part"].p10 >= 0.02 and found["ours"].p10 < found["part"].p10
@@ -169,7 +169,7 @@ def test_a_long_first_call_counts_as_a_round() -> None:
     assert timing.measure(runs, 0.1, least=2)["ours"].rounds == len(called)
 
 
-def test_a_slow_baseline_is_measured_smaller_and_labelled(
+def test_a_slow_baseline_is_measured_smaller_and_labeled(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(measured.BUDGETS, "quick", 1e-9)  # nothing is fast enough
@@ -185,7 +185,7 @@ def test_a_slow_baseline_is_measured_smaller_and_labelled(
         assert " eager " in head and "eager, 1/8 of it:" in row and " peers " not in head
 
 
-def test_a_part_does_a_part() -> None:
+def test_a_part_computes_a_share_of_the_columns() -> None:
     with torch.inference_mode():
         for plan in cases.plan(cases.spec("tiny", speed=ZEN3), ["fp8_linear"]):
             made = plan.make()
@@ -212,7 +212,9 @@ def test_no_pass_begins_that_cannot_end(
     )
 
 
-def test_a_pass_of_the_forward_pass_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_of_the_forward_pass_begins_only_if_it_can_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     taken: list[str] = []
     monkeypatch.setattr(
         forward,
@@ -238,10 +240,11 @@ def test_torch_compile_has_its_seconds(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "eager" in row["times"] and "torch.compile" not in row["times"]
 
 
-def test_a_held_down_run_says_so(
+def test_a_restricted_run_is_marked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And is not compared with one that is not; older files, which lack that, still are."""
+    """Print a warning, and refuse to compare such a run with one that is not held down. Older
+    files, which lack the entry, still compare."""
     _, free = bench("--op", "rms_norm", "--no-plot")
     assert free["environment"]["torch_isa"] == torch.backends.cpu.get_cpu_capability()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
@@ -249,8 +252,8 @@ def test_a_held_down_run_says_so(
     capsys.readouterr()
     _, held = bench("--op", "rms_norm", "--no-plot")
     heading = capsys.readouterr().out.splitlines()[0]
-    for told in (f"isa {_cpu.isa()}", "torch_isa DEFAULT", "onednn_max_isa AVX2"):
-        assert told in heading
+    for entry in (f"isa {_cpu.isa()}", "torch_isa DEFAULT", "onednn_max_isa AVX2"):
+        assert entry in heading
     with pytest.raises(ValueError, match="torch_isa"):
         compare.check(free, held)
     old = json.loads(json.dumps(free))
@@ -260,7 +263,7 @@ def test_a_held_down_run_says_so(
 
 
 def test_limits_of_two_kinds_are_not_compared() -> None:
-    """A row limited by a product once and by multiply-adds now: the limit has nothing to say."""
+    """Ignore the limit if one run bounds a row by a product and the other by multiply-adds."""
     seconds = {name: {"passes": [t]} for name, t in {"ours": 1.0, "limit": 2.0}.items()}
     old = {"op": "a", "shape": "", "limit": "matmul", "seconds": seconds}
     new = {**old, "limit": "fma", "seconds": {**seconds, "limit": {"passes": [0.1]}}}

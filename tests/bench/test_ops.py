@@ -1,10 +1,10 @@
-"""Every op of the suite as a pytest-benchmark, to be tracked over commits.
+"""Run every op of the suite as a pytest-benchmark, to track it over commits.
 
     pytest tests/bench --benchmark-only --bench-model 8b --benchmark-autosave
     pytest tests/bench --benchmark-only --bench-model 8b --benchmark-compare
 
-Without --bench-model each case runs at tiny shapes, and only its error is looked at. Ours alone is
-timed; extra_info says how it stands to the limit, measured in the same rounds, which is what can be
+Without --bench-model each case runs at tiny shapes, and only its error is checked. Only our kernels
+are timed. extra_info gives their share of the limit, measured in the same rounds; that share can be
 compared between machines. `python -m bench` measures ours beside the others.
 """
 
@@ -37,7 +37,7 @@ def weights_are_let_go() -> Iterator[None]:
 
 
 def errors(case: Case) -> tuple[float, float]:
-    """Of ours and of PyTorch's, against fp64."""
+    """Return our error and PyTorch's against fp64."""
     exact = case.exact()
     eager = case.baselines.get("eager") or next(iter(case.baselines.values()))
     ours, theirs = (relative_error(case.value(run(0)), exact) for run in (case.ours, eager))
@@ -45,7 +45,7 @@ def errors(case: Case) -> tuple[float, float]:
 
 
 def of_limit(case: Case, seconds: float, device: torch.device) -> tuple[float, float]:
-    """Work a second of ours, and the same over the limit's."""
+    """Return our work per second, and its ratio to the limit's."""
     runs = {"ours": case.ours, "limit": case.limit.run}
     found = timing.measure(runs, seconds, device, copies=case.copies)
     rate = case.work / found["ours"].median
@@ -76,5 +76,5 @@ def test_op(plan: Plan, benchmark: Any, timed: bool, pytestconfig: pytest.Config
         rounds = itertools.count()  # rotates the buffers
         run = waited(lambda _: case.ours(next(rounds)), where.device)
         if not timed:
-            benchmark.disabled = True  # runs once, and no table is printed
+            benchmark.disabled = True  # runs once and prints no table
         benchmark(run, 0)

@@ -1,5 +1,5 @@
-"""bench/peers: who is here, and that a peer's model is the same model. A peer that is not installed
-skips its tests by name."""
+"""Tests of bench/peers: which peers are installed, and that a peer's model is the same model. Tests
+of a peer that is not installed are skipped by name."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CONTEXT, STEPS = 48, 3
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """max |got - exact| / max |exact|"""
+    """Return max |got - exact| / max |exact|."""
     return ((got.double() - exact.double()).abs().max() / exact.double().abs().max()).item()
 
 
 @pytest.fixture(scope="module")
 def hf() -> Any:
-    """Two layers of grouped heads, rotary scaling that sets in within the context; its weights are
-    bf16's, its arithmetic fp32's."""
+    """Return a model of two layers with grouped heads and rotary scaling that starts within the
+    context. Its weights hold bf16 values; it computes in fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -68,7 +68,7 @@ def hf() -> Any:
 
 @pytest.fixture(scope="module")
 def unscaled(hf: Any) -> Any:
-    """The same weights under plain rotary embedding."""
+    """Return the same weights with plain rotary embedding."""
     config = copy.deepcopy(hf.config)
     config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
     model = type(hf)(config).eval()
@@ -78,7 +78,7 @@ def unscaled(hf: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def tokens(hf: Any) -> Tensor:
-    """[1, CONTEXT + STEPS]: the last of the context again and again, as decode's runs do."""
+    """Return ids [1, CONTEXT + STEPS]. They repeat the end of the context, as decode's runs do."""
     context = torch.randint(hf.config.vocab_size, (1, CONTEXT), generator=torch.manual_seed(1))
     return torch.cat((context, context[:, -1:].expand(1, STEPS)), 1)
 
@@ -89,15 +89,15 @@ def exact(hf: Any, tokens: Tensor) -> Tensor:
         return hf(tokens).logits
 
 
-# Which are here.
+# Which peers are installed.
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
-def test_absent_peers_are_skipped_with_the_command_that_installs_them(nobody: None) -> None:
+def test_absent_peers_are_skipped_with_the_command_that_installs_them(no_peers: None) -> None:
     found, skipped = peers.wanted(None, "cuda")
     assert found == []
     assert skipped.keys() == peers.PEERS.keys()
@@ -106,7 +106,7 @@ def test_absent_peers_are_skipped_with_the_command_that_installs_them(nobody: No
     assert skipped["llama.cpp"] == "runs on cpu only, not on cuda"
 
 
-def test_a_peer_asked_for_by_name_has_to_be_there(nobody: None) -> None:
+def test_a_peer_asked_for_by_name_is_required(no_peers: None) -> None:
     with pytest.raises(ValueError, match=r"peer torchao: torchao is not installed: pip install"):
         peers.wanted(["torchao"], "cpu")
     with pytest.raises(ValueError, match=r"peer flashinfer: runs on cuda only, not on cpu"):
@@ -150,7 +150,7 @@ def test_a_peers_model_is_refused_where_it_cannot_run() -> None:
 # The same model.
 
 
-def test_rows_are_moved_so_that_neighbours_turn_together() -> None:
+def test_rows_are_permuted_so_that_neighbors_rotate_together() -> None:
     weight = torch.arange(8.0)[:, None]  # two heads of four rows
     moved = gguf_file.interleaved(weight, heads=2)
     assert moved.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
@@ -220,18 +220,18 @@ def check_model(model: peers.ModelPeer, tokens: Tensor, exact: Tensor, allowed: 
     prefill = model.extend(context[:, :0], context)
     extend = model.extend(context[:, :-2], context[:, -2:])
     decode = model.decode(context, STEPS)
-    for i in range(2):  # the second finds what the first left behind
+    for i in range(2):  # the second run finds what the first left behind
         assert error(prefill(i).float(), exact[:, CONTEXT - 1]) < allowed, model.label
         assert error(extend(i).float(), exact[:, CONTEXT - 1]) < allowed, model.label
         assert error(decode(i).float(), exact[:, -1]) < allowed, model.label
-    decode = model.decode(context[:, :-2], STEPS)  # on what extend has begun from, too
+    decode = model.decode(context[:, :-2], STEPS)  # decode also continues what extend began
     first = decode(0).float().clone()
     assert error(extend(0).float(), exact[:, CONTEXT - 1]) < allowed, model.label
     assert error(decode(1).float(), first) < allowed, model.label
 
 
-# Found: 0.017 and 0.003, 0.018 and 0.0005, 0.016 and 0.007. Q8_0 and int8 round each weight to
-# 1/254 of the largest in its block or row; OpenVINO rounds its cache to u8 as well.
+# Measured: 0.017 and 0.003, 0.018 and 0.0005, 0.016 and 0.007. Q8_0 and int8 round each weight to
+# 1/254 of the largest in its block or row; OpenVINO also rounds its cache to u8.
 MODELS = {
     "llama.cpp": {"llama.cpp Q8_0": 0.03, "llama.cpp bf16": 0.006},
     "ik_llama.cpp": {"ik_llama.cpp Q8_0": 0.03, "ik_llama.cpp bf16": 0.006},
@@ -267,8 +267,8 @@ def test_ik_llama_cpp_refuses_what_it_would_ignore(hf: Any) -> None:
 
 
 class StandIn:
-    """ik_llama.cpp's bindings, as far as they are called. A token's logits are where it is, what
-    it is, and how many tokens it sees."""
+    """Replace ik_llama.cpp's bindings, in the calls that are made. A token's logits depend on its
+    position, its id and the number of tokens that it sees."""
 
     class llama_batch(ctypes.Structure):
         _fields_ = [
@@ -331,7 +331,7 @@ def _structure(**values: int) -> Any:
     return type("params", (ctypes.Structure,), {"_fields_": fields})(*values.values())
 
 
-def test_ik_llama_cpp_is_told_each_batchs_position(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ik_llama_cpp_gets_each_batchs_position(monkeypatch: pytest.MonkeyPatch) -> None:
     library = StandIn()
     monkeypatch.setattr(ik_llamacpp, "_bindings", lambda: library)
     monkeypatch.setattr(gguf_file, "write", lambda *_: 7)
@@ -344,7 +344,7 @@ def test_ik_llama_cpp_is_told_each_batchs_position(monkeypatch: pytest.MonkeyPat
     prefill = model.extend(tokens[:, :0], tokens)
     extend = model.extend(tokens[:, :7], tokens[:, 7:])
     decode = model.decode(tokens[:, :7], steps=3)
-    for i in range(2):  # the second finds what the first left behind
+    for i in range(2):  # the second run finds what the first left behind
         assert prefill(i).tolist() == [[8, 28, 9]]
         assert extend(i).tolist() == [[8, 28, 9]]
         assert decode(i).tolist() == [[9, 26, 10]]
@@ -373,7 +373,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def cases() -> Iterator[tuple[str, dict[str, Any], Any, float]]:
-    """op, inputs, what run(i) should return, the error allowed."""
+    """Yield op, inputs, what run(i) should return, and the error allowed."""
     x, residual, weight = randn(6, 128), randn(6, 128), randn(128)
     wide, eps = weight.float(), 1e-5
     norm = {"x": x, "weight": weight, "eps": eps}
@@ -424,16 +424,16 @@ def test_llama_cpps_ops_agree_with_ours(
         assert error(run(i), wanted(i)) < allowed
 
 
-def test_an_op_that_a_peer_has_not_is_no_run() -> None:
+def test_an_op_that_a_peer_lacks_is_not_run() -> None:
     pytest.importorskip("llama_cpp")
     assert peers.PEERS["llama.cpp"].ops("apply_rope", {}) == {}
 
 
-# What only a GPU can run: that the arguments mean what the peer's interface says.
+# What only a GPU can run. These tests check that the arguments mean what the peer's interface says.
 
 
 def test_flashinfers_pages_are_the_contiguous_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that follows the documented meaning of plan and run, page by page."""
+    """Replace plan and run with a stand-in that follows their documented meaning page by page."""
     from llama_fast.bench.peers import flash_infer
 
     class Wrapper:

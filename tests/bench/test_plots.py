@@ -1,4 +1,4 @@
-"""The benchmark's plots: what is on them, and that they are the same each time."""
+"""Tests of the benchmark's plots: what they show, and that the same figures give the same bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .runs import example
 
 
 def test_same_figures_same_bytes(tmp_path: Path) -> None:
-    """A plot drawn again does not show up in a diff."""
+    """Draw a plot twice. The second must not show up in a diff."""
     files = [plot.all_of(example(), tmp_path / name / "x.svg") for name in ("a", "b")]
     assert [p.name for p in files[0]] == [
         f"x{name}.{kind}"
@@ -58,7 +58,7 @@ def test_one_color_an_implementation() -> None:
         (["a, b", "a, c"], ["a, b", "a, c"], ""),
     ],
 )
-def test_shapes_without_what_they_share(shapes: list[str], labels: list[str], rest: str) -> None:
+def test_shapes_without_their_common_part(shapes: list[str], labels: list[str], rest: str) -> None:
     assert short(shapes) == (labels, rest)
 
 
@@ -72,7 +72,7 @@ def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
             "transformers": ([520.0, 4104.0], [4.0, 4.0]),
         }
     }
-    assert curves.contexts(rows[:2]) == {}  # one context is no curve
+    assert curves.contexts(rows[:2]) == {}  # one context makes no curve
 
 
 def test_labels_are_pushed_apart() -> None:

@@ -1,4 +1,4 @@
-"""The pages that are cut from committed runs."""
+"""Tests of the pages that are generated from committed runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A README and one machine's run."""
+    """Return a checkout with a README and one machine's run."""
     (tmp_path / "README.md").write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n")
     folder = tmp_path / "bench" / "results" / "machine"
     folder.mkdir(parents=True)
@@ -28,7 +28,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that are about the pages: drawing takes a second."""
+    """Replace the plots in tests of pages: drawing takes a second."""
     monkeypatch.setattr(publish, "_draw", lambda root: [])
 
 
@@ -37,7 +37,7 @@ def page(checkout: Path) -> str:
 
 
 def test_committed_pages_are_cut_from_the_committed_runs() -> None:
-    """After a new run in bench/results: python -m bench --publish."""
+    """Compare. If this fails after a new run in bench/results: python -m bench --publish."""
     for path, text in publish.pages(ROOT).items():
         assert (ROOT / path).read_text() == text, f"{path}: run python -m bench --publish"
     missing = [str(path) for path in publish.plots(ROOT) if not (ROOT / path).exists()]
@@ -78,7 +78,7 @@ def test_where_ours_is_behind(checkout: Path, no_plots: None) -> None:
     assert rows == [
         "| bench.json | rms_norm 1 x 4096 | torch.compile | 100% |",
         "| bench.json | rms_norm 16 x 4096 | torch.compile | 1%, within the noise |",
-    ]  # and not bf16 behind FP8: both are ours
+    ]  # not bf16 behind FP8: both are ours
 
 
 def test_page_has_every_figure(checkout: Path) -> None:
@@ -122,7 +122,7 @@ def test_broken_run_is_named(checkout: Path, capsys: pytest.CaptureFixture[str])
     assert publish.main(checkout / "docs") == publish.USAGE
 
 
-def test_noise_decides_who_is_surely_faster() -> None:
+def test_noise_decides_which_is_surely_faster() -> None:
     run = copy.deepcopy(example())
     found = {(case, who): sure for case, who, _, sure in pages.slower(run)}
     assert found == {

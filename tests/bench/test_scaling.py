@@ -1,4 +1,4 @@
-"""Exponents that are fitted, the verdict on memory, and the measuring of both."""
+"""Tests of the fitted exponents, of the verdict on memory, and of how both are measured."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def test_exponent_is_found(exponent: float) -> None:
 
 
 def test_overhead_of_small_sizes_does_not_count() -> None:
-    """A constant that is all there is to the small sizes."""
+    """Add a constant that dominates at the small sizes."""
     found = fit([(n, 1e7 + n**2) for n in SIZES])
     assert found is not None and found["exponent"] == pytest.approx(2.0, abs=0.1)
     assert found["local"] > found["exponent"]
 
 
 def test_error_is_as_large_as_the_exponent_is_off() -> None:
-    """Over many noisy curves the fitted exponents scatter as the errors say: with four points two
+    """Fit many noisy curves: the exponents scatter as their errors say. With four points, two
     errors hold 82 % of a t distribution with two degrees of freedom."""
     noise = random.Random(0)
     fits = [fit([(n, n * noise.lognormvariate(0, 0.1)) for n in SIZES]) for _ in range(400)]
@@ -58,9 +58,9 @@ def test_too_few_points_are_no_curve(points: list[tuple[float, float]]) -> None:
         (lambda n: 1024 * n + 8e6, True),  # buffers that every call needs
         (lambda n: 1024 * n + n**2 / 64, False),  # a bit for every eight scores
         (lambda n: 1024 * n**1.2, False),
-        (lambda n: 1024 * n * (2 if n > 65536 else 1), False),  # the far end alone
+        (lambda n: 1024 * n * (2 if n > 65536 else 1), False),  # at the far end only
         (lambda n: 1024 * n * (1.6 if n > 8192 else 1), False),  # linear wherever it is fitted
-        (lambda n: 1024 * n * max(1, n / 16384) ** 0.15, False),  # 1.4 times as much a token
+        (lambda n: 1024 * n * max(1, n / 16384) ** 0.15, False),  # 1.4 times as much per token
     ],
     ids=["linear", "with a constant", "a little quadratic", "n^1.2", "a jump", "a step", "late"],
 )
@@ -73,7 +73,7 @@ def test_linear_memory(cost: Callable[[float], float], linear: bool) -> None:
 
 @pytest.fixture
 def narrow(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small enough for a test: narrow layers, short curves, few rounds, one thread."""
+    """Shrink the run for a test: narrow layers, short curves, few rounds, one thread."""
     torch.set_num_threads(1)
     config = replace(
         models.shape(layers=1, vocab=256),
@@ -92,8 +92,8 @@ def narrow(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curves(narrow: None, tmp_path: Path) -> None:
-    told: list[str] = []
-    found = scaling.run(CPU, "quick", told.append)
+    lines_printed: list[str] = []
+    found = scaling.run(CPU, "quick", lines_printed.append)
     assert found["wrong"] == []
     curves = {c["name"]: c for c in found["curves"]}
     assert list(curves) == [
@@ -114,9 +114,9 @@ def test_curves(narrow: None, tmp_path: Path) -> None:
     assert lines["ours"]["bytes_fit"]["exponent"] < 1.3
     assert lines["ours"]["points"][-1]["bytes"] < 1.5 * 4096 * 4 * 128 * 2  # the output's
     assert lines["ours"]["points"][-1]["error"] < 0.02
-    # Eager's scores are quadratic, and it leaves when it would take too long.
+    # Eager's scores are quadratic: it stops at the size that would take too long.
     assert lines["eager"]["points"][-1]["bytes"] > 4 * 512**2 * 4
-    assert any("linear memory to 4096 tokens: yes" in line for line in told)
+    assert any("linear memory to 4096 tokens: yes" in line for line in lines_printed)
     results = {"ops": [], "scaling": found, "environment": ENVIRONMENT}
     assert [p.name for p in plot.all_of(results, tmp_path / "x.svg")] == [
         "x-scaling.png",
@@ -134,7 +134,7 @@ def only_attention(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_quadratic_memory_is_noticed(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attention that keeps a quarter byte a score, and is right."""
+    """Measure an attention that is right but keeps a quarter of a byte per score."""
     right = lf.attention
 
     def hungry(q: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_wrong_result_is_noticed(
     ]
 
 
-def test_what_would_take_too_much_leaves() -> None:
+def test_a_size_that_would_take_too_much_is_skipped() -> None:
     point = {"size": 1024, "seconds": 1.0, "bytes": 1e6}
     assert scaling._too_much([], 2048, 1.0) == ""
     assert scaling._too_much([point], 2048, 4.0) == ""

@@ -1,4 +1,4 @@
-"""The benchmark suite on tiny shapes: what it writes, prints and refuses."""
+"""Tests of the benchmark suite on tiny shapes: what it writes, prints and refuses."""
 
 from __future__ import annotations
 
@@ -51,10 +51,14 @@ def test_figures_of_every_op(bench: Bench) -> None:
 
 
 def test_every_row_of_the_targets_is_measured() -> None:
-    """What each case is compared with includes everything that it has a target against."""
+    """Require every baseline with a target among what the case is compared with."""
     for plan in cases.plan(cases.spec("tiny"), every=True):
         made = plan.make()
-        offered = {"limit", *made.baselines, "torch._scaled_mm"}  # which not every torch has
+        offered = {
+            "limit",
+            *made.baselines,
+            "torch._scaled_mm",
+        }  # not in every torch
         assert set(made.targets) <= offered, plan.name
         assert set(made.baselines) <= set(cases.BASELINES), plan.name
 
@@ -62,7 +66,7 @@ def test_every_row_of_the_targets_is_measured() -> None:
 @pytest.mark.parametrize("tp", shapes.TP)
 @pytest.mark.parametrize("model", ("8b", "70b", "405b"))
 def test_shapes_of_a_rank(model: str, tp: int) -> None:
-    """Together the ranks hold the layer's weights, key/value heads aside, which are repeated."""
+    """Sum the ranks' weights: they make up the layer, except that key/value heads repeat."""
     whole, rank = shapes.layer_shapes(model), shapes.layer_shapes(model, tp)
     for name in ("gate_up", "down", "output"):
         n, k = rank.linears[name]
@@ -70,8 +74,8 @@ def test_shapes_of_a_rank(model: str, tp: int) -> None:
     assert rank.heads * tp == whole.heads and rank.heads % rank.kv_heads == 0
 
 
-def test_full_covers_what_it_says() -> None:
-    """M from 1 to 16384, attention to 131072, batches to 64."""
+def test_full_covers_its_ranges() -> None:
+    """Cover M from 1 to 16384, attention to 131072, batches to 64."""
     gpu = shapes.sweep("8b", torch.device("cuda"), "full")
     assert {1, 16384} <= set(gpu.tokens) and {1, 16384} <= set(gpu.rows)
     assert {128, 131072} <= set(gpu.prompts) and (64, 4096) in gpu.caches
@@ -101,7 +105,7 @@ def test_what_no_longer_fits_keeps_its_figures(
 
 
 def test_memory_estimates_hold() -> None:
-    """A case takes no more than it says; what it says is within reason."""
+    """Require that each case's estimate of its memory is within reason."""
     assert memory.free_memory(CPU) > 1e8
     for plan in cases.plan(cases.spec("8b"), ["rms_norm", "attention_with_kvcache", "linear"]):
         assert 1e6 < plan.memory < 8e9, plan.name
@@ -175,7 +179,7 @@ def test_a_missing_peer_is_named(
 
 
 def test_a_peers_runs_stand_beside_ours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that refuses is named; one that fails costs no other its figures."""
+    """Name a peer that refuses. One that fails must not cost the others their figures."""
 
     class Stand:
         name = "stand-in"
@@ -241,12 +245,12 @@ def test_baselines_can_be_chosen(bench: Bench) -> None:
     assert list(document["ops"][0]["times"]) == ["torch.compile"]
     status, document = bench("--no-plot", "--baseline", "none")
     assert status == 0 and len({r["op"] for r in document["ops"]}) == 9
-    for r in document["ops"]:  # held against eager's error all the same
+    for r in document["ops"]:  # eager still checks the error
         assert not r["times"] and r["of_limit"] > 0 and not r["wrong"] and r["eager_error"] > 0
 
 
 def test_backends_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A column for each beside the first; a wrong one is as wrong as ours."""
+    """Print a column for each further backend. A wrong one is marked as ours would be."""
     options = ("--op", "rms_norm", "--no-plot", "--backend", "reference,cpu")
     status, document = bench(*options)
     (r,) = document["ops"]
@@ -280,7 +284,7 @@ def test_a_kernel_that_fails_costs_its_own_case(
         bench("--op", "rms_norm", "--debug")
 
 
-def test_what_gpus_are_for_runs_where_it_is_named(bench: Bench) -> None:
+def test_ops_for_gpus_run_if_they_are_named(bench: Bench) -> None:
     status, document = bench("--op", ",".join(cases.FOR_GPUS), "--no-plot")
     assert status == 0 and {r["op"] for r in document["ops"]} == set(cases.FOR_GPUS)
 
@@ -293,8 +297,8 @@ def test_targets_are_shown_where_asked_for(
     assert "targets met:" in out and "(>=60)" in out
 
 
-def test_it_calls_itself_as_it_was_called(capsys: pytest.CaptureFixture[str]) -> None:
-    """And says what every option is for, and where it writes."""
+def test_help_names_the_command_as_called(capsys: pytest.CaptureFixture[str]) -> None:
+    """Print, in --help, what every option is for and where the suite writes."""
     for prog, options in (("python -m bench", []), ("llama-fast bench", []), ("x", GPU_REPORT)):
         with pytest.raises(SystemExit):
             main([*options, "--help"], prog)
@@ -317,7 +321,7 @@ GPU_REPORT = ["--gpu-report", "DIR"]
 def test_nothing_is_written_into_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a checkout; installed, in a folder of its own there."""
+    """Write within the checkout. When installed, write into a folder of the suite's own there."""
     monkeypatch.chdir(tmp_path)
     assert files.default_folder() == files.ROOT / "bench" / "out"
     monkeypatch.setattr(files, "ROOT", tmp_path)
@@ -362,7 +366,7 @@ def test_interrupted_run_keeps_what_it_has(bench: Bench, monkeypatch: pytest.Mon
 def test_interrupted_in_a_later_pass(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every case of the first pass is kept, and printed once."""
+    """Keep every case of the first pass, and print it once."""
     made: list[str] = []
     right = elementwise._case
 
@@ -399,7 +403,7 @@ def test_wrong_kernel_is_noticed(
 def test_a_wrong_baseline_is_not_compared_with(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch.compile once was: half of its elements were never written."""
+    """Simulate a fault that torch.compile had: half of its elements were never written."""
 
     def half(op: str, arguments: Any) -> Any:
         def run(i: int) -> torch.Tensor:
@@ -418,11 +422,11 @@ def test_a_wrong_baseline_is_not_compared_with(
 
 
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="nothing to hold back"
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="PyTorch does not use AVX-512 here"
 )
 def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> None:
-    """Compiled for all that the processor has, then again held to less: PyTorch's own cache takes
-    the first graph for the second."""
+    """Compile for the whole processor, then for fewer instructions. PyTorch's own cache would
+    return the first graph for the second."""
     code = (
         "import torch\n"
         "from llama_fast import reference\n"
@@ -439,8 +443,10 @@ def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("op", cases.OPS)
-def test_every_truth_can_tell(op: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each op is held against is no copy of its own result: a last row doubled is seen."""
+def test_every_exact_result_differs_from_a_wrong_one(
+    op: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Double the last row of each op's result. It must then differ from the exact result."""
     right = getattr(lf, op)
 
     def wrong(*args: Any, **kwargs: Any) -> Any:

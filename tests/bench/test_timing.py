@@ -1,4 +1,4 @@
-"""How the suite measures on a CPU: turns, passes, ratios, places in memory, limits."""
+"""Tests of how the suite measures on a CPU: turns, passes, ratios, places in memory, limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llama_fast.bench.timing import clock, memory, read_probe
 
 
 def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each warmed up on another buffer, which is not timed."""
+    """Warm each run up on another buffer, which is not timed."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
     monkeypatch.setattr(clock, "WARM", 0.0)
     order: list[tuple[str, int]] = []
@@ -30,8 +30,8 @@ def test_measure_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {t.rounds for t in result.values()} == {clock.MIN_ROUNDS}
 
 
-def test_threads_of_the_one_before_are_waited_for() -> None:
-    """Threads that spin on for 2 ms are done when the next run is timed."""
+def test_waits_for_threads_of_the_previous_run() -> None:
+    """Let a run's threads spin on for 2 ms. They are done when the next run is timed."""
     until = [0.0]
 
     def spinner(i: int) -> None:
@@ -46,7 +46,7 @@ def test_threads_of_the_one_before_are_waited_for() -> None:
 
 
 def test_a_slow_baseline_has_a_budget_of_its_own() -> None:
-    """And takes none of the others' rounds, however slow it is."""
+    """Measure slow baselines. They must not cost the others rounds."""
     pauses = {"ours": 1e-4, "near": 3e-4, "slow": 0.05, "slower": 0.25}
     runs = {name: lambda i, s=s: time.sleep(s) for name, s in pauses.items()}
     result = timing.measure(runs, 0.4)
@@ -55,20 +55,20 @@ def test_a_slow_baseline_has_a_budget_of_its_own() -> None:
     assert result["ours"].rounds == result["near"].rounds > result["slow"].rounds
 
 
-def test_where_ours_is_slow_all_have_few_rounds() -> None:
+def test_all_have_few_rounds_if_ours_is_slow() -> None:
     runs = {"ours": lambda i: time.sleep(0.02), "other": lambda i: time.sleep(0.04)}
     assert {t.rounds for t in timing.measure(runs, 0.01).values()} == {clock.SLOW_ROUNDS}
 
 
 def test_ratio_is_taken_within_rounds() -> None:
-    """A machine that slows down slows both: their ratio has no error then."""
+    """Slow both down, as a machine does. Their ratio then has no error."""
     drift = [1.0 + 0.1 * i for i in range(40)]
     found = timing.ratio(timing.summarize(drift), timing.summarize([2 * t for t in drift]))
     assert found.log == pytest.approx(math.log(2)) and found.error < 1e-12
 
 
 def test_ratio_sees_what_changes_between_passes() -> None:
-    """Rounds that agree within each pass, passes that do not."""
+    """Let rounds agree within each pass and differ between passes."""
     ours = timing.summarize([1.0] * 20, [1.5] * 20, [1.0] * 20)
     other = timing.summarize(*[[2.0] * 20] * 3)
     found = timing.ratio(ours, other)
@@ -93,13 +93,13 @@ def test_passes_share_the_rounds_and_are_kept_apart(monkeypatch: pytest.MonkeyPa
     assert found["ours"].to_json()["passes"] == [p["ours"].p10 for p in passes]
 
 
-def test_who_missed_a_pass_is_left_out() -> None:
+def test_runs_that_missed_a_pass_are_left_out() -> None:
     one, two = timing.summarize([1.0]), timing.summarize([2.0])
     assert set(timing.joined([{"ours": one, "flaky": one}, {"ours": two}])) == {"ours"}
 
 
 def test_activations_begin_at_many_places_of_one_buffer() -> None:
-    """By lines, within a page more than one tensor takes; and the op is the same at each."""
+    """Shift by cache lines, within a page beyond one tensor. The op gives the same at each."""
     spec = cases.spec("tiny")
     views = spec.rotating(8, 64)
     places = [t.data_ptr() for t in views]
@@ -114,8 +114,8 @@ def test_activations_begin_at_many_places_of_one_buffer() -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_kept_memory_costs_no_page_faults() -> None:
-    """In a process of its own, as malloc's options hold for the whole of it: three times 24 MiB,
-    more than glibc keeps of its own accord when they are freed."""
+    """Free three times 24 MiB, more than glibc keeps by default, in another process, because
+    malloc's options hold for a whole process."""
     program = """
 import resource, torch
 from llama_fast.bench.timing import memory
@@ -158,7 +158,7 @@ def test_a_gpus_read_probe_reads_every_word(words: int) -> None:
     assert sums.numel() == -(-words // (read_probe.BLOCK * read_probe.STEPS))
 
 
-def test_peak_memory_sees_what_is_given_back() -> None:
+def test_peak_memory_counts_freed_memory() -> None:
     with memory.peak_memory(torch.device("cpu")) as nothing:
         pass
     with memory.peak_memory(torch.device("cpu")) as some:

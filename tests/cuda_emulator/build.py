@@ -1,4 +1,4 @@
-"""What the emulator's tests need of the machine: a C++ compiler and the CUDA toolkit's headers."""
+"""Find what the emulator's tests need: a C++ compiler and the CUDA toolkit's headers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cxx() -> list[str]:
 
 
 def cuda_include() -> Path:
-    """The folder of cuda_bf16.h; skips the test, saying so, where there is none."""
+    """Return the folder of cuda_bf16.h, or skip the test and say why."""
     nvcc = shutil.which("nvcc")
     candidates = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
     candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []

@@ -1,4 +1,4 @@
-"""The emulator's tests share a machine with others' threads; their own tensors are tiny."""
+"""Run the emulator's tests on one torch thread: their tensors are tiny."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_torch_thread(one_thread: None) -> None:
-    """On two busy cores a second thread for the eager twin doubled these tests' time."""
+    """Set one thread: a second, for the eager twin, doubled the tests' time on two busy cores."""

@@ -1,4 +1,4 @@
-"""csrc/cuda in the emulator, called past the public ops: a test chooses out, strides, threads."""
+"""Call csrc/cuda in the emulator below the public ops: a test chooses out, strides and threads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SEEDS = (0, 1, 2)
 
 
 def emulated() -> SimpleNamespace:
-    """A function for each family; set_seed(n) for another order of threads; module, the extension.
-    Skips where it was not built, or the cuda backend is not the emulated one."""
+    """Return a function for each family, set_seed(n) for another order of threads, and `module`,
+    the extension. Skip the test if it is not built or the cuda backend is not the emulated one."""
     if importlib.util.find_spec("llama_fast._cuda_emulated") is None:
         pytest.skip("needs llama_fast._cuda_emulated: configure with -DLLAMA_FAST_EMULATE=ON")
     if not cuda.EMULATED:

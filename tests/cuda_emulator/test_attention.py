@@ -1,4 +1,5 @@
-"""csrc/cuda/attention.cu in the emulator: every instance and tile path, any order of threads."""
+"""Tests of csrc/cuda/attention.cu in the emulator: every instance, tile path and order of
+threads."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import SEEDS, emulated
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -86,7 +87,7 @@ def test_f09_ragged_tiles_with_and_without_a_mask(
     ids=lambda n: f"{n[0]}x{n[1]}",
 )
 def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, int]) -> None:
-    """Tiles of 128 keys: none, one or three under a mask, and up to four without."""
+    """Cover tiles of 128 keys: none, one or three with a mask, and up to four without."""
     q, k, v = qkv(lengths, (2, 1), 64, BF16)
     check(cuda, q, k, v)
     check(cuda, q, k, v, causal=False)
@@ -94,7 +95,7 @@ def test_f09_wgmma_tiles_with_and_without_a_mask(cuda: Any, lengths: tuple[int, 
 
 @pytest.mark.parametrize("lengths", [(300, 300), (400, 140)], ids=lambda n: f"{n[0]}x{n[1]}")
 def test_persistent_blocks_on_any_chip(cuda: Any, lengths: tuple[int, int]) -> None:
-    """A block to twelve tiles of queries, or one to each; the last ones may see nothing."""
+    """Give a block twelve tiles of queries, or one. The last blocks may see nothing."""
     q, k, v = qkv(lengths, (2, 1), 64, BF16, batch=2)
     expected = check(cuda, q, k, v)
     for multiprocessors, seed in ((1, 0), (1, 1), (2, 2), (5, 3), (132, 4)):
@@ -132,7 +133,7 @@ def test_equal_scores_give_the_exact_mean(cuda: Any, dtype: torch.dtype) -> None
 def test_a_winning_score_copies_its_value(
     cuda: Any, dtype: torch.dtype, d: int, size: float
 ) -> None:
-    """Up to scores of 9 * 2^26, whose rounding in base 2 is beyond what exp2 can take."""
+    """Cover scores up to 9 * 2^26, whose rounding error in base 2 exceeds what exp2 can take."""
     k = size * torch.randint(0, 2, (1, 150, 2, d)).mul(2).sub(1).to(dtype)
     v = torch.randn(1, 150, 2, d).to(dtype)
     chosen = (torch.rand(150) * (torch.arange(150) + 1)).long()
@@ -154,7 +155,7 @@ def test_f10_packed_sequences_with_empty_ones(cuda: Any, dtype: torch.dtype) -> 
 
 
 def test_packed_sequences_in_sections_of_heads(cuda: Any) -> None:
-    """Keys said to be many, so that no two key/value heads share the L2 cache's room."""
+    """Pretend that there are many keys, so that no two key/value heads share the L2 cache."""
     q, k, v = (t[0] for t in qkv((9, 9), (6, 3), 64, BF16))
     cu = cu_seqlens([4, 5])
     expected = run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
@@ -164,7 +165,7 @@ def test_packed_sequences_in_sections_of_heads(cuda: Any) -> None:
 
 
 @dtypes
-def test_offsets_that_are_none_stay_in_bounds(cuda: Any, dtype: torch.dtype) -> None:
+def test_invalid_offsets_stay_in_bounds(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = (t[0] for t in qkv((20, 20), (2, 1), 64, dtype))
     for bad in ([-5, 30, 10], [0, 50, -3], [7, 7, 2**30]):
         cu = torch.tensor(bad, dtype=torch.int32)
@@ -206,9 +207,7 @@ def test_f31_views_of_a_fused_projection(cuda: Any, dtype: torch.dtype) -> None:
 
 
 @dtypes
-def test_f08_neighbours_and_masked_keys_of_nan_change_nothing(
-    cuda: Any, dtype: torch.dtype
-) -> None:
+def test_f08_neighbors_and_masked_keys_of_nan_change_nothing(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = (t[0] for t in qkv((90, 90), (2, 1), 64, dtype))
     cu = cu_seqlens([25, 40, 25])
     clean = run(cuda, q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
@@ -221,7 +220,7 @@ def test_f08_neighbours_and_masked_keys_of_nan_change_nothing(
 
 
 @dtypes
-def test_f41_a_row_does_not_depend_on_what_comes_with_it(cuda: Any, dtype: torch.dtype) -> None:
+def test_f41_a_row_does_not_depend_on_the_batch(cuda: Any, dtype: torch.dtype) -> None:
     q, k, v = qkv((200, 200), (4, 2), 64, dtype, batch=2)
     whole = run(cuda, q, k, v)
     assert torch.equal(run(cuda, q[1:], k[1:], v[1:]), whole[1:])

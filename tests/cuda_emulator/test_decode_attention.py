@@ -1,5 +1,5 @@
-"""csrc/cuda/decode_attention.cu in the emulator: every instance, layout and split, FP8 caches, what
-the host cannot check, any thread order."""
+"""Tests of csrc/cuda/decode_attention.cu in the emulator: every instance, layout and split, FP8
+caches, arguments that the host cannot check, and any order of threads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.decode_attention import dtypes, lengths, make, page
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import emulated
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
-dtypes = pytest.mark.parametrize(
-    "dtype", [BF16, F16, F32], ids=lambda d: str(d).removeprefix("torch.")
-)
 fp8_or_not = pytest.mark.parametrize("fp8", [False, True], ids=["16bit", "fp8"])
 NAN = float("nan")
 
@@ -28,20 +26,8 @@ def cuda() -> Any:
     return emulated()
 
 
-def lengths(*n: int) -> Tensor:
-    return torch.tensor(n, dtype=torch.int32)
-
-
-def make(
-    batch: int, sq: int, capacity: int, heads: tuple[int, int], d: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    h, hkv = heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, capacity, hkv, d)
-    return q.to(dtype), k.to(dtype), (torch.randn(batch, capacity, hkv, d) + 0.25).to(dtype)
-
-
 def to_fp8(k: Tensor, v: Tensor, per_head: bool = True) -> dict[str, Tensor]:
-    """Caches in e4m3 and their scales; NaN stays."""
+    """Return k and v in e4m3 and their scales. NaN stays NaN."""
     made = {}
     for name, cache in (("k", k), ("v", v)):
         scale = cache.float().nan_to_num(0, 0, 0).abs().amax((0, 1, 3)).clamp(min=1e-3) / 448
@@ -49,23 +35,6 @@ def to_fp8(k: Tensor, v: Tensor, per_head: bool = True) -> dict[str, Tensor]:
         made[f"{name}_scale"] = scale
         made[f"{name}_cache"] = (cache.float() / scale[:, None]).to(E4M3)
     return made
-
-
-def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same cache in shuffled blocks; three more, and what k and v leave free, are NaN."""
-    batch, capacity, *row = k.shape
-    n = -(-capacity // block_size)
-    ids = torch.randperm(batch * n + 3)[: batch * n]
-    pools = []
-    for cache in (k, v):
-        padded = torch.full((batch, n * block_size, *row), NAN).to(cache.dtype)
-        padded.view(torch.uint8)[:, :capacity] = cache.view(torch.uint8)
-        pool = torch.full((batch * n + 3, block_size, *row), NAN).to(cache.dtype)
-        pool.view(torch.uint8)[ids] = padded.view(torch.uint8).view(
-            batch * n, block_size, *padded.view(torch.uint8).shape[2:]
-        )
-        pools.append(pool)
-    return pools[0], pools[1], ids.view(batch, n).int()
 
 
 def run(
@@ -105,7 +74,7 @@ def check(cuda: Any, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options
 def test_every_instance_in_two_orders_of_threads(
     cuda: Any, dtype: torch.dtype, fp8: bool, d: int
 ) -> None:
-    for sq in (1, 9):  # 16 rows of queries a warp, or 32
+    for sq in (1, 9):  # 16 rows of queries per warp, or 32
         q, k, v = make(2, sq, 150, (4, 2), d, dtype)
         options: dict[str, Any] = {}
         if fp8:
@@ -206,7 +175,7 @@ def test_a_nan_reaches_the_rows_that_see_it(cuda: Any, dtype: torch.dtype, fp8: 
 
 
 def test_fp8_is_exact_where_eager_is(cuda: Any) -> None:
-    """Every code, each as a column of the one value that a winning key has."""
+    """Put every code into a column of the value whose key wins."""
     codes = torch.arange(256).to(torch.uint8)
     codes = codes[(codes & 0x7F) != 0x7F]
     codes = torch.cat([codes, codes[:2]]).view(E4M3)
@@ -233,8 +202,8 @@ def test_fp8_with_bf16_queries_beyond_the_range_of_fp16(cuda: Any) -> None:
 
 @dtypes
 def test_f22_lengths_and_blocks_that_do_not_exist(cuda: Any, dtype: torch.dtype) -> None:
-    """On a GPU the host cannot see them: a length counts as the nearest possible one, keys of a
-    block that does not exist are not seen."""
+    """Require what a kernel does where the host cannot look: a length counts as the nearest
+    possible one, and keys of a block that does not exist are not seen."""
     q, k, v = make(3, 2, 96, (4, 2), 32, dtype)
     want = run(cuda, q, k, v, lengths(96, 0, 50))
     assert torch.equal(run(cuda, q, k, v, lengths(2**31 - 1, -7, 50)), want)
@@ -266,7 +235,7 @@ def test_f41_alone_or_in_a_batch(cuda: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("key", [3, 100, 4159], ids=["first warp", "last warp", "last split"])
 @pytest.mark.parametrize("splits", [1, 64])
 def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> None:
-    """184 above the others in base 2: weights relative to a maximum without it would overflow."""
+    """Put one score 184 above the others in base 2: relative to another maximum it overflows."""
     q, k = torch.full((1, 1, 2, 64), 8.0).to(BF16), torch.full((1, 4160, 1, 64), -1.0).to(BF16)
     v = torch.randn(1, 4160, 1, 64).to(BF16)
     k[:, key] = 1.0
@@ -276,15 +245,16 @@ def test_a_winning_score_copies_its_value(cuda: Any, splits: int, key: int) -> N
 
 @pytest.fixture
 def h100(cuda: Any) -> Iterator[Any]:
-    """The module, told of 132 multiprocessors."""
+    """Return the module, set to 132 multiprocessors."""
     cuda.module.set_multiprocessors(132)
     yield cuda.module
     cuda.module.set_multiprocessors(3)
 
 
-def test_workspace_is_for_the_splits_that_a_capacity_can_have(h100: Any) -> None:
-    """Llama 3.1 8B: of 128 keys up to eight, of 512 from then on, and 32 fill the chip. At B32 x 4k
-    that is a workspace of 4 MB, and 2,048 blocks; by tiles alone it was 17 MB and 8,192."""
+def test_workspace_fits_the_splits_of_a_capacity(h100: Any) -> None:
+    """Count splits for Llama 3.1 8B: up to eight of 128 keys, beyond that of 512, up to the 32 that
+    fill the chip. At batch 32 x 4,096 keys this is a workspace of 4 MB and 2,048 blocks. One split
+    per tile took 17 MB and 8,192."""
     q = torch.empty(1, 1, 32, 128, dtype=BF16)
     for dtype in (BF16, E4M3):
         pool = torch.empty(1, 1, 1, 1, dtype=dtype)

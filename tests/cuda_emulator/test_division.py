@@ -1,4 +1,4 @@
-"""Quotients made without nvcc's division: the bits that dividing gives."""
+"""Tests of quotients computed without nvcc's division: they must have the bits of a division."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def cuda() -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_silu_of_every_16_bit_value(cuda: Any, dtype: torch.dtype) -> None:
-    """g / (1 + 2^t) with t = -g log2(e) in fp32; the emulator's reciprocals are off by an ulp."""
+    """Compute g / (1 + 2^t), t = -g log2(e), in fp32. The emulator's reciprocals are off by an
+    ulp."""
     gate = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     out = torch.empty(1, 65536, dtype=dtype)
     cuda.activation(out, torch.cat((gate, torch.ones_like(gate)))[None], None, None)
@@ -29,7 +30,7 @@ def test_silu_of_every_16_bit_value(cuda: Any, dtype: torch.dtype) -> None:
 
 
 def test_fp32_silu(cuda: Any) -> None:
-    """g / (1 + e^-g), with the C library's exponential; subnormal quotients too."""
+    """Compute g / (1 + e^-g) with the C library's exponential, including subnormal quotients."""
     g = torch.cat((torch.linspace(-89, 30, 50_003), torch.linspace(-1e-37, 1e-37, 2001)))
     out = torch.empty(1, len(g))
     cuda.activation(out, torch.cat((g, torch.ones_like(g)))[None], None, None)

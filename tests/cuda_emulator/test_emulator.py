@@ -1,4 +1,4 @@
-"""The emulator itself: each instruction against the PTX ISA's layouts, and that bugs are caught."""
+"""Tests of the emulator: instructions follow the PTX ISA's layouts, and planted bugs are caught."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES = [
     "wgmma_mn_major",
     "setmaxnreg",
 ]
-# A planted bug, and what the emulator says of it; "line": the result is wrong instead.
+# A planted bug and the emulator's message. "line" means that the result is wrong instead.
 BUGS = {
     "setmaxnreg_too_many": "waits at setmaxnreg.inc 240 of the block's 3 x 168 registers",
     "setmaxnreg_not_more": "setmaxnreg.inc 160: the warpgroup has 168",

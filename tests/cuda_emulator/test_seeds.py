@@ -1,8 +1,9 @@
-"""Every kernel path of csrc/cuda in several orders of threads: the same bits, and the right ones.
+"""Run every kernel path of csrc/cuda in several orders of threads: the bits must be the same, and
+right.
 
-Shapes are small but long enough for each pipeline to go round: more tiles of keys than stages, more
-blocks of k than stages and warps, more tiles than multiprocessors. Every input ends at a page that
-may not be touched.
+Shapes are small, but each pipeline wraps around: there are more tiles of keys than stages, more
+blocks of k than stages and warps, and more tiles than multiprocessors. Every input ends at a
+protected page.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from llama_fast import reference
 
-from ..tolerances import ATTENTION_VALUE_ULPS, RMS_NORM_ULPS, assert_close_to_eager, ulp, ulps
+from ..support.tolerances import (
+    ATTENTION_VALUE_ULPS,
+    RMS_NORM_ULPS,
+    assert_close_to_eager,
+    ulp,
+    ulps,
+)
 from .native import SEEDS, emulated
 
 BF16, F16, F32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
@@ -30,7 +37,7 @@ def cuda() -> Any:
 
 
 def at_page_end(t: Tensor) -> Tensor:
-    """A copy, behind which reading ends in a fault."""
+    """Return a copy of t that ends at a protected page: reading past it faults."""
     flat = t.contiguous().view(torch.uint8).flatten()
     page = mmap.PAGESIZE
     usable = -(-max(flat.numel(), 1) // page) * page
@@ -47,7 +54,8 @@ def bits(t: Tensor) -> Tensor:
 
 
 def under_every_seed(cuda: Any, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """run's results, the same bits under each seed; run fills its outputs with NaN first."""
+    """Return run()'s results, with the same bits under each seed. run fills its outputs with
+    NaN."""
     cuda.set_seed(SEEDS[0])
     first = run()
     for seed in SEEDS[1:]:
@@ -61,7 +69,7 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan")).to(dtype)
 
 
-# ---- norms, activations, quantisers, rope ----
+# ---- norms, activations, quantizers, rope ----
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_rms_norm(cuda: Any, hidden: int, dtype: torch.dtype) -> None:
     out, total, q, scale = under_every_seed(cuda, run)
     eager = reference.rms_norm(total, w[0])
     assert torch.equal(total, x + residual) and ulps(out, eager) <= RMS_NORM_ULPS[dtype]
-    if dtype != F32:  # rounded where eager rounds: differences are ties
+    if dtype != F32:  # eager rounds here too: differences are ties
         assert (out == eager).float().mean() > 0.98
     want_q, want_scale = reference.quantize_fp8(out)
     assert torch.equal(bits(q), bits(want_q)) and torch.equal(scale, want_scale)
@@ -143,8 +151,8 @@ def check(actual: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None
     ], ids=str,
 )  # fmt: skip
 def test_attention(cuda: Any, d: int, dtype: torch.dtype, sq: int, sk: int, causal: bool) -> None:
-    """head_dims of 64 and 128 by TMA and wgmma; the others by mma.sync, fp32 by plain fma. Of the
-    lengths, one makes a last key of a walk the first of a tile, one a first masked key the last."""
+    """Cover TMA and wgmma (head_dim 64 and 128), mma.sync (the others) and plain fma (fp32). One
+    length puts the last key of a walk first in a tile, one puts the first masked key last."""
     q = at_page_end(torch.randn(1, sq, 4, d).to(dtype))
     k, v = (at_page_end(torch.randn(1, sk, 2, d).add(0.25).to(dtype)) for _ in range(2))
 
@@ -164,7 +172,7 @@ def test_attention(cuda: Any, d: int, dtype: torch.dtype, sq: int, sk: int, caus
     ], ids=str,
 )  # fmt: skip
 def test_decode(cuda: Any, d: int, dtype: torch.dtype, fp8: bool, sq: int) -> None:
-    """Pages in any order, two splits, more tiles a warp than stages."""
+    """Shuffle the pages, and use two splits and more tiles per warp than stages."""
     length, size = 700, 16
     q = at_page_end(torch.randn(1, sq, 4, d).to(dtype))
     pool = torch.randn(2, 45, size, 2, d).add(0.25).to(E4M3 if fp8 else dtype)
@@ -202,9 +210,9 @@ def test_decode(cuda: Any, d: int, dtype: torch.dtype, fp8: bool, sq: int) -> No
 def test_fp8_gemm(
     cuda: Any, m: int, n: int, k: int, x_dtype: torch.dtype, out_dtype: torch.dtype, scales: str
 ) -> None:
-    """Up to 64 rows: all eight warps, some with two blocks of k. More: more blocks of k than
-    stages, more tiles than multiprocessors; stored by TMA where N is a multiple of 8; clusters of
-    two blocks in two groups, the last with rows for one."""
+    """Cover both kernels. Up to 64 rows: all eight warps, some with two blocks of k. More rows:
+    more blocks of k than stages, more tiles than multiprocessors, TMA stores where N is a multiple
+    of 8, and clusters of two blocks in two groups, of which the last has rows for one block."""
     x = at_page_end(torch.randint(-2, 3, (m, k)).float().to(x_dtype))
     weight = at_page_end(torch.randint(-2, 3, (n, k)).float().to(E4M3))
     blocks = -(-k // 128)

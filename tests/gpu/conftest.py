@@ -1,9 +1,9 @@
-"""The GPU kernels' tests: on the GPU where there is one, else on the CPU, in Triton's interpreter
-or in the CUDA emulator (`make emulate`).
+"""Fixtures for the GPU kernels' tests. They run on the GPU if there is one, otherwise on the CPU,
+in Triton's interpreter or in the CUDA emulator (`make emulate`).
 
-LLAMA_FAST_TEST_BACKEND: triton (the default) or cuda. Marked `gpu` is what only hardware can show:
-graphs, streams, races, memory past 2^31 elements. Marked `triton` is what is about Triton's own
-kernels: their configurations, their launches.
+LLAMA_FAST_TEST_BACKEND is triton (the default) or cuda. The mark `gpu` is for what only hardware
+can show: graphs, streams, races, memory past 2^31 elements. The mark `triton` is for Triton's own
+kernels: their configurations and launches.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def device() -> torch.device:
 
 BACKEND = os.environ.get("LLAMA_FAST_TEST_BACKEND", "triton")
 
-# What compute-sanitizer looks at (sanitize.py): of each op, and of each path of its kernels, a
-# small case. head_dim 64 and 128, and K a multiple of 16, are where TMA and wgmma serve on sm_90.
+# The tests that compute-sanitizer runs (sanitize.py): a small case of each op and of each path of
+# its kernels. TMA and wgmma serve head_dim 64 and 128, and K a multiple of 16, on sm_90.
 SANITIZED = {
     "test_rms_norm.py::test_matches_eager": ("64-torch.bfloat16", "20001-torch.bfloat16"),
     "test_rms_norm.py::test_f29_f31_offsets_and_strides": ("769",),
@@ -81,13 +81,13 @@ SANITIZED = {
 }
 
 
-# Tests of offsets past 2^31 elements, by the number of their fault: on a GPU up to 11 GB each.
-# Marked `large`, so that a run with many workers can give them one. (Not an xdist_group: xdist 3.8
-# appends it to a name that pytest 9.2 no longer reads, and spreads them all the same.)
+# Tests of offsets past 2^31 elements, by the number of their fault: on a GPU up to 11 GB each. The
+# mark `large` lets a run with many workers give them one. (Not an xdist_group: xdist 3.8 appends it
+# to a name that pytest 9.2 no longer reads, and spreads them all the same.)
 LARGE = re.compile(r"test_f0[12356]_")
 KEPT = 2 << 30  # bytes of a GPU's memory that a worker may hold between two tests
 
-collected: dict[str, list[str]] = {}  # as SANITIZED, of every test that this session knows
+collected: dict[str, list[str]] = {}  # every test, in the form of SANITIZED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -103,18 +103,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def give_back() -> None:
-    """Hands memory that a test has left in the caching allocator to the other workers."""
+    """Return memory that a test left in the caching allocator, for the other workers."""
     if torch.cuda.is_available() and torch.cuda.memory_reserved() > KEPT:
         torch.cuda.empty_cache()
 
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Triton kernel that another backend's test launches is an error: it would show nothing of
-    that backend."""
+    """Fail another backend's test if it launches a Triton kernel: it would not test that
+    backend."""
 
     def refuse(kernel: Any, grid: Any) -> None:
-        pytest.fail(f"{kernel.__name__} is Triton's, and this is a test of {BACKEND}")
+        pytest.fail(f"a test of {BACKEND} launched the Triton kernel {kernel.__name__}")
 
     monkeypatch.setattr(KernelInterface, "__getitem__", refuse)
 
@@ -123,12 +123,12 @@ def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     if BACKEND != "triton":
         if request.node.get_closest_marker("triton"):
-            pytest.skip("about Triton's kernels")
+            pytest.skip("tests Triton kernels")
         request.getfixturevalue("no_triton")
     if not torch.cuda.is_available():
         request.getfixturevalue("one_thread")  # the kernels run on one anyway
     if BACKEND == "cuda" and cuda.EMULATED:
-        # Another order of threads for every test: its own, so that a failure repeats.
+        # Each test has its own order of threads, so that a failure repeats.
         from llama_fast import _cuda_emulated
 
         _cuda_emulated.set_seed(zlib.crc32(request.node.nodeid.encode()))
@@ -139,8 +139,8 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def launcher(op: str) -> Any:
-    """The module that launches op in these tests: for outputs and lengths that the op itself would
-    not pass on."""
+    """Return the module that launches op, for outputs and lengths that the op itself would
+    refuse."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return dispatch.kernels(op, torch.empty(0, device=device))
 
@@ -152,8 +152,8 @@ def gpu_context() -> Iterator[None]:
 
 
 def leave_if_lost() -> None:
-    """A kernel that faults takes its process's GPU context along, and every later test would fail
-    for it. pytest-xdist blames the test that was running, and starts another process."""
+    """End the process if the GPU context is lost. A faulting kernel takes the context with it, and
+    every later test would fail. pytest-xdist blames the running test and starts another process."""
     if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
         try:
             torch.cuda.synchronize()

@@ -1,13 +1,12 @@
-"""Triton's interpreter as these tests need it: products whose bits repeat, and half of its work.
+"""Adapt Triton's interpreter to these tests: products whose bits repeat, and half of its overhead.
 
-A product goes to numpy's matmul, so to a BLAS, whose kernels for Haswell and Zen give a row other
-bits at another place of its tile. A GPU does not, and tests demand that it does not. Here a product
-is summed in the order of k, wherever it stands.
+The interpreter passes a product to numpy's matmul and so to a BLAS, whose kernels for Haswell and
+Zen give a row other bits at another place of its tile. A GPU does not, and tests require that it
+does not. Here a product is summed in the order of k at any place.
 
-For a launch the interpreter puts its own functions in place of triton.language's, and takes them
-out again afterwards. Which they are it finds by looking at every name there, 4 ms a launch; and
-before each call of a helper inside a kernel it does the same again, to no effect: everything is in
-place.
+For each launch the interpreter replaces the functions of triton.language by its own and restores
+them afterwards. To find them it inspects every name there, 4 ms a launch. It repeats this before
+each call of a helper inside a kernel, although everything is in place.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @functools.cache
 def _builtins(owner: ModuleType | type) -> list[tuple[str, Any]]:
-    """List owner's functions that the interpreter replaces; to be called while none of them is."""
+    """List owner's functions that the interpreter replaces. Call this before it replaces any."""
     members = inspect.getmembers(owner)
     return [(name, member) for name, member in members if tl.core.is_builtin(member)]
 
@@ -46,7 +45,7 @@ def install() -> None:
     original = interpreter._patch_lang
 
     def patch_lang(fn: Any) -> Any:
-        """Do nothing where all that fn sees of triton.language is in place already."""
+        """Do nothing if all that fn sees of triton.language is already replaced."""
         seen = [m for m in fn.__globals__.values() if m is tl or m is tl.core]
         if seen and not any(tl.core.is_builtin(module.load) for module in seen):
             return interpreter._LangPatchScope()

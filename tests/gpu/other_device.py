@@ -1,4 +1,5 @@
-"""On a CPU, the mistake that only a GPU would show: tensors of a test that are not on its device.
+"""Show, on a CPU, a mistake that only a GPU would show: a test's tensors that are not on its
+device.
 
 Within OtherDevice a tensor is on the device if it was made there (device=...), moved there (.to),
 or computed from one that is; .cpu() takes it back. An op over both kinds raises, as torch does, and
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-# What torch takes from either device, or moves from one to the other.
+# Ops that torch runs on tensors of either device, or that move tensors between them.
 _MIXES = {"__getitem__", "__setitem__", "copy_", "to", "type_as", "cpu", "as_tensor", "__get__"}
 _HOME = {"cpu", "tolist", "numpy", "item"}
 
@@ -24,7 +25,7 @@ def _is_on(t: Tensor) -> bool:
 
 
 class OtherDevice(TorchFunctionMode):
-    """Keeps an attribute on every tensor that passes: whether it is on the device."""
+    """Keep, on every tensor that passes, an attribute that says whether it is on the device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -1,9 +1,11 @@
-"""compute-sanitizer over tests/gpu's small cases: python -m tests.gpu.sanitize, from the checkout.
+"""Run compute-sanitizer over tests/gpu's small cases: python -m tests.gpu.sanitize, in the
+checkout.
 
-Needs a GPU, compute-sanitizer (CUDA's toolkit has it) and, for the cuda backend, a built extension.
-The cases are those marked `sanitize`: the smallest of each op and of each kernel's path. A run is
-one tool on one backend; it passes when the tool saw nothing, its summary says so, pytest passed and
-at least one case ran: a tool that reports no errors may have outlived the tests that crashed.
+This needs a GPU, compute-sanitizer (part of the CUDA toolkit) and, for the cuda backend, a built
+extension. The cases are marked `sanitize`: the smallest of each op and of each kernel's path. A run
+is one tool on one backend. It passes if the tool found nothing, the tool printed its summary,
+pytest passed and at least one case ran. A tool may report no errors because the tests crashed
+early.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from llama_fast.bench.gpu.tests import counted
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BACKENDS = ("triton", "cuda")
-FOUND = 66  # the tool's exit code where it found something, which pytest never has
+FOUND = 66  # the tool's exit code if it found something; pytest never returns it
 SECONDS = 280.0  # a run's limit: two fit a command of ten minutes
 SUMMARY = re.compile(r"^=+ ERROR SUMMARY: (\d+) errors?", re.MULTILINE)
 RACES = re.compile(
@@ -36,7 +38,7 @@ RACES = re.compile(
 )
 VERSION = re.compile(r"Version (\d+)\.(\d+)")
 OPTIONS = {
-    # PyTorch asks CUDA for what may be absent, and handles the answer: no errors of a kernel.
+    # PyTorch asks CUDA for things that may be absent and handles the answer: not a kernel's error.
     "memcheck": ("--report-api-errors", "no"),
     "racecheck": ("--racecheck-report", "all"),
     "initcheck": (),
@@ -45,8 +47,8 @@ OPTIONS = {
 
 
 class Doubt(NamedTuple):
-    """What a tool's release notes say it gets wrong before a version, on sm_90 and later. Errors
-    count all the same: the note only says which version to ask again."""
+    """Describe an error that a tool's release notes admit before a version, on sm_90 and later. Its
+    errors count all the same; the note only says which version to try again."""
 
     tool: str
     before: tuple[int, int]
@@ -55,22 +57,22 @@ class Doubt(NamedTuple):
 
 DOUBTS = (
     Doubt("memcheck", (2026, 2), "does not check TMA loads"),
-    Doubt("racecheck", (2026, 1), "reports races between warpgroups that are synchronised"),
+    Doubt("racecheck", (2026, 1), "reports races between warpgroups that are synchronized"),
     Doubt("racecheck", (2026, 3), "may report races where an mbarrier counts a TMA load's bytes"),
-    Doubt("initcheck", (2026, 1), "takes what TMA stores wrote for uninitialised"),
+    Doubt("initcheck", (2026, 1), "takes what TMA stores wrote for uninitialized"),
     Doubt("synccheck", (2025, 2), "mistakes arrivals at barriers that count bytes"),
 )
 
 
 class Excluded(NamedTuple):
-    """A kernel that a tool does not look at, by a part of its name, and why not."""
+    """Exclude a kernel from a tool, by a part of its name, with the reason."""
 
     tool: str
     kernel: str
     why: str
 
 
-# Empty until a run on a GPU shows a false alarm; nothing of ours belongs here.
+# Empty until a run on a GPU shows a false alarm. Never exclude a fault of our own.
 EXCLUDED: tuple[Excluded, ...] = ()
 
 
@@ -92,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: nothing found. 1: something was, or a run did not end. 2: it cannot run here."""
+    """Return 0 if nothing was found, 1 if a run found something or did not end, 2 if none can
+    run."""
     args = parser().parse_args(argv)
     sanitizer = processes.tool("compute-sanitizer")
     if sanitizer is None:
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         for tool in args.tool or TOOLS:
             results.append(run(sanitizer, version, tool, backend, args))
             print(line(results[-1]), flush=True)
-            if args.json:  # after each: what a longer command's limit cuts off is not lost
+            if args.json:  # after each, since a longer command's limit may end this one
                 args.json.write_text(json.dumps({"runs": results}, indent=1) + "\n")
     return 0 if all(result["passed"] for result in results) else 1
 
@@ -136,7 +139,7 @@ def _version(sanitizer: str) -> tuple[int, int] | None:
 
 
 def command(sanitizer: str, tool: str, k: str, seconds: float, results: Path) -> list[str]:
-    """pytest ends itself before the time is over, or the tool would not print its summary."""
+    """Return the command. pytest ends before the limit, so that the tool can print its summary."""
     excluded = [f"kernel_substring={e.kernel}" for e in EXCLUDED if e.tool == tool]
     return [
         *(sanitizer, "--tool", tool, "--error-exitcode", str(FOUND), "--print-limit", "20"),
@@ -156,7 +159,7 @@ def run(
     backend: str,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One tool on one backend: what was found, and whether that passes."""
+    """Run one tool on one backend. Return what it found and whether that passes."""
     print(f"{backend:<8}{tool:<10} ...", flush=True)
     with tempfile.TemporaryDirectory(prefix="llama_fast-sanitize-") as folder:
         results, log = Path(folder) / "results.xml", Path(folder) / "output"
@@ -164,8 +167,8 @@ def run(
             **os.environ,
             "LLAMA_FAST_TEST_BACKEND": backend,
             "PYTHONUNBUFFERED": "1",
-            # A cached block is larger than its tensor, and hides a read past the end; segments that
-            # grow are taken for writes out of bounds.
+            # A cached block is larger than its tensor and hides a read past the end. The tool takes
+            # segments that grow for writes out of bounds.
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False",
         }
@@ -204,7 +207,7 @@ def run(
 
 
 def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
-    """The exit code; None when the time was over: all of its processes are ended."""
+    """Return the exit code, or kill the process group at the time limit and return None."""
     try:
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
@@ -219,8 +222,8 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
 def judge(
     tool: str, text: str, code: int | None, cases: Counter[str], limit: float
 ) -> dict[str, Any]:
-    """errors: the tool's count, warnings of races included; None without its summary. passed, and
-    why not."""
+    """Return errors (the tool's count with warnings of races; None without a summary), passed,
+    why."""
     pattern = RACES if tool == "racecheck" else SUMMARY
     counts = [int(found[1]) for found in pattern.finditer(text)]  # one for each process
     errors = sum(counts) if counts else None
@@ -249,7 +252,7 @@ def doubts(tool: str, version: tuple[int, int] | None) -> list[str]:
 
 
 def _excerpt(text: str) -> list[str]:
-    """The first report of the tool, and the end."""
+    """Return the tool's first report and the end of the output."""
     lines = text.splitlines()
     reports = [row for row in lines if row.startswith("=========")]
     return [*reports[:25], "...", *lines[-8:]]

@@ -1,4 +1,4 @@
-"""The Triton silu_and_mul against the eager twin, over every 16-bit value."""
+"""Tests of the Triton silu_and_mul against the eager twin, over every 16-bit value."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import llama_fast as lf
 from llama_fast import reference, triton_backend
 from llama_fast.kernels import activation, common
 
-from ..tolerances import SILU_FP32_ULPS, SILU_TIES, ulps
+from ..support.tolerances import SILU_FP32_ULPS, SILU_TIES, ulps
 from .conftest import launcher
 
 HALVES = (torch.bfloat16, torch.float16)
-WIDTHS = (1, 7, 16, 257, 2049, 16500)  # to FP8, the last goes in pieces
+WIDTHS = (1, 7, 16, 257, 2049, 16500)  # for FP8 output the last goes in pieces
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def randn(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_value(dtype: torch.dtype, device: torch.device) -> None:
-    """silu of all 65,536 values, NaN and infinities included: a few differ, by a rounding tie that
-    fp32's last bits decide."""
+    """Compare silu of all 65,536 values, with NaN and infinities. A few may differ by a rounding
+    tie that fp32's last bits decide."""
     gate = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
     ours, eager = lf.silu_and_mul(gate_up)[0], reference.silu_and_mul(gate_up)[0]
@@ -42,7 +42,7 @@ def test_every_value(dtype: torch.dtype, device: torch.device) -> None:
 
 
 def test_fp32_over_the_whole_range(device: torch.device) -> None:
-    """Where e^-x overflows, at infinities and at NaN as torch; elsewhere against fp64."""
+    """Compare with torch where e^-x overflows, at infinities and NaN; elsewhere with fp64."""
     ends = [-1e38, 0.0, 100.0, 1e38, *map(float, ("-inf", "inf", "nan"))]
     gate = torch.cat((torch.tensor(ends), torch.linspace(-140, -89, 5001))).to(device)
     gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
@@ -67,7 +67,7 @@ def test_matches_eager(width: int, dtype: torch.dtype, device: torch.device) -> 
 
 @pytest.mark.parametrize("width", [16, 93, 16501])
 def test_f29_f30_f31_strides_offsets_and_canaries(width: int, device: torch.device) -> None:
-    """NaN on all sides of the rows that may be read, sevens around those that may be written."""
+    """Put NaN on all sides of what may be read and sevens around what may be written."""
     dense = randn(3, 2 * width, dtype=torch.bfloat16, device=device)
     fenced = torch.full((5, 2 * width + 9), float("nan"), dtype=torch.bfloat16, device=device)
     gate_up = fenced[1:4, 5 : 5 + 2 * width].copy_(dense)
@@ -84,7 +84,7 @@ def test_f29_f30_f31_strides_offsets_and_canaries(width: int, device: torch.devi
 
 
 def test_f02_rows_past_2_to_31(device: torch.device) -> None:
-    """A stride that fits 32 bits, times row 2, does not; and one that does not itself."""
+    """Use a stride that fits 32 bits but not times row 2, and one that itself does not fit."""
     memory = torch.empty(2**31 + 256, dtype=torch.bfloat16, device=device)
     for n, stride in ((3, 2**30 + 64), (2, 2**31 + 64)):
         rows = randn(n, 64, dtype=torch.bfloat16, device=device)
@@ -132,7 +132,8 @@ def test_f27_zeros_nan_and_f11_no_rows(width: int, device: torch.device) -> None
 @pytest.mark.triton
 @pytest.mark.parametrize("width", [64, 769, 16500])
 def test_f33_every_configuration(width: int, device: torch.device) -> None:
-    """Each alone, into poisoned outputs; and the first call gives what the second gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     gate_up = randn(5, 2 * width, dtype=torch.bfloat16, device=device)
     chip = common.chip_of(gate_up)
     want = lf.silu_and_mul(gate_up)

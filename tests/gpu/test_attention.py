@@ -1,4 +1,4 @@
-"""The Triton attention against fp64, and everything a prefill must not do on a GPU."""
+"""Tests of the Triton attention against fp64, and of what a prefill must not do on a GPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llama_fast import reference
 from llama_fast.kernels import attention as kernel
 from llama_fast.kernels import common
 
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
 from .conftest import BACKEND, launcher
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-# fp16 takes the code paths of bf16: where the numbers are not the point, two dtypes do.
+# fp16 takes the code paths of bf16. Where the values do not matter, two dtypes are enough.
 two_dtypes = pytest.mark.parametrize("dtype", DTYPES[::2], ids=["bfloat16", "float32"])
 paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
 NAN, INF = float("nan"), float("inf")
@@ -37,7 +37,7 @@ def qkv(
     dtype: torch.dtype,
     batch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; values with a mean, as activations have."""
+    """Return q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. v has a mean, as activations do."""
     (sq, sk), (h, hkv) = lengths, heads
     q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
     v = torch.randn(batch, sk, hkv, d) + 0.25
@@ -63,8 +63,8 @@ def launch(
     cu_k: Tensor | None = None,
     tma: bool = True,
 ) -> Tensor:
-    """Launch the backend's kernel into an output full of NaN. tma=False: as tensors that the TMA
-    unit cannot address."""
+    """Launch the backend's kernel into an output full of NaN. tma=False avoids the TMA unit, in
+    CUDA by tensors that it cannot address."""
     out = torch.full(q.shape, NAN, dtype=q.dtype, device=q.device)
     options: dict[str, Any] = {}
     if not tma and BACKEND == "triton":
@@ -117,8 +117,8 @@ def test_softmax_scale(device: torch.device, scale: float) -> None:
 
 @dtypes
 def test_f37_equal_scores_give_the_exact_mean(device: torch.device, dtype: torch.dtype) -> None:
-    """The interpreter's dot multiplies the bit patterns of bf16; the kernel widens them there, and
-    a sum of small integers shows whether it did."""
+    """Sum small integers. The interpreter's dot multiplies the bit patterns of bf16, so the kernel
+    must widen them there, and an exact sum shows whether it does."""
     q = torch.zeros(1, 7, 4, 24, dtype=dtype, device=device)
     v = torch.randint(-8, 9, (1, 256, 2, 24)).to(device, dtype)
     mean = v.double().mean(1, keepdim=True).repeat_interleave(2, 2).expand(1, 7, 4, 24)
@@ -135,13 +135,14 @@ def test_a_winning_score_copies_its_value(
     v = torch.randn(1, n, 2, 64).to(device, dtype)
     chosen = (torch.rand(n) * (torch.arange(n) + 1)).long() if causal else torch.randperm(n)
     out = lf.attention(k[:, chosen], k, v, causal=causal, softmax_scale=1.0)
-    # The FMA leaves the largest exponent at its product's rounding error instead of 0, on a GPU;
-    # p v / p still rounds to v in 16 bits.
+    # On a GPU the FMA leaves the largest exponent at its product's rounding error instead of 0.
+    # In 16 bits (p v) / p still rounds to v.
     assert ulps(out, v[:, chosen]) <= (4 if dtype == torch.float32 else 0)
 
 
 def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
-    """Compiled, tf32 would miss this by far; the interpreter cannot show it, so the source must."""
+    """Check values (compiled tf32 would be far off) and the source (the interpreter has no
+    tf32)."""
     check(*qkv(device, (60, 200), (2, 1), 128, torch.float32), softmax_scale=0.5)
     source = Path(kernel.__file__).read_text()
     dots = re.findall(r"tl\.dot\((.*)\)", source)
@@ -173,12 +174,12 @@ def test_scores_that_are_all_minus_infinity_stay_nan(
 ) -> None:
     q, k, v = qkv(device, (3, 5), (1, 1), d, dtype)
     q[:], k[:, :4] = 1.0, -INF
-    out = launch(q, k, v)  # the last query sees the finite key too, the others none
+    out = launch(q, k, v)  # the last query also sees the finite key, the others see none
     assert out[:, :2].isnan().all()
     assert torch.equal(out[:, 2], v[:, 4])
 
 
-def test_a_tile_of_minus_infinity_comes_to_nothing(device: torch.device) -> None:
+def test_a_tile_of_minus_infinity_contributes_nothing(device: torch.device) -> None:
     q, k, v = qkv(device, (3, 200), (1, 1), 16, torch.bfloat16)
     q[:], k[:, :150] = 1.0, -INF
     out = launch(q, k, v, causal=False)
@@ -204,7 +205,7 @@ def test_f08_a_masked_key_never_counts(
 def test_a_row_that_misses_only_its_last_key(
     device: torch.device, dtype: torch.dtype, keys: int
 ) -> None:
-    """Two rows: the first sees all of a tile but its last key, which would outweigh the others."""
+    """Give the first of two rows all of a tile but its last key, whose weight would be largest."""
     q, k, v = qkv(device, (2, keys), (1, 1), 64, dtype)
     clean = lf.attention(q, k, v)
     k[:, -1], v[:, -1] = 8 * q[:, 0], 1e4
@@ -227,7 +228,7 @@ def test_f08_a_value_past_the_diagonal_tiles_never_counts(
 @paths
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("causal", [True, False])
-def test_f08_packed_neighbours_never_count(
+def test_f08_packed_neighbors_never_count(
     device: torch.device, causal: bool, bad: float, tma: bool
 ) -> None:
     lengths = [25, 150, 25]
@@ -297,8 +298,7 @@ def test_many_short_sequences_find_their_tiles(device: torch.device) -> None:
     ids=str,
 )
 def test_wrong_cu_seqlens_stay_inside(device: torch.device, cu: list[int]) -> None:
-    """On a GPU nobody has checked them. What lies around the tensors is neither read nor written:
-    read, it would be NaN; beyond the tensors' ends on either side."""
+    """Pass offsets that no GPU op checks. NaN around the tensors is neither read nor written."""
     q, k, v = (_framed(t[0]) for t in qkv(device, (60, 60), (1, 1), 16, torch.bfloat16))
     out = _framed(torch.zeros_like(q))
     wrong = torch.tensor(cu, dtype=torch.int32, device=device)
@@ -321,7 +321,7 @@ def test_f11_no_queries_then_a_normal_call(device: torch.device) -> None:
 
 
 def _framed(t: Tensor) -> Tensor:
-    """t inside a larger tensor full of NaN."""
+    """Return t inside a larger tensor full of NaN."""
     buffer = torch.full([n + 2 for n in t.shape], NAN, dtype=t.dtype, device=t.device)
     inside = buffer[tuple(slice(1, -1) for _ in t.shape)]
     return inside.copy_(t)
@@ -334,7 +334,7 @@ def _heads_first(t: Tensor) -> Tensor:
 @two_dtypes
 def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtype) -> None:
     fused = torch.full((2, 40, 10 * 24), NAN, dtype=dtype, device=device)
-    fused[..., : 8 * 24] = torch.randn(2, 40, 8 * 24).to(device, dtype)  # the rest: not to be read
+    fused[..., : 8 * 24] = torch.randn(2, 40, 8 * 24).to(device, dtype)  # the rest must not be read
     q, k, v = (t.unflatten(-1, (-1, 24)) for t in fused.split([96, 48, 96], dim=-1))
     v = v[:, :, :2]
     expected = lf.attention(q.contiguous(), k.contiguous(), v.contiguous())
@@ -348,7 +348,7 @@ def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtyp
 @two_dtypes
 @pytest.mark.parametrize("d", [8, 24, 80])
 def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d: int) -> None:
-    """Framed: rows start at addresses that no vector load is aligned to."""
+    """Frame every tensor in NaN. Rows start at addresses that no vector load is aligned to."""
     q, k, v = qkv(device, (37, 141), (2, 1), d, dtype, batch=2)
     out = _framed(torch.zeros_like(q))
     launcher("attention").attention(
@@ -358,7 +358,7 @@ def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d
     assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
 
 
-def test_what_the_tma_unit_is_given(device: torch.device) -> None:
+def test_tma_descriptors(device: torch.device) -> None:
     t = torch.zeros(2, 70, 3, 64, dtype=torch.bfloat16, device=device)
     assert kernel._descriptor(t, 64, 64) is not None
     assert kernel._descriptor(t[:, 1:, :2], 64, 64) is not None
@@ -370,7 +370,7 @@ def test_what_the_tma_unit_is_given(device: torch.device) -> None:
 
 
 def test_f02_f05_offsets_beyond_int32(device: torch.device) -> None:
-    # The second sequence, and in it the ninth row, start past 2^31; few pages are touched.
+    # The second sequence, and its ninth row, start past 2^31. Few pages are touched.
     tokens, stride = 19, 2**28 + 64
     q, k, v = (t[0] for t in qkv(device, (tokens, tokens), (2, 1), 16, torch.bfloat16))
     cu = cu_seqlens(device, [9, 10])
@@ -404,7 +404,7 @@ def test_f05_a_packed_batch_past_2_31_elements() -> None:
 
 
 def _offered(dtype: torch.dtype, d: int) -> list[common.Config]:
-    """Of this chip; interpreted, of every chip."""
+    """Return this chip's configurations, or in the interpreter those of every chip."""
     chips = list(common.CHIPS.values())
     if torch.cuda.is_available():
         chips = [common.chip_of(torch.zeros(1, device="cuda"))]
@@ -465,15 +465,15 @@ def test_f41_a_row_does_not_depend_on_the_batch(device: torch.device, dtype: tor
     n = 135  # more than one tile of queries
     q, k, v = qkv(device, (n, n), (2, 2), 32, dtype, batch=2)
     whole = launch(q, k, v)
-    if BACKEND == "triton":  # of CUDA's, what TMA cannot address has a kernel of its own
+    if BACKEND == "triton":  # in CUDA another kernel serves tensors that TMA cannot address
         assert torch.equal(launch(q, k, v, tma=False), whole)
     assert torch.equal(launch(q[1:2], k[1:2], v[1:2]), whole[1:2])
     one = [t[:1] for t in (q, k, v)]
-    for i in (1, 31, 129):  # the last rows alone: a chunk of a prefill
+    for i in (1, 31, 129):  # the last rows alone, as a chunk of a prefill
         assert torch.equal(launch(one[0][:, -i:], *one[1:]), whole[:1, -i:])
-    for i in (1, 100):  # the first rows alone: a shorter prompt
+    for i in (1, 100):  # the first rows alone, as a shorter prompt
         assert torch.equal(launch(*(t[:, :i] for t in one)), whole[:1, :i])
-    # A head's share under tensor parallelism.
+    # A rank's heads under tensor parallelism.
     assert torch.equal(launch(*(t[:, :, 1:] for t in one)), whole[:1, :, 1:])
     cu = cu_seqlens(device, [n, n])
     packed = launch(*(t.flatten(0, 1) for t in (q, k, v)), True, cu, cu)
@@ -500,7 +500,7 @@ def test_any_shape(
     seed: int,
 ) -> None:
     if not causal:
-        lengths = [(sq, max(sk, 1)) for sq, sk in lengths]  # eager's softmax of nothing
+        lengths = [(sq, max(sk, 1)) for sq, sk in lengths]  # eager's softmax of nothing is NaN
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     total = sum(sq for sq, _ in lengths), sum(sk for _, sk in lengths)

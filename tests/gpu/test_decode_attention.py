@@ -1,4 +1,5 @@
-"""kernels/decode_attention.py against the eager twin in fp64; what must not reach a result."""
+"""Tests of kernels/decode_attention.py against the eager twin in fp64, and of keys it must not
+see."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from llama_fast import reference
 from llama_fast.kernels import common, decode_plan
 from llama_fast.kernels.decode_tile import splits_of
 
-from ..test_decode_attention import DTYPES, dtypes, page, poison, queries
-from ..test_decode_attention import make as make_on_cpu
-from ..tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.decode_attention import DTYPES, dtypes, page, poison, queries
+from ..support.decode_attention import make as make_on_cpu
+from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .conftest import launcher
 
 NAN, INF = float("nan"), float("inf")
@@ -28,7 +29,7 @@ attend = lf.attention_with_kvcache
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch.empty hands out is NaN: outputs and workspaces."""
+    """Fill memory from torch.empty with NaN: outputs and workspaces."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -44,14 +45,9 @@ def make(device: torch.device) -> Any:
     return lambda *arguments: tuple(t.to(device) for t in make_on_cpu(*arguments))
 
 
-def paged(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """page(), which works on bytes of FP8 caches: e4m3's NaN is 0x7f."""
-    if k.dtype != FP8:
-        pools = page(k.cpu(), v.cpu(), block_size)
-    else:
-        one, two, table = page(*(t.cpu().to(torch.float32) for t in (k, v)), block_size)
-        pools = one.to(FP8), two.to(FP8), table
-    return tuple(t.to(k.device) for t in pools)  # type: ignore[return-value]
+def paged(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, ...]:
+    """Return page()'s result on the device of k."""
+    return tuple(t.to(k.device) for t in page(k.cpu(), v.cpu(), block_size))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> Tensor:
@@ -91,8 +87,8 @@ def test_f09_lengths_that_no_block_divides(
 def test_speculative_decoding_and_chunked_prefill(
     make: Any, lengths: Any, dtype: torch.dtype, sq: int, causal: bool
 ) -> None:
-    # 156 + 2 - 30 is a multiple of every tile: the first key that the first query may not see
-    # begins one.
+    # 156 + 2 - 30 is a multiple of every tile, so a tile begins with the first key that the first
+    # query may not see.
     check(*make(2, sq, 160, (3, 1), 48, dtype), lengths(156, sq), causal=causal)
 
 
@@ -117,7 +113,7 @@ def test_automatic_splits(make: Any, lengths: Any, dtype: torch.dtype, sq: int) 
 
 @dtypes
 def test_exact_sums(device: torch.device, lengths: Any, dtype: torch.dtype) -> None:
-    """Equal scores, integer values, a power of two of keys: nothing rounds, split or not."""
+    """Make nothing round, split or not: equal scores, integer values, a power of two of keys."""
     q, k = torch.zeros(1, 1, 4, 64, dtype=dtype), torch.randn(1, 256, 2, 64).to(dtype)
     v = torch.randint(-4, 5, (1, 256, 2, 64)).to(dtype)
     mean = v.double().mean(1).repeat_interleave(2, 1).to(device, dtype)
@@ -157,7 +153,7 @@ def test_f08_what_lies_past_the_lengths_changes_nothing(
 @dtypes
 @queries(5, 30)
 def test_nan_stays_nan(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None:
-    """A NaN key reaches the queries that see it and no other, a NaN value at least those."""
+    """Let a NaN key reach only the queries that see it, and a NaN value at least those."""
     q, k, v = make(1, sq, 100, (3, 1), 32, dtype)
     for splits in (1, 3) if sq == 5 else (1,):
         clean = attend(q, k, v, lengths(100), num_splits=splits)
@@ -210,7 +206,7 @@ def test_f07_queries_that_see_no_key_give_zeros(make: Any, lengths: Any, sq: int
 def test_scores_that_are_all_minus_infinity_stay_nan(
     make: Any, lengths: Any, dtype: torch.dtype, splits: int
 ) -> None:
-    """As eager's: the first query sees nothing else, the second one finite score too."""
+    """Follow eager: the first query sees nothing else, the second one finite score too."""
     q, k, v = make(1, 2, 300, (2, 1), 32, dtype)
     q[:], k[:, :299] = 1.0, float("-inf")
     out = attend(q, k, v, lengths(300), num_splits=splits)
@@ -302,8 +298,8 @@ def test_f04_keys_and_values_interleaved_in_one_pool(make: Any, lengths: Any) ->
 
 @queries(1, 32)
 def test_f03_highest_block_of_a_pool_past_2_to_the_31(make: Any, lengths: Any, sq: int) -> None:
-    """On a CPU memory that is never touched costs nothing: only the blocks in use are."""
-    torch.use_deterministic_algorithms(False)  # which would touch all of it
+    """Use only a few blocks of the pool. On a CPU untouched memory costs nothing."""
+    torch.use_deterministic_algorithms(False)  # it would touch all of the pool
     q, k, v = make(1, sq, 512, (8, 4), 128, BF16)
     pools = [torch.empty(20000, 256, 4, 128, dtype=BF16, device=q.device) for _ in range(2)]
     assert pools[0].numel() > 2**31
@@ -312,7 +308,7 @@ def test_f03_highest_block_of_a_pool_past_2_to_the_31(make: Any, lengths: Any, s
     want = attend(q, k, v, lengths(500))
     out = attend(q, *pools, lengths(500), block_table=lengths(19999, 19998)[None])
     assert torch.equal(out, want)
-    small = [p.view(-1, 16, 4, 128) for p in pools]  # ids a key, not a tile
+    small = [p.view(-1, 16, 4, 128) for p in pools]  # ids per key, not per tile
     table = torch.arange(32, dtype=torch.int32, device=q.device)
     table = torch.where(table < 16, 319984 + table, 319968 + table - 16)[None]
     assert torch.equal(attend(q, *small, lengths(500), block_table=table), want)
@@ -330,7 +326,7 @@ def test_f02_tokens_far_apart(make: Any, lengths: Any) -> None:
 
 
 def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) -> None:
-    """The op refuses them on a CPU; on a GPU only the kernel can see them."""
+    """Pass lengths that the op refuses on a CPU. On a GPU only the kernel can see them."""
     q, k, v = make(4, 1, 48, (4, 1), 32, BF16)
     want = attend(q, k, v, lengths(48, 0, 48, 0))
     paged_k, paged_v, table = paged(k, v, 16)
@@ -348,7 +344,7 @@ def test_f22_lengths_out_of_range_count_as_the_nearest(make: Any, lengths: Any) 
 def test_f19_f22_blocks_that_do_not_exist_are_not_seen(
     make: Any, lengths: Any, block_size: int, sq: int
 ) -> None:
-    """Ids of -1 and past the pool: as if those keys were not there, and nothing is written."""
+    """Use ids of -1 and past the pool: their keys count as absent, and nothing is written."""
     n = 384 // block_size
     q, k, v = make(1, sq, 384, (4, 1), 32, BF16)
     paged_k, paged_v, table = paged(k, v, block_size)
@@ -389,7 +385,7 @@ def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None
 
 @queries(1, 20)
 def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
-    """The largest score is found before it is scaled: that must not turn the order around."""
+    """Use negative, zero and tiny scales. The kernel finds the largest score before it scales."""
     q, k, v = make(1, sq, 140, (8, 2), 64, BF16)
     k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
     for value in (-0.7, 0.0, 1e-44):
@@ -400,22 +396,22 @@ def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
 def test_every_e4m3_value_comes_back(
     device: torch.device, lengths: Any, dtype: torch.dtype
 ) -> None:
-    """One key: its values are the result, times v_scale."""
+    """Attend to one key: the result is its values times v_scale."""
     codes = torch.arange(256, dtype=torch.uint8, device=device).view(FP8).view(1, 1, 2, 128)
     q = torch.randn(1, 1, 2, 128).to(device, dtype)
     scales = {"k_scale": torch.ones(1, device=device), "v_scale": torch.ones(1, device=device) / 4}
     out = attend(q, torch.zeros_like(codes), codes, lengths(1), **scales)
     assert torch.equal(out.float().nan_to_num(1e9), (codes.float() / 4).nan_to_num(1e9))
-    keys = codes.view(1, 256, 1, 1).repeat(1, 1, 1, 8)  # and, read as keys, its scores
+    keys = codes.view(1, 256, 1, 1).repeat(1, 1, 1, 8)  # the codes as keys: their scores
     keys = torch.where(keys.view(torch.uint8) % 128 == 127, 0, keys.view(torch.uint8)).view(FP8)
     check(q[..., :8], keys, keys, lengths(256), softmax_scale=1e-3, **scales)
 
 
 @pytest.mark.parametrize("power", [-100, -60, 40, 126])
 def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
-    """bf16 queries take part as fp16, scaled by powers of two: the same bits at any size."""
+    """Scale bf16 queries by powers of two. As fp16 they give the same bits at any size."""
     q, k, v = make(1, 1, 100, (4, 2), 32, BF16)
-    q = q / q.abs().max() * 3.5  # 2^126 times that is finite, and has the largest exponent
+    q = q / q.abs().max() * 3.5  # 2^126 times that is finite and has the largest exponent
     q[0, 0, 1] = 0.0
     k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
     want = attend(q, k, v, lengths(100), k_scale=one, v_scale=one)
@@ -490,7 +486,8 @@ def test_f33_each_configuration_alone(
 
 
 def test_splits_fill_the_chip() -> None:
-    """8 key/value heads on 264 slots: 32 splits are 97 % of a wave; one tile too many is two."""
+    """Fill 264 slots from 8 key/value heads: 32 splits are 97 % of a wave, 33 would start
+    another."""
     assert decode_plan.most_splits(8, 264) == 32
     assert decode_plan.most_splits(1, 264) == 251
     assert decode_plan.most_splits(128, 132) == 1
@@ -507,7 +504,7 @@ def _count(out, keys, num_splits, most):
 
 @pytest.mark.triton
 def test_splits_are_short_while_they_are_few(device: torch.device, lengths: Any) -> None:
-    """The rule on the device is the host's: a sequence of 1,000 keys has three splits, not one."""
+    """Apply the host's rule on the device: a sequence of 1,000 keys has three splits, not one."""
     counts = (0, 1, 63, 64, 255, 256, 511, 512, 1000, 1023, 1024, 2047, 2048, 4095, 4096, 9000)
     keys = lengths(*counts)
     for num_splits, most in ((0, 100), (0, 5), (1, 4), (4, 4)):

@@ -1,4 +1,4 @@
-"""The number formats that every FP8 kernel goes through, by instructions and by integers."""
+"""Tests of the number formats of every FP8 kernel, by instructions and by integer arithmetic."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def encode(x: Tensor, native: bool) -> Tensor:
 
 
 def same_codes(a: Tensor, b: Tensor) -> Tensor:
-    """Equal e4m3 bits, or NaN of any sign on both sides."""
+    """Return where e4m3 bits are equal, or both are NaN of any sign."""
     return (a == b) | (a.view(FP8).float().isnan() & b.view(FP8).float().isnan())
 
 
@@ -75,15 +75,15 @@ def every_16_bits(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_every_16_bit_value(dtype: torch.dtype, native: bool, device: torch.device) -> None:
-    """NaN, infinities and what is beyond 448 included."""
+    """Encode every value, with NaN, infinities and values beyond 448."""
     x = every_16_bits(dtype, device)
     want = x.float().clamp(-448, 448).to(FP8).view(torch.uint8)
     assert same_codes(encode(x, native), want).all()
 
 
 def test_f38_ties_round_to_even(native: bool, device: torch.device) -> None:
-    """Halfway between neighbours, one by one, and both sides of each by one ulp of fp32: normals,
-    the first normal, subnormals, half of the smallest and one and a half times it."""
+    """Check ties between neighbors, and one ulp of fp32 to both sides of each: normals, the first
+    normal, subnormals, half of the smallest and one and a half times it."""
     ties = {
         17.0: 16.0, 19.0: 20.0, 21.0: 20.0, 23.0: 24.0, 1.0625: 1.0, 1.1875: 1.25,
         432.0: 448.0, 416.0: 416.0, 2.0**-6 * 1.0625: 2.0**-6, 7.5 * 2.0**-9: 8 * 2.0**-9,
@@ -111,7 +111,7 @@ def test_every_code_decodes_exactly(dtype: torch.dtype, native: bool, device: to
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_rounding_and_widening_of_16_bits(dtype: torch.dtype, device: torch.device) -> None:
-    """The interpreter's own cast cuts fp32 off to bf16 and loses bf16's subnormals."""
+    """Avoid the interpreter's cast, which truncates fp32 to bf16 and loses bf16's subnormals."""
     x = torch.randint(-(2**31), 2**31 - 1, (65536,)).to(torch.int32).view(torch.float32).to(device)
     out = torch.empty(65536, dtype=dtype, device=device)
     round_kernel[(16,)](out, x, TYPES[dtype], BLOCK)
@@ -128,9 +128,9 @@ def test_f37_rounding_and_widening_of_16_bits(dtype: torch.dtype, device: torch.
 def test_the_quotient_is_ieee_division(
     exponents: tuple[int, int], bounded: bool, native: bool, device: torch.device
 ) -> None:
-    """divide_to_e4m3() divides by two fma and a product. Rows of every magnitude that fp32 has,
-    values down to its smallest, exact ties of the quotient, zeros of both signs; and, bounded,
-    values far beyond 448 scales."""
+    """Compare divide_to_e4m3(), which divides by two fma and a product. Rows have every magnitude
+    of fp32, values down to its smallest, exact ties of the quotient, and zeros of both signs;
+    bounded rows also have values far beyond 448 scales."""
     rows = 64
     amax = (torch.rand(rows) + 1).double() * 2.0 ** torch.randint(*exponents, (rows,)).double()
     amax = amax.clamp(max=3.4e38).float()
@@ -152,7 +152,7 @@ def test_the_quotient_is_ieee_division(
 
 
 def test_infinite_and_nan_scales(native: bool, device: torch.device) -> None:
-    """x / Inf is 0 with x's sign, NaN for an infinite x; a NaN scale makes all NaN."""
+    """Divide by Inf (0 with x's sign, NaN for an infinite x) and by NaN (always NaN)."""
     scale = torch.tensor([float("inf"), float("nan")])
     x = torch.full((2, BLOCK), -3.0)
     x[:, 1], x[:, 2], x[:, 3] = float("inf"), float("nan"), 2.0

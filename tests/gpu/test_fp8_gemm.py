@@ -1,9 +1,9 @@
-"""The Triton fp8_gemm and fp8_linear: both kernels, every configuration, chips with and without
-e4m3 and TMA.
+"""Tests of the Triton fp8_gemm and fp8_linear: both kernels, every configuration, and chips with
+and without e4m3 and TMA.
 
-In the interpreter, operands are decoded to fp32 before they are multiplied: its own products of
-bf16 and of e4m3 are wrong (it takes bf16's bits for integers and NaN for 480, FAULTS 37 and 38), so
-what a tensor core does with the codes only a GPU can show; integers are exact on both.
+In the interpreter operands are decoded to fp32 before they are multiplied, because its own products
+of bf16 and of e4m3 are wrong: it takes bf16's bits for integers and NaN for 480 (faults 37 and 38).
+Only a GPU can show what a tensor core does with the codes. Integers are exact on both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llama_fast import cuda, reference, triton_backend
 from llama_fast.kernels import common, fp8_stream, fp8_tile, linear
 from llama_fast.kernels.common import CHIPS, Chip
 
-from ..tolerances import FP8_SUM, assert_close_to_eager
+from ..support.tolerances import FP8_SUM, assert_close_to_eager
 from .conftest import BACKEND, launcher
 
 FP8 = torch.float8_e4m3fn
@@ -40,17 +40,17 @@ OTHERS = {
 
 @pytest.fixture(params=["at hand", *OTHERS])
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Launches as they would be on each chip, interpreted; on a GPU, that GPU's."""
+    """Launch as on each chip in the interpreter, or on the GPU that is present."""
     if request.param != "at hand":
         if torch.cuda.is_available() or BACKEND != "triton":
-            pytest.skip("this chip is what it is")
+            pytest.skip("other chips exist only in the interpreter")
         monkeypatch.setattr("llama_fast.kernels.chip._INTERPRETER", OTHERS[request.param])
     return str(request.param)
 
 
 @pytest.fixture(autouse=True)
-def quantiser() -> Iterator[None]:
-    """Not this file's subject."""
+def quantizer() -> Iterator[None]:
+    """Quantize by the reference: this file does not test the quantizer."""
     with lf.use_backend("reference", "quantize_fp8"):
         yield
 
@@ -60,7 +60,7 @@ def integers(rows: int, cols: int, device: torch.device, dtype: torch.dtype = FP
 
 
 def powers_of_two(granularity: str, rows: int, cols: int, device: torch.device) -> Tensor:
-    """Scales that keep integer sums exact in fp32."""
+    """Return scales that keep integer sums exact in fp32."""
     blocks = -(-cols // 128)
     shapes: dict[str, tuple[int, ...]] = {
         "tensor": (1,),
@@ -77,7 +77,7 @@ def exact(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor) -> Tens
 
 
 def fenced(t: Tensor, left: int) -> Tensor:
-    """The same rows with NaN before, after and between them, `left` elements off alignment."""
+    """Return the same rows, `left` elements off alignment, with NaN before, after and between."""
     rows, cols = t.shape
     memory = torch.full((rows + 2, left + cols + 3), float("nan"), device=t.device).to(t.dtype)
     view = memory[1:-1, left : left + cols]
@@ -85,7 +85,7 @@ def fenced(t: Tensor, left: int) -> Tensor:
 
 
 def fp8_sum(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> float:
-    """What tensor cores that sum e4m3 products in less than fp32 may be off by."""
+    """Return the error of tensor cores that sum e4m3 products in less than fp32."""
     left, right = (
         reference.dequantize_fp8(*p).double().abs() for p in ((a, scale_a), (b, scale_b))
     )
@@ -114,7 +114,7 @@ def test_integers_are_exact(
 
 @pytest.mark.parametrize("m", [33, 65])
 def test_on_every_chip(m: int, chip: str, device: torch.device) -> None:
-    """With and without TMA, e4m3 and promotion; K a multiple of 16 and not, both kinds of x."""
+    """Run with and without TMA, e4m3, promotion and K a multiple of 16, for both kinds of x."""
     for k, scale_a, scale_b in (
         (272, "row", "row"),
         (272, "block", "block_2d"),
@@ -146,12 +146,12 @@ def test_16_bit_activations(
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("granularity", SCALES)
 @pytest.mark.parametrize("m", [19, 70])
-def test_error_is_eagers(
+def test_error_is_within_eagers_bound(
     m: int, granularity: str, out_dtype: torch.dtype, device: torch.device
 ) -> None:
     n, k = (70, 272) if device.type == "cpu" else (500, 4096)
     if EMULATED and m > 64:
-        k = 4096  # Hopper's sums are emulated: those of a long row would show
+        k = 4096  # Hopper's sums are emulated: a long row would show their error
     x, w = torch.randn(m, k).to(device), torch.randn(n, k).to(device)
     a, scale_a = reference.quantize_fp8(x, "block" if granularity == "block_2d" else granularity)
     b, scale_b = reference.quantize_fp8(w, granularity)
@@ -171,8 +171,8 @@ def test_error_is_eagers(
 def test_fp32_sums_are_blocked(
     m: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp32 products compile to one chain of fma from the accumulator on, which numpy's do not show:
-    added here as a GPU adds them, the error is at most twice eager's over K = 4096 too."""
+    """Add as a GPU does: fp32 products compile to one chain of fma from the accumulator on, which
+    numpy's product does not show. The error must stay within twice eager's over K = 4096 too."""
 
     def chain(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
         total = d.data.astype(np.float64)
@@ -193,7 +193,7 @@ def test_fp32_sums_are_blocked(
 
 @pytest.mark.parametrize("m", [1, 70])
 def test_f37_every_code_on_either_side(m: int, chip: str, device: torch.device) -> None:
-    """Times one, a code comes out as its value: subnormals, and NaN as NaN."""
+    """Multiply every code by one. Subnormals come out as their values, and NaN as NaN."""
     codes = torch.arange(256, dtype=torch.uint8).to(device).view(FP8)
     one = torch.ones(1, device=device)
     column = torch.zeros(256, 16, device=device).to(FP8)
@@ -229,8 +229,8 @@ def test_a_nan_stays_in_its_row_and_column(m: int, k: int, device: torch.device)
 
 @pytest.mark.parametrize("at", [0, 17, 33, 50, 127])
 def test_a_nan_anywhere_in_a_weight(at: int, device: torch.device) -> None:
-    """16-bit activations: codes become 16 bits by arithmetic that makes a number of NaN, so each
-    place of a row's 128 values must be looked at."""
+    """Put NaN at places of a row's 128 values. Codes become 16 bits by arithmetic that makes a
+    number of NaN, so the kernel must check every place."""
     x, b = integers(3, 128, device, torch.bfloat16), integers(20, 128, device)
     x[:, at] = 1.0
     b.view(torch.uint8)[13, at] = 0x7F
@@ -250,7 +250,7 @@ def test_f27_zero_rows(m: int, device: torch.device) -> None:
 
 
 def test_f48_large_fp16(device: torch.device) -> None:
-    """Partial sums pass fp16's 65504 by far; only the result has to fit."""
+    """Let partial sums pass fp16's 65504 by far. Only the result has to fit."""
     weight = torch.ones(64, 512, device=device)
     weight[:, 256:] = -1.0
     weight[:, 0] = 0.0
@@ -268,9 +268,9 @@ def test_f48_large_fp16(device: torch.device) -> None:
 @pytest.mark.parametrize("k", [129, 144])
 @pytest.mark.parametrize("left", [1, 16], ids=["off alignment", "aligned"])
 def test_f29_f31_strides_and_canaries(m: int, k: int, left: int, device: torch.device) -> None:
-    """Operands between NaN, at any alignment; an output between canaries, scales between NaN."""
+    """Put operands at any alignment and scales between NaN, and the output between canaries."""
     for dtype, granularity in itertools.product((FP8, torch.bfloat16), ("row", "block")):
-        wide = k + 160 - k % 16  # strides that TMA takes, when the start is aligned too
+        wide = k + 160 - k % 16  # TMA takes these strides if the start is aligned too
         memory = torch.full((m + 94, wide), float("nan"), device=device).to(dtype)
         x = memory[1 : m + 1, left : left + k]
         x.copy_(integers(m, k, device, dtype))
@@ -285,7 +285,7 @@ def test_f29_f31_strides_and_canaries(m: int, k: int, left: int, device: torch.d
 
 
 @pytest.mark.parametrize("n", [1, 33, 769])
-def test_f30_odd_width_leaves_neighbours_alone(n: int, device: torch.device) -> None:
+def test_f30_odd_width_leaves_neighbors_alone(n: int, device: torch.device) -> None:
     one = torch.ones(1, device=device)
     for m in (1, 66):
         a, b = integers(m, 32, device), integers(n, 32, device)
@@ -298,8 +298,8 @@ def test_f30_odd_width_leaves_neighbours_alone(n: int, device: torch.device) -> 
 
 @pytest.mark.parametrize("m", [2, 12, 66])
 def test_f02_row_stride_past_2_to_31(m: int, device: torch.device) -> None:
-    """The last rows lie past byte 2^31; on a CPU, pages that nobody touches cost nothing."""
-    stride = 2**31 // (m - 1) // 16 * 16 + 64  # of 16, as TMA wants
+    """Put the last rows past byte 2^31. On a CPU untouched pages cost nothing."""
+    stride = 2**31 // (m - 1) // 16 * 16 + 64  # a multiple of 16, for TMA
     memory = torch.empty(stride * (m - 1) + 64, dtype=FP8, device=device)
     one = torch.ones(1, device=device)
     has_tma = common.chip_of(one).has_tma
@@ -317,7 +317,7 @@ def test_f02_row_stride_past_2_to_31(m: int, device: torch.device) -> None:
 @pytest.mark.big
 @pytest.mark.parametrize("m", [1, 128])
 def test_f01_weight_past_2_to_31_elements(m: int, device: torch.device) -> None:
-    """Features either side of element 2^31, each with its own value."""
+    """Use features on either side of element 2^31, each with its own value."""
     k = 8192
     n = 2**31 // k + 128
     weight = torch.zeros((n, k), dtype=torch.uint8, device=device).view(FP8)
@@ -327,8 +327,8 @@ def test_f01_weight_past_2_to_31_elements(m: int, device: torch.device) -> None:
         weight[feature].fill_(2.0**i)
     want = torch.tensor([k * 2.0**i for i in range(4)], device=device)
     x = torch.ones(m, k, dtype=torch.bfloat16, device=device)
-    for quantise in (False, True):
-        out = lf.fp8_linear(x, weight, one, quantize_activation=quantise)
+    for quantize in (False, True):
+        out = lf.fp8_linear(x, weight, one, quantize_activation=quantize)
         assert (out[:, features] == want).all() and out.count_nonzero() == 4 * m
 
 
@@ -346,15 +346,15 @@ def test_f11_zero_rows_then_a_normal_call(device: torch.device) -> None:
 
 @pytest.mark.triton
 def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
-    """Each alone, into poison: exact, and random values to the same bits. More tiles than programs;
-    a last group of fewer rows of tiles than GROUP_M."""
+    """Force each configuration into poison: exact for integers, the same bits for random values.
+    There are more tiles than programs; the last group has fewer rows of tiles than GROUP_M."""
     chip, n, k = common.chip_of(torch.empty(1, device=device)), 150, 144
     if not chip.has_e4m3:
         pytest.skip("this GPU does not multiply e4m3")
     m = 9 * 64 + 7 if device.type == "cpu" else 5000
     operands = [(integers(m, k, device), integers(n, k, device))]
     bias = torch.randint(-9, 10, (n,)).float().to(device)
-    if device.type == "cuda":  # the CPU's own products depend on the tile
+    if device.type == "cuda":  # the CPU's products depend on the tile
         operands.append((torch.randn(m, k).to(device, FP8), torch.randn(n, k).to(device, FP8)))
     for granularity, (a, b) in itertools.product(("row", "block"), operands):
         scales = powers_of_two(granularity, m, k, device), powers_of_two(granularity, n, k, device)
@@ -375,9 +375,9 @@ def test_f33_every_configuration_of_gemm(device: torch.device) -> None:
 def test_f33_every_configuration_of_stream(
     m: int, k: int, dtype: torch.dtype, chip: str, device: torch.device
 ) -> None:
-    """Each alone, into poison, K split and whole: an odd number of blocks, so uneven splits."""
+    """Force each configuration into poison, with K whole and split unevenly (odd blocks)."""
     if chip in ("sm_89", "sm_100") and m != 33:
-        pytest.skip("as another chip")
+        pytest.skip("another chip takes the same path")
     this, n, few = common.chip_of(torch.empty(1, device=device)), 60, m <= 64
     x, b, scale = integers(m, k, device, dtype), integers(n, k, device), None
     if dtype == FP8:
@@ -402,14 +402,14 @@ def test_f36_configurations_fit_and_are_few() -> None:
         for few, x_bytes, fits in itertools.product((True, False), (1, 2, 4), (True, False)):
             offered = fp8_stream._configs(chip, few, n, 4096, x_bytes, fits)
             assert 1 <= len(offered) <= 3
-            for config in offered:  # what was compiled needs no more than stages and 1 KB
+            for config in offered:  # stages and 1 KB bound what was compiled
                 assert 1 <= config["SPLITS"] <= 16
         for m, out_bytes in itertools.product((128, 8192), (2, 4)):
             assert linear._configs(chip, m, n, False, out_bytes)
 
 
 def test_splits_fill_the_chip() -> None:
-    """4096 x 4096 has 64 tiles of 64 features: two splits for 132 SMs; 14336 needs none."""
+    """Split 4096 x 4096, with its 64 tiles of 64 features, in two for 132 SMs; 14336 in none."""
     chip = CHIPS["sm_90"]
     for n, splits in ((4096, 2), (14336, 1), (28672, 1), (128256, 1)):
         assert fp8_stream._configs(chip, True, n, 4096, 1, True)[0]["SPLITS"] == splits
@@ -417,9 +417,8 @@ def test_splits_fill_the_chip() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "block", "16-bit"])
 def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device) -> None:
-    """Among up to 64 rows, where K is split, and among more. In the interpreter partial sums are
-    of integers, exact however the CPU orders them; scales in blocks make the order of splits show,
-    in fp32."""
+    """Compare a row among up to 64, where K is split, and among more. The interpreter's partial
+    sums are of integers, exact in any order; scales in blocks show the order of splits in fp32."""
     k, n = 1040, 64
     x, b = integers(256, k, device), integers(n, k, device)
     if device.type == "cuda":
@@ -444,7 +443,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(kind: str, device: torch.device)
 # ---- fp8_linear's choice ----
 
 
-def test_quantises_where_the_chip_multiplies_e4m3(chip: str, device: torch.device) -> None:
+def test_quantizes_where_the_chip_multiplies_e4m3(chip: str, device: torch.device) -> None:
     x, weight = torch.randn(3, 256).bfloat16().to(device), torch.randn(70, 256).to(device)
     native = common.chip_of(x).has_e4m3
     assert native == (chip not in ("sm_80",)) or chip == "at hand"
@@ -471,17 +470,17 @@ def test_f42_250_repeats(m: int, device: torch.device) -> None:
     x = torch.randn(m, 4096, device=device).bfloat16()
     for granularity in ("row", "block_2d"):
         q, scale = reference.quantize_fp8(torch.randn(1024, 4096, device=device), granularity)
-        for quantise in (True, False):
-            first = lf.fp8_linear(x, q, scale, quantize_activation=quantise)
+        for quantize in (True, False):
+            first = lf.fp8_linear(x, q, scale, quantize_activation=quantize)
             for _ in range(250):
-                again = lf.fp8_linear(x, q, scale, quantize_activation=quantise)
+                again = lf.fp8_linear(x, q, scale, quantize_activation=quantize)
                 assert torch.equal(again, first)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [16, 300])
 def test_f20_f21_graph_replays_splits(m: int, device: torch.device) -> None:
-    """The sums of the splits live as long as the graph; other calls between replays use others."""
+    """Replay splits: the graph keeps its partial sums, and calls between replays use others."""
     a, b = integers(m, 4096, device), integers(256, 4096, device)
     one = torch.ones(1, device=device)
     lf.fp8_gemm(a, b, one, one)  # compiles

@@ -1,4 +1,4 @@
-"""What only a GPU can show, for every op alike: graphs, streams, devices, empty launches, races."""
+"""Tests of every op that only a GPU can show: graphs, streams, devices, empty launches, races."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import reference
 
-from ..op_examples import OPS, example, registered_arguments, tensors
+from ..support.op_examples import OPS, example, registered_arguments, tensors
 
 pytestmark = pytest.mark.gpu
 
 ON_GPU = [op for op in OPS if op not in ("linear", "pack_weight")]
 ops = pytest.mark.parametrize("op", ON_GPU)
-RACE_REPEATS = 250  # FlashAttention's count for the missing barrier of its issue 2229
+RACE_REPEATS = 250  # as many as FlashAttention's test for the missing barrier of its issue 2229
 
 
 def arguments(op: str, device: str = "cuda") -> dict[str, Any]:
@@ -30,7 +30,7 @@ def copies(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(op: str, values: dict[str, Any]) -> tuple[Tensor, ...]:
-    """What op returns, and its inputs as it left them (apply_rope_and_append writes caches)."""
+    """Return op's result and its inputs after the call (apply_rope_and_append writes caches)."""
     results = tensors(getattr(lf, op)(**values))
     return (*results, *(v for v in values.values() if isinstance(v, Tensor)))
 
@@ -56,7 +56,7 @@ def test_matches_the_reference(op: str) -> None:
 
 @ops
 def test_graph_capture_and_replay(op: str) -> None:
-    """Captured on one set of values, replayed on another: the graph reads its static inputs."""
+    """Capture with one set of values and replay with another. The graph reads its static inputs."""
     static, fresh = arguments(op), arguments(op)
     for name, value in fresh.items():
         if isinstance(value, Tensor) and value.is_floating_point() and name != "table":
@@ -82,7 +82,7 @@ def test_graph_capture_and_replay(op: str) -> None:
 
 @ops
 def test_f18_side_stream_waits_for_its_own_producer(op: str) -> None:
-    """The inputs are written late on a side stream; a kernel on any other stream reads garbage."""
+    """Write the inputs late, on a side stream. A kernel on any other stream reads garbage."""
     values, late = arguments(op), arguments(op)
     expected = run(op, copies(values))
     for value in late.values():
@@ -113,7 +113,7 @@ def test_f17_the_tensors_device_not_the_current_one(op: str) -> None:
 
 @ops
 def test_f12_empty_launch_leaves_no_error(op: str) -> None:
-    """A grid of zero blocks would fail here, or at the next call."""
+    """Launch a grid of zero blocks. An error would show here or at the next call."""
     values = arguments(op)
     rows = values.get("q", values.get("x", values.get("gate_up", values.get("a"))))
     first = next(n for n, v in values.items() if v is rows)
@@ -131,7 +131,7 @@ def test_f12_empty_launch_leaves_no_error(op: str) -> None:
 
 @ops
 def test_f42_f43_the_same_bits_every_time(op: str) -> None:
-    """A missing barrier, or scratch handed back too early, shows as a result that changes."""
+    """Repeat each op. A missing barrier, or scratch that is freed too early, changes the result."""
     values = arguments(op)
     expected = run(op, copies(values))
     streams = [torch.cuda.Stream() for _ in range(3)]

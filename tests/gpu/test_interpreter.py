@@ -1,4 +1,4 @@
-"""What the tests ask of a matrix product itself, interpreted or on a GPU."""
+"""Test what these tests require of a matrix product, in the interpreter or on a GPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def product_kernel(out, a, b, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr)
 def test_f41_a_product_does_not_depend_on_its_place(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rotation of the rows and columns of a tile. numpy's matmul, a BLAS, fails at it with
-    OPENBLAS_CORETYPE=Haswell or Zen; so that no machine's BLAS can hide it, none may be called."""
+    """Rotate the rows and columns of a tile. numpy's matmul, a BLAS, fails this with
+    OPENBLAS_CORETYPE=Haswell or Zen. Other BLAS may pass, so the test forbids them all."""
 
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("the interpreter called a BLAS")

@@ -1,5 +1,5 @@
-"""The whole model on Triton's kernels against the eager twin; graphs, streams and the host that
-runs ahead. On a CPU Triton's interpreter runs a tiny model, and a recorder stands in for graphs."""
+"""Tests of the model on Triton's kernels against the eager twin, of graphs, streams and the host
+that runs ahead. On a CPU, Triton's interpreter runs a tiny model, and graphs are recorded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llama_fast.generation import decode, generate
 from llama_fast.ops import linear as products
 from llama_fast.reference import unpack_weight
 
-from ..checkpoints import relative_error
-from ..recorded_graph import RecordedGraph
+from ..support.checkpoints import relative_error
+from ..support.recorded_graph import RecordedGraph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = LlamaConfig(160, 64, 96, 2, 4, 2, 16, max_position_embeddings=2048, eos_token_id=(2,))
-LOGITS = 2e-5  # of the largest, fp32: other orders of summation through two layers
+LOGITS = 2e-5  # of the largest logit, fp32: other orders of summation through two layers
 
 
 def moved(model: Llama, device: torch.device, dtype: torch.dtype | None = None) -> Llama:
-    """The same weights elsewhere, as [N, K]; norms, embedding and plain linears in dtype."""
+    """Return the same weights on device as [N, K]: norms, embedding and plain linears in dtype."""
     dtype = dtype or model.dtype
 
     def place(value: Any) -> Any:
@@ -58,7 +58,7 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 @pytest.fixture
 def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
-    """generate() goes a GPU's way: on the GPU, or on CPU tensors with graphs that record."""
+    """Make generate() take a GPU's path: on the GPU, or on CPU tensors with recorded graphs."""
     if device.type == "cpu":
         monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
         monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
@@ -66,12 +66,12 @@ def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterato
     yield
 
 
-# ---- what the interpreter can show as well ----
+# ---- what the interpreter shows too ----
 
 
 @pytest.mark.parametrize("quantize", [None, "fp8"], ids=["plain", "fp8"])
 def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None) -> None:
-    """fp8: activations unquantised, so that only the order of summation differs."""
+    """Compare logits. Activations are not quantized, so that only the order of sums differs."""
     model = tiny(device, quantize)
     tokens = torch.randint(TINY.vocab_size, (2, 37), device=device)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference", "fp8_linear"):
@@ -96,12 +96,12 @@ def test_cache_gives_what_no_cache_gives(device: torch.device, finds_runs: bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
-    """The kernels that quantise in passing against those that do nothing else."""
+def test_fused_quantization_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
+    """Compare the kernels that also quantize with those that do nothing else."""
     model = tiny(device, "fp8", dtype)
     tokens = torch.randint(TINY.vocab_size, (2, 7), device=device)
     if not products.prefers_fp8_activations(model.weights.head.weight):
-        pytest.skip("fp8_linear does not quantise on this chip")
+        pytest.skip("fp8_linear does not quantize on this chip")
     fused = model(tokens)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Linear, "wants_fp8", False)
@@ -117,8 +117,8 @@ def test_fused_quantisation_changes_no_bit(device: torch.device, dtype: torch.dt
 def test_generates_what_the_eager_twin_does_on_a_cpu(
     device: torch.device, options: dict[str, Any], graphs: bool
 ) -> None:
-    """fp32: the same tokens for the same seed, whatever the device. The longer prompt goes on into
-    a new block; four tokens take a warm-up, a capture and two replays."""
+    """Generate in fp32: the same seed gives the same tokens on every device. The longer prompt
+    crosses into a new block. Four tokens take a warm-up, a capture and two replays."""
     model = tiny(device)
     batch = prompts(3, 127)
     with pytest.MonkeyPatch.context() as patch, lf.use_backend("reference"):
@@ -129,7 +129,7 @@ def test_generates_what_the_eager_twin_does_on_a_cpu(
 
 @pytest.mark.usefixtures("runs_ahead")
 def test_f41_a_sequence_alone_and_in_a_batch(device: torch.device) -> None:
-    """FP8 linears are the Triton kernels'; a 16-bit product is cuBLAS's, and promises nothing."""
+    """Compare FP8 linears, which are Triton kernels. cuBLAS does not promise it."""
     model = tiny(device, "fp8", torch.bfloat16)
     batch = prompts(5, 130, 30)
     together = model.generate(batch, 3, temperature=0, stop_ids=())
@@ -145,7 +145,8 @@ def test_f47_a_bad_id_is_refused_or_nan(device: torch.device) -> None:
                 model(tokens)
             continue
         logits = model(tokens)
-        # The query before it too: it gives the bad token's value no weight, and 0 x NaN is NaN.
+        # The query before it also becomes NaN: it gives the bad token's value no weight, and 0 x
+        # NaN is NaN.
         assert logits.isnan().any(-1).tolist() == [[False] * 3, [True] * 3]
         assert torch.equal(logits[:1], model(tokens[:1]))
 
@@ -169,7 +170,7 @@ def small(quantize: str | None = "fp8", dtype: torch.dtype = torch.bfloat16) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("quantize", [None, "fp8", "fp8_ffn"], ids=["plain", "fp8", "fp8_ffn"])
 def test_graphs_give_what_single_launches_give(quantize: str | None, dtype: torch.dtype) -> None:
-    """Over several calls, so that most steps are replays, with other lengths and settings."""
+    """Generate in several calls of other lengths and settings, so that most steps are replays."""
     model = small(quantize, dtype)
     for lengths in ((5, 700, 64), (1000, 3, 200), (17,), (800, 801, 802), (4,)):
         for options in OPTIONS:
@@ -202,8 +203,8 @@ def test_sequences_stop_on_their_own() -> None:
 
 @pytest.mark.gpu
 def test_no_step_waits_for_the_device() -> None:
-    """After a call that compiles and captures, nothing in another one synchronises: torch raises
-    where it would. (Waiting for a token that is due, through an event, is no such thing.)"""
+    """Generate twice. After the call that compiles and captures, nothing may synchronize: torch
+    raises if it does. (Waiting for a token's event is allowed.)"""
     model = small()
     for options in OPTIONS:
         model.generate(prompts(5, 300), 8, **options)
@@ -219,8 +220,8 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 def test_f18_the_callers_stream_counts() -> None:
-    """On a side stream whose earlier work, a long one, makes the weights: at each point of a
-    model's life with graphs."""
+    """Generate on a side stream whose long earlier work makes the weights, while graphs are warmed
+    up, captured and replayed."""
     model = small()
     batch = prompts(30, 40)
     expected = model.generate(batch, 12, temperature=0)
@@ -244,7 +245,8 @@ def test_f18_the_callers_stream_counts() -> None:
 
 @pytest.mark.gpu
 def test_f20_small_then_large_then_small() -> None:
-    """Graphs of a small batch survive a larger one's workspaces, in their decoder and the next."""
+    """Keep a small batch's graphs through a larger one's workspaces, in this decoder and the
+    next."""
     model = small()
     cases = [prompts(9), prompts(*[9] * 8), prompts(3000, 5), prompts(12), prompts(*[100] * 40)]
     expected = [model.generate(batch, 16, temperature=0, graphs=False) for batch in cases]
@@ -252,7 +254,7 @@ def test_f20_small_then_large_then_small() -> None:
     for order in ((0, 1, 0, 2, 0, 3, 4, 3, 1, 0), (4, 0, 2, 1, 0, 3)):
         for which in order:
             got = model.generate(cases[which], 16, temperature=0)
-            junk = torch.full((1 << 26,), torch.nan, device="cuda")  # whatever is free is NaN now
+            junk = torch.full((1 << 26,), torch.nan, device="cuda")  # free memory is NaN now
             del junk
             assert got == expected[which]
 
@@ -262,11 +264,10 @@ def test_f20_small_then_large_then_small() -> None:
 def test_f21_the_first_product_of_a_process_is_captured(
     quantize: str, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """Nothing has warmed up a library before the first generation, whose second step captures."""
+    """Generate first of all: the second step captures, and nothing has warmed up a library."""
     run_python(f"""
 import llama_fast as lf
-from tests.gpu.test_model import SMALL
-model = lf.Llama.from_config(SMALL, quantize={quantize}, device="cuda")
+model = lf.Llama.from_config(lf.{SMALL}, quantize={quantize}, device="cuda")
 first = model.generate([[1]], 12, temperature=0, graphs=True)
 assert model.generate([[1]], 12, temperature=0, graphs=False) == first
 """)

@@ -1,4 +1,4 @@
-"""The Triton quantize_fp8: bit for bit what the eager twin gives."""
+"""Tests of the Triton quantize_fp8: it must have the bits of the eager twin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def assert_same(x: Tensor, granularity: str, scale_ub: float | None = None) -> None:
-    """Against the eager twin on a CPU, whose division is IEEE's whatever torch does on a GPU."""
+    """Compare with the eager twin on a CPU, which divides as IEEE does. On a GPU torch may not."""
     q, scale = lf.quantize_fp8(x, granularity, scale_ub=scale_ub)
     want_q, want_scale = reference.quantize_fp8(x.cpu(), granularity, scale_ub=scale_ub)
     q, scale = q.cpu(), scale.cpu()
@@ -38,7 +38,7 @@ def test_bitwise(
     shape: tuple[int, int], granularity: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     if granularity == "block_2d" and device.type == "cpu":
-        shape = shape[0], min(shape[1], 1100)  # for the interpreter's sake
+        shape = shape[0], min(shape[1], 1100)  # the interpreter is slow
     x = torch.randn(shape).mul(3).to(dtype).to(device)
     assert_same(x, granularity)
     assert_same(x, granularity, scale_ub=1.0)
@@ -46,8 +46,8 @@ def test_bitwise(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> None:
-    """All values that fit e4m3 go through the cast with a scale of exactly 1; then all finite
-    values, each with 447 neighbours under one scale."""
+    """Cast all values that fit e4m3 with a scale of exactly 1, then all finite values, each with
+    447 neighbors under one scale."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     x = every[every.abs() <= 448]
     x = torch.cat((x, torch.full((1,), 448.0, dtype=dtype)))[None].to(device)
@@ -60,7 +60,8 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> Non
 
 
 def amaxes(dtype: torch.dtype, count: int) -> Tensor:
-    """Of every magnitude that dtype has, subnormal ones and its largest included, none a power."""
+    """Return values of every magnitude of dtype, with subnormals and its largest, no powers of
+    two."""
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps
     exponents = torch.linspace(0, 1, count).double() * math.log2(info.max / smallest)
@@ -73,8 +74,8 @@ def amaxes(dtype: torch.dtype, count: int) -> Tensor:
 def test_every_16_bit_value_by_every_magnitude_of_scale(
     dtype: torch.dtype, bounded: bool, device: torch.device
 ) -> None:
-    """Under each scale all values that it can come with, in rows that stay in registers: up to its
-    amax; or, bounded, all there are, the infinities too."""
+    """Quantize, under each scale, all values that it can have, in rows that stay in registers: up
+    to its amax, or, if bounded, all values and the infinities."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     for amax in amaxes(dtype, 25):
         x = torch.where(every.isnan() | (~every.isfinite() & (not bounded)), 0, every)
@@ -86,9 +87,9 @@ def test_every_16_bit_value_by_every_magnitude_of_scale(
 
 @pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
 def test_fp32_quotients_at_every_tie(bounded: bool, device: torch.device) -> None:
-    """x / scale halfway between two codes, and up to three ulps of x to either side, where the
-    quotient's last bit decides: the product with 1 / scale, or a quotient that is not rounded
-    correctly, gives other codes."""
+    """Quantize x where x / scale is halfway between two codes, and up to three ulps of x to either
+    side. The quotient's last bit decides there: the product with 1 / scale, or a quotient that is
+    not rounded correctly, gives other codes."""
     codes = torch.arange(0x7F).to(torch.uint8).view(FP8).double()
     ties = (codes[1:] + codes[:-1]) / 2
     amax = amaxes(torch.float32, 1000)[:, None]
@@ -99,15 +100,15 @@ def test_fp32_quotients_at_every_tie(bounded: bool, device: torch.device) -> Non
     x[:, ::2] *= -1
     if not bounded:
         assert_same(x.to(device), "row")
-    else:  # beside values of other magnitudes; rows of one scale_ub
+    else:  # with values of other magnitudes, in rows that share a scale_ub
         far = torch.tensor([[3e38, -float("inf"), 1e-45, -0.0]])
         for i in range(0, len(x), 40):
             assert_same(torch.cat((x[i : i + 1], far), 1).to(device), "row", amax[i].item())
 
 
 def test_scales_are_ieee_quotients(device: torch.device) -> None:
-    """amax / 448, subnormal ones too: halfway between two of these, and beside that; all mantissas
-    of a sample; fp32's ends."""
+    """Compute amax / 448 on ties between two subnormals and beside them, for all mantissas of a
+    sample, and at fp32's limits."""
     units = (torch.arange(2**23, 448 * 2**23, 448 * 5003) // 448 * 448 + 224).double()
     ties = (units[:, None] + torch.tensor([-1, 0, 1, 224])).flatten() * 2.0**-149
     sample = torch.arange(2**23, 2**31 - 2**24, 107_369).int().view(torch.float32)
@@ -119,8 +120,8 @@ def test_scales_are_ieee_quotients(device: torch.device) -> None:
 
 
 def test_f38_ties_round_to_even(device: torch.device) -> None:
-    """Halfway between neighbours, one by one: normals, the first normal, subnormals, half of the
-    smallest (to zero) and one and a half times it."""
+    """Check ties between neighbors: normals, the first normal, subnormals, half of the smallest (to
+    zero) and one and a half times it."""
     ties = {
         17.0: 16.0, 19.0: 20.0, 21.0: 20.0, 23.0: 24.0, 1.0625: 1.0, 1.1875: 1.25,
         432.0: 448.0, 2.0**-6 * 1.0625: 2.0**-6, 7.5 * 2.0**-9: 8 * 2.0**-9,
@@ -134,7 +135,7 @@ def test_f38_ties_round_to_even(device: torch.device) -> None:
 
 
 def test_a_tensor_of_the_cpu_is_refused(device: torch.device) -> None:
-    """On a CPU too, where tests/gpu/other_device.py sees to it."""
+    """Pass a CPU tensor. In the interpreter tests/gpu/other_device.py refuses it."""
     x = torch.randn(2, 8)
     with pytest.raises((RuntimeError, ValueError)):
         lf.quantize_fp8(x)
@@ -160,7 +161,7 @@ def test_f27_zero_and_tiny_rows(granularity: str, device: torch.device) -> None:
 def test_f28_the_cast_is_clamped(
     value: float, scale_ub: float | None, device: torch.device
 ) -> None:
-    """e4m3 has no infinity: unclamped, 465 and more would become NaN."""
+    """Clamp before the cast: e4m3 has no infinity, and 465 and more would become NaN."""
     x = torch.tensor([[value, -value, 1.0, 0.0, -0.0]], device=device)
     for granularity in GRANULARITIES:
         assert_same(x, granularity, scale_ub)
@@ -173,7 +174,7 @@ def test_f28_the_cast_is_clamped(
     ("granularity", "cols"), [*((g, 300) for g in GRANULARITIES), ("row", 16500)]
 )
 def test_nan_is_never_a_number(granularity: str, cols: int, device: torch.device) -> None:
-    """And stays in its group."""
+    """Keep NaN as NaN, within its group."""
     x = torch.randn(3, cols, device=device)
     x[1, 200] = float("nan")
     q, _ = lf.quantize_fp8(x, granularity)
@@ -188,7 +189,7 @@ def test_nan_is_never_a_number(granularity: str, cols: int, device: torch.device
 def test_f29_f30_f31_strides_offsets_and_canaries(
     granularity: str, cols: int, device: torch.device
 ) -> None:
-    """NaN on all sides of what may be read, sevens around what may be written."""
+    """Put NaN on all sides of what may be read and sevens around what may be written."""
     dense = torch.randn(5, cols).bfloat16().to(device)
     fenced = torch.full((7, cols + 9), float("nan"), dtype=torch.bfloat16, device=device)
     x = fenced[1:6, 5 : 5 + cols].copy_(dense)
@@ -203,7 +204,7 @@ def test_f29_f30_f31_strides_offsets_and_canaries(
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_f02_rows_past_2_to_31(granularity: str, device: torch.device) -> None:
-    """A stride that fits 32 bits, times row 2, does not; and one that does not itself."""
+    """Use a stride that fits 32 bits but not times row 2, and one that itself does not fit."""
     memory = torch.empty(2**31 + 256, dtype=torch.bfloat16, device=device)
     for n, stride in ((3, 2**30 + 64), (2, 2**31 + 64)):
         rows = torch.randn(n, 64).bfloat16().to(device)
@@ -217,8 +218,8 @@ def test_f02_rows_past_2_to_31(granularity: str, device: torch.device) -> None:
 @pytest.mark.big
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_f06_more_than_2_to_31_elements(granularity: str, device: torch.device) -> None:
-    """1,900,000 x 1152 is past 2^31; equal rows stand for all but the last few. The tensor is
-    contiguous (4.4 GB), so that "tensor" takes it for one long row."""
+    """Quantize 1,900,000 x 1152, which is past 2^31. All rows but the last few are equal. The
+    tensor is contiguous (4.4 GB), so that "tensor" takes it for one long row."""
     rows, cols = 1_900_000, 1152
     x = torch.randn(1, cols).bfloat16().to(device).expand(rows, cols)
     q, scale = lf.quantize_fp8(x.contiguous() if granularity == "tensor" else x, granularity)
@@ -250,7 +251,7 @@ def test_f11_no_rows(granularity: str, device: torch.device) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("cols", [64, 769])
 def test_f33_every_configuration(cols: int, device: torch.device) -> None:
-    """Each alone; outputs come poisoned."""
+    """Force each configuration into poisoned outputs."""
     x = torch.randn(70, cols).bfloat16().to(device)
     chip = common.chip_of(x)
     for name, configs, granularities in (

@@ -1,4 +1,4 @@
-"""The Triton rms_norm against the eager twin: widths, strides, batches, magnitudes."""
+"""Tests of the Triton rms_norm against the eager twin: widths, strides, batches, magnitudes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import llama_fast as lf
 from llama_fast import reference, triton_backend
 from llama_fast.kernels import common, rms_norm
 
-from ..tolerances import RMS_NORM_ULPS, ulps
+from ..support.tolerances import RMS_NORM_ULPS, ulps
 from .conftest import launcher
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HIDDEN = (1, 7, 33, 64, 769, 4096, 5125, 16384, 20001)  # the last goes in pieces
+HIDDEN = (1, 7, 33, 64, 769, 4096, 5125, 16384, 20001)  # 20001 goes in pieces
 
 
 def make(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -23,7 +23,7 @@ def make(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> tu
 
 
 def fenced(rows: Tensor, columns: int = 3) -> Tensor:
-    """The same rows, with NaN before, after and between them."""
+    """Return the same rows with NaN before, after and between them."""
     n, hidden = rows.shape
     memory = torch.full((n + 2, hidden + columns), float("nan"), dtype=rows.dtype)
     memory = memory.to(rows.device)
@@ -38,7 +38,7 @@ def bits(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """And fusing changes no bit: the sum, the norm of the sum, the quantised norm."""
+    """Compare with eager. Fusing changes no bit of the sum, its norm or the quantized norm."""
     x, residual, w = make(3, hidden, dtype, device)
     normed, total = lf.add_rms_norm(x, residual, w)
     assert torch.equal(total, x + residual)
@@ -55,8 +55,8 @@ def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("hidden", [8, 769, 3584, 20001])
 def test_f29_f31_offsets_and_strides(hidden: int, device: torch.device) -> None:
-    """Storage that starts one element off any vector's alignment, rows with NaN between them, x,
-    residual and weight of different strides."""
+    """Use storage one element off alignment, NaN between rows, and different strides per
+    argument."""
     x, residual, w = make(5, hidden, torch.bfloat16, device)
     off = torch.cat((w[:1], w))[1:]
     want = lf.add_rms_norm(x, residual, w)
@@ -67,7 +67,7 @@ def test_f29_f31_offsets_and_strides(hidden: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("hidden", [1, 769, 5125, 20001])
-def test_f30_odd_width_leaves_neighbours_alone(hidden: int, device: torch.device) -> None:
+def test_f30_odd_width_leaves_neighbors_alone(hidden: int, device: torch.device) -> None:
     x, residual, w = make(3, hidden, torch.bfloat16, device)
     out, total = torch.full((2, 5, hidden), 7.0, dtype=x.dtype, device=device)
     q, scale = torch.full_like(out, 7, dtype=torch.uint8), torch.full((5, 1), 7.0, device=device)
@@ -79,8 +79,8 @@ def test_f30_odd_width_leaves_neighbours_alone(hidden: int, device: torch.device
 
 
 def test_f02_rows_past_2_to_31(device: torch.device) -> None:
-    """A stride that fits 32 bits, times row 2, does not; and one that does not itself. On a CPU,
-    pages that nobody touches cost nothing."""
+    """Use a stride that fits 32 bits but not times row 2, and one that itself does not fit. On a
+    CPU untouched pages cost nothing."""
     memory = torch.empty(2**31 + 256, dtype=torch.bfloat16, device=device)
     w = torch.ones(64, dtype=torch.bfloat16, device=device)
     for n, stride in ((3, 2**30 + 64), (2, 2**31 + 64)):
@@ -92,7 +92,7 @@ def test_f02_rows_past_2_to_31(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.big
 def test_f01_more_than_2_to_31_elements(device: torch.device) -> None:
-    """Outputs past 2^31 elements; one row stands for all."""
+    """Write outputs past 2^31 elements. One row stands for all."""
     hidden = 4096
     rows = 2**31 // hidden + 3
     x, _, w = make(1, hidden, torch.bfloat16, device)
@@ -117,7 +117,7 @@ def test_f41_a_row_does_not_depend_on_the_batch(hidden: int, device: torch.devic
 
 @pytest.mark.parametrize("value", [1e3, 1e4, 6e4])
 def test_f48_large_fp16(value: float, device: torch.device) -> None:
-    """The sum of squares passes fp16's 65504 by far; it is kept in fp32."""
+    """Let the sum of squares pass fp16's 65504 by far. The kernel keeps it in fp32."""
     x = torch.full((2, 4096), value, dtype=torch.float16, device=device)
     w = torch.ones(4096, dtype=torch.float16, device=device)
     assert torch.equal(lf.rms_norm(x, w), torch.ones_like(x))
@@ -150,7 +150,8 @@ def test_f27_zero_rows_and_f11_no_rows(device: torch.device) -> None:
 @pytest.mark.parametrize("hidden", [64, 769, 4096, 20001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_f33_every_configuration(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Each alone, into poisoned outputs; and the first call gives what the second gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     rows = 3 if hidden > 16384 else 7
     x, residual, w = make(rows, hidden, dtype, device)
     eager, total = reference.add_rms_norm(x, residual, w)

@@ -1,4 +1,4 @@
-"""The Triton rope: the eager twin bit for bit, caches of every layout, indices out of range."""
+"""Tests of the Triton rope: the eager twin's bits, caches of every layout, indices out of range."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCALING = lf.RopeScaling(
 def make(
     t: int, h: int, hkv: int, d: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """q, k, v as views of a fused projection, positions, table."""
+    """Return q, k, v as views of a fused projection, positions and a table."""
     qkv = torch.randn(t, h + 2 * hkv, d).to(dtype).to(device)
     table = lf.rope_table(1e4, 64, head_dim=d, device=device)
     return *qkv.split((h, hkv, hkv), dim=1), torch.randint(0, 64, (t,), device=device), table
@@ -49,7 +49,7 @@ def test_matches_eager(
 
 @pytest.mark.parametrize("position", [257, 8192, 131071])
 def test_f24_angles_are_not_in_16_bits(position: int, device: torch.device) -> None:
-    """Against fp64 angles, with everything else in bf16 (tests/test_rope.py has the bound)."""
+    """Compare with fp64 angles, all else in bf16 (tests/ops/test_rope.py explains the bound)."""
     d = 128
     table = lf.rope_table(5e5, position + 1, head_dim=d, scaling=SCALING, device=device)
     q = torch.randn(1, 2, d).bfloat16().to(device)
@@ -68,7 +68,7 @@ def test_f24_angles_are_not_in_16_bits(position: int, device: torch.device) -> N
 def test_f04_append_into_one_pool(
     dtype: torch.dtype, shape: tuple[int, ...], interleaved: bool, device: torch.device
 ) -> None:
-    """What apply_rope gives lands in its slots and nothing else changes; k and v share a pool."""
+    """Append into a pool that k and v share. Only the slots change, to apply_rope's result."""
     q, k, v, positions, table = make(*shape, dtype, device)
     want_q, want_k = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     slots = torch.tensor([3, 17, 0, 5, 22, 9, 11, 1, 23], device=device)
@@ -89,7 +89,7 @@ def test_f04_append_into_one_pool(
 @pytest.mark.parametrize("per_head", [False, True], ids=["one scale", "scale a head"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch.device) -> None:
-    """clamp(k / k_scale) as e4m3, beyond 448 scales too."""
+    """Compare with clamp(k / k_scale) as e4m3, also beyond 448 scales."""
     q, k, v, positions, table = make(5, 6, 3, 48, torch.bfloat16, device)
     count = 3 if per_head else 1
     k_scale, v_scale = torch.rand(2, count, device=device) * 0.01 + 0.001
@@ -112,7 +112,7 @@ def test_append_to_an_fp8_cache(interleaved: bool, per_head: bool, device: torch
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_16_bit_value_to_an_fp8_cache(dtype: torch.dtype, device: torch.device) -> None:
-    """v / v_scale, rounded as IEEE division rounds it, for scales of every magnitude."""
+    """Compare with v / v_scale by IEEE division, for scales of every magnitude."""
     every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     v = every.view(8, 64, 128).to(device)
     positions, table = torch.arange(8, device=device), lf.rope_table(1e4, 8, head_dim=128)
@@ -133,7 +133,7 @@ def test_f31_append_takes_v_of_other_strides_than_k(device: torch.device) -> Non
     q, k, v, positions, table = make(5, 4, 2, 32, torch.bfloat16, device)
     view = poisoned(5, 4, 43, v)[:, 1:3, 8:40].copy_(v)
     slots = torch.tensor([5, 0, 2, 7, 3], device=device)
-    # k token by token and v head by head, with room for a v that goes by k's strides.
+    # k is token by token and v head by head, with room for a v that is read by k's strides.
     memory = torch.full((4, 2, 9, 40), 7.0, dtype=q.dtype, device=device)
     k_cache, v_cache = memory.new_zeros(2, 4, 2, 32), memory[:2, :, :4, :32].transpose(1, 2)
     lf.apply_rope_and_append(q, k, view, positions, table, k_cache, v_cache, slots)
@@ -158,8 +158,8 @@ def test_f19_slot_minus_one_writes_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: torch.device) -> None:
-    """Past the public op's checks, which a GPU's tensors do not get. A position outside the table,
-    whose neighbours in memory hold sevens, makes its token NaN; a slot outside writes nothing."""
+    """Pass indices that the op does not check on a GPU. A position outside the table, which lies
+    between sevens, makes its token NaN. A slot outside the cache writes nothing."""
     q, k, v, _, table = make(6, 4, 2, 32, torch.bfloat16, device)
     memory = torch.full((68, 32), 7.0, device=device)
     table = memory[2:-2].copy_(table)
@@ -170,7 +170,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
     q_out = torch.empty(6, 4, 32, dtype=q.dtype, device=device)
     bad = torch.tensor([True, True, False, True, True, False], device=device)
     want_q, want_k = reference.apply_rope(q[~bad].clone(), k[~bad].clone(), positions[~bad], table)
-    for outside in ((20, -3), (far, -far)):  # first such as a wrong write would show
+    for outside in ((20, -3), (far, -far)):  # near first, where a wrong write shows
         pool.fill_(7)
         slots = torch.tensor([0, 1, 16, *outside, 15], dtype=index, device=device)
         launcher("apply_rope").rope(
@@ -192,8 +192,7 @@ def test_f23_indices_out_of_range_stay_in_bounds(index: torch.dtype, device: tor
 def test_f29_f30_f31_offsets_strides_and_canaries(
     d: int, interleaved: bool, device: torch.device
 ) -> None:
-    """Heads one element off any alignment with NaN between and around them, sevens around what may
-    be written."""
+    """Put heads off alignment with NaN around them, and sevens around what may be written."""
     q, k, _, positions, table = make(3, 4, 2, d, torch.bfloat16, device)
     want = reference.apply_rope(q, k, positions, table, interleaved=interleaved)
     views = []
@@ -209,8 +208,8 @@ def test_f29_f30_f31_offsets_strides_and_canaries(
 
 
 def test_f02_f03_strides_past_2_to_31(device: torch.device) -> None:
-    """Tokens, and the cache's blocks: a stride that fits 32 bits, times 2, does not; and one that
-    does not itself."""
+    """Use strides of tokens and of the cache's blocks that fit 32 bits but not times 2, and some
+    that themselves do not fit."""
     memory = torch.empty(2**31 + 512, dtype=torch.bfloat16, device=device)
     table = lf.rope_table(1e4, 16, head_dim=64, device=device)
     for n, stride in ((3, 2**30 + 128), (2, 2**31 + 128)):
@@ -254,7 +253,8 @@ def test_f11_no_tokens_and_f41_batches(device: torch.device) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("heads", [(4, 2), (40, 8)], ids=str)
 def test_f33_every_configuration(heads: tuple[int, int], device: torch.device) -> None:
-    """Each alone, into poisoned outputs; and the first call gives what the second gives (f32)."""
+    """Force each configuration into poisoned outputs. The first call gives the second's result
+    (f32)."""
     q, k, v, positions, table = make(3, *heads, 128, torch.bfloat16, device)
     want_q, want_k = reference.apply_rope(q, k, positions, table)
     slots = torch.tensor([5, 0, 2], device=device)

@@ -1,7 +1,8 @@
-"""python -m tests.static.race compile|save FOLDER: eight processes at once, in one folder.
+"""Run eight processes at once in one folder: python -m tests.static.race compile|save FOLDER.
 
-compile: one kernel for sm_90, FOLDER being Triton's cache; prints the hash of each one's cubin.
-save: each adds a choice of its own to one GPU's file. Forked, so that they start together.
+compile: each compiles one kernel for sm_90 with FOLDER as Triton's cache, and prints the hash of
+its cubin. save: each adds a choice of its own to one GPU's file. They are forked, so that they
+start together.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The compiled CUDA kernels against their plans, and the checker itself, on kernels that are wrong
-on purpose. What an install compiled is read, not compiled again; no GPU is needed."""
+"""Tests of the compiled CUDA kernels against their plans, and of the checker, on kernels that are
+wrong on purpose. They read what an install compiled; they need no GPU."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def nvcc(*arguments: str | Path) -> None:
 def kernels() -> list[Kernel]:
     extension = cuda.extension()
     if extension is None and not shutil.which("nvcc"):
-        pytest.skip("no llama_fast/_cuda: nvcc was not on PATH at installation, and is not now")
+        pytest.skip("no llama_fast/_cuda, and nvcc is not on PATH")
     assert extension, "nvcc is on PATH and llama_fast/_cuda is not built: install again"
     return binary.read(extension)
 
 
 def test_every_kernel_is_as_planned(kernels: list[Kernel]) -> None:
-    """All instances on all architectures are there; none spills, is short of blocks, or has lost
-    an instruction; no wgmma waits for each other."""
+    """Find all instances on all architectures. None may spill, fit too few blocks, lack an
+    instruction or serialize wgmma."""
     assert not cuda.check(kernels)[1]
     assert {"sm_80", "sm_90", "sm_90a"} <= {kernel.arch for kernel in kernels}
 
@@ -63,7 +63,7 @@ def test_every_file_has_a_section_in_the_docs() -> None:
 
 @pytest.mark.parametrize("file", sorted({plan.file for plan in PLANS if plan.cpp}))
 def test_planned_shared_memory_is_the_launchers(file: str, tmp_path: Path) -> None:
-    """g++ evaluates the launcher's own expression for every instance."""
+    """Let g++ evaluate the launcher's own expression for every instance."""
     lines = [f'#include "{ROOT}/csrc/cuda/{file}.cu"', "namespace lf::cuda {"]
     for plan in (plan for plan in PLANS if plan.file == file and plan.cpp):
         for arguments in plan.instances:
@@ -79,8 +79,9 @@ def test_planned_shared_memory_is_the_launchers(file: str, tmp_path: Path) -> No
 
 
 def test_portable_kernels_compile_for_blackwell(tmp_path: Path) -> None:
-    """sm_100a, which runs them from PTX until it has its own; unoptimised, in a quarter of the
-    time: what is asked is whether its compiler takes them."""
+    """Compile for sm_100a, which runs these kernels from PTX until it has its own. The test asks
+    only whether the compiler accepts them, so it saves three quarters of the time by not
+    optimizing."""
     program = shutil.which("nvcc")
     known = program and subprocess.run([program, "--list-gpu-arch"], capture_output=True, text=True)
     if known and "compute_100" not in known.stdout:
@@ -100,7 +101,7 @@ def test_portable_kernels_compile_for_blackwell(tmp_path: Path) -> None:
 def test_a_whole_build_takes_less_than_six_minutes() -> None:
     kept = ROOT / "build" / "native.txt"
     if not kept.exists():
-        pytest.skip("this checkout was not installed from: no build/native.txt")
+        pytest.skip("no build/native.txt: nothing was installed from this checkout")
     line = kept.read_text()
     match = re.match(r"native build: (\d+) s, (\d+) of (\d+) files compiled, .* (\d+) cores,", line)
     assert match, line
@@ -140,7 +141,7 @@ VECTORS = ("16-byte loads", "16-byte stores")
 def test_copies_that_do_not_overlap_are_found(
     planted: dict[tuple[str, tuple[str, ...]], Kernel],
 ) -> None:
-    """Eight blocks of 256 threads: 32 KB of a copy each, 128 KB of four."""
+    """Plan eight blocks of 256 threads, with 32 KB of one copy each, or 128 KB of four."""
     for together, ahead in (("true", 131072), ("false", 32768)):
         kernel = planted["stream_kernel", (together,)]
         one = replace(plan(kernel, 256, needs=["cp.async"]), shared=4 * 4096)
@@ -250,7 +251,7 @@ def add_instance(kernels: list[Kernel]) -> list[Kernel]:
 def test_what_is_missing_or_unknown_is_a_problem(
     change: Callable[[list[Kernel]], list[Kernel]], problems: list[str] | int
 ) -> None:
-    """On kernels made up from the plans."""
+    """Change kernels that are made up from the plans."""
     whole = [
         Kernel(
             p.file, p.kernel, arguments, arch, 32, 0, 0, tuple(p.needs(arguments, arch)), ahead=1024

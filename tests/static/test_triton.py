@@ -1,7 +1,8 @@
-"""Every Triton kernel, compiled for chips that are not here, by the oldest, the tested and the
-newest Triton; and the checker itself, on kernels that are wrong on purpose.
+"""Tests of every Triton kernel, compiled for other chips by the oldest, the tested and the newest
+Triton, and of the checker, on kernels that are wrong on purpose.
 
-Other versions than the installed one come from PyPI into build/triton-<version>, once.
+Versions of Triton other than the installed one are downloaded from PyPI once, into
+build/triton-<version>.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ pytestmark = pytest.mark.timeout(1500)  # all kernels from cold, on two busy cor
 
 
 def run(version: str, json_file: Path, *arguments: str) -> dict[str, Any]:
-    """bench.static triton in a process of its own: this one's kernels are the interpreter's."""
+    """Run bench.static triton in another process: in this one Triton's kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "static-cache")
-    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # changes no instruction, and takes time
+    environment["TRITON_DISABLE_LINE_INFO"] = "1"  # changes no instruction and takes time
     if version != INSTALLED:
         environment["PYTHONPATH"] = str(other_triton(version))
     command = [sys.executable, "-m", "llama_fast.bench.static", "triton", "--jobs", "2"]
@@ -57,7 +58,7 @@ def run(version: str, json_file: Path, *arguments: str) -> dict[str, Any]:
 
 
 def other_triton(version: str) -> Path:
-    """A folder for PYTHONPATH with that version; unpacked whole or not at all."""
+    """Return a folder for PYTHONPATH with that version, complete or absent."""
     folder = ROOT / "build" / f"triton-{version}"
     if folder.exists():
         return folder
@@ -71,10 +72,11 @@ def other_triton(version: str) -> Path:
     return folder
 
 
-# Every configuration on sm_90 only, which has the most instructions to lose; elsewhere, and by
-# other versions, what runs unless someone tunes, and of cases that share a kernel and its tile the
-# one that does all that the others do (Case.largest). Those that promise equal bits are compared
-# on sm_90. Everything takes five times as long: python -m bench.static triton, before a release.
+# Every configuration is compiled on sm_90 only, which has the most instructions to lose. Elsewhere,
+# and by other versions, the defaults without tuning are compiled and, of cases that share a kernel
+# and its tile, the one that does all that the others do (Case.largest). Those that promise equal
+# bits are compared on sm_90. Everything takes five times as long: python -m bench.static triton,
+# before a release.
 MATRIX = {
     OLDEST: ["--largest", "sm_90"],
     NEWEST: ["--largest", "sm_90"],
@@ -84,7 +86,7 @@ MATRIX = {
 
 @pytest.fixture(scope="session", params=MATRIX)
 def table(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The rows for one version of Triton."""
+    """Return the rows for one version of Triton."""
     file = tmp_path_factory.mktemp("static") / "static.json"
     return run(request.param, file, *MATRIX[request.param])["rows"]
 
@@ -102,7 +104,7 @@ def test_every_launch_compiles(table: list[dict[str, Any]]) -> None:
     assert not [line for r in table if r["facts"] is None for line in wrong([r], "")]
 
 
-def test_every_file_of_kernels_is_there(table: list[dict[str, Any]]) -> None:
+def test_every_file_of_kernels_is_compiled(table: list[dict[str, Any]]) -> None:
     assert {r["op"] for r in table} == {case.op for case in calls.CASES}
     files = {path.stem for path in (ROOT / "kernels").glob("*.py")}
     assert {case.op for case in calls.CASES} <= files
@@ -150,7 +152,7 @@ def test_the_oldest_version_is_the_one_promised() -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[str]]:
-    """The demonstration kernels' problems, by case and chip."""
+    """Return the demonstration kernels' problems, by case and chip."""
     file = tmp_path_factory.mktemp("demo") / "static.json"
     arguments = ("--cases", "tests.static.demo_cases", "--every", "sm_80", "sm_90", "gfx942")
     rows = run(INSTALLED, file, *arguments)["rows"]

@@ -1,0 +1,73 @@
+"""Make small checkpoints: transformers saves them, and tests edit them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf_model(**changes: Any) -> transformers.LlamaForCausalLM:
+    """Return a model whose random weights let attention and rotation affect the logits."""
+    fields = {
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 131072,
+        "initializer_range": 0.15,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_parameters": LLAMA3_ROPE,
+        "attn_implementation": "eager",
+    } | changes
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
+
+
+def save(model: transformers.LlamaForCausalLM, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write(folder: Path, held: dict[str, Tensor]) -> None:
+    contiguous = {name: t.contiguous() for name, t in held.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def hf_logits(
+    model: transformers.LlamaForCausalLM, tokens: Tensor, positions: Tensor | None = None
+) -> Tensor:
+    with torch.no_grad():
+        if positions is not None:
+            positions = positions.expand(tokens.shape)
+        return model(tokens, position_ids=positions).logits
