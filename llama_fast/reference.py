@@ -111,7 +111,7 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Compute scores and softmax in fp32 and round them to q's dtype, as transformers does."""
+    """Softmax in fp32; products and probabilities rounded to q's dtype, as in transformers."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _attend(q, k, v, causal, softmax_scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
