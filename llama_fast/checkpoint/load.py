@@ -81,8 +81,8 @@ class _Checkpoint:
         return Linear(packed(q), scale, scale_ub=bound)
 
     def _stored_fp8(self, parts: dict[str, int], k: int) -> Linear:
-        """Return weights as stored, a tensor's scale repeated for its rows. Parts are requantized by
-        row if a block would straddle two of them."""
+        """Return weights as stored, with a tensor's scale repeated for its rows. If a block would
+        straddle two parts, requantize them by row."""
         assert self._format is not None  # the inventory rejects FP8 without a format
         rows = list(parts.values())
         straddles = self._format.block and any(n % FP8_BLOCK for n in rows[:-1])

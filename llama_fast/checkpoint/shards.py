@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 class Shards:
     def __init__(self, path: str | Path) -> None:
-        """Read the headers of path, a folder with model.safetensors, or with shards and an index."""
+        """Read the headers in path: a folder with model.safetensors, or with shards and index."""
         folder = Path(path)
         if not folder.is_dir():
             if folder.suffix in _PICKLES and folder.exists():
@@ -41,8 +41,8 @@ class Shards:
         self.entries = _sharded(folder) or _single(folder)
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor, memory-mapped by itself (0.1 ms), so that its pages leave this process's
-        memory when it is freed."""
+        """Return the tensor, memory-mapped by itself (0.1 ms): its pages leave this process's memory
+        when it is freed."""
         with _opened(self.entries[name].file) as f:
             return f.get_tensor(name)
 

@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer, [..., K] -> [..., N]. The weight has the model's dtype, or is FP8 with scale."""
+    """A linear layer, [..., K] -> [..., N]. The weight has the model's dtype, or FP8 and scale."""
 
     weight: Tensor  # [N, K], or packed [N / 64, K / 2, 64, 2]
     scale: Tensor | None = None  # fp32 [N, 1], or one per 128 x 128 block
@@ -50,8 +50,8 @@ class Linear:
 
     @property
     def wants_fp8(self) -> bool:
-        """Return whether fp8_linear would quantize x by row: x's producer then does. Weights in blocks
-        need activations in blocks, which no producer makes."""
+        """Return whether fp8_linear would quantize x by row: x's producer then does. Weights in
+        blocks need activations in blocks, which no producer makes."""
         by_row = self.scale is not None and self.weight.dim() == 2 and self.scale.shape[-1] == 1
         return by_row and linear.prefers_fp8_activations(self.weight)
 
