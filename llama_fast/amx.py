@@ -46,9 +46,10 @@ def serves(out: Tensor, x: Tensor, weight: Tensor, x_scale: Tensor | None) -> bo
     """Return whether linear() below serves a call, given that AMX is enabled."""
     if x.shape[0] < LEAST_ROWS or out.dtype != torch.bfloat16:
         return False
-    if x.dtype == torch.bfloat16 and x_scale is None:
-        pass
-    elif x.dtype != torch.float8_e4m3fn or x_scale is None or _by_block(x_scale, x.shape[0]):
+    if x_scale is None:
+        if x.dtype != torch.bfloat16:
+            return False
+    elif x.dtype != torch.float8_e4m3fn or _by_block(x_scale, x.shape[0]):
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False

@@ -143,8 +143,7 @@ class LlamaConfig:
             _count(name, hf[name])
         heads = hf["num_attention_heads"]
         theta, scaling = _rope(hf)
-        eos = hf.get("eos_token_id")
-        bos = hf.get("bos_token_id")
+        eos = _or(hf.get("eos_token_id"), ())
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
@@ -158,12 +157,8 @@ class LlamaConfig:
             rope_scaling=scaling,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=bos,
-            eos_token_id=tuple(eos)
-            if isinstance(eos, (list, tuple))
-            else ()
-            if eos is None
-            else (eos,),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         )
 
 

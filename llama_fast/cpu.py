@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _cpu, amx
-from ._cpu import (
-    activation,
-    attention,
-    decode_attention,
-    pack_weight,
-    quantize,
-    rms_norm,
-    rope,
-)
+from ._cpu import activation, attention, decode_attention, pack_weight, quantize, rms_norm, rope
 
 __all__ = [
     "activation",

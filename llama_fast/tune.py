@@ -74,11 +74,7 @@ def calls(
             f"apply_rope_and_append {n}",
             partial(lf.apply_rope_and_append, q, k, v, at, table, cache[0], cache[1], at),
         )
-    q, k, v = (
-        randn(1, prompt, heads, d),
-        randn(1, prompt, kv_heads, d),
-        randn(1, prompt, kv_heads, d),
-    )
+    q, k, v = (randn(1, prompt, n, d) for n in (heads, kv_heads, kv_heads))
     starts = torch.tensor([0, prompt // 2, prompt], dtype=torch.int32, device=device)
     for causal in (True, False):
         yield "attention", partial(lf.attention, q, k, v, causal=causal)
@@ -120,15 +116,13 @@ def _cached(
     pool = randn(2, batch * blocks, BLOCK_SIZE, kv_heads, d)
     table = torch.randperm(batch * blocks, device=pool.device).int().view(batch, blocks)
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=pool.device)
-    flat = pool.view(2, batch, blocks * BLOCK_SIZE, kv_heads, d)
+    k, v = pool
+    flat_k, flat_v = pool.view(2, batch, blocks * BLOCK_SIZE, kv_heads, d)
     for queries in (1, 4, 512):
         q = randn(batch, min(queries, keys), heads, d)
         name = f"attention_with_kvcache {batch} x {keys}, {queries} queries"
-        yield (
-            name,
-            partial(lf.attention_with_kvcache, q, pool[0], pool[1], lengths, block_table=table),
-        )
-        yield name, partial(lf.attention_with_kvcache, q, flat[0], flat[1], lengths)
+        yield name, partial(lf.attention_with_kvcache, q, k, v, lengths, block_table=table)
+        yield name, partial(lf.attention_with_kvcache, q, flat_k, flat_v, lengths)
 
 
 def _products(
@@ -148,12 +142,6 @@ def _products(
             x = randn(m, k)
             yield f"linear {name} {m}", partial(lf.linear, x, plain)
             for kind, (w, scale) in (("row", by_row), ("block", by_block)):
-                yield (
-                    f"fp8_linear {name} {m} {kind}",
-                    partial(lf.fp8_linear, x, w, scale),
-                )
+                yield f"fp8_linear {name} {m} {kind}", partial(lf.fp8_linear, x, w, scale)
                 a, a_scale = lf.quantize_fp8(x, kind)
-                yield (
-                    f"fp8_gemm {name} {m} {kind}",
-                    partial(lf.fp8_gemm, a, w, a_scale, scale),
-                )
+                yield f"fp8_gemm {name} {m} {kind}", partial(lf.fp8_gemm, a, w, a_scale, scale)

@@ -75,11 +75,8 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: missing, or not an object with an entry a tensor")
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
+        named = isinstance(file, str) and file.endswith(".safetensors")
+        if not named or Path(file).name != file:
             raise ValueError(
                 f"{index}: {name}: got {file!r}, want the name of a file in the folder"
             )

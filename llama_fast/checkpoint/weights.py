@@ -112,10 +112,8 @@ def assemble(
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize: got {quantize!r}, want None, 'fp8' or 'fp8_ffn'")
     hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = (
-        heads * config.head_dim
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
+    q_rows = config.num_attention_heads * config.head_dim
+    kv_rows = config.num_key_value_heads * config.head_dim
     every = quantize == "fp8"
     embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
     progress()

@@ -59,16 +59,7 @@ def attention_with_kvcache(
         raise ValueError(f"num_splits: got {num_splits}, want 0 (automatic) or more")
     scale = checks.softmax_scale(softmax_scale, d)
     return _attention_with_kvcache_op(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        causal,
-        scale,
-        num_splits,
-        k_scale,
-        v_scale,
+        q, k_cache, v_cache, cache_seqlens, block_table, causal, scale, num_splits, k_scale, v_scale
     )
 
 

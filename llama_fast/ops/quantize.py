@@ -57,7 +57,5 @@ def _fake(x: Tensor, granularity: str, scale_ub: float | None) -> tuple[Tensor, 
 
 
 _quantize_fp8_op = register(
-    "quantize_fp8(Tensor x, str granularity, float? scale_ub) -> (Tensor, Tensor)",
-    quantize,
-    _fake,
+    "quantize_fp8(Tensor x, str granularity, float? scale_ub) -> (Tensor, Tensor)", quantize, _fake
 )
