@@ -117,7 +117,7 @@ class _Checkpoint:
 
 
 class _Inventory:
-    """The Source that reads no tensor: it checks that those which assemble() requests are there."""
+    """The Source that reads no tensor, and checks that those which assemble() requests exist."""
 
     def __init__(self, shards: Shards, form: Format | None) -> None:
         self._entries, self._format = shards.entries, form

@@ -60,7 +60,7 @@ def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | N
 
 
 class KVCache:
-    """Keys and values of `batch_size` sequences that share room for `max_tokens` tokens.
+    """Keys and values of `batch_size` sequences of up to `max_tokens` tokens, in a pool of blocks.
 
     k[layer] and v[layer] are [num_blocks, block_size, Hkv, D], token-major: decode reads all heads
     of a token together (23.5 GB/s; 19.6 head-major). On a CPU, memory is committed when a block is

@@ -120,11 +120,8 @@ class Size(NamedTuple):
     def rounded(self) -> Size:
         """Return a size with up to a quarter more blocks, so that a conversation that grows with
         each call seldom needs a new decoder and new graphs."""
-        return Size(self.rows, *(_round_up(n, 1 << max(n.bit_length() - 3, 0)) for n in self[1:]))
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+        steps = [(n, 1 << max(n.bit_length() - 3, 0)) for n in self[1:]]
+        return Size(self.rows, *(-(-n // step) * step for n, step in steps))
 
 
 class Read:

@@ -111,7 +111,7 @@ def proposer(
 
 
 class Lookup:
-    """Proposes the tokens that followed the last earlier occurrence of the text's last tokens."""
+    """Propose the tokens that followed the last earlier occurrence of the text's last tokens."""
 
     def __init__(self, texts: list[list[int]]) -> None:
         self._texts = texts
@@ -138,7 +138,7 @@ class Lookup:
 
 
 class Draft:
-    """Proposes a smaller model's tokens, sampled with the random numbers the model will draw."""
+    """Propose a smaller model's tokens, sampled with the random numbers the model will draw."""
 
     def __init__(
         self,
@@ -231,7 +231,7 @@ class _Sequence:
 
 
 class Pace:
-    """Chooses how many tokens to propose: as many as give the most tokens a second, from the times
+    """Choose how many tokens to propose: as many as give the most tokens a second, from the times
     of passes by rows and from how often proposals were right. A sequence for which no proposal pays
     pauses, and then tries one.
     """

@@ -17,7 +17,7 @@ _GRANULARITIES = ("tensor", "row", "block", "block_2d")
 def quantize_fp8(
     x: Tensor, granularity: str = "row", *, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Quantize x [..., cols] to q, e4m3 like x, and fp32 scales, so that x is about q * scale.
+    """Quantize x [..., cols] -> q e4m3 like x and fp32 scales, so that x is about q * scale.
 
     scale = max(min(amax|x|, scale_ub), tiny) / 448; q = e4m3(clamp(x / scale, -448, 448)). amax is
     over the whole tensor ("tensor", scale [1]), a row ("row", [rows, 1]), 128 columns of a row

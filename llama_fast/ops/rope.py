@@ -118,13 +118,13 @@ def apply_rope_and_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Write the rotated k and v [T, Hkv, D] into a KV cache, and return q rotated, as apply_rope.
+    """Rotate q and k as apply_rope does and write k and v into a KV cache. Returns the rotated q.
 
-    k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (contiguous caches: blocks = B,
-    block_size = S). slots [T] (int32 or int64): block * block_size + offset for each token; -1
-    skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and v_scale, fp32
-    [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), where k is rotated and rounded
-    to its dtype first; caches of q's dtype take no scales.
+    v [T, Hkv, D]; k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (if contiguous:
+    blocks = B, block_size = S). slots [T] (int32 or int64): block * block_size + offset for each
+    token; -1 skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and
+    v_scale, fp32 [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), where k is rotated
+    and rounded to its dtype first; caches of q's dtype take no scales.
     """
     _check(q, k, positions, table, interleaved)
     checks.like("v", v, "q", q)
