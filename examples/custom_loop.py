@@ -1,7 +1,7 @@
-"""A generation loop of one's own: the model, the KV cache, and any rule for the next token.
+"""A generation loop of your own: the model, the KV cache, and any rule for the next token.
 
-Here two prompts of different lengths run as one batch, and a token that was used before loses
-some of its chance: python examples/custom_loop.py DIR "Once upon a time" "The sea"
+Here two prompts of different lengths run as one batch, and tokens that were used before become less
+likely: python examples/custom_loop.py DIR "Once upon a time" "The sea"
 """
 
 import argparse
@@ -22,19 +22,19 @@ tokenizer = load_tokenizer(args.model)
 model = lf.Llama.from_pretrained(args.model)
 prompts = [encode_prompt(tokenizer, prompt) for prompt in args.prompts]
 
-# One pool of blocks; each sequence takes what its own length needs.
+# One pool of blocks, from which each sequence takes those that its length needs.
 cache = lf.KVCache(model.config, [len(p) + args.new_tokens for p in prompts], dtype=model.dtype)
 used = torch.zeros(len(prompts), model.config.vocab_size)
 
 
 def choose(logits: torch.Tensor) -> torch.Tensor:
-    """[B, vocab] -> [B, 1]"""
+    """Return the next tokens [B, 1] for logits [B, vocab]."""
     tokens = (logits - args.penalty * used).argmax(-1, keepdim=True)
     used.scatter_(1, tokens, 1.0)
     return tokens
 
 
-# Prompts differ in length, so each is read alone; select() shows the cache one sequence.
+# Prompts differ in length, so each is read alone; select() is a view of one sequence.
 last = torch.cat(
     [model(torch.tensor([p]), cache=cache.select([i]))[:, -1] for i, p in enumerate(prompts)]
 )

@@ -1,6 +1,6 @@
-"""A Llama block as one writes it in PyTorch, and the same block with the kernels put in.
+"""A Llama block in plain PyTorch, and the same block with the kernels.
 
-The weights and the signature stay: only the body of forward changes.
+The weights and the signature stay the same; only the body of forward changes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """x [T, hidden]; table [T, D], cos beside sin."""
+        """Return [T, hidden] for x [T, hidden]; table [T, D] holds cosines, then sines."""
         q, k, v = self.split(self.qkv(self.norm1(x)))
         q, k = rotate(q, table), rotate(k, table)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
@@ -72,7 +72,7 @@ def main() -> None:
     error = (fast(x, table) - eager(x, table)).float().norm() / eager(x, table).float().norm()
     print(f"relative difference {error:.2e}; bf16 rounds at {2**-8:.1e}")
     best = {"eager": float("inf"), "fast": float("inf")}
-    for _ in range(5):  # in turn, so that both see the same machine
+    for _ in range(5):  # alternately, so that both see the same load
         for name, block in (("eager", eager), ("fast", fast)):
             start = time.perf_counter()
             block(x, table)

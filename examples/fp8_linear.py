@@ -1,4 +1,4 @@
-"""A linear layer with FP8 weights: half the memory of bf16, and at one token half the traffic."""
+"""A linear layer with FP8 weights: half of bf16's bytes, in memory and to read for one token."""
 
 import argparse
 import time
@@ -19,8 +19,8 @@ torch.manual_seed(0)
 weight = torch.randn(n, k, dtype=torch.bfloat16) / k**0.5
 x = torch.randn(1, k, dtype=torch.bfloat16)
 
-q, scale = lf.quantize_fp8(weight)  # e4m3 [n, k], and fp32 [n, 1]: weight is about q * scale
-packed = lf.pack_weight(q)  # once, after loading: the order in which the kernel streams it
+q, scale = lf.quantize_fp8(weight)  # e4m3 [n, k], fp32 [n, 1]: weight is about q * scale
+packed = lf.pack_weight(q)  # once, after loading: the order in which the kernel reads it
 
 
 def best_ms(run: Callable[[], Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Streams the answer to a question: python examples/generate_text.py DIR "Why is the sky blue?"
+"""Stream the answer to a question: python examples/generate_text.py DIR "Why is the sky blue?"
 
 DIR is an instruct checkpoint in Hugging Face's format. Needs pip install 'llama_fast[hf]'.
 """
@@ -17,15 +17,13 @@ args = parser.parse_args()
 tokenizer = load_tokenizer(args.model)
 model = lf.Llama.from_pretrained(args.model, quantize="fp8")
 
-# Ids, not text, go in: control tokens that a user types stay plain text (chat.encode_chat).
+# encode_chat keeps control tokens in the user's text as plain text.
 prompt = encode_chat(tokenizer, [{"role": "user", "content": args.question}])
 streamer = lf.TextStreamer(
     tokenizer, lambda text: print(text, end="", flush=True), skip_special_tokens=True
 )
 model.generate(
-    [prompt],
-    max_new_tokens=args.max_new_tokens,
-    on_token=lambda _, token: streamer.put(token),
+    [prompt], max_new_tokens=args.max_new_tokens, on_token=lambda _, token: streamer.put(token)
 )
 streamer.end()
 print()

@@ -1,7 +1,7 @@
-"""Tokens a second with and without speculation: python examples/speculate.py DIR --prompt edit.txt
+"""Measure tokens a second with and without speculation: python examples/speculate.py DIR
 
-The prompt asks for text that repeats parts of it: an edit of a file, a summary with quotes. Both
-ways give the same tokens; they take turns, and the medians are printed.
+The prompt asks for text that repeats parts of it, such as an edit of a file. Both ways give the
+same tokens. They alternate, and the medians are printed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ prompt = encode_chat(load_tokenizer(args.model), [{"role": "user", "content": qu
 
 
 def run(speculate: str | None) -> tuple[list[int], float]:
-    """The new tokens, and how many came in a second after the first."""
+    """Return the new tokens, and the tokens a second after the first one."""
     times: list[float] = []
     (ids,) = model.generate(
         [prompt],

@@ -2,7 +2,7 @@
 
 from pathlib import Path as _Path
 
-import torch as _torch  # noqa: F401  first: it brings the OpenMP runtime that _cpu then shares
+import torch as _torch  # noqa: F401  first: _cpu shares the OpenMP runtime that it loads
 
 # In a checkout, kernels/ and bench/ lie beside this package; installed, inside it.
 _root = _Path(__file__).resolve().parent.parent

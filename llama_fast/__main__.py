@@ -1,4 +1,4 @@
-"""python -m llama_fast: the llama-fast command."""
+"""Run the llama-fast command: python -m llama_fast."""
 
 import sys
 

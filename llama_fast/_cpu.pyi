@@ -1,4 +1,4 @@
-"""csrc/cpu/bindings.cpp, for type checkers. dispatch.Backend has the families' signatures."""
+"""Types of csrc/cpu/bindings.cpp. dispatch.Backend has the families' signatures."""
 
 from typing import Any
 

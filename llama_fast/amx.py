@@ -1,9 +1,9 @@
-"""bf16 products of many rows on a CPU with AMX: oneDNN's, through PyTorch, where they are faster.
+"""bf16 products of many rows on a CPU with AMX, by oneDNN through PyTorch where that is faster.
 
-csrc/cpu has no AMX kernels. FP8 and packed weights are decoded a part at a time to bf16, in which
-e4m3 is exact. The product comes back in bf16, so scales of tensors and rows cost a second rounding:
-up to one ulp in all; scales of blocks are multiplied into the decoded weights instead, which rounds
-each of them. Nothing here has run on a CPU with AMX: tests stand in for its flags and its times.
+csrc/cpu has no AMX kernels. FP8 and packed weights are decoded to bf16 in parts; e4m3 is exact in
+bf16. The product is rounded to bf16, so tensor and row scales add a second rounding, up to one ulp
+in all. Block scales are multiplied into the decoded weights instead, which rounds each weight. This
+module has not run on a CPU with AMX: tests replace the CPU's flags and times.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from . import _cpu, reference
 
-# Below this many rows a row's bits never depend on the batch: decoding and its speculation.
+# Below this many rows, as in decoding and speculation, a row's bits never depend on the batch.
 LEAST_ROWS = 32
 _COUNTS = (512, 256, 128, 64, LEAST_ROWS)
-_FEATURES = 512  # of a weight decoded at once: 4 MB in bf16 at K = 4096
+_FEATURES = 512  # of a weight, decoded at once: 4 MB in bf16 at K = 4096
 
 
 def _has_amx() -> bool:
@@ -31,8 +31,8 @@ def _has_amx() -> bool:
 
 
 def allowed() -> bool:
-    """Whether this CPU has AMX and LLAMA_FAST_CPU_AMX=off does not forbid it. An instruction set
-    that LLAMA_FAST_CPU_ISA names is kept to."""
+    """Return whether this CPU has AMX and neither LLAMA_FAST_CPU_AMX=off nor LLAMA_FAST_CPU_ISA
+    forbids it."""
     switch = os.environ.get("LLAMA_FAST_CPU_AMX", "on")
     if switch not in ("on", "off"):
         raise ValueError(f"LLAMA_FAST_CPU_AMX: got {switch!r}, want on or off")
@@ -43,12 +43,13 @@ enabled = allowed()
 
 
 def serves(out: Tensor, x: Tensor, weight: Tensor, x_scale: Tensor | None) -> bool:
-    """Whether linear() below takes a call; enabled is asked before."""
+    """Return whether linear() below serves a call, given that AMX is enabled."""
     if x.shape[0] < LEAST_ROWS or out.dtype != torch.bfloat16:
         return False
-    if x.dtype == torch.bfloat16 and x_scale is None:
-        pass
-    elif x.dtype != torch.float8_e4m3fn or x_scale is None or _by_block(x_scale, x.shape[0]):
+    if x_scale is None:
+        if x.dtype != torch.bfloat16:
+            return False
+    elif x.dtype != torch.float8_e4m3fn or _by_block(x_scale, x.shape[0]):
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
@@ -68,7 +69,7 @@ def linear(
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
 ) -> None:
-    """As _cpu.linear, for bf16 results."""
+    """Compute what _cpu.linear does, for bf16 results."""
     n, k = out.shape[1], x.shape[1]
     if x_scale is not None:
         codes, x = x, x.new_empty(x.shape, dtype=torch.bfloat16)
@@ -105,8 +106,8 @@ def linear(
 
 @functools.lru_cache
 def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
-    """The number of rows from which oneDNN's product is faster than csrc/cpu's for weights of that
-    dtype and layout; infinite if it never is. Measured once in a process: 0.2 s on two cores."""
+    """Measure from how many rows oneDNN's product is faster than csrc/cpu's for weights of that
+    dtype and layout; infinity if it never is. Takes 0.2 s on 2 cores, once a process."""
     weight = torch.randn((1024, 2048), dtype=torch.bfloat16).to(dtype)
     weight = reference.pack_weight(weight) if packed else weight
     scale = torch.ones(1) if dtype == torch.float8_e4m3fn else None
@@ -129,7 +130,7 @@ def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
 
 
 def why() -> str:
-    """For backends(): from how many rows on, for each kind of weight."""
+    """Return text for backends(): from how many rows oneDNN serves each kind of weight."""
     threads, parts = torch.get_num_threads(), []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float8_e4m3fn, "fp8")):
         for packed in (False, True):

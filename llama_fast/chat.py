@@ -1,7 +1,7 @@
 """Prompts to token ids, with transformers' tokenizer and chat template.
 
-What a user types is data: "<|eot_id|>" in a message must not become the control token that ends a
-turn, and a chat template, which is a program that came with a download, must not reach Python.
+A user's text is data: "<|eot_id|>" in a message must not become the control token that ends a turn.
+A chat template is a downloaded program, and must not reach Python.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """transformers' fast tokenizer of a checkpoint; never runs code that lies beside it.
+    """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
 
-    Raises ImportError where transformers is missing, OSError or ValueError where the tokenizer is.
+    Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
     try:
         from transformers import AutoTokenizer
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of many kinds; all mean the same to a user
+    except Exception as error:  # of many types, with one meaning for a user
         raise ValueError(f"{folder}: no tokenizer that transformers can load: {error}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: want a fast tokenizer (tokenizer.json)")
@@ -37,17 +37,17 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """For a base model: what the tokenizer makes of it, BOS and written-out control tokens too."""
+    """Encode a prompt for a base model. BOS is added; control tokens in the text are recognized."""
     return tokenizer(_utf8(prompt))["input_ids"]
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The chat template over messages of {"role", "content"}, ending where the assistant begins.
+    """Encode messages of {"role", "content"} by the chat template, up to the assistant's answer.
 
-    Only the template's own text yields control tokens. Each content travels through the template
-    between two random marks; what comes out between them is encoded with every special token
-    spelled out as the characters it is. Contents are stripped first, as Meta's own format does.
-    Raises ValueError for a template that fails, tries to reach Python, or takes a content apart.
+    Only the template's own text becomes control tokens. Each content passes through the template
+    between two random marks; the text between them is then encoded as plain characters, special
+    tokens included. Contents are stripped first, as in Meta's format. Raises ValueError for a
+    template that fails, tries to reach Python, or splits a content.
     """
     mark = secrets.token_hex(16)
     opened, closed = f"[{mark}", f"{mark}]"
@@ -56,14 +56,14 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
         text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
     except ImportError:
         raise ImportError("chat templates need jinja2: pip install 'llama_fast[hf]'") from None
-    except Exception as error:  # a template is a program, in a sandbox: anything can come out of it
+    except Exception as error:  # a template is a program and may raise anything
         raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
     ids: list[int] = []
-    # Odd pieces are contents. A template that cuts one leaves a mark in another piece.
+    # Odd pieces are contents. A template that splits one leaves a mark in another piece.
     pieces = re.split(re.escape(opened) + "(.*?)" + re.escape(closed), text, flags=re.DOTALL)
     for i, piece in enumerate(pieces):
         if mark in piece:
-            raise ValueError("chat template: takes messages apart, so their text cannot be told")
+            raise ValueError("chat template: splits messages, so their text cannot be found")
         ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1).input_ids
     return ids
 

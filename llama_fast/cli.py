@@ -1,4 +1,4 @@
-"""The llama-fast command. Each subcommand imports what it needs when it runs."""
+"""The llama-fast command. A subcommand imports its modules when it runs."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _QUANTIZE_EXAMPLES = """examples:
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast quantize Llama-3.1-405B Llama-3.1-405B-FP8 --recipe fp8_ffn
 
-fp8 takes every linear layer but lm_head; fp8_ffn the feed-forward layers, without the first and
-the last. The output is compressed-tensors' float-quantized format, which transformers, vLLM and
-llama-fast load. OUT appears when it is complete, and not at all if anything stops it before."""
+fp8 quantizes every linear layer but lm_head; fp8_ffn quantizes the feed-forward layers, without the
+first and the last. The output is compressed-tensors' float-quantized format, which transformers,
+vLLM and llama-fast load. OUT appears only when it is complete."""
 
 _TUNE_EXAMPLES = """examples:
   llama-fast tune
   llama-fast tune --device cuda:1 --output llama_fast/tuned
 
-Measures each kernel's few configurations at the shapes of Llama 3.1 8B and 70B and stores the
-fastest in OUTPUT/<gpu>.json. Without it nobody waits either: the kernels' own guesses serve."""
+Measures each kernel's configurations at the shapes of Llama 3.1 8B and 70B and stores the fastest
+in OUTPUT/<gpu>.json. Without it the kernels use default configurations."""
 
 _ENV_EXAMPLES = """examples:
   llama-fast env
@@ -59,11 +59,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 1 for a failure, 2 for wrong usage."""
+    """Run a command line and return its exit code: 1 for a failure, 2 for wrong usage."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LLAMA_FAST_TRACEBACK") == "1"
     try:
-        if arguments[:1] == ["bench"]:  # it has a parser of its own
+        if arguments[:1] == ["bench"]:  # it has its own parser
             debug = debug or "--debug" in arguments
             return _bench(arguments[1:])
         args = _parser().parse_args(arguments)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llama-fast: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader has gone (`| head`); Python would complain once more when it closes stdout.
+        # The reader closed the pipe (`| head`). Without this, Python reports it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -114,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     add = generate.add_argument
     add("--model", required=True, metavar="DIR", help="a checkpoint in Hugging Face's format")
     add("--prompt", required=True, metavar="TEXT", help="the text; - reads it from stdin")
-    add("--chat", action="store_true", help="as a user's message, in the model's chat template")
+    add("--chat", action="store_true", help="use the model's chat template, for a user's message")
     add("--system", metavar="TEXT", help="a system message before it (with --chat)")
-    add("--quantize", choices=("fp8", "fp8_ffn"), help="quantise 16-bit weights while loading")
+    add("--quantize", choices=("fp8", "fp8_ffn"), help="quantize 16-bit weights while loading")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--max-new-tokens", type=_positive, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
@@ -124,21 +124,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, metavar="K", help="default 0: no limit")
     add("--seed", type=int, metavar="N", help="default: a new one each time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
-    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel on its own")
+    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel separately")
     add("--threads", type=_positive, metavar="N", help="default: torch's choice")
     add(
         "--speculate",
         metavar="lookup|DIR",
-        help="the same tokens, several a pass: proposed by what followed the last ones earlier in "
-        "the text, or by a smaller checkpoint of the same tokenizer",
+        help="the same tokens in fewer passes: propose those that followed the last ones earlier "
+        "in the text, or those of a smaller checkpoint with the same tokenizer",
     )
-    add("--draft-tokens", type=int, metavar="N", help="proposed for a pass, 1 to 16; default 15")
+    add("--draft-tokens", type=int, metavar="N", help="most proposed a pass, 1 to 16; default 15")
 
     quantize = command(
-        "quantize", _quantize, "write a checkpoint again with FP8 weights", _QUANTIZE_EXAMPLES
+        "quantize", _quantize, "rewrite a checkpoint with FP8 weights", _QUANTIZE_EXAMPLES
     )
     quantize.add_argument("source", metavar="IN", help="a checkpoint in Hugging Face's format")
-    quantize.add_argument("target", metavar="OUT", help="a folder that is new, or empty")
+    quantize.add_argument("target", metavar="OUT", help="a new or empty folder")
     quantize.add_argument("--recipe", choices=("fp8", "fp8_ffn"), default="fp8")
 
     tune = command("tune", _tune, "choose the GPU kernels' configurations", _TUNE_EXAMPLES)
@@ -179,7 +179,7 @@ def _generate(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # All that can be wrong with the text comes out before the weights are loaded.
+    # Check the text before loading the weights, which takes long.
     prompt = _stdin() if args.prompt == "-" else args.prompt
     tokenizer = chat.load_tokenizer(args.model)
     if args.chat:
@@ -207,10 +207,10 @@ def _stdin() -> str:
 
 
 def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace) -> int:
-    """Text to stdout as it comes, then a line of figures to stderr."""
+    """Print text to stdout as it comes, then a line of figures to stderr."""
     from .text import TextStreamer
 
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the locale says
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for every locale
         sys.stdout.reconfigure(encoding="utf-8")
 
     def show(text: str) -> None:
@@ -257,7 +257,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
 
 
 def _footer(prompt: int, start: float, times: list[float]) -> str:
-    """The first token ends the prompt's time; the others make up generation's."""
+    """Return the line of figures. The prompt's time ends with the first token."""
     parts = [f"prompt {prompt} tokens"]
     if times:
         parts[0] += f", {prompt / (times[0] - start):.1f} tokens/s"
@@ -265,7 +265,7 @@ def _footer(prompt: int, start: float, times: list[float]) -> str:
     if len(times) > 1:
         parts[1] += f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform != "darwin":  # the only one that counts in bytes
+    if sys.platform != "darwin":  # macOS counts bytes, Linux KiB
         peak *= 1024
     parts.append(f"peak memory {peak / 2**30:.2f} GiB")
     return " | ".join(parts)

@@ -1,5 +1,4 @@
-"""What a Llama is made of, as a frozen dataclass, and the one place that knows how Hugging Face
-spells it."""
+"""A Llama's configuration as a frozen dataclass, and its translation from Hugging Face's config."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_MAX_HEAD_DIM = 256  # what the attention kernels hold in registers
+_MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
 
 
 def _is_int(value: Any) -> bool:
@@ -30,7 +29,7 @@ def _positive(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's stretching of the rotary wavelengths beyond the context of the first training."""
+    """Llama 3.1's stretching of rotary wavelengths beyond the original context length."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -52,7 +51,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Fields are named as in Hugging Face's config. dataclasses.replace validates again."""
+    """Fields are named as in Hugging Face's config. dataclasses.replace validates them."""
 
     vocab_size: int
     hidden_size: int
@@ -119,7 +118,7 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
-        """Reads path/config.json, and path/generation_config.json's stop ids where it exists."""
+        """Read path/config.json, and the stop ids of path/generation_config.json if it exists."""
         fields = read_json(Path(path) / "config.json")
         generation = Path(path) / "generation_config.json"
         if generation.exists():
@@ -130,9 +129,9 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Any) -> LlamaConfig:
-        """From a transformers config, or a dict in the style of its config.json.
+        """Convert a transformers config, or a dict like its config.json.
 
-        Raises ValueError for whatever would compute something else than Llama 3.1 does.
+        Raises ValueError for a setting that would compute something other than Llama 3.1 does.
         """
         hf: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         for name, wanted in _REQUIRED.items():
@@ -144,8 +143,7 @@ class LlamaConfig:
             _count(name, hf[name])
         heads = hf["num_attention_heads"]
         theta, scaling = _rope(hf)
-        eos = hf.get("eos_token_id")
-        bos = hf.get("bos_token_id")
+        eos = _or(hf.get("eos_token_id"), ())
         return cls(
             vocab_size=hf["vocab_size"],
             hidden_size=hf["hidden_size"],
@@ -159,16 +157,12 @@ class LlamaConfig:
             rope_scaling=scaling,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=bos,
-            eos_token_id=tuple(eos)
-            if isinstance(eos, (list, tuple))
-            else ()
-            if eos is None
-            else (eos,),
+            bos_token_id=hf.get("bos_token_id"),
+            eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         )
 
 
-# Fields that change what is computed, and the one value that this model computes.
+# Fields that change the computation, with the only value that this model supports.
 _REQUIRED = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -192,7 +186,8 @@ def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """transformers 5 writes rope_parameters, theta inside; 4.x rope_theta beside rope_scaling."""
+    """Return theta and scaling. transformers 5 writes rope_parameters, which contains theta; 4.x
+    writes rope_theta and rope_scaling."""
     rope = _or(hf.get("rope_parameters"), _or(hf.get("rope_scaling"), {}))
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: got {type(rope).__name__}, want an object")
@@ -213,7 +208,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; OSError or ValueError that names the file."""
+    """Read a JSON object. Raises OSError or ValueError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

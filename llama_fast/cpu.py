@@ -5,15 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _cpu, amx
-from ._cpu import (
-    activation,
-    attention,
-    decode_attention,
-    pack_weight,
-    quantize,
-    rms_norm,
-    rope,
-)
+from ._cpu import activation, attention, decode_attention, pack_weight, quantize, rms_norm, rope
 
 __all__ = [
     "activation",
@@ -36,11 +28,11 @@ def linear(
     x_scale: Tensor | None,
     weight_scale: Tensor | None,
 ) -> None:
-    """The compiled kernels, or oneDNN's product where amx.py finds that faster."""
+    """Run the compiled kernels, or oneDNN's product where amx.py measured it faster."""
     run = amx.linear if amx.enabled and amx.serves(out, x, weight, x_scale) else _cpu.linear
     run(out, x, weight, bias, x_scale, weight_scale)
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:
-    """No: the weights' bandwidth is the cost here, which quantized activations do not lower."""
+    """Return False: the weights' bytes bound the time, and quantizing x does not reduce them."""
     return False

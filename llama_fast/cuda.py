@@ -1,7 +1,7 @@
-"""The cuda backend: the compiled kernels of csrc/cuda, on the tensors' device's current stream.
+"""The cuda backend: the compiled kernels of csrc/cuda, launched on the current stream.
 
-With LLAMA_FAST_CUDA_EMULATOR=1 the same kernels run on CPU tensors in tests/cuda_emulator: slowly,
-and only where that module was built (make test does).
+With LLAMA_FAST_CUDA_EMULATOR=1 the same kernels run on CPU tensors, slowly, in
+tests/cuda_emulator, which `make test` builds.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _MODULE = f"llama_fast.{'_cuda_emulated' if EMULATED else '_cuda'}"
 
 
 def missing() -> str | None:
-    """Why the compiled kernels cannot be had, or None."""
+    """Return why the compiled kernels are unavailable, or None."""
     if importlib.util.find_spec(_MODULE) is None:
         return f"{_MODULE} was not built: nvcc was not found, or LLAMA_FAST_CUDA=off"
     return None
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:
-    """Where matrix instructions take e4m3. For every number of rows: a row's result must not depend
-    on the batch."""
+    """Return whether matrix instructions take e4m3 on x's device, for every number of rows: a row's
+    result must not depend on the batch."""
     return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 9)
 
 
@@ -49,7 +49,7 @@ def decode_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> None:
-    """With a workspace for the partial results of the keys' splits, where there are several."""
+    """Launch the kernel, with a workspace for partial results if the keys are split."""
     splits = _module.decode_attention_splits(q, k_cache, block_table, num_splits)
     rest = (cache_seqlens, block_table, causal, softmax_scale, num_splits, k_scale, v_scale)
     if splits == 1:

@@ -1,8 +1,8 @@
 """Which backend serves which op on which device, and why.
 
 "cpu" is the compiled extension, "triton" the kernels of kernels/, "cuda" those of csrc/cuda,
-"reference" eager PyTorch. Asking for one that this machine lacks is an error, never a quiet
-substitute. On a GPU Triton serves, but for what CHOICES says.
+"reference" eager PyTorch. A request for a backend that this machine lacks is an error; no other
+backend replaces it. On a GPU the default is Triton, with the exceptions of CHOICES.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _cpu, amx, cpu, cuda
 
-# The ops of each family, which is named as its files and its kernels are.
+# The ops of each family. A family's files and kernels have its name.
 FAMILIES = {
     "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_fp8"),
     "activation": ("silu_and_mul", "silu_and_mul_fp8"),
@@ -35,24 +35,24 @@ FAMILIES = {
 OPS = tuple(op for ops in FAMILIES.values() for op in ops)
 _FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
 
-# (family, chip, class of shapes) -> (backend, the folder of bench/results whose report shows it
-# right and fastest there). shape_class() has the classes. A family's ops are chosen together: a
-# fused op and its parts give the same bits, which holds within a backend only.
+# (family, chip, class of shapes) -> (backend, folder of bench/results whose report shows it right
+# and fastest). shape_class() defines the classes. A family's ops are chosen together: a fused op
+# and its parts give the same bits, but only within one backend.
 CHOICES: dict[tuple[str, str, str], tuple[str, str]] = {}
 
 
 class Backend(Protocol):
-    """The kernels of a device, a function for each family. Arguments are checked by then, outputs,
-    which come first, are allocated and contiguous. None of them waits for the device."""
+    """The kernels of a device, one function per family. Arguments are already checked. Outputs come
+    first and are allocated and contiguous. No function waits for the device."""
 
     def rms_norm(
         self,
-        out: Tensor,  # [rows, hidden] or of x's own shape; e4m3 where scale is given
+        out: Tensor,  # [rows, hidden] or x's shape; e4m3 if scale is given
         x: Tensor,  # [rows, hidden]
         weight: Tensor,  # [hidden]
         eps: float,
         residual: Tensor | None,  # [rows, hidden]
-        residual_out: Tensor | None,  # takes x + residual
+        residual_out: Tensor | None,  # receives x + residual
         scale: Tensor | None,  # fp32 [rows, 1]
         scale_ub: float | None,
         /,
@@ -60,7 +60,7 @@ class Backend(Protocol):
 
     def activation(
         self,
-        out: Tensor,  # [rows, width]; e4m3 where scale is given
+        out: Tensor,  # [rows, width]; e4m3 if scale is given
         gate_up: Tensor,  # [rows, 2 * width]
         scale: Tensor | None,  # fp32 [rows, 1]
         scale_ub: float | None,
@@ -80,7 +80,7 @@ class Backend(Protocol):
     def rope(
         self,
         q_out: Tensor,  # [T, H, D]
-        k_out: Tensor | None,  # [T, Hkv, D]; None: k and v go into the caches
+        k_out: Tensor | None,  # [T, Hkv, D]; None: k and v go to the caches
         q: Tensor,
         k: Tensor,
         positions: Tensor,  # [T]
@@ -136,13 +136,13 @@ class Backend(Protocol):
     ) -> None: ...
 
     def prefers_fp8_activations(self, x: Tensor, /) -> bool:
-        """What quantize_activation=None means to fp8_linear on x's device. It must not depend on
-        the number of rows: a row's result does not depend on the batch."""
+        """Return what quantize_activation=None means for fp8_linear on x's device, for every number
+        of rows: a row's result must not depend on the batch."""
 
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
-# What has no kernel of ours on a GPU, and what serves it there.
+# Ops without a GPU kernel of ours, and what serves them there.
 _TORCH_ON_CUDA = {
     "linear": "a plain 16-bit product: PyTorch's own (cuBLAS)",
     "pack_weight": "the packed layout is for CPUs",
@@ -158,7 +158,7 @@ class Choice(NamedTuple):
 
 
 class BackendTable(dict[str, dict[str, Choice]]):
-    """backends()["rms_norm"]["cpu"] is a Choice; str() is a table to paste."""
+    """The result of backends(): table["rms_norm"]["cpu"] is a Choice; str() prints the table."""
 
     def __str__(self) -> str:
         rows = [("op", "device", "backend", "why")]
@@ -174,7 +174,7 @@ class BackendTable(dict[str, dict[str, Choice]]):
 
 @functools.lru_cache
 def _no_triton() -> str | None:
-    """Why the triton backend cannot be had, or None."""
+    """Return why the triton backend is unavailable, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'triton>=3.6')"
     import triton
@@ -186,13 +186,13 @@ def _no_triton() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Triton's interpreter runs kernels on CPU tensors: for tests, slowly."""
+    """Return whether Triton's interpreter runs kernels on CPU tensors: slow, for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
 
 
 @functools.lru_cache
 def _no_chip(index: int) -> str | None:
-    """Why the kernels cannot run on a GPU, or None."""
+    """Return why the kernels cannot run on a GPU, or None."""
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip is None and 10 * major + minor < _OLDEST_SM:
         return f"sm_{major}{minor} is older than sm_{_OLDEST_SM}"
@@ -208,20 +208,18 @@ def _validate(backend: str, op: str | None, source: str) -> None:
         raise NotImplementedError(
             f"{source}: the {backend} backend has no {op}: {_TORCH_ON_CUDA[op]}"
         )
-    missing = None
-    if backend in ("triton", "cuda"):
-        missing = _no_triton() if backend == "triton" else cuda.missing()
-    if missing:
-        raise NotImplementedError(f"{source}: {missing}")
+    missing = {"triton": _no_triton, "cuda": cuda.missing}.get(backend)
+    if missing and (why := missing()):
+        raise NotImplementedError(f"{source}: {why}")
 
 
 def _expand(backend: str, op: str | None) -> dict[str, str]:
-    """Every op that the backend holds, or the one named."""
+    """Return the named op, or every op of the backend, mapped to the backend."""
     return dict.fromkeys([op] if op else _SERVES[backend], backend)
 
 
 def _from_environment() -> dict[str, str]:
-    """LLAMA_FAST_BACKEND=reference, or =attention=reference,rms_norm=cpu."""
+    """Parse LLAMA_FAST_BACKEND: reference, or attention=reference,rms_norm=cpu."""
     chosen: dict[str, str] = {}
     for part in filter(None, os.environ.get("LLAMA_FAST_BACKEND", "").split(",")):
         op, _, backend = part.strip().rpartition("=")
@@ -238,12 +236,12 @@ _override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", defa
 
 @contextlib.contextmanager
 def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
-    """Within the block, op (None: every op that the backend holds) runs on the named backend, in
-    this thread or task.
+    """Run op (None: every op of the backend) on the named backend within the block, in this thread
+    or task.
 
     Raises ValueError for an unknown name and NotImplementedError for a backend that this version
-    or machine does not hold. A backend that cannot serve a tensor's device raises ValueError at the
-    call. "triton" serves CPU tensors only under TRITON_INTERPRET=1, Triton's interpreter.
+    or machine lacks. A call raises ValueError if the backend cannot serve its tensors' device.
+    "triton" serves CPU tensors only under TRITON_INTERPRET=1, Triton's interpreter.
     """
     _validate(backend, op, "use_backend")
     token = _override.set({**_override.get(), **_expand(backend, op)})
@@ -254,7 +252,7 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
 
 
 def _cannot(backend: str, device: str, index: int | None) -> str | None:
-    """Why a backend cannot serve a device, or None. index None: no particular GPU."""
+    """Return why a backend cannot serve a device, or None. index None: no particular GPU."""
     if backend == "cpu" and device != "cpu":
         return f"cannot serve tensors on {device}"
     if backend == "triton" and device == "cpu" and not _interpreted():
@@ -277,7 +275,7 @@ def _default(op: str, device: str, index: int | None) -> Choice:
 
 
 class _Served(NamedTuple):
-    """choice: for the table. A call is served by by_class[its class], or else by otherwise."""
+    """choice is for the table. by_class[its class] serves a call, or else otherwise does."""
 
     choice: Choice
     otherwise: str
@@ -286,7 +284,7 @@ class _Served(NamedTuple):
 
 @functools.lru_cache
 def _on_gpu(op: str, index: int | None) -> _Served:
-    """index None: no particular GPU."""
+    """Return what serves op on a GPU. index None: no particular GPU."""
     if op in _TORCH_ON_CUDA:
         return _Served(Choice("reference", _TORCH_ON_CUDA[op]), "reference", {})
     missing = _no_triton() or (_no_chip(index) if index is not None else None)
@@ -307,8 +305,8 @@ def _on_gpu(op: str, index: int | None) -> _Served:
 
 
 def _chip(index: int) -> str | None:
-    """A GPU is known by its instruction set: H100 and H200 share their choices. AMD's numbers would
-    be taken for NVIDIA's."""
+    """Return a GPU's instruction set: H100 and H200 share choices. None for AMD, whose numbers look
+    like NVIDIA's."""
     if torch.version.hip is not None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
@@ -316,11 +314,11 @@ def _chip(index: int) -> str | None:
 
 
 def shape_class(op: str, x: Tensor, *rest: Any) -> str | None:
-    """The class of a call's shapes, by what ops/ hands to kernels(); None: Triton serves it.
+    """Return the class of a call's shapes, from the arguments of kernels(); None: Triton serves it.
 
-    A class never depends on the number of rows, sequences or packed tokens, nor on what lies on the
+    A class never depends on the number of rows, sequences or packed tokens, nor on values on the
     device: backends sum in different orders, and a row's bits must not change with its batch. The
-    one exception is where both backends have it already: FP8 products of up to 64 rows and of more.
+    one exception is a boundary that both backends have: FP8 products of up to 64 rows and of more.
     """
     family = _FAMILY_OF[op]
     if family == "linear":
@@ -334,7 +332,7 @@ def shape_class(op: str, x: Tensor, *rest: Any) -> str | None:
         return None
     if family not in ("attention", "decode_attention"):
         return "16-bit"
-    if x.shape[-1] != 128:  # Llama 3.1's, the one that reports measure
+    if x.shape[-1] != 128:  # Llama 3.1's head_dim, the only one that reports measure
         return None
     if family == "attention":
         return "16-bit, head_dim 128"
@@ -343,8 +341,8 @@ def shape_class(op: str, x: Tensor, *rest: Any) -> str | None:
 
 
 def choose(op: str, device: torch.device, *arguments: Any) -> str:
-    """The backend that serves op on a device now. arguments: what decides its class of shapes, as
-    handed to kernels(); none: shapes that no report measures."""
+    """Return the backend that serves op on a device now. arguments: kernels()'s, for the class of
+    shapes; none: shapes that no report measures."""
     kind, index = device.type, device.index
     backend = _override.get().get(op)
     if backend is not None:
@@ -362,9 +360,9 @@ def choose(op: str, device: torch.device, *arguments: Any) -> str:
 
 
 def kernels(op: str, x: Tensor, *shape: Any) -> Backend | None:
-    """The backend that launches op's kernels for x and its like, or None: eager PyTorch.
+    """Return the backend that launches op's kernels for x, or None for eager PyTorch.
 
-    shape: what else decides the class of shapes. A call on a CPU pays for none of it.
+    shape: the other arguments that decide the class of shapes. A call on a CPU ignores them.
     """
     if x.is_cpu and op not in _override.get():
         return cpu
@@ -386,13 +384,13 @@ def _warn_once(why: str) -> None:
 
 
 def asked_for() -> frozenset[tuple[str, str]]:
-    """What use_backend and the environment ask for now: what was captured under one answer does
-    not hold under another."""
+    """Return the settings of use_backend and the environment. A graph captured under one setting is
+    not valid under another."""
     return frozenset(_override.get().items())
 
 
 def backends() -> BackendTable:
-    """For every op and device type: the backend that serves it now, and why."""
+    """Return, for every op and device type, the backend that serves it now, and why."""
     gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
     table = BackendTable()
     for op in OPS:

@@ -1,4 +1,4 @@
-"""What runs here and why, as text to paste into a report: `llama-fast env`."""
+"""The report of `llama-fast env`: what runs here, and why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from . import __version__, _cpu
 from .dispatch import backends
 
-# The ones that a kernel is compiled for or could be; a CPU lists hundreds.
+# Those that kernels are or could be compiled for; a CPU lists hundreds.
 _FEATURES = (
     "avx2 fma f16c avx512f avx512bw avx512vl avx512vbmi avx512_vnni avx512_bf16 avx512_fp16 "
     "avx_vnni amx_bf16 amx_int8 asimd asimdhp bf16 i8mm sve sve2"
@@ -87,7 +87,7 @@ def _extension() -> dict[str, str]:
 
 
 def _cpu_info() -> tuple[str, list[str]]:
-    """Linux tells; elsewhere only what Python's platform knows."""
+    """Return the CPU's name and features: on Linux from /proc, elsewhere the name only."""
     model, flags = platform.processor() or platform.machine(), set[str]()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -100,7 +100,7 @@ def _cpu_info() -> tuple[str, list[str]]:
 
 
 def _memory() -> str:
-    """In use by others or not is what decides whether a model fits, so both figures."""
+    """Return free and total memory: the free memory decides whether a model fits."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         kib = {key: int(rest.split()[0]) for key, _, rest in (x.partition(":") for x in lines)}

@@ -27,7 +27,7 @@ class Llama:
         self.config, self.weights = config, weights
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.rope = rope.rope_table(config, config.max_position_embeddings, device=self.device)
-        self.decoders: list[Decoder] = []  # idle ones, kept for generate's next call
+        self.decoders: list[Decoder] = []  # idle, for the next call of generate
 
     @classmethod
     def from_pretrained(
@@ -39,11 +39,12 @@ class Llama:
         *,
         progress: bool | None = None,
     ) -> Llama:
-        """Loads a folder in Hugging Face's format: config.json and safetensors.
+        """Load a folder in Hugging Face's format: config.json and safetensors.
 
-        dtype: bfloat16, float16 or float32. quantize: "fp8" every linear layer, "fp8_ffn" Meta's
-        405B recipe; a checkpoint that is in FP8 already stays so. progress: a bar on stderr; None:
-        where that is a terminal. Raises OSError or ValueError naming what is wrong with the files.
+        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer, "fp8_ffn" for
+        Meta's 405B recipe; weights that the checkpoint holds in FP8 stay as they are. progress:
+        whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError or ValueError
+        that names the fault in the files.
         """
         config = LlamaConfig.from_pretrained(path)
         dtype, device = _checked(dtype, device)
@@ -62,18 +63,18 @@ class Llama:
         quantize: str | None = None,
         device: torch.device | str | None = None,
     ) -> Llama:
-        """Random weights, for benchmarks: activations have a trained model's scale."""
+        """Make random weights, for benchmarks. Activations have the scale of a trained model's."""
         dtype, device = _checked(dtype, device)
         return cls(config, assemble(config, RandomSource(seed, dtype, device), quantize))
 
     def __call__(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """tokens [B, S] integers -> logits [B, S, vocab] fp32.
+        """Return logits [B, S, vocab] fp32 for tokens [B, S], int32 or int64.
 
-        positions [B, S] or [S]: where the tokens stand; None: after what the cache holds, from 0
-        without one. cache: attended to, and the tokens appended, a row of the batch for each of its
-        sequences.
+        positions [B, S] or [S]: the tokens' positions; None: after the cache's tokens, or from 0
+        without a cache. cache: attended to, and extended by the tokens; row i of the batch belongs
+        to its sequence i.
         """
         return self.logits(self.hidden(tokens, positions, cache))
 
@@ -81,7 +82,7 @@ class Llama:
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """As the model itself, but stops before the head: [B, S, hidden]."""
+        """Like __call__, but return hidden states [B, S, hidden] instead of logits."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
         append = None if cache is None else cache.append(seqlen)
@@ -97,9 +98,9 @@ class Llama:
         return x
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[B, S] -> [B, S, hidden]. On a GPU, where checking an id would mean waiting for it, one
-        outside the vocabulary has NaN for its embedding: no other sequence sees that, and torch's
-        own answer, an assertion on the device, would end the process's use of the GPU."""
+        """Return embeddings [B, S, hidden] for tokens [B, S]. On a GPU an id outside the vocabulary
+        gives NaN, which affects no other sequence: checking the id would wait for the device, and
+        torch's assertion on the device would make the GPU unusable for the process."""
         if tokens.is_cpu:
             return F.embedding(tokens, self.weights.embedding)
         inside = (tokens >= 0) & (tokens < self.config.vocab_size)
@@ -113,8 +114,8 @@ class Llama:
         cache: KVCache | None = None,
         append: Append | None = None,
     ) -> Tensor:
-        """Embeddings [B, S, hidden], positions [B * S] -> [B, S, hidden], all layers and the last
-        norm. Checks nothing and waits for nothing: decode.py captures it in CUDA graphs."""
+        """Run all layers and the last norm: x [B, S, hidden], positions [B * S] -> [B, S, hidden].
+        Neither checks arguments nor waits for the device: decode.py captures it in CUDA graphs."""
         residual: Tensor | None = None
         for i, layer in enumerate(self.weights.layers):
             normed, residual = self._norm(x, residual, layer.attention_norm, layer.qkv)
@@ -125,7 +126,7 @@ class Llama:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] -> [..., vocab] fp32: ask only for the tokens that are wanted."""
+        """Return logits [..., vocab] fp32 for hidden [..., hidden], of all tokens or only some."""
         return self.weights.head(hidden).float()
 
     generate = generate
@@ -133,7 +134,7 @@ class Llama:
     def _plain_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """rms_norm of x + residual, and the sum itself."""
+        """Return rms_norm(x + residual) and x + residual."""
         eps = self.config.rms_norm_eps
         if residual is None:
             return rms_norm.rms_norm(x, weight, eps), x
@@ -142,7 +143,7 @@ class Llama:
     def _norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, into: Linear
     ) -> tuple[Tensor | Quantized, Tensor]:
-        """The same, in the form that the linear it goes into takes best."""
+        """Like _plain_norm, but quantize the result if the linear that reads it wants FP8."""
         if not into.wants_fp8:
             return self._plain_norm(x, residual, weight)
         q, scale, *total = rms_norm.rms_norm_fp8(
@@ -165,7 +166,7 @@ class Llama:
         cache: KVCache | None,
         append: Append | None,
     ) -> Tensor:
-        """[B, S, (H + 2 * Hkv) * D] -> [B, S, H * D]."""
+        """Return the attention output [B, S, H * D] for qkv [B, S, (H + 2 * Hkv) * D]."""
         c, shape = self.config, qkv.shape[:2]
         heads = qkv.flatten(0, 1).unflatten(1, (-1, c.head_dim))
         q, k, v = heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)

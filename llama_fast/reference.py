@@ -1,6 +1,5 @@
-"""The eager PyTorch twin of every op: same name, same signature. It is the specification that the
-kernels are tested against and the baseline that they are measured against, so it is written the way
-transformers computes Llama, not the way that would be fastest."""
+"""The eager PyTorch twin of every op, with the same name and signature. The kernels are tested and
+measured against it, so it is written as transformers computes Llama, not for speed."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ FP8_BLOCK = 128
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalise in fp32, round to x's dtype, multiply by weight in x's dtype."""
+    """Normalize in fp32, round to x's dtype, multiply by weight in x's dtype."""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
@@ -56,7 +55,7 @@ def silu_and_mul_fp8(gate_up: Tensor, *, scale_ub: float | None = None) -> tuple
 def apply_rope(
     q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rotates in fp32 and rounds once."""
+    """Rotate in fp32 and round once."""
     cos, sin = table[positions.long()].unsqueeze(-2).chunk(2, dim=-1)  # [T, 1, D / 2] each
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
 
@@ -98,7 +97,7 @@ def apply_rope_and_append(
 
 
 def _raw(t: Tensor) -> Tensor:
-    """The bytes of an FP8 tensor, which PyTorch indexes on every device; others as they are."""
+    """Return an FP8 tensor's bytes, which every device can index; other tensors unchanged."""
     return t.view(torch.uint8) if t.itemsize == 1 else t
 
 
@@ -112,7 +111,7 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """Scores and softmax in fp32, probabilities rounded to q's dtype (what transformers does)."""
+    """Softmax in fp32; products and probabilities rounded to q's dtype, as in transformers."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _attend(q, k, v, causal, softmax_scale)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -136,7 +135,7 @@ def attention_with_kvcache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """num_splits only matters to kernels. An FP8 cache is dequantised to q's dtype."""
+    """Dequantize an FP8 cache to q's dtype, then attend. num_splits affects kernels only."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for i, seqlen in enumerate(cache_seqlens.tolist()):
         if block_table is None:
@@ -157,7 +156,7 @@ def attention_with_kvcache(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float | None) -> Tensor:
-    """[B, Sq, H, D] x [B, Sk, Hkv, D]; a query that sees no key gives zeros."""
+    """Attend: q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. A query that sees no key gives zeros."""
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     k, v = (t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
@@ -174,7 +173,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
 def quantize_fp8(
     x: Tensor, granularity: str = "row", *, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """scale = max(min(amax, scale_ub), tiny) / 448; q = e4m3(clamp(x / scale, -448, 448)).
+    """Return q = e4m3(clamp(x / scale, -448, 448)), scale = max(min(amax, scale_ub), tiny) / 448.
 
     granularity: "tensor" -> scale [1]; "row" -> [rows, 1]; "block" -> 1x128 blocks,
     [rows, ceil(cols / 128)]; "block_2d" -> 128x128 blocks, for weights.
@@ -203,18 +202,18 @@ def _fp8_scale(amax: Tensor, scale_ub: float | None) -> Tensor:
     if scale_ub is not None:
         amax = amax.clamp(max=scale_ub)
     amax = amax.clamp(min=FP8_TINY)
-    # By a tensor: a division by a number is a product with its reciprocal where PyTorch runs it on
-    # a GPU, an ulp off for half of the rows.
+    # Divide by a tensor: on a GPU PyTorch turns a division by a number into a product with its
+    # reciprocal, which is an ulp off for half of the rows.
     return amax / torch.full_like(amax, FP8_MAX)
 
 
 def dequantize_fp8(q: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x = q * scale for any granularity, read off the shapes. q [rows, cols]."""
+    """Return q * scale for q [rows, cols]. The shapes determine the granularity."""
     return (q.float() * spread_scale(scale, *q.shape)).to(dtype)
 
 
 def spread_scale(scale: Tensor, rows: int, cols: int) -> Tensor:
-    """Scales of any granularity, repeated to broadcast over [rows, cols]."""
+    """Return scales of any granularity, repeated to broadcast over [rows, cols]."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.shape[0] != rows:
@@ -233,7 +232,7 @@ def fp8_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(a * scale_a) @ (b * scale_b)^T + bias, summed in fp32 and rounded once."""
+    """Return (a * scale_a) @ (b * scale_b)^T + bias, summed in fp32 and rounded once."""
     out = dequantize_fp8(a, scale_a) @ dequantize_fp8(b, scale_b).t()
     if bias is not None:
         out = out + bias.float()
@@ -253,7 +252,7 @@ def fp8_linear(
     quantize_activation: bool | None = None,
     scale_ub: float | None = None,
 ) -> Tensor:
-    """x @ (weight * weight_scale)^T + bias. quantize_activation=None means False here."""
+    """Return x @ (weight * weight_scale)^T + bias. quantize_activation=None means False here."""
     weight = unpack_weight(weight)
     rows = x.reshape(-1, x.shape[-1])
     if quantize_activation:
@@ -272,9 +271,8 @@ PACK_ROWS = 64  # output features per panel of a packed weight
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[N, K] -> [N / 64, K / 2, 64, 2]: packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
-
-    The order in which linear() and fp8_linear() stream a weight: one sequential read.
+    """Reorder [N, K] to [N / 64, K / 2, 64, 2], which linear() and fp8_linear() read sequentially:
+    packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
     """
     n, k = weight.shape
     raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
@@ -283,7 +281,7 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def unpack_weight(weight: Tensor) -> Tensor:
-    """Undoes pack_weight; a plain [N, K] weight is handed back as it is."""
+    """Undo pack_weight; return a plain [N, K] weight unchanged."""
     if weight.dim() == 2:
         return weight
     raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight

@@ -1,18 +1,18 @@
-"""Text out of tokens as they come, never half a character."""
+"""Decode tokens to text as they come, in whole characters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-_REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not, or not yet, UTF-8
+_REPLACEMENT = "\ufffd"  # decoders write it for bytes that are not, or not yet, UTF-8
 
 
 class TextStreamer:
-    """Decodes the tokens of one sequence into pieces that join to the whole text.
+    """Decode the tokens of one sequence into pieces that join to the whole text.
 
-    tokenizer: anything with decode(ids) -> str, such as transformers' AutoTokenizer. Byte-level
-    tokens split characters: a piece is held back until its last character is complete.
+    tokenizer: an object with decode(ids) -> str, such as transformers' AutoTokenizer. Byte-level
+    tokens split characters, so a piece is held back until its last character is complete.
 
         streamers = [TextStreamer(tokenizer, print) for _ in prompts]
         model.generate(prompts, on_token=lambda i, token: streamers[i].put(token))
@@ -35,7 +35,7 @@ class TextStreamer:
             self._emit(text)
 
     def end(self) -> None:
-        """Hands out what is left, bytes that never became a character as U+FFFD."""
+        """Emit the rest, with U+FFFD for bytes that are not a complete character."""
         self._emit(self._piece())
 
     def _piece(self) -> str:

@@ -1,4 +1,4 @@
-"""The triton backend: the kernels of kernels/."""
+"""The triton backend: the kernels of kernels/, and the configurations stored for them."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ __all__ = [
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:
-    """Whether fp8_linear quantizes x where the caller does not say: on chips that multiply e4m3, at
-    any number of rows, so that a row does not depend on the batch."""
+    """Return whether fp8_linear quantizes x by default: on chips that multiply e4m3, for every
+    number of rows, so that a row does not depend on the batch."""
     return common.chip_of(x).has_e4m3
 
 
 def tuned_folder() -> Path:
-    """Where this user's own choices are stored: LLAMA_FAST_TUNED, or the cache folder."""
+    """Return the folder of the user's configurations: LLAMA_FAST_TUNED, or in the cache."""
     named = os.environ.get("LLAMA_FAST_TUNED")
     if named:
         return Path(named)
@@ -44,5 +44,5 @@ def tuned_folder() -> Path:
     return Path(cache) / "llama_fast" / "tuned"
 
 
-# Those that come with the package first, then the user's own, which win.
+# The package's configurations first, then the user's, which replace them.
 common.load_choices(Path(__file__).parent / "tuned", tuned_folder())

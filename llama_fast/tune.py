@@ -1,7 +1,7 @@
-"""Measures every Triton kernel's configurations at Llama shapes and stores the fastest of each.
+"""Measure every Triton kernel's configurations at Llama shapes and store the fastest of each.
 
-One JSON file a GPU (kernels/tuning.py): llama_fast/tuned/ comes with the package, the user's own
-lies in triton_backend.tuned_folder() and wins.
+Each GPU has a JSON file (kernels/tuning.py) in llama_fast/tuned/, which comes with the package, and
+one in triton_backend.tuned_folder(), the user's, which has priority.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .dispatch import use_backend
 from .generation.cache import BLOCK_SIZE
 from .kernels import common
 
-# Rows of the matrix products and of what surrounds them: decode by one and in batches, prompts.
+# Rows of matrix products and elementwise ops: decode of one sequence and of batches, prompts.
 ROWS = (1, 16, 64, 256, 2048, 8192)
-CONTEXTS = ((1, 8192), (1, 131072), (32, 4096))  # sequences, keys of each
+CONTEXTS = ((1, 8192), (1, 131072), (32, 4096))  # sequences, keys a sequence
 PROMPT = 8192
 PRESETS = {"8B": LlamaConfig.llama_3_1_8b, "70B": LlamaConfig.llama_3_1_70b}
 
@@ -33,8 +33,8 @@ Call = Callable[[], object]
 def tune(
     device: str = "cuda", folder: str | None = None, say: Callable[[str], object] = print
 ) -> Path:
-    """Measures what this process has not measured on the GPU yet; returns the file. What is known
-    so far is in it after every model, so that an interrupt costs one model's."""
+    """Measure what this process has not yet measured on the GPU, and return the file. It is written
+    after every model, so that an interrupt loses one model's measurements at most."""
     if not torch.cuda.is_available():
         raise RuntimeError("tune: needs a GPU, and torch finds none here")
     target = torch.device(device)
@@ -56,8 +56,8 @@ def calls(
     contexts: tuple[tuple[int, int], ...] = CONTEXTS,
     prompt: int = PROMPT,
 ) -> Iterator[tuple[str, Call]]:
-    """Every op at a model's shapes: its name, and a call. Values are random, never zeros, on which
-    a GPU runs cooler and so faster; buffers live as long as the call."""
+    """Yield a name and a call for every op at a model's shapes. Values are random: on zeros a GPU
+    runs cooler and so faster. Buffers live as long as the call."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, dtype=torch.bfloat16)
@@ -74,11 +74,7 @@ def calls(
             f"apply_rope_and_append {n}",
             partial(lf.apply_rope_and_append, q, k, v, at, table, cache[0], cache[1], at),
         )
-    q, k, v = (
-        randn(1, prompt, heads, d),
-        randn(1, prompt, kv_heads, d),
-        randn(1, prompt, kv_heads, d),
-    )
+    q, k, v = (randn(1, prompt, n, d) for n in (heads, kv_heads, kv_heads))
     starts = torch.tensor([0, prompt // 2, prompt], dtype=torch.int32, device=device)
     for causal in (True, False):
         yield "attention", partial(lf.attention, q, k, v, causal=causal)
@@ -114,21 +110,19 @@ def _elementwise(
 def _cached(
     c: LlamaConfig, batch: int, keys: int, randn: Callable[..., Tensor]
 ) -> Iterator[tuple[str, Call]]:
-    """A paged cache, as the model has it, and a contiguous one; decode, and a chunk of a prompt."""
+    """Yield decode and a chunk of a prompt over a paged cache and a contiguous one."""
     heads, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     blocks = -(-keys // BLOCK_SIZE)
     pool = randn(2, batch * blocks, BLOCK_SIZE, kv_heads, d)
     table = torch.randperm(batch * blocks, device=pool.device).int().view(batch, blocks)
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=pool.device)
-    flat = pool.view(2, batch, blocks * BLOCK_SIZE, kv_heads, d)
+    k, v = pool
+    flat_k, flat_v = pool.view(2, batch, blocks * BLOCK_SIZE, kv_heads, d)
     for queries in (1, 4, 512):
         q = randn(batch, min(queries, keys), heads, d)
         name = f"attention_with_kvcache {batch} x {keys}, {queries} queries"
-        yield (
-            name,
-            partial(lf.attention_with_kvcache, q, pool[0], pool[1], lengths, block_table=table),
-        )
-        yield name, partial(lf.attention_with_kvcache, q, flat[0], flat[1], lengths)
+        yield name, partial(lf.attention_with_kvcache, q, k, v, lengths, block_table=table)
+        yield name, partial(lf.attention_with_kvcache, q, flat_k, flat_v, lengths)
 
 
 def _products(
@@ -148,12 +142,6 @@ def _products(
             x = randn(m, k)
             yield f"linear {name} {m}", partial(lf.linear, x, plain)
             for kind, (w, scale) in (("row", by_row), ("block", by_block)):
-                yield (
-                    f"fp8_linear {name} {m} {kind}",
-                    partial(lf.fp8_linear, x, w, scale),
-                )
+                yield f"fp8_linear {name} {m} {kind}", partial(lf.fp8_linear, x, w, scale)
                 a, a_scale = lf.quantize_fp8(x, kind)
-                yield (
-                    f"fp8_gemm {name} {m} {kind}",
-                    partial(lf.fp8_gemm, a, w, a_scale, scale),
-                )
+                yield f"fp8_gemm {name} {m} {kind}", partial(lf.fp8_gemm, a, w, a_scale, scale)

@@ -250,7 +250,7 @@ def test_chat_template_that_cuts_messages_up(
     """Refuse a template that cuts messages: control tokens could be the user's."""
     folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
     assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
-    assert "takes messages apart" in failure(capsys)
+    assert "splits messages" in failure(capsys)
 
 
 def test_no_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""Checkpoints: reading Hugging Face's files into Weights, and writing them quantized."""
+"""Read Hugging Face's checkpoints into Weights, and write them quantized."""

@@ -1,10 +1,10 @@
-"""The FP8 formats in which checkpoints come, told from config.json's quantization_config.
+"""The FP8 formats of checkpoints, recognized by config.json's quantization_config.
 
 quant_method         weight e4m3 [N, K] and
 fbgemm_fp8           weight_scale [N, 1]; activations bounded by activation_scale_ub
 compressed-tensors   weight_scale [N, 1] or [1] (format float-quantized); a static input_scale is
-                     not used: activations are never quantised more coarsely than they come
-fp8                  weight_scale_inv, one for each 128 x 128 block
+                     ignored: activations get a scale per row instead
+fp8                  weight_scale_inv, one per 128 x 128 block
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 from ..reference import FP8_BLOCK
 
-# Tensors that a checkpoint may carry and that this model has no use for.
+# Tensors that a checkpoint may contain and this model does not use.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|input_scale|input_scale_ub|activation_scale)")
 
 
 @dataclass(frozen=True)
 class Format:
-    scale_name: str  # what a module calls its weight's scale
-    block: bool  # scales by 128 x 128 block, else by row or tensor
-    excluded: tuple[str, ...]  # modules that were left alone
+    scale_name: str  # the name of a weight's scale
+    block: bool  # a scale per 128 x 128 block, else per row or tensor
+    excluded: tuple[str, ...]  # modules that are not quantized
     activation_bound: float | None = None
 
     def excludes(self, module: str) -> bool:
-        """Names are compared by whole components: layers.1 is not layers.12."""
+        """Compare names by whole components: layers.1 is not layers.12."""
         path = module.split(".")
         for pattern in self.excluded:
             if pattern.startswith("re:"):
@@ -43,7 +43,7 @@ class Format:
 
 
 def parse(quantization: Any) -> Format | None:
-    """None for a model that is not quantised; ValueError for a format that is not read."""
+    """Return the format, or None if not quantized. Raises ValueError for an unsupported format."""
     if quantization is None:
         return None
     if not isinstance(quantization, Mapping):

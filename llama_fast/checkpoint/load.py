@@ -1,8 +1,8 @@
-"""A checkpoint in Hugging Face's format -> the weights that the model reads.
+"""Load the model's weights from a checkpoint in Hugging Face's format.
 
-Tensors are read through a mapping one at a time, fused (q, k, v; gate, up), quantised where asked
-for, and laid out as the kernels stream them; beyond the result itself, no more than one fused
-weight is held. Everything is checked against the config before the first one is read.
+Tensors are memory-mapped and read one at a time, fused (q, k, v; gate, up), quantized on request
+and packed for the kernels. Besides the result, at most one fused weight is in memory. All names,
+shapes and dtypes are checked against the config before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def load(
     device: torch.device,
     progress: bool | None = None,
 ) -> Weights:
-    """Linears that the checkpoint holds in FP8 stay as they are; quantize is for the others.
+    """Load the weights. Linears stored in FP8 stay so; quantize is for the others.
 
-    progress: a bar on stderr; None: where that is a terminal. Raises OSError for files that are
-    missing and ValueError for any that do not hold what the config says, naming the thing.
+    progress: whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError for a
+    missing file and ValueError for one that does not match the config, naming the tensor.
     """
     shards = Shards(path)
     form = parse(read_json(Path(path) / "config.json").get("quantization_config"))
@@ -51,7 +51,7 @@ def load(
 
 
 class _Checkpoint:
-    """The Source that reads."""
+    """The Source that reads the tensors."""
 
     def __init__(
         self, shards: Shards, form: Format | None, dtype: torch.dtype, device: torch.device
@@ -75,15 +75,15 @@ class _Checkpoint:
         scale = torch.empty(sum(rows), 1, device=self._device)
         pieces = zip(q.split(rows), scale.split(rows), parts, strict=True)
         for q_part, scale_part, name in pieces:
-            # From the file's own dtype: rounding to the model's first would round twice.
+            # From the file's dtype: rounding to the model's dtype first would round twice.
             values, scales = quantize_fp8(self._plain(name), "row")
             q_part.copy_(values), scale_part.copy_(scales)
         return Linear(packed(q), scale, scale_ub=bound)
 
     def _stored_fp8(self, parts: dict[str, int], k: int) -> Linear:
-        """Weights as stored. A tensor's scale is spread over its rows, which is exact. Blocks stay
-        unless one would straddle two fused parts; then the parts are quantised anew, by row."""
-        assert self._format is not None  # the inventory refuses FP8 without a format
+        """Return weights as stored, with a tensor's scale repeated for its rows. If a block would
+        straddle two parts, requantize them by row."""
+        assert self._format is not None  # the inventory rejects FP8 without a format
         rows = list(parts.values())
         straddles = self._format.block and any(n % FP8_BLOCK for n in rows[:-1])
         q = torch.empty(sum(rows), k, dtype=FP8_DTYPE, device=self._device)
@@ -103,7 +103,7 @@ class _Checkpoint:
         return self._shards.entries[f"{name}.weight"].dtype == _FP8
 
     def _plain(self, name: str) -> Tensor:
-        """A weight of 16 or 32 bits, in fp32 where the file holds FP8."""
+        """Return a weight in the file's 16 or 32 bits, or in fp32 if the file holds FP8."""
         weight = self._shards.read(f"{name}.weight").to(self._device)
         return dequantize_fp8(weight, self._scale(name)) if self._is_fp8(name) else weight
 
@@ -117,7 +117,7 @@ class _Checkpoint:
 
 
 class _Inventory:
-    """The Source that reads nothing: it checks that what assemble() asks for is there."""
+    """The Source that reads no tensor, and checks that those which assemble() requests exist."""
 
     def __init__(self, shards: Shards, form: Format | None) -> None:
         self._entries, self._format = shards.entries, form
@@ -179,7 +179,7 @@ def _listed(what: str, names: list[str]) -> str:
 
 @contextmanager
 def _bar(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
-    """Calls of what it yields move the bar on."""
+    """Yield a function that advances the progress bar."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda: None
         return

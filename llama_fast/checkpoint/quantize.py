@@ -1,8 +1,8 @@
-"""Rewrites a 16- or 32-bit Llama checkpoint with FP8 weights, for anyone to read: the layout is
-compressed-tensors' "float-quantized", which transformers, vLLM and llama_fast all load.
+"""Rewrite a 16- or 32-bit Llama checkpoint with FP8 weights, in compressed-tensors'
+"float-quantized" layout, which transformers, vLLM and llama_fast load.
 
-Rows are quantised alone, so a piece of a tensor is read, rounded and written to its place before
-the next one is touched: what is held does not grow with the model.
+Each row has its own scale, so a piece of a tensor is read, quantized and written before the next
+one: memory use does not grow with the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..ops.quantize import quantize_fp8
 from .shards import Shards
 
 RECIPES = ("fp8", "fp8_ffn")
-_PIECE_BYTES = 32 << 20  # of a weight, quantised at once
+_PIECE_BYTES = 32 << 20  # of a weight, quantized at once
 _FLOATS = ("BF16", "F16", "F32")  # safetensors' names
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 _LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
@@ -46,7 +46,7 @@ class _Tensor(NamedTuple):
     quantized: bool
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What the output holds for it: name -> dtype, shape."""
+        """Return the output's tensors for it: name -> dtype, shape."""
         if not self.quantized:
             return {self.name: (self.dtype, self.shape)}
         return {
@@ -62,21 +62,21 @@ def quantize_checkpoint(
     *,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Summary:
-    """Writes source's checkpoint to the new folder target with weights in e4m3, a scale per row.
+    """Write source's checkpoint to the new folder target with weights in e4m3, a scale per row.
 
-    recipe "fp8" takes every linear layer but lm_head; "fp8_ffn" Meta's choice for the 405B: the
-    feed-forward layers, without the first and the last. Readers quantise activations per token as
-    they run; this format has no place for the 405B recipe's bound of 1200 on them.
+    recipe: "fp8" quantizes every linear layer but lm_head; "fp8_ffn", Meta's recipe for the 405B,
+    the feed-forward layers without the first and the last. Readers of the format quantize
+    activations by token; it cannot store the 405B recipe's bound of 1200 on them.
 
-    on_bytes(done, total) reports progress in bytes read. target appears whole or not at all: an
-    error or an interrupt leaves nothing behind. Raises ValueError or OSError naming the file.
+    on_bytes(done, total) reports progress in bytes read. An error or an interrupt leaves no target
+    behind. Raises ValueError or OSError that names the file.
     """
     source, target = Path(source), Path(target)
     if recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}, want one of {', '.join(RECIPES)}")
     config = read_json(source / "config.json")
     if config.get("quantization_config") is not None:
-        raise ValueError(f"{source}: already quantised; start from the 16-bit weights")
+        raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
     shards = Shards(source)
     plan = _plan(source, shards, recipe)
     tensors = [t for held in plan.values() for t in held]
@@ -101,7 +101,7 @@ def quantize_checkpoint(
 
 
 def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]:
-    """What each file holds and what becomes of it."""
+    """Return each file's tensors, and whether each is to be quantized."""
     layers = LlamaConfig.from_pretrained(source).num_hidden_layers
     plan: dict[str, list[_Tensor]] = {}
     for name, (file, dtype, shape) in sorted(shards.entries.items()):
@@ -125,9 +125,9 @@ def _is_quantized(name: str, recipe: str, layers: int) -> bool:
 
 
 def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterator[int]:
-    """Yields the bytes read as they come."""
+    """Write a shard, and yield the number of bytes read after each read."""
     stored = {name: entry for t in tensors for name, entry in t.stored().items()}
-    # Widest first, as safetensors itself writes: every tensor then lies on a multiple of its item.
+    # Widest dtype first, as safetensors does, so that every tensor is aligned to its item size.
     order = sorted(stored, key=lambda name: (-_ITEMSIZE[stored[name][0]], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -166,7 +166,7 @@ def _write_quantized(
 
 
 def _write_at(out: BinaryIO, offset: int, tensor: Tensor) -> int:
-    """Returns where the tensor ends."""
+    """Write a tensor at offset and return the offset of its end."""
     out.seek(offset)
     out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return offset + tensor.nbytes
@@ -177,7 +177,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _quantization_config(tensors: list[_Tensor]) -> dict[str, Any]:
-    """compressed-tensors' description: every Linear, but for the modules named in ignore."""
+    """Return compressed-tensors' description: every Linear except the modules named in ignore."""
     modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
     ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
     e4m3 = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -200,7 +200,7 @@ def _quantization_config(tensors: list[_Tensor]) -> dict[str, Any]:
 
 @contextmanager
 def _appears_whole(source: Path, target: Path) -> Iterator[Path]:
-    """A folder beside target, renamed to it at the end and removed on any other way out."""
+    """Yield a folder beside target. Rename it to target on success; remove it on an exception."""
     target = target.absolute()
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: is the input itself; name another folder for the output")
@@ -220,7 +220,7 @@ def _appears_whole(source: Path, target: Path) -> Iterator[Path]:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation_config.json, licence: all that is not weights."""
+    """Copy all files but weights: tokenizer, chat template, generation_config.json, license."""
     for path in sorted(source.iterdir()):
         if (
             path.is_file()

@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint, seen as one mapping from names to tensors.
+"""The safetensors files of a checkpoint, as one mapping from names to tensors.
 
-Nothing is trusted: the safetensors library refuses headers that overlap, leave holes, overflow or
-lie about the file's size; here its errors become ValueErrors that name the file, an index may not
-point outside the folder, and pickles, which run code when opened, are never opened.
+The files are not trusted. The safetensors library rejects headers whose tensors overlap, leave
+gaps, overflow or do not match the file's size; its errors become ValueErrors that name the file. An
+index may not point outside the folder. Pickles run code when opened, so none is opened.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Entry(NamedTuple):
 
 class Shards:
     def __init__(self, path: str | Path) -> None:
-        """path: a folder with model.safetensors, or with shards and their index. Reads headers."""
+        """Read the headers in path: a folder with model.safetensors, or with shards and index."""
         folder = Path(path)
         if not folder.is_dir():
             if folder.suffix in _PICKLES and folder.exists():
@@ -41,8 +41,7 @@ class Shards:
         self.entries = _sharded(folder) or _single(folder)
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped, not copied. Each has a mapping of its own (0.1 ms), so that its pages
-        leave this process's memory as soon as it is dropped."""
+        """Return the tensor, memory-mapped by itself (0.1 ms): freeing it frees its pages."""
         with _opened(self.entries[name].file) as f:
             return f.get_tensor(name)
 
@@ -76,11 +75,8 @@ def _sharded(folder: Path) -> dict[str, Entry]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map: missing, or not an object with an entry a tensor")
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
+        named = isinstance(file, str) and file.endswith(".safetensors")
+        if not named or Path(file).name != file:
             raise ValueError(
                 f"{index}: {name}: got {file!r}, want the name of a file in the folder"
             )

@@ -1,4 +1,4 @@
-"""The weights of a Llama: what the model reads, how they are quantised, and random ones."""
+"""A Llama's weights: their types, their quantization, and random ones."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from ..reference import FP8_DTYPE, PACK_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZE = (None, "fp8", "fp8_ffn")
-ACTIVATION_BOUND = 1200.0  # on a row's amax, where activations are quantised: Meta's 405B recipe
+ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
 
 
 class Quantized(NamedTuple):
-    """An activation that its producer has quantised by row: x is about q * scale."""
+    """An activation quantized by row by its producer: x is about q * scale."""
 
     q: Tensor  # e4m3 [..., K]
     scale: Tensor  # fp32 [rows, 1]
-    dtype: torch.dtype  # of x, and of what a linear makes of it
+    dtype: torch.dtype  # of x, and of a linear's output
 
 
 @dataclass(frozen=True)
 class Linear:
-    """x [..., K] -> [..., N], with a weight of the model's dtype, or in FP8 where scale is set."""
+    """A linear layer, [..., K] -> [..., N]. The weight has the model's dtype, or FP8 and scale."""
 
     weight: Tensor  # [N, K], or packed [N / 64, K / 2, 64, 2]
-    scale: Tensor | None = None  # fp32 [N, 1], or a 128 x 128 block's each
+    scale: Tensor | None = None  # fp32 [N, 1], or one per 128 x 128 block
     bias: Tensor | None = None  # [N]
     scale_ub: float | None = None
 
     def __call__(self, x: Tensor | Quantized) -> Tensor:
         if isinstance(x, Quantized):
-            assert self.scale is not None  # a caller quantises where wants_fp8 says so
+            assert self.scale is not None  # a caller quantizes only if wants_fp8
             rows = x.q.flatten(0, -2)
             out = linear.fp8_gemm(
                 rows, self.weight, x.scale, self.scale, bias=self.bias, out_dtype=x.dtype
@@ -50,8 +50,8 @@ class Linear:
 
     @property
     def wants_fp8(self) -> bool:
-        """Whether fp8_linear would quantise x by row, which x's producer then does in passing.
-        Blocks of weights want blocks of activations, which no producer makes."""
+        """Return whether fp8_linear would quantize x by row: x's producer then does. Weights in
+        blocks need activations in blocks, which no producer makes."""
         by_row = self.scale is not None and self.weight.dim() == 2 and self.scale.shape[-1] == 1
         return by_row and linear.prefers_fp8_activations(self.weight)
 
@@ -79,7 +79,7 @@ class Weights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, a tied embedding counted once."""
+        """Return the size in bytes; a tied embedding counts once."""
         linears = [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
         norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
         head = 0 if self.head.weight is self.embedding else self.head.nbytes
@@ -88,13 +88,13 @@ class Weights:
 
 
 class Source(Protocol):
-    """Where tensors come from: a checkpoint, or thin air."""
+    """The origin of tensors: a checkpoint, or a random generator."""
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A norm or the embedding, in the model's dtype."""
+        """Return a norm or the embedding, in the model's dtype."""
 
     def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
-        """Linears of the same input, by name, fused along their rows. fp8: quantise them."""
+        """Return linears of one input, name -> rows, fused along their rows. fp8: quantize them."""
 
 
 def assemble(
@@ -103,18 +103,17 @@ def assemble(
     quantize: str | None,
     progress: Callable[[], None] = lambda: None,
 ) -> Weights:
-    """The one list of what a Llama holds, under Hugging Face's names, in the order of their use.
+    """Get every weight of a Llama from source, by Hugging Face's names, in the order of their use.
 
-    quantize: "fp8" all linear layers, the head included; "fp8_ffn" Meta's recipe, the feed-forward
-    linears of all but the first and the last layer. progress is called after each layer.
+    quantize: "fp8" for all linear layers, the head included; "fp8_ffn" for Meta's recipe, the
+    feed-forward linears of all but the first and the last layer. progress is called after each
+    layer.
     """
     if quantize not in QUANTIZE:
         raise ValueError(f"quantize: got {quantize!r}, want None, 'fp8' or 'fp8_ffn'")
     hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = (
-        heads * config.head_dim
-        for heads in (config.num_attention_heads, config.num_key_value_heads)
-    )
+    q_rows = config.num_attention_heads * config.head_dim
+    kv_rows = config.num_key_value_heads * config.head_dim
     every = quantize == "fp8"
     embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
     progress()
@@ -160,7 +159,7 @@ def assemble(
 
 
 def packable(n: int, k: int, device: torch.device) -> bool:
-    """Whether the CPU kernels' panel order exists for an [n, k] weight."""
+    """Return whether an [n, k] weight can be packed for the CPU kernels."""
     return device.type == "cpu" and n % PACK_ROWS == 0 and k % 2 == 0
 
 
@@ -170,13 +169,13 @@ def packed(weight: Tensor) -> Tensor:
 
 
 def quantized(weight: Tensor, bound: float | None = None) -> Linear:
-    """[N, K] -> row-wise e4m3."""
+    """Quantize a weight [N, K] by row."""
     q, scale = quantize.quantize_fp8(weight, "row")
     return Linear(packed(q), scale, scale_ub=bound)
 
 
 class RandomSource:
-    """Random weights, made in their final format: no tensor is ever there twice.
+    """Random weights, made directly in their final format, without a second copy.
 
     Each keeps the variance of its input, so activations have the scale of a trained model's.
     """
@@ -204,8 +203,8 @@ class RandomSource:
         return Linear(weight, scale, scale_ub=bound)
 
     def _random_e4m3(self, shape: tuple[int, ...]) -> tuple[Tensor, float]:
-        """Random bits, eight codes at a time (0.5 ns a code; rounding normals costs 10), and their
-        root mean square. Clearing an exponent bit excludes the two NaN codes."""
+        """Return random codes and their root mean square. Eight codes at a time cost 0.5 ns a code;
+        rounding normals costs 10. Clearing an exponent bit excludes the two NaN codes."""
         words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=self._device)
         words.random_(-(2**63), None, generator=self._generator)
         words.bitwise_and_(-0x4040404040404041)  # ~0x40 in each byte

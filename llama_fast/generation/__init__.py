@@ -1,1 +1,1 @@
-"""Generating: the loops, what they cache, how tokens are chosen and proposed."""
+"""Generation: the loops, the KV cache, sampling and speculation."""

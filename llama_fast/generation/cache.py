@@ -1,4 +1,4 @@
-"""The paged KV cache: one pool of blocks per layer, lent to sequences a block at a time, so that
+"""The paged KV cache: one pool of blocks per layer, allocated to sequences by the block, so that
 ragged sequences need neither padding nor copying as they grow."""
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from torch import Tensor
 from .. import _cpu
 from ..config import LlamaConfig
 
-BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s, with blocks of 64 20.1
+BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s; 20.1 with blocks of 64
 
 
 class Append(NamedTuple):
-    """Where the next tokens of each sequence go, and what they may attend to."""
+    """Where the next tokens of each sequence are written, and the keys they attend to."""
 
     positions: Tensor  # [B * S] int32 or int64
     slots: Tensor  # [B * S] int32 or int64
     block_table: Tensor  # [B, n] int32
     cache_seqlens: Tensor  # [B] int32, the new tokens included
-    run: slice | None = None  # all slots of the only sequence, where they lie one after another
+    run: slice | None = None  # all slots of a single sequence, if they are consecutive
 
 
 class _Sequence:
@@ -34,12 +34,12 @@ class _Sequence:
 
 
 def upload(t: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for what the device is doing."""
+    """Copy a host tensor to the device without waiting for the device."""
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
 def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | None:
-    """fp32 [layers, 1 or Hkv] for a pool [layers, blocks, block_size, Hkv, D] of e4m3."""
+    """Return fp32 [layers, 1 or Hkv] for an e4m3 pool [layers, blocks, block_size, Hkv, D]."""
     layers, heads = pool.shape[0], pool.shape[3]
     if (scale is None) != (pool.dtype != torch.float8_e4m3fn):
         got = "None" if scale is None else "a scale"
@@ -60,11 +60,11 @@ def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | N
 
 
 class KVCache:
-    """Keys and values of `batch_size` sequences that share room for `max_tokens` tokens.
+    """Keys and values of `batch_size` sequences of up to `max_tokens` tokens, in a pool of blocks.
 
-    k[layer] and v[layer] are [num_blocks, block_size, Hkv, D], token-major: decode walks all heads
-    of a token together (23.5 GB/s; 19.6 head-major). On a CPU memory is only committed as blocks
-    are first written, in huge pages where the system grants them (decode over 8k keys: 1.3x).
+    k[layer] and v[layer] are [num_blocks, block_size, Hkv, D], token-major: decode reads all heads
+    of a token together (23.5 GB/s; 19.6 head-major). On a CPU, memory is committed when a block is
+    first written, in huge pages if the system provides them (decode over 8k keys: 1.3x).
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class KVCache:
         k_scale: float | Tensor | None = None,
         v_scale: float | Tensor | None = None,
     ) -> None:
-        """max_tokens: of every sequence, or a list with one number for each. num_blocks: in the
-        pool; None: as many as all the sequences need at once. dtype float8_e4m3fn holds k / k_scale
-        and v / v_scale: both are then required, as numbers or as fp32 tensors [layers, 1] or
-        [layers, Hkv]."""
+        """Allocate the pools. max_tokens: of every sequence, or a list with a number per sequence.
+        num_blocks: in the pool; None: enough for all sequences at once. A cache of dtype
+        float8_e4m3fn holds k / k_scale and v / v_scale, and requires both scales as numbers or as
+        fp32 tensors [layers, 1] or [layers, Hkv]."""
         lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
         for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
             if value < 1:
@@ -101,17 +101,17 @@ class KVCache:
             _cpu.advise_huge_pages(pool)
         self.k, self.v = pool
         self.block_size = block_size
-        # A CPU's cache attention gathers blocks at no cost; FP8 entries want their scales.
+        # CPU kernels gather blocks at no cost; FP8 entries need their scales.
         self.finds_runs = not self.k.is_cpu and self.k.itemsize > 1
         self.k_scale = _scales("k_scale", k_scale, self.k)
         self.v_scale = _scales("v_scale", v_scale, self.v)
         self._free = list(range(blocks))[::-1]
-        # On the host, like all the bookkeeping: reading it never waits for a GPU.
+        # On the host, so that reading it never waits for a GPU.
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32)
         self._sequences = [_Sequence(row) for row in range(len(lengths))]
 
     def __len__(self) -> int:
-        """How many sequences there are, the batch size of model(tokens, cache=self)."""
+        """Return the number of sequences, the batch size of model(tokens, cache=self)."""
         return len(self._sequences)
 
     @property
@@ -124,35 +124,35 @@ class KVCache:
 
     @property
     def block_table(self) -> Tensor:
-        """[B, n] int32, on the host; a row counts as far as its sequence has blocks."""
+        """Return [B, n] int32 on the host. A row is valid up to its sequence's number of blocks."""
         return self._table[[sequence.row for sequence in self._sequences]]
 
     def scales(self, layer: int) -> dict[str, Any]:
-        """The keyword arguments k_scale and v_scale of the ops that use the layer's pools."""
+        """Return k_scale and v_scale of a layer, as keyword arguments for the ops."""
         pairs = (("k_scale", self.k_scale), ("v_scale", self.v_scale))
         return {name: None if scale is None else scale[layer] for name, scale in pairs}
 
     def select(self, indices: Sequence[int]) -> KVCache:
-        """The same cache seen through some of its sequences, in the order given."""
+        """Return a view of this cache with some of its sequences, in the given order."""
         view = copy.copy(self)
         view._sequences = [self._sequences[i] for i in indices]
         return view
 
     def release(self, index: int) -> None:
-        """Empties a sequence; its blocks go back to the pool."""
+        """Empty a sequence and return its blocks to the pool."""
         sequence = self._sequences[index]
         self._free += self._table[sequence.row, : sequence.blocks].tolist()[::-1]
         sequence.length = sequence.blocks = 0
 
     def clear(self) -> None:
-        """Empties every sequence; reserve() then lends blocks that follow each other."""
+        """Empty every sequence; reserve() then allocates consecutive blocks."""
         for index in range(len(self)):
             self.release(index)
         self._free.sort(reverse=True)
 
     def truncate(self, tokens: Sequence[int]) -> None:
-        """Forgets what each sequence holds past its first so many tokens; its blocks stay lent to
-        it. Raises ValueError, and changes nothing, where a sequence has fewer tokens than that.
+        """Cut each sequence to its given number of tokens; it keeps its blocks. Raises ValueError,
+        and changes nothing, if a sequence has fewer tokens.
         """
         for i, (count, sequence) in enumerate(zip(tokens, self._sequences, strict=True)):
             if not 0 <= count <= sequence.length:
@@ -163,10 +163,10 @@ class KVCache:
             sequence.length = count
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Lends the blocks for so many tokens of each sequence now, those that it holds included:
-        the block table then stays as it is until they are there.
+        """Allocate blocks for the given number of tokens of each sequence, current ones included.
+        The block table then does not change until they are written.
 
-        Raises ValueError, and changes nothing, when the pool or a sequence's table is full.
+        Raises ValueError, and changes nothing, if the pool or a sequence's table is full.
         """
         needed = [-(-count // self.block_size) for count in tokens]
         if max(needed, default=0) > self._table.shape[1]:
@@ -186,10 +186,10 @@ class KVCache:
             sequence.blocks = max(sequence.blocks, n)
 
     def append(self, count: int | Sequence[int]) -> Append:
-        """Reserves room for `count` more tokens of each sequence; advance() then keeps them. A list
-        has a number for each sequence; every token is then a row of its own, with one query.
+        """Reserve room for `count` more tokens of each sequence; advance() then keeps them. With a
+        list, one number per sequence, every token is a row of its own with one query.
 
-        Raises ValueError, and changes nothing, when the pool or a sequence's table is full.
+        Raises ValueError, and changes nothing, if the pool or a sequence's table is full.
         """
         counts = [count] * len(self) if isinstance(count, int) else list(count)
         totals = [s.length + n for s, n in zip(self._sequences, counts, strict=True)]
@@ -210,8 +210,8 @@ class KVCache:
         )
 
     def _run(self, table: Tensor, totals: list[int]) -> slice | None:
-        """A single sequence's tokens as a slice of the pool's slots, if its blocks follow each
-        other. Attention over it needs no block table."""
+        """Return a single sequence's tokens as a slice of the pool's slots, if its blocks are
+        consecutive. Attention over the slice needs no block table."""
         if not self.finds_runs or len(totals) != 1 or table.shape[1] == 0:
             return None
         first = int(table[0, 0])
@@ -220,7 +220,7 @@ class KVCache:
         return slice(first * self.block_size, first * self.block_size + totals[0])
 
     def advance(self, count: int | Sequence[int]) -> None:
-        """The tokens of append() have been written, in every layer."""
+        """Count the tokens of append() as written in every layer."""
         counts = [count] * len(self) if isinstance(count, int) else count
         for sequence, n in zip(self._sequences, counts, strict=True):
             sequence.length += n

@@ -1,16 +1,15 @@
-"""Generating on a GPU: the host runs ahead of it, and each step of decoding replays a CUDA graph.
+"""Generation on a GPU: each decoding step replays a CUDA graph, and the host runs ahead.
 
-A step is some hundreds of kernels of a few microseconds, which the host cannot launch one by one as
-fast as they run. So the model's step is captured, once for each bucket of batch sizes, over tensors
-that never move: the last tokens, where they stand, the block table and the cache itself. What
-changes from one step to the next is counted up on the device, by one small kernel in the graph.
+A step launches some hundreds of short kernels, so it is captured once for each bucket of batch
+sizes and replayed as one launch. The graph uses tensors at fixed addresses: the last tokens, their
+positions, the block table and the cache. One small kernel in the graph advances the positions.
 
-The host never waits for the step that it has just launched. Tokens are sampled on the device, fed
-to the next step there, and copied to pinned memory on the side; the host reads those of a step when
-AHEAD more are in the queue. So a sequence computes up to AHEAD tokens past its end, into memory
-that is still its own, and nobody sees them.
+The host does not wait for the step that it has just launched. Tokens are sampled on the device,
+used there by the next step, and copied to pinned memory. The host reads a step's tokens when AHEAD
+more steps are in the queue. So a sequence computes up to AHEAD tokens past its end, into its own
+memory; they are discarded.
 
-The same loop runs without graphs, and on CPU tensors, where tests run it.
+The same loop runs without graphs, and in tests on CPU tensors.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from . import sampling
 from .cache import BLOCK_SIZE, Append, KVCache, upload
 from .protocol import Model
 
-AHEAD = 1  # steps queued behind the one that is awaited: hides the host's work on a step's tokens
-MOST_GRAPHS = 64  # of a decoder: a caller with new settings in each call would pile them up
-PREFILL_CHUNK = 8192  # tokens: fills a GPU, and bounds activations (8B: 0.5 GB for gate and up)
+AHEAD = 1  # steps queued behind the one awaited, to hide the host's work on a step's tokens
+MOST_GRAPHS = 64  # of a decoder: new settings in each call would add graphs without end
+PREFILL_CHUNK = 8192  # tokens: bounds activations (8B: 0.5 GB for gate and up)
 
 
 class Settings(NamedTuple):
-    """How tokens are chosen: see sampling.sample."""
+    """Sampling settings, see sampling.sample."""
 
     temperature: float
     top_p: float
@@ -46,7 +45,7 @@ class Settings(NamedTuple):
 
 
 class CudaGraph:
-    """The kernels of a function of fixed tensors, to be launched as one."""
+    """The kernels of a function of fixed tensors, replayed as one launch."""
 
     def __init__(self, shared: Any) -> None:
         self._stream, self._pool = shared
@@ -54,13 +53,13 @@ class CudaGraph:
 
     @staticmethod
     def new_shared(device: torch.device) -> Any:
-        """What graphs share of which one runs at a time: the stream that they are captured on,
-        with the workspace that cuBLAS keeps for it, and memory."""
+        """Return what graphs that run one at a time share: the capture's stream, with the workspace
+        that cuBLAS keeps for it, and the memory pool."""
         return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Calls it on the stream that capture() will use: this is where kernels are compiled and
-        libraries take their workspaces, neither of which may happen during a capture."""
+        """Call function on the capture's stream. This compiles kernels and allocates the workspaces
+        of libraries, neither of which may happen during a capture."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -70,12 +69,12 @@ class CudaGraph:
         return result
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        """Records a call, which computes nothing yet: replay() will, and leave its result here."""
+        """Record a call without computing it. replay() computes it into the returned tensor."""
         with torch.cuda.graph(
             self._graph,
             pool=self._pool,
             stream=self._stream,
-            capture_error_mode="thread_local",  # other threads may go on allocating
+            capture_error_mode="thread_local",  # other threads may allocate meanwhile
         ):
             return function()
 
@@ -84,7 +83,7 @@ class CudaGraph:
 
 
 def cannot_capture(device: torch.device) -> str | None:
-    """Why a step cannot be captured now, or None."""
+    """Return why a step cannot be captured now, or None."""
     if device.type != "cuda":
         return f"the model is on {device}, and CUDA graphs need a CUDA device"
     for op in ("attention_with_kvcache", "apply_rope_and_append"):
@@ -94,9 +93,9 @@ def cannot_capture(device: torch.device) -> str | None:
 
 
 def bucket(rows: int) -> int:
-    """The batch size in which so many sequences are decoded: a power of two up to 128, then a
-    multiple of 64. Up to about 190 rows (800 TFLOP/s over 4.3 TB/s, in 16 bits) a step takes as
-    long as reading the weights, so that rows left empty cost nothing."""
+    """Return the batch size for that many sequences: a power of two up to 128, then a multiple of
+    64. Up to about 190 rows (800 TFLOP/s over 4.3 TB/s, in 16 bits) the bytes of the weights bound
+    a step, not its rows."""
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
 
 
@@ -104,11 +103,11 @@ def bucket(rows: int) -> int:
 
 
 class Size(NamedTuple):
-    """What a decoder has room for."""
+    """A decoder's capacity."""
 
     rows: int  # sequences: a bucket
-    blocks: int  # of the cache, together
-    width: int  # blocks, the longest sequence
+    blocks: int  # of the whole cache
+    width: int  # blocks of the longest sequence
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> Size:
@@ -119,23 +118,20 @@ class Size(NamedTuple):
         return Size(*(max(pair) for pair in zip(self, other, strict=True)))
 
     def rounded(self) -> Size:
-        """Up to a quarter more blocks, so that a conversation which grows with each call seldom
-        meets a new size, and new graphs."""
-        return Size(self.rows, *(_round_up(n, 1 << max(n.bit_length() - 3, 0)) for n in self[1:]))
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+        """Return a size with up to a quarter more blocks, so that a conversation that grows with
+        each call seldom needs a new decoder and new graphs."""
+        steps = [(n, 1 << max(n.bit_length() - 3, 0)) for n in self[1:]]
+        return Size(self.rows, *(-(-n // step) * step for n, step in steps))
 
 
 class Read:
-    """Sampled ids on their way to the host."""
+    """Sampled ids, being copied to the host."""
 
     def __init__(self, ids: Tensor, sequences: Sequence[int]) -> None:
-        """ids [B]: the first ones are those of the sequences, the rest belongs to empty rows."""
+        """Start copying ids [B]: those of the sequences, then those of empty rows."""
         self._sequences = tuple(sequences)
         self._there: torch.cuda.Event | None = None
-        # A copy in any case: the next step writes ids again.
+        # Copy on every device: the next step overwrites ids.
         self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
         self._ids.copy_(ids, non_blocking=True)
         if ids.is_cuda:
@@ -143,20 +139,20 @@ class Read:
             self._there.record()
 
     def wait(self) -> list[tuple[int, int]]:
-        """(sequence, id) of each; the id is -1 where the logits meant nothing."""
+        """Return pairs of sequence and id; the id is -1 for invalid logits."""
         if self._there is not None:
             self._there.synchronize()
         return list(zip(self._sequences, self._ids.tolist(), strict=False))
 
 
 class Decoder:
-    """A KV cache, the fixed tensors beside it, and the graphs captured over both.
+    """A KV cache, the other fixed tensors, and the graphs captured over them.
 
-    Used by one generation at a time. It holds no model: the model holds it between calls.
+    One generation uses it at a time. The model keeps it between calls; it holds no model.
     """
 
     def __init__(self, model: Model, size: Size) -> None:
-        self._free: torch.cuda.Event | None = None  # when the last generation's work is done
+        self._free: torch.cuda.Event | None = None  # the end of the last generation's work
         self.size, device = size, model.device
         self.cache = KVCache(
             model.config,
@@ -168,8 +164,8 @@ class Decoder:
         )
         self._tokens = torch.zeros(size.rows, 1, dtype=torch.int64, device=device)
         self._draws = torch.zeros(size.rows, dtype=torch.float64, device=device)
-        # For each row its position, slot and length, and what a step adds to them. An empty row has
-        # 0, -1, 0 and 0: it writes nothing and attends to nothing.
+        # Each row's position, slot and length, and what a step adds to them. An empty row has 0,
+        # -1, 0 and 0: it writes nothing and attends to nothing.
         self._state = torch.zeros(4, size.rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(size.rows, size.width, dtype=torch.int32, device=device)
         self._warm: dict[Any, CudaGraph] = {}
@@ -178,8 +174,8 @@ class Decoder:
 
     @torch.inference_mode()
     def begin(self, lengths: Sequence[int], settings: Settings, u: Tensor | None) -> None:
-        """lengths: each sequence's, in the end. u [n, max_new_tokens] fp64, on the host: what each
-        sequence draws its tokens with."""
+        """Start a generation. lengths: the final length of each sequence. u [n, max_new_tokens]
+        fp64 on the host: the numbers with which each sequence draws its tokens."""
         if self._free is not None:
             torch.cuda.current_stream().wait_event(self._free)
         if len(self._captured) > MOST_GRAPHS:
@@ -187,14 +183,14 @@ class Decoder:
         self._settings = settings
         self._u = None if u is None else upload(u.t().contiguous(), self._tokens.device)
         self.cache.clear()
-        # All at once: the table stays as it is, and the slots of a sequence follow each other.
+        # All blocks at once, so that the table is fixed and a sequence's slots are consecutive.
         self.cache.select(range(len(lengths))).reserve(lengths)
         self.rows = list(range(len(lengths)))
         self._sampled = 0  # tokens of each sequence
 
     @torch.inference_mode()
     def prefill(self, model: Model, index: int, prompt: Sequence[int]) -> Read:
-        """Fills one sequence's part of the cache, and samples its first token."""
+        """Fill one sequence's part of the cache, and sample its first token."""
         cache = self.cache.select([index])
         for start in range(0, len(prompt), PREFILL_CHUNK):
             chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]])
@@ -207,7 +203,7 @@ class Decoder:
 
     @torch.inference_mode()
     def arrange(self, sequences: Sequence[int]) -> None:
-        """From here on step() decodes these, in this order: all of them among those before."""
+        """Make step() decode these sequences, a subset of the current ones, in this order."""
         device, width = self._tokens.device, self.size.width
         size = bucket(len(sequences))
         empty = size - len(sequences)
@@ -229,7 +225,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, model: Model, graphs: type[CudaGraph] | None) -> Read:
-        """One more token of each sequence."""
+        """Decode one more token of each sequence."""
         size = bucket(len(self.rows))
         if self._u is not None:
             torch.index_select(self._u[self._sampled], 0, self._order, out=self._draws[:size])
@@ -240,7 +236,7 @@ class Decoder:
         return Read(ids, self.rows)
 
     def _forward(self, model: Model, size: int) -> Tensor:
-        """Logits [size, vocab] after the last tokens. Reads and writes the fixed tensors only."""
+        """Return logits [size, vocab] after the last tokens, using only the fixed tensors."""
         positions, slots, seqlens, ahead = self._state[:, :size]
         append = Append(positions, slots, self._table[:size], seqlens)
         x = F.embedding(self._tokens[:size], model.weights.embedding)
@@ -249,15 +245,15 @@ class Decoder:
         return logits
 
     def _sample(self, logits: Tensor) -> Tensor:
-        """The next tokens [size], which become the last ones; -1 where the logits mean nothing."""
+        """Return the next tokens [size], which become the last ones; -1 for invalid logits."""
         size = len(logits)
         ids = sampling.sample_rows(logits, self._draws[:size], *self._settings)
         self._tokens[:size, 0] = ids.clamp(min=0)
         return ids
 
     def _run(self, what: Any, step: Callable[[], Tensor], graphs: type[CudaGraph] | None) -> Tensor:
-        """step(), by a graph from the third call on: the first one warms up, the second captures,
-        and all of them count. what: all that its kernels depend on, beside the backends."""
+        """Run step(), from the third call on by a graph: the first call warms up, the second
+        captures and replays. what: all that its kernels depend on, besides the backends."""
         if graphs is None:
             return step()
         key = what, asked_for()
@@ -266,11 +262,11 @@ class Decoder:
                 self._shared = self._shared or graphs.new_shared(self._tokens.device)
                 graph = graphs(self._shared)
                 result = graph.warm_up(step)
-                self._warm[key] = graph  # not before: a call that fails has warmed nothing up
+                self._warm[key] = graph  # only now: a call that fails is not a warm-up
                 return result
             graph = self._warm.pop(key)
-            # torch keeps tensors for its random numbers that a capture makes and others change:
-            # they must not become inference tensors.
+            # A capture creates tensors for torch's random numbers, which others change: they must
+            # not be inference tensors.
             with torch.inference_mode(False):
                 self._captured[key] = graph, graph.capture(torch.inference_mode()(step))
         graph, result = self._captured[key]
@@ -278,21 +274,21 @@ class Decoder:
         return result
 
     def end(self) -> None:
-        """The next generation may be on another stream: it waits for this one's last step."""
+        """Record the end of the last step, for which a generation on another stream waits."""
         if self._tokens.is_cuda:
             self._free = torch.cuda.Event()
             self._free.record()
 
     def __del__(self) -> None:
-        """Waits for the last step, which may run on another stream than the one that the memory is
-        given back to."""
+        """Wait for the last step, which may run on another stream than the one that the memory
+        returns to."""
         if self._free is not None:
             self._free.synchronize()
 
 
 @contextlib.contextmanager
 def _lent(model: Model, lengths: Sequence[int]) -> Iterator[Decoder]:
-    """One of the model's idle decoders, or a new one. One too small makes way for a larger."""
+    """Yield one of the model's idle decoders, or a new one. A larger one replaces one too small."""
     need = Size.of(lengths)
     while (decoder := _idle(model)) is not None and decoder.size.joined(need) != decoder.size:
         need = need.joined(decoder.size)
@@ -316,7 +312,7 @@ def _idle(model: Model) -> Decoder | None:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Streams and events belong to the current device: make it the model's."""
+    """Make the model's device current, since streams and events belong to the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -332,17 +328,17 @@ def run(
     emit: Callable[[int, int], bool],
     graphs: type[CudaGraph] | None = CudaGraph,
 ) -> None:
-    """generate.generate's loop on a GPU.
+    """Run generate.generate's loop on a GPU.
 
-    u: see Decoder.begin; None for temperature 0. emit(i, id) takes the tokens of prompt i, an id of
-    -1 for logits that mean nothing, and says whether the sequence goes on. graphs: None launches
-    every kernel of a step on its own.
+    u: see Decoder.begin; None for temperature 0. emit(i, id) receives the tokens of prompt i, an id
+    of -1 for invalid logits, and returns whether the sequence continues. graphs: None launches the
+    kernels of a step one by one.
     """
     going = set(range(len(prompts)))
     queue: deque[Read] = deque()
 
     def read(behind: int) -> None:
-        """Emits the tokens of all steps but the last `behind`."""
+        """Emit the tokens of all steps but the last `behind`."""
         while len(queue) > behind and going:
             for i, token in queue.popleft().wait():
                 if i in going and not emit(i, token):

@@ -1,4 +1,4 @@
-"""Prompts in, new tokens out: chunked prefill, batched decode without padding, stop ids."""
+"""Llama.generate: arguments, chunked prefill, and the plain loop of batched decoding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import speculate as speculation
 from .cache import KVCache
 from .protocol import Model
 
-PREFILL_CHUNK = 512  # tokens: bounds activations, whatever the length of the prompt
+PREFILL_CHUNK = 512  # tokens: bounds activations for any length of prompt
 
 
 def generate(
@@ -33,28 +33,28 @@ def generate(
     draft_tokens: int = speculation.DRAFT_TOKENS,
     on_pass: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The new ids of each prompt, which is a list of token ids (BOS included, where wanted).
+    """Return the new ids of each prompt, a list of token ids that includes BOS if wanted.
 
     A sequence ends after max_new_tokens, or with the first of stop_ids, which is kept as the last
-    id, as transformers does; None: those of the checkpoint; (): none. temperature, top_p, top_k:
-    see sampling.sample. on_token(index of the prompt, id) is called for each token as it comes.
-    graphs: whether decoding replays CUDA graphs; None: on a GPU. There the model keeps the cache
-    and the graphs for its next call, until model.decoders.clear().
+    id, as in transformers. stop_ids None: those of the checkpoint; (): none. temperature, top_p,
+    top_k: see sampling.sample. on_token(index of the prompt, id) is called for each new token.
+    graphs: whether decoding replays CUDA graphs; None: on a GPU. The model then keeps the cache and
+    the graphs for its next call, until model.decoders.clear().
 
-    speculate: what proposes up to draft_tokens (1 to 16) tokens for a pass of the model to verify:
-    "lookup", the tokens that followed the last ones earlier in the text, or a smaller model of the
-    same vocabulary, dtype and device. The tokens stay what they are without it, greedy or sampled,
-    and so does the order in which on_token sees them: see speculate.py, also for the GPU's
-    exception. It pauses where it loses time. on_pass(proposed, accepted) then follows each pass of
-    decoding. On a GPU it takes the plain loop, one launch a kernel.
+    speculate: the source of up to draft_tokens (1 to 16) proposals that a pass of the model
+    verifies: "lookup", the tokens that followed the last ones earlier in the text, or a smaller
+    model of the same vocabulary, dtype and device. It changes neither the tokens, greedy or
+    sampled, nor the order of on_token's calls (speculate.py has the exception on GPUs), and pauses
+    when it costs time. on_pass(proposed, accepted) is called after each pass. On a GPU speculation
+    runs the plain loop, one launch a kernel.
 
-    A prompt's result does not depend on the others: with a seed it draws from a random stream of
-    its own, made of the seed and its tokens, and, for repeated prompts, which repetition it is.
+    A prompt's result does not depend on the others: it has its own random stream, derived from the
+    seed, its tokens and, for repeated prompts, the number of the repetition.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that with
     max_new_tokens exceeds the model's positions, logits that are NaN, graphs on a CPU or with
     speculate, draft_tokens out of range, and a draft model that does not fit; TypeError for another
-    kind of speculate.
+    type of speculate.
     """
     _check_count("max_new_tokens", max_new_tokens)
     sampling.check(temperature, top_p, top_k)
@@ -78,7 +78,7 @@ def generate(
         return token in stops or count == max_new_tokens
 
     def emit(i: int, token: int) -> bool:
-        """Takes a token of sequence i. Whether it goes on."""
+        """Store a token of sequence i, and return whether the sequence continues."""
         if token < 0:
             raise _no_token(i, len(new[i]), "logits: none is a finite maximum")
         new[i].append(token)
@@ -99,7 +99,7 @@ def generate(
 
     lengths = [len(prompt) + max_new_tokens for prompt in checked]
     cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
-    texts = [list(prompt) for prompt in checked]  # with what has been sampled
+    texts = [list(prompt) for prompt in checked]  # with the sampled tokens
     pending: list[deque[int | ValueError]] = [deque() for _ in checked]  # not yet emitted
     going, unfinished = [True] * len(checked), list(range(len(checked)))
     proposer = speculation.proposer(
@@ -108,8 +108,8 @@ def generate(
     pace = speculation.Pace(proposer, len(checked), draft_tokens)
 
     def accept(i: int, logits: torch.Tensor, proposal: Sequence[int]) -> int:
-        """Samples after the last token and after each proposal that equals the token sampled
-        before it. How many do."""
+        """Sample after the last token and after each proposal that equals the token sampled
+        before it. Return the number of equal proposals."""
         accepted = 0
         for row, guess in zip(logits, [*proposal, -1], strict=True):
             try:
@@ -149,8 +149,8 @@ def generate(
         pace.passed(active, proposals, accepted)
         if on_pass is not None:
             on_pass(sum(map(len, proposals)), sum(accepted))
-        # A token of each sequence in turn, as far as all have one: an order that does not depend
-        # on what was accepted.
+        # Send one token of each sequence in turn while all have one: this order does not depend on
+        # the number of accepted proposals.
         while unfinished and all(pending[i] for i in unfinished):
             for i in list(unfinished):
                 send(i)
@@ -158,7 +158,7 @@ def generate(
 
 
 def _runs_ahead(device: torch.device) -> bool:
-    """Whether a device computes while the host goes on."""
+    """Return whether the device computes while the host continues."""
     return device.type == "cuda"
 
 
@@ -167,7 +167,7 @@ def _no_token(i: int, index: int, why: str) -> ValueError:
 
 
 def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
-    """Fills the cache of one sequence. Logits [vocab] after the last token, and only there."""
+    """Fill the cache of one sequence, and return logits [vocab] after its last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=model.device)
         hidden = model.hidden(chunk, cache=cache)
@@ -175,8 +175,8 @@ def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
 
 
 def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Generator]:
-    """On the host, so that a seed means the same on every device. Without one, torch's own
-    generator gives it, so that torch.manual_seed rules here too."""
+    """Return a host generator per prompt, so that a seed means the same on every device. Without a
+    seed, torch's generator draws one, so that torch.manual_seed applies."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     _check_count("seed", seed)

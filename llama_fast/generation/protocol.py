@@ -1,4 +1,4 @@
-"""What generating asks of a model. model.Llama is one: imports point from it to here."""
+"""The interface of a model for generation. model.Llama implements it and imports from here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Model(Protocol):
     weights: Weights
     dtype: torch.dtype
     device: torch.device
-    decoders: list[Any]  # decode.Decoder: idle ones, kept for the next call
+    decoders: list[Any]  # decode.Decoder, idle, for the next call
 
     def __call__(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None

@@ -1,4 +1,4 @@
-"""From rows of logits to token ids."""
+"""Sample token ids from rows of logits."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 64  # sampled at a time: their fp64 weights take 66 MB with 128,256 tokens
+_ROWS = 64  # sampled at a time: their weights take 66 MB with 128,256 tokens
 
 
 def check(temperature: Any, top_p: Any, top_k: Any) -> None:
-    """Raises ValueError for settings that choose nothing."""
+    """Raise ValueError for invalid settings."""
     if not _is_number(temperature) or not math.isfinite(temperature) or temperature < 0:
         raise ValueError(f"temperature: got {temperature!r}, want 0 (argmax) or a positive number")
     if not _is_number(top_p) or not 0 <= top_p <= 1:
@@ -28,12 +28,12 @@ def sample(
     top_k: int = 0,
     generator: torch.Generator | None = None,
 ) -> int:
-    """logits [vocab] fp32 -> an id. temperature 0 is argmax, the lowest id of equals.
+    """Sample an id from logits [vocab] fp32. temperature 0 is argmax, the lowest id of equals.
 
-    Keeps the top_k most likely (0: all), of these token i while the probabilities before it sum to
-    at most top_p, so the most likely always stays; then draws in proportion, with one number of the
-    generator's. Raises ValueError for logits that are NaN or have no finite maximum: no id would
-    mean anything.
+    Keeps the top_k most likely tokens (0: all), and of these each token while the probabilities
+    before it sum to at most top_p, so the most likely always stays. Then draws in proportion, with
+    one number from the generator. Raises ValueError for logits that are NaN or have no finite
+    maximum.
     """
     best, index = logits.max(dim=-1)
     if not math.isfinite(best):
@@ -45,9 +45,8 @@ def sample(
     if top_k:
         ids = _top(logits, top_k)
     elif top_p < 1:
-        # Tokens below this sum to less than 1 - top_p, so what lies before them exceeds top_p:
-        # none is kept, and the rest is seldom many to sort (all 128,256 take 12 ms). 0.999 is for
-        # rounding.
+        # Tokens with less weight than this sum to less than 1 - top_p, so top_p drops them all. Few
+        # others remain to sort (all 128,256 take 12 ms). 0.999 is for rounding.
         ids = (weights >= 0.999 * (1 - top_p) * total / len(weights)).nonzero()[:, 0]
         ids = ids[logits[ids].sort(descending=True, stable=True).indices]
     if ids is not None:
@@ -63,10 +62,10 @@ def sample(
 def sample_rows(
     logits: Tensor, u: Tensor | None, temperature: float, top_p: float, top_k: int
 ) -> Tensor:
-    """As sample, for each row and without waiting for the device: [B, vocab] fp32 -> ids [B] int64.
+    """Sample from each row without waiting for the device: [B, vocab] fp32 -> ids [B] int64.
 
-    u: the number in [0, 1) that each row draws with, fp64 [B]; None will do for temperature 0. An
-    id is -1 where sample would raise. top_p alone costs a sort of the rows.
+    u: fp64 [B], the number in [0, 1) with which each row draws; None is enough for temperature 0.
+    An id is -1 where sample would raise. top_p without top_k sorts the rows.
     """
     if len(logits) > _ROWS:
         pieces = [slice(start, start + _ROWS) for start in range(0, len(logits), _ROWS)]
@@ -93,39 +92,38 @@ def sample_rows(
 
 
 def _top(logits: Tensor, top_k: int) -> Tensor:
-    """Ids [..., top_k] of the largest logits [..., vocab], which are not NaN: in falling order, the
-    lowest id of equals first. torch.topk promises no order of equals, nor which of them it keeps,
-    so it is given keys that differ: the logit, and below its 32 bits the id."""
+    """Return ids [..., top_k] of the largest logits [..., vocab], not NaN, in falling order, the
+    lowest id of equals first. torch.topk specifies neither the order of equals nor which it keeps,
+    so its keys all differ: the logit in the upper 32 bits, the id in the lower."""
     last = logits.shape[-1] - 1
     bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, in the order of the floats
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     keys = (ordered.long() << 32) + torch.arange(last, -1, -1, device=logits.device)
     return last - (keys.topk(min(top_k, last + 1)).values & 0xFFFFFFFF)
 
 
 def _weights(logits: Tensor, best: Tensor, temperature: float) -> Tensor:
-    """In proportion to the probabilities, the largest being 2^44, as int64.
+    """Return int64 weights in proportion to the probabilities; the largest is 2^44.
 
-    Whole numbers have one sum, in whatever order a device adds them, so that neither the batch nor
-    the device can tip a draw. The sum of half a million still fits. fp32 would not do: the tail of
-    128,256 probabilities sums to 1 within 1e-5 only. A product, since a division by a number rounds
-    otherwise on a GPU.
+    A sum of integers does not depend on the order, so neither the batch nor the device changes a
+    draw. The sum of half a million fits. fp32 is too coarse: 128,256 probabilities sum to 1 only
+    within 1e-5. Multiply by 1 / temperature: a division by a number rounds differently on a GPU.
     """
     sharpness = 1 / max(temperature, 1e-300)  # finite
     return (logits - best).double().mul_(sharpness).exp_().mul_(2.0**44).round_().long()
 
 
 def _draw(weights: Tensor, u: Tensor, top_p: float, total: Tensor) -> Tensor:
-    """Indices [..., 1] in proportion to weights [..., n]; never one of weight zero.
+    """Draw indices [..., 1] in proportion to weights [..., n]; never one of weight zero.
 
-    top_p < 1 takes them in falling order, and total [..., 1] is then the sum of those as well that
-    top_p cuts off anyway.
+    For top_p < 1 weights are in falling order, and total [..., 1] includes any weights left out
+    because top_p drops them.
     """
     cumulative = weights.cumsum(-1)
     if top_p < 1:
         kept = ((cumulative - weights).double() <= top_p * total.double()).sum(-1, keepdim=True)
         total = cumulative.gather(-1, kept - 1)
-    target = torch.minimum((u * total).long(), total - 1)  # whatever rounding did
+    target = torch.minimum((u * total).long(), total - 1)  # rounding may reach total
     return torch.searchsorted(cumulative, target, right=True)
 
 

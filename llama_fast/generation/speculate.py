@@ -1,13 +1,13 @@
-"""More than one token a pass: something cheap proposes the next tokens, one pass of the model
+"""Speculative decoding: a cheap proposer guesses the next tokens, and one pass of the model
 verifies them.
 
-The model samples after every proposal, with the very number that it would have drawn there, and
-keeps proposals as long as they equal what it samples. So the tokens are those of plain decoding
-wherever a row's bits do not depend on how many rows there are: on every CPU, since a pass has at
-most 31 (amx.py). On a GPU linears with 16-bit weights may tip a tie in the last bits.
+The model samples after every proposal, with the random number that plain decoding would use there,
+and accepts proposals while they equal its samples. So the tokens are those of plain decoding if a
+row's bits do not depend on the number of rows. That holds on every CPU, since a pass has at most 31
+rows (amx.py). On a GPU, linears with 16-bit weights may decide a tie in the last bits differently.
 
-Verifying is compute that decoding leaves idle, up to a point: passes are timed, and as many tokens
-are proposed as bring the most a second, none where that is fewer than without.
+Up to a point verifying uses compute that decoding leaves idle. Passes are timed, and as many tokens
+are proposed as give the most tokens a second.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from .cache import KVCache, upload
 from .protocol import Model
 
 MOST_DRAFT_TOKENS = 16
-DRAFT_TOKENS = 15  # at most: Pace takes as many as pay
-NGRAMS = (16, 8, 4, 3, 2)  # tokens that a lookup compares, the longest match first
-CHUNK = 512  # tokens of a text that a draft model takes at a time
+DRAFT_TOKENS = 15  # at most; Pace chooses the number
+NGRAMS = (16, 8, 4, 3, 2)  # tokens that a lookup compares, longest first
+CHUNK = 512  # tokens of a text that a draft model reads at a time
 PLAIN_PASSES = 2  # timed before the first proposals, and one more every REFRESH passes
 REFRESH = 64
-MOST_ROWS = 31  # of a pass: from 32 on a CPU with AMX may compute other bits (amx.py)
-MEASURED = 5  # the last passes over so many rows, of which the fastest counts
-ROW = 1.05  # what a row adds to a pass until it is measured
-PRIOR = 0.5, 2.0  # proposed tokens that were right, of so many
-MEMORY = 0.9  # what a token weighs against the next one
-SHORTEST_PAUSE, LONGEST_PAUSE = 16, 64  # passes; doubles as long as proposals lose
+MOST_ROWS = 31  # of a pass: from 32 a CPU with AMX may give other bits (amx.py)
+MEASURED = 5  # last passes with as many rows; the fastest counts
+ROW = 1.05  # time factor of one more row until it is measured
+PRIOR = 0.5, 2.0  # initial counts: right, of proposed
+MEMORY = 0.9  # weight of a proposal relative to the next one
+SHORTEST_PAUSE, LONGEST_PAUSE = 16, 64  # passes; doubles while proposals do not pay
 
 
 def check(model: Model, speculate: Any, draft_tokens: Any) -> None:
-    """Raises ValueError or TypeError for what generate cannot speculate with."""
+    """Raise ValueError or TypeError for arguments that generate cannot speculate with."""
     check_draft_tokens(draft_tokens)
     if isinstance(speculate, Model):
         pairs: tuple[tuple[str, Any, Any], ...] = (
@@ -68,12 +68,12 @@ def check_draft_tokens(draft_tokens: Any) -> None:
 
 @torch.inference_mode()
 def extend(model: Model, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tensor:
-    """Appends runs[i], at least one token, to each sequence: logits [tokens of all runs, vocab].
+    """Append runs[i], at least one token, to each sequence; return logits [all tokens, vocab].
 
-    Every token is a row with a single query. Attention with several queries a sequence reads the
-    cache once for all of them, but it cuts the keys by the last query's length and takes the tiles
-    of prefill from 48 rows a kv head: other bits. At 4096 tokens of context and 8 rows the pass
-    takes as long either way.
+    Every token is a row with a single query. Attention with several queries a sequence would read
+    the cache once for all of them, but gives other bits: it splits the keys by the last query's
+    length, and uses prefill's tiles from 48 rows a kv head. At 4096 tokens of context and 8 rows
+    the pass takes the same time.
     """
     counts = [len(run) for run in runs]
     tokens = torch.tensor([[token] for run in runs for token in run])
@@ -86,12 +86,12 @@ def extend(model: Model, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tenso
     return model.logits(hidden[:, 0])
 
 
-# ---- what proposes ----
+# ---- proposers ----
 
 
 class Proposer(Protocol):
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
-        """Up to wanted[i] tokens after the text of sequence i, for each i of wanted."""
+        """Return up to wanted[i] tokens to follow the text of each sequence i in wanted."""
 
 
 def proposer(
@@ -101,8 +101,8 @@ def proposer(
     generators: Sequence[torch.Generator],
     settings: tuple[float, float, int],
 ) -> Proposer | None:
-    """texts: what each sequence has so far, which generate goes on to extend. lengths: of the texts
-    in the end. settings: see sampling.sample."""
+    """Return the proposer. texts: each sequence's tokens, which generate extends. lengths: final
+    lengths of the texts. settings: see sampling.sample."""
     if speculate is None:
         return None
     if isinstance(speculate, str):
@@ -111,13 +111,13 @@ def proposer(
 
 
 class Lookup:
-    """Proposes the tokens that followed where the text last had its last few tokens."""
+    """Propose the tokens that followed the last earlier occurrence of the text's last tokens."""
 
     def __init__(self, texts: list[list[int]]) -> None:
         self._texts = texts
-        # An n-gram's hash -> its end. Two of the same hash cost a wrong proposal.
+        # An n-gram's hash -> its end. A collision costs a wrong proposal.
         self._after: list[dict[int, int]] = [{} for _ in texts]
-        self._seen = [1] * len(texts)  # ends up to here are in it
+        self._seen = [1] * len(texts)  # n-grams that end before this are in it
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
         return {i: self._propose(i, count) for i, count in wanted.items()}
@@ -132,13 +132,13 @@ class Lookup:
         for n in NGRAMS:
             start = after.get(hash(tuple(text[-n:]))) if n <= len(text) else None
             if start is not None:
-                period = text[start:]  # all of it repeats, where it is shorter than the proposal
+                period = text[start:]  # repeated if shorter than the proposal
                 return [period[j % len(period)] for j in range(count)]
         return []
 
 
 class Draft:
-    """A smaller model's tokens, sampled with the numbers that the model itself will draw."""
+    """Propose a smaller model's tokens, sampled with the random numbers the model will draw."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Draft:
         self._model, self._texts, self._generators = model, texts, generators
         self._settings = settings
         self._cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
-        self._last = [(0, list[int]())] * len(texts)  # where the last proposals began, and they
+        self._last = [(0, list[int]())] * len(texts)  # the last proposals, after their start
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
         runs = {i: self._missing(i) for i in wanted}
@@ -169,7 +169,7 @@ class Draft:
             for i, row in zip(runs, logits[last.to(logits.device)], strict=True):
                 try:
                     token = sampling.sample(row, *self._settings, draws[i])
-                except ValueError:  # the draft's logits mean nothing: no proposal
+                except ValueError:  # the draft's logits are invalid: no proposal
                     continue
                 proposals[i].append(token)
                 if len(proposals[i]) < wanted[i]:
@@ -180,7 +180,7 @@ class Draft:
         return proposals
 
     def _missing(self, i: int) -> list[int]:
-        """Drops refused proposals from the cache. The text's last tokens, which are not there."""
+        """Drop rejected proposals from the cache; return the text's last tokens, which it lacks."""
         text, cache, (right, proposal) = self._texts[i], self._cache.select([i]), self._last[i]
         for token, guess in zip(text[right:], proposal, strict=False):
             if token != guess:
@@ -198,11 +198,11 @@ def _copy(generator: torch.Generator) -> torch.Generator:
     return torch.Generator().set_state(generator.get_state())
 
 
-# ---- when ----
+# ---- pace ----
 
 
 class _Sequence:
-    """How often the proposals of a sequence were right lately."""
+    """How often a sequence's recent proposals were right."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -211,7 +211,7 @@ class _Sequence:
         self.trying = False  # whether the next proposal is the first after a pause
 
     def chances(self, room: int) -> list[float]:
-        """The probability that each of the next proposals, and all before it, will be right."""
+        """Return the probability that each of the next proposals, and all before it, is right."""
         chance = self.right / self.checked
         return [chance**n for n in range(1, min(room, self.most) + 1)]
 
@@ -231,9 +231,9 @@ class _Sequence:
 
 
 class Pace:
-    """How many tokens to propose: as many as give the most tokens a second, by what passes over so
-    many rows took and by how often proposals were right. A sequence for which none pays pauses, and
-    then tries one.
+    """Choose how many tokens to propose: as many as give the most tokens a second, from the times
+    of passes by rows and from how often proposals were right. A sequence for which no proposal pays
+    pauses, and then tries one.
     """
 
     def __init__(
@@ -245,11 +245,11 @@ class Pace:
     ) -> None:
         self._proposer, self._clock = proposer, clock
         self._sequences = [_Sequence(most) for _ in range(sequences)]
-        self._seconds: dict[int, deque[float]] = {}  # of the last passes over so many rows
+        self._seconds: dict[int, deque[float]] = {}  # of the last passes, by rows
         self._since = 0  # passes since the last plain one
 
     def propose(self, active: Sequence[int], room: Sequence[int]) -> list[list[int]]:
-        """For each active sequence, at most room[i] tokens. Starts the time of a pass."""
+        """Return at most room[i] tokens for each active sequence, and start timing a pass."""
         self._start = self._clock()
         if self._proposer is None:
             return [[]] * len(active)
@@ -260,7 +260,7 @@ class Pace:
         return [proposals.get(i, []) for i in active]
 
     def _counts(self, active: Sequence[int], room: Sequence[int]) -> Counter[int]:
-        """How many to propose for each sequence."""
+        """Return how many tokens to propose for each sequence."""
         space = max(MOST_ROWS - len(active), 0)
         counts: Counter[int] = Counter()
         chances: list[tuple[float, int]] = []
@@ -289,13 +289,13 @@ class Pace:
         return counts + pays
 
     def _times(self, rows: int, more: int) -> list[float]:
-        """Of passes over `rows` to `rows + more` rows, the fastest of the last few. Where fewer
-        than two were measured a row is taken to add little, which trying it corrects; fewer rows
-        take no longer."""
+        """Return the time of passes with `rows` to `rows + more` rows, the fastest of the last few.
+        With fewer than two measurements a row is assumed to add little, which a try corrects. Fewer
+        rows never take longer."""
         times: list[float] = []
         for n in range(rows, rows + more + 1):
             measured = self._seconds.get(n, ())
-            known = len(measured) >= PLAIN_PASSES  # one alone may have lost its core
+            known = len(measured) >= PLAIN_PASSES  # a single one may have lost its core
             times.append(min(measured) if known else times[-1] * ROW)
         for n in reversed(range(more)):
             times[n] = min(times[n], times[n + 1])
@@ -304,7 +304,7 @@ class Pace:
     def passed(
         self, active: Sequence[int], proposals: Sequence[Sequence[int]], accepted: Sequence[int]
     ) -> None:
-        """Ends the time of a pass, in which accepted[i] of proposals[i] proved right."""
+        """Stop timing a pass, in which accepted[i] of proposals[i] were right."""
         seconds = max(self._clock() - self._start, 1e-9)
         total = sum(map(len, proposals))
         rows = len(active) + total

@@ -1,4 +1,4 @@
-"""silu_and_mul, and the same with FP8 output."""
+"""The ops silu_and_mul and silu_and_mul_fp8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import as_rows, new_scale, register, with_huge_pages
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, the middle of SwiGLU. gate_up [..., 2 * I], gate first -> [..., I].
+    """Return silu(gate) * up, the middle of SwiGLU. gate_up [..., 2 * I], gate first -> [..., I].
 
     silu(gate) is rounded to the dtype before the product, as in eager PyTorch.
     Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
@@ -22,7 +22,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 
 
 def silu_and_mul_fp8(gate_up: Tensor, *, scale_ub: float | None = None) -> tuple[Tensor, Tensor]:
-    """silu_and_mul, then quantize_fp8 by row. [..., 2 * I] -> q e4m3 [..., I], scale [rows, 1]."""
+    """Return silu_and_mul quantized by row: [..., 2 * I] -> e4m3 [..., I], scale fp32 [rows, 1]."""
     _check(gate_up)
     checks.bound("scale_ub", scale_ub)
     return _silu_and_mul_fp8_op(gate_up, scale_ub)

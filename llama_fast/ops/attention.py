@@ -1,4 +1,4 @@
-"""attention: prefill, batched or packed, without a cache."""
+"""The op attention: prefill, batched or packed, without a cache."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T * softmax_scale) v with grouped-query heads, in memory linear in the length.
+    """Return softmax(q k^T * softmax_scale) v for grouped-query heads, in linear memory.
 
     q [B, Sq, H, D], k and v [B, Sk, Hkv, D] -> [B, Sq, H, D]; or packed: q [total_q, H, D],
     k and v [total_k, Hkv, D] with cu_seqlens_q and cu_seqlens_k [B + 1] int32. H is a multiple of
     Hkv, D a multiple of 8 up to 256. causal is bottom-right aligned: query i sees the keys
     j <= i + Sk - Sq; a query that sees none gives zeros. softmax_scale: None means 1 / sqrt(D).
-    Softmax in fp32. Source: Dao, FlashAttention-2, arXiv:2307.08691.
+    The softmax is computed in fp32. Source: Dao, FlashAttention-2, arXiv:2307.08691.
     """
     checks.activation("q", q)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None

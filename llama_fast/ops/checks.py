@@ -1,6 +1,6 @@
 """Argument checks. Each raises TypeError (wrong type or dtype) or ValueError (wrong shape, stride,
-device or range) with the argument's name, what was got and what is wanted. torch.compile traces
-through them: nothing here looks at a tensor's data."""
+device or range) that names the argument, the value received and the value wanted. torch.compile
+traces through them, so none reads a tensor's data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def has_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 
 
 def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str) -> None:
-    """None matches any size; spelled is how the error names the shape, such as '[T, H, D]'."""
+    """Check the shape. None matches any size; spelled is the shape's name, such as '[T, H, D]'."""
     got = t.shape
     if got == shape:
         return
@@ -46,7 +46,7 @@ def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str)
 
 
 def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> None:
-    """t lives where o lives and, unless dtype is False, has o's dtype."""
+    """Check that t is on o's device and, unless dtype is False, has o's dtype."""
     is_tensor(name, t)
     if t.device != o.device:
         raise ValueError(f"{name}: got device {t.device}, want {other}'s, {o.device}")
@@ -56,7 +56,7 @@ def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> 
 
 
 def rows_contiguous(name: str, t: Tensor) -> None:
-    """The last dimension is dense; the others may have any stride."""
+    """Check that the last dimension is dense; the others may have any stride."""
     if not t.is_contiguous() and t.dim() and t.shape[-1] > 1 and t.stride(-1) != 1:
         raise ValueError(
             f"{name}: got stride {t.stride(-1)} in the last dimension, want 1 "
@@ -65,7 +65,7 @@ def rows_contiguous(name: str, t: Tensor) -> None:
 
 
 def activation(name: str, t: Tensor) -> None:
-    """bf16, fp16 or fp32; at least one dimension; a dense, non-empty last dimension."""
+    """Check for bf16, fp16 or fp32, and a last dimension that is dense and not empty."""
     has_dtype(name, t, ACTIVATIONS)
     if t.dim() == 0 or t.size(-1) == 0:
         raise ValueError(f"{name}: got shape {list(t.shape)}, want [..., n] with n >= 1")
@@ -73,14 +73,14 @@ def activation(name: str, t: Tensor) -> None:
 
 
 def vector(name: str, t: Tensor, n: int, other: str, o: Tensor) -> None:
-    """A dense [n] with o's dtype and device: a norm's weight, a bias."""
+    """Check for a dense [n] with o's dtype and device: a norm's weight, a bias."""
     like(name, t, other, o)
     has_shape(name, t, (n,), "[n]")
     rows_contiguous(name, t)
 
 
 def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None:
-    """A finite real number >= low (> low when not inclusive)."""
+    """Check for a finite real number >= low (> low when not inclusive)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
         raise TypeError(f"{name}: got {type(value).__name__}, want a float")
     # Comparisons only: torch.compile traces a SymFloat through them, not through math.isfinite.
@@ -92,7 +92,7 @@ def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None
 
 
 def bound(name: str, value: Any) -> None:
-    """An optional positive bound."""
+    """Check for None or a positive bound."""
     if value is not None:
         number(name, value, 0.0, inclusive=False)
 
@@ -117,7 +117,7 @@ def head_dim(d: int) -> None:
 def cache_scales(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
-    """The caches have q's dtype and no scales, or are e4m3, each with its scale [1] or [Hkv]."""
+    """Check that the caches have q's dtype and no scale, or are e4m3 with scales [1] or [Hkv]."""
     fp8 = isinstance(k_cache, Tensor) and k_cache.dtype in FP8
     caches = (("k_cache", k_cache), ("v_cache", v_cache))
     for (name, cache), scale in zip(caches, (k_scale, v_scale), strict=True):
@@ -147,7 +147,7 @@ def cache_scales(
 
 
 def softmax_scale(value: float | None, d: int) -> float:
-    """The value given, or 1 / sqrt(head_dim)."""
+    """Return the value, checked, or 1 / sqrt(head_dim) for None."""
     if value is None:
         return 1.0 / math.sqrt(d)
     number("softmax_scale", value, 0.0, inclusive=False)

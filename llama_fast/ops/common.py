@@ -1,4 +1,4 @@
-"""What every family uses: registration with torch.library, outputs, a check of values."""
+"""Shared by all families: registration with torch.library, output allocation, a check of values."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _lib = torch.library.Library("llama_fast", "DEF")
 
 
 def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Return the op. impl serves CPU and CUDA tensors; fake gives empty outputs of the same shapes.
+    """Register and return the op. impl serves CPU and CUDA tensors; fake returns empty outputs.
 
-    Library.define and impl cost about 2 us a call, torch.library.custom_op 5 to 15.
+    A call through Library.define and impl costs about 2 us; torch.library.custom_op costs 5 to 15.
     """
     _lib.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     name = schema.split("(", 1)[0]
@@ -27,28 +27,27 @@ def register(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """[..., n] -> [rows, n]: a view where strides allow, else a copy."""
+    """Return t [..., n] as [rows, n]: a view where strides allow, else a copy."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 def new(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty, contiguous, of t's shape, and of its dtype unless another is given."""
+    """Return an empty contiguous tensor of t's shape, of t's dtype unless another is given."""
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def new_scale(t: Tensor) -> Tensor:
-    """Empty fp32 [rows, 1]."""
+    """Return an empty fp32 [rows, 1]."""
     return t.new_empty((t.numel() // t.shape[-1], 1), dtype=torch.float32)
 
 
-_MAPPED = 32 << 20  # bytes: from here on glibc maps every allocation (M_MMAP_THRESHOLD's maximum)
+_MAPPED = 32 << 20  # bytes: above this glibc maps every allocation (M_MMAP_THRESHOLD's maximum)
 
 
 def with_huge_pages(out: Tensor) -> Tensor:
-    """Return out, just allocated, having asked for huge pages where it is large and on a CPU.
+    """Request huge pages for out, newly allocated, if it is large and on a CPU, and return it.
 
-    The system hands out memory page by page as it is first written, at a fault each, which for a
-    large output takes longer than the op.
+    The first write to each page is a page fault; for a large output these take longer than the op.
     """
     if out.nbytes >= _MAPPED and out.is_cpu:
         _cpu.advise_huge_pages(out)

@@ -1,4 +1,4 @@
-"""attention_with_kvcache: decode, speculative decode and chunked prefill over a KV cache."""
+"""The op attention_with_kvcache: decode, speculative decode and chunked prefill."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def attention_with_kvcache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q over a KV cache: decode (Sq = 1), speculative decode, chunked prefill.
+    """Return attention of q over a KV cache: decode (Sq = 1), speculative decode, chunked prefill.
 
     q [B, Sq, H, D]; caches [B, S, Hkv, D] of any strides, or paged [blocks, block_size, Hkv, D]
-    with block_table [B, n] int32. cache_seqlens [B] int32: valid tokens per sequence, those of this
-    call's queries included; what lies beyond is never used. causal is bottom-right aligned against
-    cache_seqlens. num_splits: how many ways the keys are split over threads or SMs; 0: automatic,
-    and then a sequence's result does not depend on the rest of the batch. k_scale and v_scale, fp32
-    [1] or [Hkv]: what the entries of FP8 caches (e4m3) are multiplied by, required with them and
-    refused with caches of q's dtype. -> [B, Sq, H, D].
+    with block_table [B, n] int32 -> [B, Sq, H, D]. cache_seqlens [B] int32: valid tokens per
+    sequence, including those of this call's queries; entries beyond them are never used. causal is
+    bottom-right aligned against cache_seqlens. num_splits: the number of splits of the keys over
+    threads or SMs; 0 is automatic, and a sequence's result then does not depend on the rest of the
+    batch. k_scale and v_scale, fp32 [1] or [Hkv], multiply the entries of FP8 caches (e4m3). They
+    are required with FP8 caches and refused with caches of q's dtype.
     """
     checks.activation("q", q)
     checks.has_shape("q", q, (None, None, None, None), "[B, Sq, H, D]")
@@ -59,21 +59,12 @@ def attention_with_kvcache(
         raise ValueError(f"num_splits: got {num_splits}, want 0 (automatic) or more")
     scale = checks.softmax_scale(softmax_scale, d)
     return _attention_with_kvcache_op(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        causal,
-        scale,
-        num_splits,
-        k_scale,
-        v_scale,
+        q, k_cache, v_cache, cache_seqlens, block_table, causal, scale, num_splits, k_scale, v_scale
     )
 
 
 def _check_cache(cache_seqlens: Tensor, block_table: Tensor | None, k_cache: Tensor) -> None:
-    """Every length fits the cache and every block id that a length reaches exists."""
+    """Raise ValueError unless every length fits the cache and every block id in use exists."""
     blocks, block_size = k_cache.shape[:2]
     if not cache_seqlens.is_cpu:
         return

@@ -1,4 +1,4 @@
-"""The products with a weight: fp8_gemm, fp8_linear, linear; and pack_weight."""
+"""The ops fp8_gemm, fp8_linear, linear and pack_weight."""
 
 from __future__ import annotations
 
@@ -22,14 +22,12 @@ def fp8_gemm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(a * scale_a) @ (b * scale_b)^T + bias, summed in fp32, rounded once.
+    """Return (a * scale_a) @ (b * scale_b)^T + bias, summed in fp32 and rounded once.
 
-    On sm_89 and sm_90 every 128 of K are summed in the tensor cores, with about 14 bits, and these
-    sums in fp32.
-
-    a [M, K] and b [N, K] e4m3 -> [M, N] of out_dtype (bf16, fp16 or fp32). Scales fp32, as
-    quantize_fp8 makes them: [1], [rows, 1], 1x128 blocks, and for b 128x128 blocks. bias [N] of
-    out_dtype.
+    a [M, K] and b [N, K] e4m3 -> [M, N] of out_dtype (bf16, fp16 or fp32). Scales are fp32, as
+    quantize_fp8 makes them: [1], [rows, 1], 1x128 blocks, and for b 128x128 blocks. bias [N] has
+    out_dtype. On sm_89 and sm_90 the tensor cores sum 128 of K with about 14 bits; these partial
+    sums are added in fp32.
     """
     checks.has_dtype("a", a, checks.FP8)
     checks.has_shape("a", a, (None, None), "[M, K]")
@@ -63,15 +61,15 @@ def fp8_linear(
     quantize_activation: bool | None = None,
     scale_ub: float | None = None,
 ) -> Tensor:
-    """x @ (weight * weight_scale)^T + bias with weights that stay FP8 in memory.
+    """Return x @ (weight * weight_scale)^T + bias. The weight stays FP8 in memory.
 
-    x [..., K], weight e4m3 [N, K] or pack_weight's, weight_scale fp32 [1], [N, 1] or in blocks,
-    bias [N] of x's dtype -> [..., N]. quantize_activation: whether x is quantized as well (by row,
-    or 1x128 blocks when the weight is in blocks; scale_ub bounds its amax); None leaves the choice
-    to the backend: on a CPU no, since only the weight's bytes cost there; on a GPU that multiplies
-    e4m3 (sm_89 and later) yes, at any number of rows, so that a row does not depend on the batch;
-    on other GPUs no. On a GPU a row's last bits may differ between calls of up to 64 rows and of
-    more, and nowhere else; on a CPU with AMX, with bf16 x, as linear says.
+    x [..., K], weight e4m3 [N, K] or packed by pack_weight, weight_scale fp32 [1], [N, 1] or by
+    block, bias [N] of x's dtype -> [..., N]. quantize_activation: whether x is quantized too (by
+    row, or in 1x128 blocks if the weight is in blocks; scale_ub bounds its amax). None lets the
+    backend choose: yes on a GPU that multiplies e4m3 (sm_89 and newer), for every number of rows,
+    so that a row does not depend on the batch; no on other GPUs and on CPUs, where only the
+    weight's bytes cost time. On a GPU a row's last bits may differ between calls of up to 64 rows
+    and of more. On a CPU with AMX and bf16 x, see linear.
     """
     checks.activation("x", x)
     checks.has_dtype("weight", weight, checks.FP8)
@@ -87,12 +85,12 @@ def fp8_linear(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias, summed in fp32 in an order that does not depend on the batch.
+    """Return x @ weight^T + bias, summed in fp32 in an order that does not depend on the batch.
 
-    x [..., K], weight of x's dtype [N, K] or pack_weight's, bias [N] -> [..., N]. On a CPU with
-    AMX, bf16 x of at least 32 rows may go to oneDNN (backends() says from how many on), and a row's
-    last bits depend on that. LLAMA_FAST_CPU_AMX=off or torch.use_deterministic_algorithms keeps one
-    path.
+    x [..., K], weight of x's dtype [N, K] or packed by pack_weight, bias [N] -> [..., N]. On a CPU
+    with AMX, oneDNN may compute bf16 x of at least 32 rows (backends() shows from how many), which
+    changes a row's last bits. LLAMA_FAST_CPU_AMX=off or torch.use_deterministic_algorithms prevents
+    it.
     """
     checks.activation("x", x)
     checks.like("weight", weight, "x", x)
@@ -103,10 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[N, K] -> [N / 64, K / 2, 64, 2], the order that linear and fp8_linear read fastest on a CPU.
+    """Reorder [N, K] -> [N / 64, K / 2, 64, 2], which linear and fp8_linear read fastest on a CPU.
 
-    weight: e4m3, bf16, fp16 or fp32; N a multiple of 64, K even. Same values, same results, bit
-    for bit; packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
+    weight: e4m3, bf16, fp16 or fp32; N a multiple of 64, K even. linear and fp8_linear give the
+    same bits for it. packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
     """
     checks.has_dtype("weight", weight, (*checks.FP8, *checks.ACTIVATIONS))
     checks.has_shape("weight", weight, (None, None), "[N, K]")
@@ -123,13 +121,13 @@ def out_features(weight: Tensor) -> int:
 
 
 def prefers_fp8_activations(weight: Tensor) -> bool:
-    """What quantize_activation=None means for fp8_linear on weight's device."""
-    on = kernels("fp8_linear", weight, weight, None)  # a chip's, whatever the shape
+    """Return what quantize_activation=None means for fp8_linear on weight's device."""
+    on = kernels("fp8_linear", weight, weight, None)  # depends on the chip, not on the shape
     return on is not None and on.prefers_fp8_activations(weight)
 
 
 def _check_scale(name: str, scale: Tensor, rows: int, cols: int, other: str, o: Tensor) -> None:
-    """A scale of any granularity for an FP8 operand [rows, cols]."""
+    """Check for a scale of any granularity that fits an FP8 operand [rows, cols]."""
     checks.has_dtype(name, scale, checks.FP32)
     checks.like(name, scale, other, o, dtype=False)
     blocks = -(-cols // FP8_BLOCK)
@@ -142,7 +140,7 @@ def _check_scale(name: str, scale: Tensor, rows: int, cols: int, other: str, o: 
 
 
 def _check_weight(name: str, weight: Tensor, k: int) -> int:
-    """[N, K], or packed [N / 64, K / 2, 64, 2]. Returns N."""
+    """Check for [N, K], or packed [N / 64, K / 2, 64, 2], and return N."""
     if weight.dim() == 4:
         checks.has_shape(
             name, weight, (None, k // 2, PACK_ROWS, 2), "packed [N / 64, K / 2, 64, 2]"

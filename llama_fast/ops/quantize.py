@@ -1,4 +1,4 @@
-"""quantize_fp8."""
+"""The op quantize_fp8."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _GRANULARITIES = ("tensor", "row", "block", "block_2d")
 def quantize_fp8(
     x: Tensor, granularity: str = "row", *, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """x [..., cols] -> q e4m3 like x and fp32 scales, so that x is about q * scale.
+    """Quantize x [..., cols] -> q e4m3 like x and fp32 scales, so that x is about q * scale.
 
-    scale = max(min(amax|x|, scale_ub), tiny) / 448; q = e4m3(clamp(x / scale, -448, 448)), with
-    amax over the whole tensor ("tensor", scale [1]), a row ("row", [rows, 1]), 128 columns of a row
+    scale = max(min(amax|x|, scale_ub), tiny) / 448; q = e4m3(clamp(x / scale, -448, 448)). amax is
+    over the whole tensor ("tensor", scale [1]), a row ("row", [rows, 1]), 128 columns of a row
     ("block", [rows, ceil(cols / 128)], for activations) or a 128 x 128 block ("block_2d",
     [ceil(rows / 128), ceil(cols / 128)], for weights). A zero row gives zeros and a finite scale; a
     NaN makes its whole group NaN. Source: Micikevicius et al., FP8 Formats, arXiv:2209.05433.
@@ -33,7 +33,7 @@ def quantize_fp8(
 
 
 def quantize(x: Tensor, granularity: str, scale_ub: float | None) -> tuple[Tensor, Tensor]:
-    """quantize_fp8 of arguments that are checked already."""
+    """Return quantize_fp8 of arguments that are already checked."""
     on = kernels("quantize_fp8", x)
     if on is None:
         return reference.quantize_fp8(x, granularity, scale_ub=scale_ub)
@@ -57,7 +57,5 @@ def _fake(x: Tensor, granularity: str, scale_ub: float | None) -> tuple[Tensor, 
 
 
 _quantize_fp8_op = register(
-    "quantize_fp8(Tensor x, str granularity, float? scale_ub) -> (Tensor, Tensor)",
-    quantize,
-    _fake,
+    "quantize_fp8(Tensor x, str granularity, float? scale_ub) -> (Tensor, Tensor)", quantize, _fake
 )

@@ -1,4 +1,4 @@
-"""rms_norm, add_rms_norm, and both with FP8 output."""
+"""The ops rms_norm, add_rms_norm and rms_norm_fp8."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .common import as_rows, new, new_scale, register, with_huge_pages
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight.
+    """Return x / sqrt(mean(x^2) + eps) * weight.
 
-    x [..., hidden], weight [hidden] of x's dtype -> [..., hidden]. Normalized in fp32, rounded to
-    x's dtype, then multiplied by the weight in x's dtype, as transformers' LlamaRMSNorm does.
+    x [..., hidden], weight [hidden] of x's dtype -> [..., hidden]. x is normalized in fp32, rounded
+    to x's dtype, then multiplied by the weight in x's dtype, as transformers' LlamaRMSNorm does.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
     _check(x, weight, eps)
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = x + residual rounded to x's dtype.
+    """Return (rms_norm(s), s) for s = x + residual, rounded to x's dtype.
 
     x and residual [..., hidden], weight [hidden] -> two tensors like x.
     """
@@ -42,7 +42,7 @@ def rms_norm_fp8(
     residual: Tensor | None = None,
     scale_ub: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """rms_norm (add_rms_norm with a residual), then quantize_fp8 by row, in one pass.
+    """Return rms_norm (with residual: add_rms_norm) quantized by row, in one pass.
 
     x [..., hidden] -> q e4m3 like x, scale fp32 [rows, 1] and, with residual, x + residual.
     scale_ub bounds a row's amax.

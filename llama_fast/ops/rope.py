@@ -1,4 +1,4 @@
-"""apply_rope, apply_rope_and_append, which writes the KV cache, and rope_table, which both read."""
+"""The ops apply_rope and apply_rope_and_append, and rope_table, which makes the table they read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .common import check_range, new, register, with_huge_pages
 
 
 class Scaling(Protocol):
-    """What rope_table reads of a RopeScaling."""
+    """The fields of a RopeScaling that rope_table reads."""
 
     @property
     def factor(self) -> float: ...
@@ -28,10 +28,10 @@ class Scaling(Protocol):
 
 
 def inv_freq(theta: float, head_dim: int, scaling: Scaling | None = None) -> Tensor:
-    """Frequencies in radians a token, fp32 [head_dim / 2].
+    """Return the frequencies in radians a token, fp32 [head_dim / 2].
 
-    Llama 3.1 divides the frequencies whose wavelength exceeds the original context by `factor`,
-    keeps the short ones, and interpolates between.
+    Llama 3.1 divides frequencies with wavelengths above context / low_freq_factor by `factor`,
+    keeps those below context / high_freq_factor, and interpolates between.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     freqs = 1.0 / theta**exponents
@@ -55,12 +55,12 @@ def rope_table(
     scaling: Scaling | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """fp32 [max_positions, head_dim]: cosines, then sines, head_dim / 2 each.
+    """Return fp32 [max_positions, head_dim]: cosines, then sines, head_dim / 2 each.
 
-    From a LlamaConfig (theta, head_dim and scaling are read off it), or from theta with head_dim
-    and, for Llama 3.1, a RopeScaling. Angles are formed in fp32, position times frequency, as
-    Meta's code and transformers do: the model was trained with them. Keep the table in fp32
-    whatever the model's dtype; in bf16 positions past 256 would collapse.
+    Takes a LlamaConfig, which has theta, head_dim and scaling, or theta with head_dim and, for
+    Llama 3.1, a RopeScaling. Angles are position times frequency in fp32, as in Meta's code and
+    transformers: the model was trained with them. Keep the table in fp32 for every model dtype: in
+    bf16, positions past 256 would collapse.
     """
     if hasattr(config_or_theta, "rope_theta"):
         theta = float(config_or_theta.rope_theta)
@@ -95,8 +95,8 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k by their positions: [T, H, D], [T, Hkv, D], [T] (int32 or int64) -> (q, k).
 
-    table: rope_table(...), fp32 [max_positions, D]. interleaved pairs (2i, 2i + 1) as Meta's
-    checkpoints do; the default pairs (i, i + D / 2) as Hugging Face's do. Rotates in fp32 and
+    table: rope_table(...), fp32 [max_positions, D]. interleaved pairs (2i, 2i + 1), as in Meta's
+    checkpoints; the default pairs (i, i + D / 2), as in Hugging Face's. The rotation is in fp32 and
     rounds once. A position outside the table raises ValueError (CPU tensors).
     Source: Su et al., RoFormer, arXiv:2104.09864.
     """
@@ -118,13 +118,13 @@ def apply_rope_and_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """apply_rope, with the rotated k and v [T, Hkv, D] written into a KV cache. Returns q rotated.
+    """Rotate q and k as apply_rope does and write k and v into a KV cache. Returns the rotated q.
 
-    k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (contiguous caches: blocks = B,
-    block_size = S). slots [T] (int32 or int64): block * block_size + offset for each token; -1
-    skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and v_scale, fp32
-    [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), k rotated and rounded to its
-    dtype first; caches of q's dtype take none.
+    v [T, Hkv, D]; k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (if contiguous:
+    blocks = B, block_size = S). slots [T] (int32 or int64): block * block_size + offset for each
+    token; -1 skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and
+    v_scale, fp32 [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), where k is rotated
+    and rounded to its dtype first; caches of q's dtype take no scales.
     """
     _check(q, k, positions, table, interleaved)
     checks.like("v", v, "q", q)

@@ -211,7 +211,7 @@ def test_refuses_to_write_into_the_input(source: Path, tmp_path: Path) -> None:
 
 def test_refuses_what_is_quantized_already(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "once")
-    with pytest.raises(ValueError, match="start from the 16-bit weights"):
+    with pytest.raises(ValueError, match="already quantized"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
 
 
