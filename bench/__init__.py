@@ -1,1 +1,1 @@
-"""The benchmark suite: `make bench`, `llama-fast bench` and `python -m bench` are one thing."""
+"""The benchmark suite, which `make bench`, `llama-fast bench` and `python -m bench` run."""

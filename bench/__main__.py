@@ -1,4 +1,4 @@
-"""The benchmark suite; with --gpu-report everything there is to know about a GPU."""
+"""Run the benchmark suite, or with --gpu-report a GPU's build, tests and figures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
-    """Run a command line and return its exit code, see arguments.EPILOG. prog: how it was called,
-    for the help text."""
+    """Run a command line and return its exit code (see arguments.EPILOG). prog: the command's name
+    in the help text."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(argument.split("=")[0] == "--gpu-report" for argument in argv):
-        from .gpu import report  # builds llama_fast: nothing before it may import that
+        from .gpu import report  # builds llama_fast, so nothing before it may import that
 
         return report.main(argv, prog)
     from . import suite

@@ -1,4 +1,4 @@
-"""What the benchmark can be asked for, and what it refuses."""
+"""Parse and check the benchmark's command line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ EPILOG = """examples:
                                   sized by what they can do (peers aside)
   {prog} --op attention,linear    these only
   {prog} --op forward             prefill and decode only
-  {prog} --quick                  fewer rounds, no torch.compile, no end to end
+  {prog} --quick                  fewer rounds, no torch.compile, no forward pass
   {prog} --full                   every op and size: M to 16384, contexts to 128k (35 minutes)
   {prog} --model 405b --tp 8      the shapes of one rank of eight
-  {prog} --backend triton,cuda    ours on the first, and a column for each other one
-  {prog} --compare OLD.json       fails where something has become slower since
+  {prog} --backend triton,cuda    ours on the first, the others as columns
+  {prog} --compare OLD.json       fails if something has become slower since
   {prog} --kernel rms_norm=my_package.norms:fast_norm
   {prog} --scaling                time and memory to 131,072 tokens, exponents fitted
   {prog} --whole                  the whole 8B preset in FP8: tokens/s and peak memory
@@ -35,7 +35,7 @@ EPILOG = """examples:
   {prog} --publish                README.md and docs/results.md from bench/results
 
 exit status: 0; 1 a kernel's result was wrong, or it failed; 2 bad arguments; 3 slower than in
---compare's run; 130 interrupted (what was measured is kept)
+--compare's run; 130 interrupted (the figures measured so far are kept)
 """
 
 
@@ -58,7 +58,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--model", choices=MODELS, default="8b", help="whose shapes")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
-    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
     level = what.add_mutually_exclusive_group()
     for name, text in (("quick", "a rough answer in a minute"), ("full", "every op and size")):
@@ -68,18 +68,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--allocator",
         choices=("keep", "system"),
         default="keep",
-        help="keep: memory freed on the CPU is kept for the next output; system: as the C library "
-        "has it, page faults in whatever is measured",
+        help="keep: keep freed CPU memory for the next output; system: the C library's default, "
+        "whose page faults are part of the measured times",
     )
-    what.add_argument("--list", action="store_true", help="print the cases and leave")
-    what.add_argument("--scaling", action="store_true", help="only the cost's growth with length")
+    what.add_argument("--list", action="store_true", help="print the cases and exit")
+    what.add_argument("--scaling", action="store_true", help="only the growth of cost with length")
     what.add_argument("--whole", action="store_true", help="only the whole 8B preset, in FP8")
 
     who = p.add_argument_group("what is compared")
     who.add_argument(
         "--backend",
-        help="ours: the first of these; the others are columns of their own; default: see "
-        "lf.backends()",
+        help="the first of these is ours, the others are columns; default: see lf.backends()",
         **names,
     )
     who.add_argument("--baseline", help="only these of PyTorch's own; 'none'", **names)
@@ -92,7 +91,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=_kernel,
         default=[],
         metavar="OP=MODULE:FUNCTION",
-        help="one more column: your function, called with the arguments of lf.OP (repeatable)",
+        help="one more column: your function, which takes the arguments of lf.OP (repeatable)",
     )
 
     out = p.add_argument_group("what comes out")
@@ -102,21 +101,19 @@ def parser(prog: str) -> argparse.ArgumentParser:
         type=Path,
         default=file,
         metavar="FILE",
-        help="everything that was measured, rewritten after each case; default: %(default)s",
+        help="all figures, rewritten after each case; default: %(default)s",
     )
     out.add_argument("--plot", type=Path, metavar="FILE", help="default: beside the JSON file")
     out.add_argument("--no-plot", action="store_true")
-    out.add_argument("--targets", action="store_true", help="show what each case is held to")
+    out.add_argument("--targets", action="store_true", help="show each case's targets")
     out.add_argument(
         "--compare",
         type=Path,
         metavar="OLD.json",
         help="hold this run against an older one of the same machine and options; exit with 3 "
-        "where a case has become more than 5 %% slower, beyond the noise",
+        "if a case has become more than 5 %% slower, beyond the noise",
     )
-    out.add_argument(
-        "--publish", action="store_true", help="write the pages cut from bench/results"
-    )
+    out.add_argument("--publish", action="store_true", help="write the pages from bench/results")
     out.add_argument("--debug", action="store_true", help="show a traceback for errors")
     return p
 
@@ -126,7 +123,7 @@ def _names(text: str) -> list[str]:
 
 
 def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
-    """OP=MODULE:FUNCTION -> the op, the function's name, the function."""
+    """Parse OP=MODULE:FUNCTION; return the op, the function's name and the function."""
     op, _, where = text.partition("=")
     module, _, function = where.partition(":")
     if not (op and module and function):
@@ -134,9 +131,7 @@ def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
     if op not in cases.OPS:
         raise argparse.ArgumentTypeError(f"got op {op!r}, want one of {', '.join(cases.OPS)}")
     if function in ("ours", "limit", *cases.BASELINES):
-        raise argparse.ArgumentTypeError(
-            f"got a function called {function!r}: a column's name here"
-        )
+        raise argparse.ArgumentTypeError(f"got {function!r}, which is the name of another column")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
@@ -145,7 +140,7 @@ def _kernel(text: str) -> tuple[str, str, Callable[..., object]]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError naming the argument that cannot be."""
+    """Raise ValueError that names an invalid argument."""
     _known("--op", args.op, (*cases.OPS, FORWARD))
     _known("--baseline", args.baseline, (*cases.BASELINES, "none"))
     shapes = (args.model, args.tp, args.dtype)

@@ -1,9 +1,8 @@
-"""python -m bench.limits_table: the least time that each op takes on a chip, from its data sheet.
+"""Print the least time of each op on a chip by its data sheet: python -m bench.limits_table.
 
-For each op at the shapes of a Llama 3.1 layer: the bytes that have to move (each input read and
-each output written once), the floating-point operations, and the longer of the times that the
-chip's memory and its matrix units take for them. No kernel is faster; how near one comes only a
-measurement says.
+For each op at the shapes of a Llama 3.1 layer it prints the bytes that have to move (each input
+read and each output written once), the floating-point operations, and the longer of the times that
+the chip's memory and matrix units take for them. No kernel is faster.
 """
 
 from __future__ import annotations
@@ -14,15 +13,11 @@ from typing import NamedTuple
 
 import llama_fast as lf
 
-MODELS = {
-    "8b": lf.LlamaConfig.llama_3_1_8b,
-    "70b": lf.LlamaConfig.llama_3_1_70b,
-    "405b": lf.LlamaConfig.llama_3_1_405b,
-}
+from .cases.shapes import PRESETS
 
 
 class Chip(NamedTuple):
-    """Dense rates, by the manufacturer's data sheet. fp8 0: its matrix units do not take it."""
+    """Dense rates, by the manufacturer's data sheet. fp8: 0 where matrix units do not take it."""
 
     bandwidth: float  # TB/s
     bf16: float  # TFLOP/s
@@ -40,16 +35,16 @@ CHIPS = {
 
 
 class Work(NamedTuple):
-    """What an op has to do at a shape, in bf16 unless its name says FP8."""
+    """An op's bytes and operations at a shape, in bf16 unless its name says FP8."""
 
     op: str
     shape: str
     bytes: float
     flops: float
-    fp8: bool = False  # operands of its matrix product
+    fp8: bool = False  # whether its matrix product takes FP8 operands
 
     def microseconds(self, chip: Chip) -> tuple[float, str]:
-        """The least time, and what bounds it. Without matrix units for FP8, bf16's multiply it."""
+        """Return the least time and what bounds it. Chips without FP8 multiply in bf16."""
         compute = (self.fp8 and chip.fp8) or chip.bf16
         times = {"memory": self.bytes / chip.bandwidth, "compute": self.flops / compute}
         bound = max(times, key=lambda name: times[name])
@@ -71,7 +66,7 @@ def elementwise(c: lf.LlamaConfig, rows: int) -> Iterator[Work]:
 
 
 def attention(c: lf.LlamaConfig, batch: int, queries: int, keys: int, cache: int = 2) -> Work:
-    """Causal, ends aligned. cache: bytes an element of keys and values."""
+    """Return the work of causal attention, bottom-right aligned. cache: bytes per cache element."""
     heads, kv, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     scores = batch * heads * queries * (keys - (queries - 1) / 2)
     moved = 2 * cache * batch * keys * kv * d + 4 * batch * queries * heads * d
@@ -80,7 +75,7 @@ def attention(c: lf.LlamaConfig, batch: int, queries: int, keys: int, cache: int
 
 
 def products(c: lf.LlamaConfig, rows: int) -> Iterator[Work]:
-    """The gate and up projection."""
+    """Yield the work of the gate and up projection."""
     n, k = 2 * c.intermediate_size, c.hidden_size
     for op, x, weight in (("linear", 2, 2), ("fp8_linear, bf16 x", 2, 1), ("fp8_gemm", 1, 1)):
         moved = n * k * weight + rows * k * x + 2 * rows * n
@@ -99,12 +94,12 @@ def table(c: lf.LlamaConfig) -> list[Work]:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.limits_table", description=__doc__)
-    p.add_argument("--model", choices=MODELS, default="8b")
+    p.add_argument("--model", choices=PRESETS, default="8b")
     p.add_argument("--chip", nargs="+", choices=CHIPS, default=["H100", "H200"])
     args = p.parse_args(argv)
     print(f"{'op':<28}{'shape':<24}{'GB':>8}{'GFLOP':>10}", end="")
     print(*(f"{name:>12} us bound by" for name in args.chip))
-    for w in table(MODELS[args.model]()):
+    for w in table(PRESETS[args.model]()):
         print(f"{w.op:<28}{w.shape:<24}{w.bytes / 1e9:>8.3f}{w.flops / 1e9:>10.1f}", end="")
         for microseconds, bound in (w.microseconds(CHIPS[name]) for name in args.chip):
             print(f"{microseconds:>12.1f}    {bound:<8}", end="")

@@ -1,4 +1,4 @@
-"""One run of the suite: what was asked for, what is measured, and what was found so far."""
+"""Run the suite: measure what the command line asks for, and print and store what was found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .timing.memory import keep_freed
 
 RAN, WRONG, USAGE, SLOWER, INTERRUPTED = 0, 1, 2, 3, 130  # exit codes
 PASSES = {"quick": 2, "default": 3, "full": 2}  # through all cases, see timing/clock.py
-# Seconds within which another pass is begun only if it can be ended: a run has 5 minutes in all.
+# Another pass starts only if it can end within these seconds: a whole run takes 5 minutes.
 OPS_SECONDS = {"quick": 60.0, "default": 95.0, "full": float("inf")}
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     try:
         try:
             arguments.check(args)
-            # Peak memory is --scaling's and --whole's own business.
+            # --scaling and --whole measure peak memory, which kept memory would hide.
             if args.scaling or args.whole or not (args.allocator == "keep" and keep_freed()):
                 args.allocator = "system"
             torch.set_num_threads(args.threads or before)
@@ -70,7 +70,7 @@ def say(text: str) -> None:
 
 
 class Session:
-    """results is what becomes the JSON file; it is written after each case."""
+    """A run. results is the content of the JSON file, which is written after each case."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -83,7 +83,7 @@ class Session:
         self.peers, absent = peers.wanted(wanted, args.device)
         plans = cases.plan(self.spec, args.op, every=args.level == "full")
         self.plans = [plan for plan in plans if args.case in plan.name]
-        # Nothing else runs on a GPU meanwhile.
+        # A GPU is not shared, so one pass is enough.
         self.passes = PASSES[args.level] if args.device == "cpu" else 1
         self.measurer = Measurer(args, self.peers, self.passes, self.skip, self.fail)
         self._forward_again: dict[str, Any] | None = None
@@ -123,7 +123,7 @@ class Session:
                         status = SLOWER
             results["complete"] = True
         except KeyboardInterrupt:
-            print("interrupted: what was measured is kept", file=sys.stderr)
+            print("interrupted; the figures measured so far are kept", file=sys.stderr)
             status = INTERRUPTED
         write(args.json, results)
         written = [args.json]
@@ -149,14 +149,14 @@ class Session:
         self.results["failed"][what] = why
 
     def listed(self) -> list[tuple[str, str]]:
-        """What would be run: an op and its shape, then the forward pass's jobs."""
+        """List what a run measures: ops and shapes, then the forward pass's jobs."""
         names = [job.name for job in self._asked().sizes().jobs] if self.wants_forward() else []
         return [(p.op, p.shape) for p in self.plans] + [(FORWARD, name) for name in names]
 
     # ---- the ops ----
 
     def run_ops(self) -> None:
-        """In passes; the rows are printed in the last, or at an interrupt."""
+        """Measure the ops in passes; print the rows in the last one, or at an interrupt."""
         found: dict[str, Measured] = {plan.name: Measured() for plan in self.plans}
         rows: dict[str, dict[str, Any] | None] = {}
         shown: set[str] = set()
@@ -196,14 +196,14 @@ class Session:
         say(report.line(row, self.args.targets) if row else f"{plan.name}: skipped, {why}")
 
     def _try(self, plan: Plan, so_far: Measured) -> dict[str, Any] | None:
-        """Measure a case once more. A kernel that fails costs its own case, unless it takes the
-        GPU along."""
+        """Measure a case once more. A kernel that fails loses its own case only, unless it breaks
+        the GPU's context."""
         try:
             row = self.measurer.measure(plan, so_far)
             if row is not None:
                 self.results["skipped"].pop(plan.name, None)
             return row
-        except NotImplementedError as why:  # not offered
+        except NotImplementedError as why:
             self.skip(plan.name, first_line(why))
             return None
         except Exception as error:
@@ -211,13 +211,13 @@ class Session:
                 raise
             self.fail(plan.name, f"{type(error).__name__}: {first_line(error)}")
             if self.device.type == "cuda":
-                torch.cuda.synchronize()  # raises where its context is lost
+                torch.cuda.synchronize()  # raises if the context is broken
             return None
 
     # ---- the forward pass ----
 
     def wants_forward(self) -> bool:
-        """Where it is asked for by name, or everything is, at 8B."""
+        """Return whether the forward pass is asked for: by name, or with everything at 8B."""
         a = self.args
         if a.op:
             return FORWARD in a.op
@@ -248,7 +248,7 @@ class Session:
     # ---- comparing ----
 
     def again(self, name: str) -> dict[str, Any] | None:
-        """A case measured in one more pass, on other buffers; the forward pass's jobs together."""
+        """Measure a case in one more pass, on other buffers; the forward pass's jobs together."""
         kept.fresh()
         for plan in self.plans:
             if plan.name == name:
@@ -261,7 +261,7 @@ class Session:
         return self._forward_again.get(name)
 
     def compare(self, old: dict[str, Any]) -> bool:
-        """Whether anything has become slower."""
+        """Compare with an older run; return whether anything has become slower."""
         write(self.args.json, self.results)
         changes = compare.compare(old, self.results, self.again, say)
         self.results["compared"] = {
@@ -277,7 +277,7 @@ class Session:
 
 @contextlib.contextmanager
 def _status(text: str) -> Iterator[None]:
-    """What is being measured, on a terminal, while it is."""
+    """Show on a terminal what is being measured."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -1,21 +1,22 @@
-"""silu_and_mul, the middle of SwiGLU, and its FP8 form.
+"""Compute silu_and_mul, the middle of SwiGLU, and its FP8 form.
 
     s = gate / (1 + e^-gate)     (fp32, then rounded to dtype)
     out = s * up                 (rounded to dtype)
     FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
 
-Why fused: apart, the activation, the product and the quantiser move an element of out 5 times in 16
-bits; here its gate and its up are read once and out is written once.
+Why fused: unfused, the activation, the product and the quantization move an element of out 5 times
+in 16 bits; here gate and up are read once and out is written once.
 
-Cost an element of out, in 16 bits: 6 bytes, 5 to FP8; an exponential and a division, about 22
-instructions (33 to FP8), which 132 SMs issue in half (to FP8: all) of the time that 4.3 TB/s takes.
+Cost per element of out, in 16 bits: 6 bytes, 5 to FP8; an exponential and a division, about 22
+instructions (33 to FP8), which 132 SMs issue in half (to FP8: all) of the time that the bytes take
+at 4.3 TB/s.
 
 Elements are independent unless a row shares a scale. So the plain form cuts rows into tiles of 2048
 columns, which divides the width of every Llama (14336, 28672, 53248), one tile a program: 16
-programs an SM, each with 4 KB or more on the way, are twice what bandwidth needs in flight. To FP8,
-a persistent program holds a row of up to 16384 in registers, 16 elements a thread, with the next
-two rows on their way through shared memory. Wider rows go in pieces, twice, the second time from
-L2. Predicted, not yet measured.
+programs an SM, each with 4 KB or more in flight, are twice what that bandwidth needs. To FP8, a
+persistent program holds a row of up to 16384 in registers, 16 elements a thread, while the next two
+rows arrive in shared memory. Wider rows are read in pieces, twice, the second time from L2. Not yet
+measured.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from . import common, fp8
 from .common import LOG2E, Chip, Config, Tuner
 from .fp8 import amax_bits, divide_to_e4m3, fma, round_to, row_scale, to_fp32
 
-LOG2E_REST: tl.constexpr = tl.constexpr(1.925963033500211e-08)  # log2(e) less its fp32 value
+LOG2E_REST: tl.constexpr = tl.constexpr(1.925963033500211e-08)  # log2(e) minus its fp32 value
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _exp(x):
-    """e^x to 3 ulp, Inf and 0 beyond fp32's range. tl.exp computes 2^(x log2(e)), and rounding that
-    product alone costs |x| / 2 ulp; the fma finds what it lost, to put it back to first order, as a
-    factor near 1: Inf plus a small share of Inf could be Inf - Inf."""
-    x = tl.minimum(tl.maximum(x, -128.0), 128.0)  # past the range on both sides, and finite
+    """Return e^x to 3 ulp, Inf and 0 beyond fp32's range. tl.exp computes 2^(x log2(e)), where the
+    rounding of the product costs |x| / 2 ulp. The fma recovers the rounding error, which is applied
+    to first order as a factor near 1: as a sum it could give Inf - Inf."""
+    x = tl.minimum(tl.maximum(x, -128.0), 128.0)  # finite, and beyond the range on both sides
     product = x * LOG2E
     lost = fma(x, LOG2E, -product) + x * LOG2E_REST
     return tl.exp2(product) * fma(lost, LN2, 1.0)
@@ -48,7 +49,7 @@ def _exp(x):
 
 @triton.jit
 def _silu_and_mul(gate, up, DTYPE: tl.constexpr):
-    """Blocks as loaded -> out, in DTYPE. -Inf gives NaN (-Inf / Inf), as in torch."""
+    """Return out in DTYPE, from blocks as loaded. -Inf gives NaN (-Inf / Inf), as in torch."""
     g = to_fp32(gate)
     s = round_to(g / (1.0 + _exp(-g)), DTYPE)
     return round_to(to_fp32(s) * to_fp32(up), DTYPE)
@@ -85,7 +86,7 @@ def _row_fp8_kernel(
     NATIVE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least WIDTH
-    PER_SM: tl.constexpr,  # the launcher's: programs an SM
+    PER_SM: tl.constexpr,  # programs per SM, for the launcher
     STAGES: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK)[None, :]
@@ -104,7 +105,7 @@ def _row_fp8_kernel(
         q = divide_to_e4m3(to_fp32(y), row_scales[:, None], BOUNDED, NATIVE)
         to = row[:, None] * WIDTH + cols
         if BLOCK >= 8:
-            to = tl.max_contiguous(to, (1, 8))  # rms_norm.py says why
+            to = tl.max_contiguous(to, (1, 8))  # rms_norm.py explains why
         tl.store(out + to, q, mask=inside)
 
 
@@ -120,10 +121,10 @@ def _wide_fp8_kernel(
     BOUNDED: tl.constexpr,
     NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
-    PER_SM: tl.constexpr,  # the launcher's
+    PER_SM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Goes over a row in pieces of BLOCK columns: amax, then the quotients."""
+    """Go over a row twice in pieces of BLOCK columns: find amax, then quantize."""
     within = tl.arange(0, BLOCK)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         at = tl.cast(row, tl.int64) * stride
@@ -146,7 +147,7 @@ def _wide_fp8_kernel(
 
 
 def _tile_configs(chip: Chip) -> list[Config]:
-    """16 elements a thread, two 16-byte loads of gate and two of up; then half and twice that."""
+    """Return tiles of 16 elements a thread (two 16-byte loads each of gate and up), 8 and 32."""
     lanes = chip.warp_size
     sizes = ((2048, 128), (1024, 128), (2048, 64), (4096, 128))
     return [Config.of(threads // lanes, 1, BLOCK=block) for block, threads in sizes]
@@ -157,20 +158,13 @@ _SM_THREADS = 1024
 
 
 def _fp8_configs(chip: Chip, width: int, itemsize: int) -> list[Config]:
-    """As for rms_norm: 16 elements a thread, two rows of gate and up on the way, or one or none
-    where shared memory is short; then 32 elements a thread. Wide rows: one program an SM, so that
-    the rows in progress (28 MB for 405B's 53248 in 16 bits) stay in L2 for the second pass."""
+    """Return configurations as for rms_norm: 16 elements a thread, two rows of gate and up in
+    flight, or one or none where shared memory is short; then 32 elements a thread. Wide rows have
+    one program an SM, so that the rows in progress (28 MB for 405B's 53248 in 16 bits) stay in L2
+    for the second pass."""
     block, lanes, found = common.next_power_of_2(width), chip.warp_size, []
     if width > _WIDEST:
-        deep = [
-            stages
-            for stages in (4, 3, 2)
-            if (stages - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory
-        ]
-        return [
-            Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
-            for stages in deep or [1]
-        ]
+        return common.wide_row_configs(chip, itemsize)
     rows = max(1, 512 // block)
     for elements, stages in ((16, 3), (16, 2), (32, 3), (32, 2), (16, 1), (32, 1)):
         warps = max(1, rows * block // (lanes * elements))
@@ -191,8 +185,8 @@ _rows = Tuner("silu_and_mul_fp8", _fp8_configs)
 def activation(
     out: Tensor, gate_up: Tensor, scale: Tensor | None = None, scale_ub: float | None = None
 ) -> None:
-    """gate_up [rows, 2 width], gate first -> out [rows, width], contiguous; e4m3 when scale fp32
-    [rows, 1] is given."""
+    """Fill out [rows, width], contiguous, from gate_up [rows, 2 width], gate first; with scale
+    (fp32 [rows, 1]) out is e4m3."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     chip, stride = common.chip_of(gate_up), gate_up.stride(0)
 

@@ -1,33 +1,31 @@
-"""FlashAttention forward: out = softmax(q k^T * softmax_scale) v, causal or not, grouped heads.
+"""Compute FlashAttention: out = softmax(q k^T * softmax_scale) v, causal or not, grouped heads.
 
     s = q k^T * softmax_scale * log2(e),  m = max_j s_j,  p_j = 2^(s_j - m)
     out = sum_j p_j v_j / sum_j p_j
 
-Why fused. Unfused, the scores [B, H, Sq, Sk] travel to memory and back three times. Here a program
-owns BLOCK_M queries of one head and walks the keys in tiles of BLOCK_N; m and both sums stay in
-registers and are rescaled when m grows, so memory is linear in the length. Three things keep the
-walk cheap: softmax_scale and log2(e) are one factor, applied in the FMA that subtracts m; tiles
-that every query of the program sees are walked without a mask, and only the rest (the diagonal,
-the end of the sequence) with one; causal programs start with the longest walk, so that those which
-finish last are short.
+Why fused: unfused, the scores [B, H, Sq, Sk] are written to memory and read back three times. Here
+a program owns BLOCK_M queries of one head and walks the keys in tiles of BLOCK_N; m and both sums
+stay in registers and are rescaled when m grows, so memory is linear in the length. softmax_scale
+and log2(e) are one factor, applied in the FMA that subtracts m. Only tiles that some query does not
+see whole (the diagonal, the end of the sequence) are masked. Causal programs with the longest walk
+start first, so that those which finish last are short.
 
 Cost of a (query, key) pair: 4 D FLOPs on the tensor cores and one exp2; causal has half the pairs.
 On H200 a 128 x 128 tile with D = 128 is 8.4 MFLOP at 4096 a cycle, 2048 cycles of matrix
 instructions; 16384 exp2 at 16 a cycle, 1024 cycles; and beside the exp2 some 430 instructions for
-each of 8 warps on 4 schedulers, 860 cycles in their shadow. A program's two warp groups meet at a
-barrier in every tile, so matrix and exp2 phases add up more than they overlap: 2048 / 3072 = 2/3 of
-the matrix rate. Predicted: 2/3 of 790 TFLOP/s, 530, less 5 to 10 % for latencies and the diagonal.
-Hiding the softmax behind the products takes warp specialisation, which tl.range offers and Triton
-3.6 to 3.9 cannot compile for these loops. Each tile reads 64 KiB of k and v: 4 TB/s at 530 TFLOP/s,
-from the L2 cache, which is why programs that share k and v run side by side.
+each of 8 warps on 4 schedulers, 860 cycles. A program's two warp groups meet at a barrier in every
+tile, so matrix and exp2 phases mostly add up: 2048 / 3072 = 2/3 of the matrix rate. To hide the
+softmax behind the products takes warp specialization, which tl.range offers and Triton 3.6 to 3.9
+cannot compile for these loops. Each tile reads 64 KiB of k and v, 4 TB/s at 530 TFLOP/s, from the
+L2 cache: so programs that share k and v run side by side.
 
-Bits: a query's result depends on its own sequence only. The walk starts at key 0 whatever the tile
-of queries, masked keys add exact zeros, and the configuration is chosen by dtype and head_dim, so a
-sequence gives the same bits alone, in any batch or packing, and through either load path.
+Bits: a query's result depends on its own sequence only. The walk starts at key 0 for every tile of
+queries, masked keys add exact zeros, and dtype and head_dim choose the configuration. So a sequence
+gives the same bits alone, in any batch or packing, and through either load path.
 
-Not finite: other sequences never reach a query, nor do the keys and values past its diagonal, save
-a NaN or Inf in v in the tiles that the diagonal crosses: 0 x NaN is NaN there, as it is everywhere
-in eager PyTorch.
+NaN and Inf: no other sequence reaches a query, nor do keys and values past its diagonal, except a
+NaN or Inf in v in the tiles that the diagonal crosses: 0 x NaN is NaN there, as it is everywhere in
+eager PyTorch.
 
 Source: Dao, FlashAttention-2, arXiv:2307.08691.
 """
@@ -42,17 +40,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import common
 from .common import Chip, Config, Tuner
+from .fp8 import dot
 
 _MINUS_INFINITY: tl.constexpr = tl.constexpr(float("-inf"))
-
-
-@triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    """a @ b + acc in fp32. WIDEN: the interpreter multiplies the bit patterns of bf16, so there the
-    operands are widened, which loses nothing: products of 16-bit values are exact in fp32."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -60,17 +50,17 @@ def _load(
     x, x_tma, row_stride, sequence, kv_head, first, n, end,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Keys n to n + BLOCK_N of a sequence, from k or v: [BLOCK_N, BLOCK_D], zeros past D.
+    """Load rows n to n + BLOCK_N of a sequence of k or v: [BLOCK_N, BLOCK_D], zeros past D.
 
     x: row 0 of the sequence and head. x_tma: None or [B, Hkv, rows, D], where the sequence starts
     at row `first`. MASKED: some rows are past the sequence's end. Through the pointer they are
-    zeros; the TMA unit knows the tensor's end only, and gives what lies there.
+    zeros; the TMA unit, which knows only the tensor's end, loads what is there.
     """
     if x_tma is not None:
         return x_tma.load([sequence, kv_head, first + n, 0]).reshape(BLOCK_N, BLOCK_D)
     else:
         row, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        tile = x + tl.cast(n, tl.int64) * row_stride  # a scalar, and offsets that the loop keeps
+        tile = x + tl.cast(n, tl.int64) * row_stride  # a scalar: the loop keeps its offsets
         tile += row.to(tl.int64)[:, None] * row_stride + column
         if MASKED:
             return tl.load(tile, mask=(row < end - n)[:, None] & (column < D), other=0.0)
@@ -85,12 +75,11 @@ def _walk(
     acc, row_max, row_sum, q, k, v, k_tma, v_tma, k_stride, v_stride, sequence, kv_head, first_k,
     len_k, start, stop, last, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, ZERO_TAIL: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over keys start to stop; start is a multiple of BLOCK_N.
+    """Continue the online softmax over keys start to stop; start is a multiple of BLOCK_N.
 
     acc [BLOCK_M, BLOCK_D], row_max and row_sum [BLOCK_M] fp32; last [BLOCK_M]: the last key that
-    each query sees, looked at where MASKED. ZERO_TAIL: v past the sequence's end may be another
+    each query sees, used where MASKED. ZERO_TAIL: v past the sequence's end may be another
     sequence's NaN, and 0 x NaN is NaN.
     """
     BLOCK_M: tl.constexpr = q.shape[0]
@@ -99,14 +88,14 @@ def _walk(
         key = _load(
             k, k_tma, k_stride, sequence, kv_head, first_k, n, len_k, D, BLOCK_N, BLOCK_D, MASKED
         )
-        score = _dot(q, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDEN)
+        score = dot(q, tl.trans(key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         if MASKED:
             seen = tl.arange(0, BLOCK_N)[None, :] <= (last - n)[:, None]
             score = tl.where(seen, score, _MINUS_INFINITY)
         new_max = tl.maximum(row_max, tl.max(score, 1) * scale)
-        # While all of a row's scores are -inf there is no maximum to subtract: -inf - -inf is NaN.
+        # While all of a row's scores are -inf, subtract 0: -inf - -inf is NaN.
         shift = tl.where(new_max == _MINUS_INFINITY, 0.0, new_max)
-        # Written as an FMA: both loops must round alike, whatever the compiler would fuse.
+        # An explicit FMA, so that both loops round alike.
         p = tl.exp2(tl.fma(score, scale, -shift[:, None]))
         shrink = tl.exp2(row_max - shift)
         row_max = new_max
@@ -116,13 +105,13 @@ def _walk(
         )
         if MASKED and ZERO_TAIL:
             value = tl.where((tl.arange(0, BLOCK_N) < len_k - n)[:, None], value, 0.0)
-        acc = _dot(p.to(q.dtype), value, acc * shrink[:, None], WIDEN)
+        acc = dot(p.to(q.dtype), value, acc * shrink[:, None])
     return acc, row_max, row_sum
 
 
 @triton.jit
 def _bounds(cu_seqlens, i, total):
-    """First row and length of packed sequence i, inside [0, total] whatever cu_seqlens holds."""
+    """Return the first row and the length of packed sequence i, clamped to [0, total]."""
     first = tl.minimum(tl.maximum(tl.load(cu_seqlens + i), 0), total)
     end = tl.maximum(tl.minimum(tl.load(cu_seqlens + i + 1), total), first)
     return first, end - first
@@ -139,14 +128,14 @@ def _attention(
     cu_seqlens_q, cu_seqlens_k,  # [batch + 1] or None
     batch, seqlen_q, seqlen_k, kv_heads, group, tiles, section, scale,
     out_strides, q_strides, k_strides, v_strides,  # of B, S and H
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head of one sequence.
+    """Compute BLOCK_M queries of one head of one sequence.
 
-    A stream is what shares k and v: a (sequence, kv head), or a kv head of all packed sequences.
-    Programs are numbered by section of streams (as many as the L2 cache holds), then tile, stream
-    and query head: neighbours read the same keys at the same time.
+    A stream shares k and v: a (sequence, kv head), or a kv head of all packed sequences. Programs
+    are numbered by section of streams (as many as the L2 cache holds), then tile, stream and query
+    head, so that neighbors read the same keys at the same time.
     """
     PACKED: tl.constexpr = cu_seqlens_q is not None
     streams = kv_heads if PACKED else kv_heads * batch
@@ -161,7 +150,7 @@ def _attention(
     first_q, len_q, first_k, len_k = 0, seqlen_q, 0, seqlen_k
     if PACKED:
         # Sequence i owns the tiles from cu_seqlens_q[i] // BLOCK_M + i on, as many as it needs or
-        # one more: no sum over the sequences before it, and no word from the host.
+        # one more: that takes no sum over the sequences before it and nothing from the host.
         low, high = 0, batch
         while high - low > 1:
             middle = (low + high) // 2
@@ -188,7 +177,7 @@ def _attention(
     k += batch_index * k_strides[0] + first * k_strides[1] + kv_index * k_strides[2]
     v += batch_index * v_strides[0] + first * v_strides[1] + kv_index * v_strides[2]
 
-    # Keys below seen_by_all have no mask in this tile, keys from seen_by_any on are not visited.
+    # In this tile keys below seen_by_all need no mask, and keys from seen_by_any on are skipped.
     last = tl.full([BLOCK_M], len_k - 1, tl.int32)
     seen_by_all, seen_by_any = len_k, len_k
     if CAUSAL:
@@ -202,14 +191,14 @@ def _attention(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc, row_max, row_sum = _walk(
         acc, row_max, row_sum, query, k, v, k_tma, v_tma, k_strides[1], v_strides[1], sequence,
-        kv_head, first_k, len_k, 0, unmasked, last, scale, D, BLOCK_N, False, False, WIDEN,
+        kv_head, first_k, len_k, 0, unmasked, last, scale, D, BLOCK_N, False, False,
     )  # fmt: skip
     acc, row_max, row_sum = _walk(
         acc, row_max, row_sum, query, k, v, k_tma, v_tma, k_strides[1], v_strides[1], sequence,
         kv_head, first_k, len_k, unmasked, seen_by_any, last, scale, D, BLOCK_N, True,
-        PACKED and v_tma is not None, WIDEN,
+        PACKED and v_tma is not None,
     )  # fmt: skip
-    nothing = last < 0  # no key was seen: zeros. NaN from keys that were seen stays NaN.
+    nothing = last < 0  # zeros where no key was seen; NaN from keys that were seen stays NaN
     acc *= (1.0 / tl.where(nothing, 1.0, row_sum))[:, None]
     acc = tl.where(nothing[:, None], 0.0, acc)
     out += batch_index * out_strides[0] + first_row * out_strides[1] + head_index * out_strides[2]
@@ -220,7 +209,7 @@ def _attention(
 
 
 def _shared_memory(chip: Chip, dtype: str, d: int, config: Config) -> int:
-    """A bound in bytes: q's tile, the stages of k's and v's, and their barriers."""
+    """Bound the shared memory in bytes: q's tile, the stages of k's and v's, and barriers."""
     m, n, stages = config["BLOCK_M"], config["BLOCK_N"], config.num_stages
     row = _block_d(d) * (4 if dtype == "float32" else 2)
     if chip.backend == "hip":  # q's tile, then k's and v's with p's; a stage is in registers
@@ -229,39 +218,39 @@ def _shared_memory(chip: Chip, dtype: str, d: int, config: Config) -> int:
 
 
 def _configs(chip: Chip, dtype: str, d: int) -> list[Config]:
-    """By dtype and head_dim alone: BLOCK_N sets the order of the sums, so one that depended on a
-    length or a batch would change a sequence's bits. Larger tiles than these spill registers."""
+    """Return the configurations, by dtype and head_dim alone: BLOCK_N sets the order of sums, so
+    if a length or a batch chose it, a sequence's bits would vary. Larger tiles than these spill."""
     block_d = _block_d(d)
     if dtype == "float32":
-        # No matrix unit multiplies fp32 exactly: FMAs, whose unrolled operands need registers.
+        # FMAs, since no matrix unit multiplies fp32 exactly; their operands take registers.
         m, n, warps = {256: (16, 16, 4), 128: (32, 16, 8)}.get(block_d, (32, 16, 4))
         offered = [Config.of(warps, 1, BLOCK_M=m, BLOCK_N=n)]
     elif chip.backend == "hip":
-        # 4 warps of 64 lanes, 64 KiB of LDS, in which a tile of k and one of v alternate.
+        # 4 warps of 64 lanes; a tile of k and one of v alternate in 64 KiB of LDS.
         m = 64 if block_d == 256 else 128
         offered = [Config.of(4, stages, BLOCK_M=m, BLOCK_N=32) for stages in (2, 1)]
     elif block_d == 256:
         # The accumulator takes 128 registers a thread (64 on sm_80, where q takes as many).
         offered = [Config.of(8, 2, BLOCK_M=128 if chip.has_tma else 64, BLOCK_N=32)]
     elif block_d == 128 and chip.has_tma:
-        # 8 warps: a stage more against latency; 4: two small programs an SM, where one computes its
-        # softmax during the other's products, for twice the traffic from L2.
+        # 8 warps have one stage more. With 4 warps an SM has two small programs, and one computes
+        # its softmax during the other's products, for twice the traffic from L2.
         offered = [
             Config.of(8, 3, BLOCK_M=128, BLOCK_N=64),
             Config.of(4, 2, BLOCK_M=64, BLOCK_N=64),
         ]
-        # First, two warp groups with 64 registers a thread of accumulator and 64 of scores; the
-        # masks of a padded d and the way through sm_100's tensor memory take too many more.
+        # First two warp groups, with 64 registers a thread of accumulator and 64 of scores. The
+        # masks of a padded d, or sm_100's tensor memory, would take too many more.
         if d == block_d and chip.arch == 90:
             offered.insert(0, Config.of(8, 2, BLOCK_M=128, BLOCK_N=128))
     elif block_d == 128:
-        # mma.sync keeps q in registers too; again a padded d's masks do not fit beside wide tiles.
+        # mma.sync keeps q in registers too; the masks of a padded d do not fit beside wide tiles.
         offered = [Config.of(8, 2, BLOCK_M=128 if d == block_d else 64, BLOCK_N=32)]
         if d == block_d:
             offered.insert(0, Config.of(8, 2, BLOCK_M=128, BLOCK_N=64))
     else:
-        # Half the products to an exp2, so the softmax is the longer phase: two programs an SM take
-        # turns. sm_90: or one with wide tiles, which meets the barrier less often.
+        # Half the products per exp2, so the softmax is the longer phase: two programs an SM take
+        # turns; on sm_90 then one with wide tiles, which has fewer barriers.
         offered = [
             Config.of(4 if chip.has_tma else 8, 3, BLOCK_M=128, BLOCK_N=64),
             Config.of(8, 3, BLOCK_M=128, BLOCK_N=128 if chip.has_tma else 32),
@@ -270,12 +259,12 @@ def _configs(chip: Chip, dtype: str, d: int) -> list[Config]:
 
 
 def _block_d(d: int) -> int:
-    """The head_dim that tiles have: matrix instructions want 16 at least."""
+    """Return the head_dim of tiles: matrix instructions take 16 or more."""
     return max(16, common.next_power_of_2(d))
 
 
 _tuner = Tuner("attention", _configs)
-# What k and v of programs side by side may fill of the L2 cache: H200 has 50 MB, A100 40.
+# Bytes of the L2 cache for k and v of programs side by side: H200 has 50 MB, A100 40.
 _L2_SHARE = 32 * 2**20
 
 
@@ -283,11 +272,11 @@ _L2_SHARE = 32 * 2**20
 
 
 def _descriptor(t: Tensor, block_n: int, block_d: int) -> TensorDescriptor | None:
-    """t [B, S, Hkv, D] as [B, Hkv, S, D] for the TMA unit, or None: it wants addresses that are
-    multiples of 16 bytes, and no dimension that is empty or repeats the same memory."""
+    """Describe t [B, S, Hkv, D] as [B, Hkv, S, D] for the TMA unit. Return None where it cannot:
+    addresses must be multiples of 16 bytes, and no dimension may be empty or have stride 0."""
     shape = [t.shape[i] for i in (0, 2, 1, 3)]
     unit = 16 // t.element_size()
-    # The stride of a dimension of one is never used, and may be anything.
+    # The stride of a dimension of size 1 is not used and may be anything.
     strides = [t.stride(i) if t.shape[i] > 1 else unit for i in (0, 2, 1)]
     if t.data_ptr() % 16 or 0 in shape or 0 in strides or any(s % unit for s in strides):
         return None
@@ -306,14 +295,14 @@ def attention(
     *,
     tma: bool = True,
 ) -> None:
-    """Fills out. q and out [B, Sq, H, D], k and v [B, Sk, Hkv, D], D a multiple of 8 up to 256; or
-    packed, [total, H, D] and [total, Hkv, D] with cu_seqlens_q and cu_seqlens_k [B + 1] int32.
+    """Fill out [B, Sq, H, D] from q [B, Sq, H, D], k and v [B, Sk, Hkv, D], D a multiple of 8 up to
+    256; or packed, [total, H, D] and [total, Hkv, D] with cu_seqlens_q and cu_seqlens_k [B + 1]
+    int32.
 
-    Any strides, the last dimension contiguous. cu_seqlens are read on the device: there, offsets
-    outside the tensors are clamped, so wrong ones give wrong numbers and touch no other memory. A D
-    that is no power of two is padded on the chip (96 costs the arithmetic of 128), not in memory.
-    tma=False loads through pointers, as chips without a TMA unit do and tensors that it cannot
-    address.
+    Strides may be any, with the last dimension contiguous. The kernel clamps offsets in cu_seqlens
+    to the tensors, so wrong ones give wrong numbers and touch no other memory. A D that is not a
+    power of two is padded on the chip (96 costs the arithmetic of 128), not in memory. tma=False
+    loads through pointers, as for chips without a TMA unit and tensors that it cannot address.
     """
     if cu_seqlens_q is not None:
         out, q, k, v = (t.unsqueeze(0) for t in (out, q, k, v))
@@ -323,7 +312,7 @@ def attention(
     group = heads // kv_heads
     block_d = _block_d(d)
     tma = tma and chip.has_tma and q.dtype != torch.float32
-    # As few sections of streams, of equal size, as keep each one's k and v in the L2 cache.
+    # The fewest sections of streams, of equal size, whose k and v fit the L2 cache.
     streams = batch * kv_heads
     in_cache = max(1, _L2_SHARE // max(1, 2 * seqlen_k * d * k.element_size()))
     section = common.cdiv(streams, common.cdiv(streams, in_cache))
@@ -341,7 +330,7 @@ def attention(
             *((k_tma, v_tma) if k_tma and v_tma else (None, None)), cu_seqlens_q, cu_seqlens_k,
             batch, seqlen_q, seqlen_k, kv_heads, group, tiles, section,
             softmax_scale * common.LOG2E.value, *(t.stride()[:3] for t in (out, q, k, v)),
-            config=config, D=d, BLOCK_D=block_d, CAUSAL=causal, WIDEN=common.INTERPRETED,
+            config=config, D=d, BLOCK_D=block_d, CAUSAL=causal,
         )  # fmt: skip
 
     run(_tuner.choose(q, (str(q.dtype).removeprefix("torch."), d), run))

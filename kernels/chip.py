@@ -1,4 +1,4 @@
-"""The chip at hand, what is launched on it, and recording launches for a chip that is not there."""
+"""Describe chips and launches, and record launches for a chip that is not present."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 at impo
 
 @dataclass(frozen=True)
 class Chip:
-    """What a configuration may depend on. Sizes in bytes; bandwidth and rates are in bench/."""
+    """The properties that a configuration may depend on. Bandwidths and rates are in bench/."""
 
     name: str
     backend: str  # "cuda" or "hip", as Triton names them
     arch: int | str  # 90 for sm_90, "gfx942"
     sms: int
-    shared_memory: int  # most that one block can have
+    shared_memory: int  # bytes that one block can have
 
     @property
     def has_tma(self) -> bool:
@@ -35,7 +35,7 @@ class Chip:
 
     @property
     def has_e4m3(self) -> bool:
-        """Whether conversions and matrix instructions take e4m3 as torch stores it (e4m3fn)."""
+        """Return whether conversions and matrix instructions take torch's e4m3 (e4m3fn)."""
         return self.backend == "cuda" and isinstance(self.arch, int) and self.arch >= 89
 
 
@@ -47,8 +47,8 @@ CHIPS = {
     "sm_100": Chip("NVIDIA B200", "cuda", 100, 148, 232448),
     "gfx942": Chip("AMD Instinct MI300X", "hip", "gfx942", 304, 65536),
 }
-# The interpreter runs one program after another: few "SMs" keep persistent loops short, and more
-# than one exercises them.
+# The interpreter runs one program after another: 3 "SMs" keep grids small, and still make
+# persistent loops of several programs.
 _INTERPRETER = Chip("interpreter", "cuda", 90, 3, 232448)
 
 
@@ -63,7 +63,7 @@ def _device_chip(index: int) -> Chip:
 
 
 def chip_of(t: Tensor) -> Chip:
-    """The chip that holds t; while recording, the one recorded for."""
+    """Return the chip that holds t, or while recording the chip that is recorded for."""
     if (recording := recorded()) is not None:
         return recording.chip
     if t.device.type == "cuda":
@@ -73,7 +73,7 @@ def chip_of(t: Tensor) -> Chip:
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its arguments: make it the tensor's."""
+    """Make t's device the current one: Triton launches there, whatever its arguments."""
     if t.device.type != "cuda" or t.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(t.device)
@@ -84,7 +84,7 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Config:
-    """Constants that a kernel is compiled with."""
+    """The constants that a kernel is compiled with."""
 
     constants: tuple[tuple[str, int], ...]  # sorted: BLOCK_M, ...
     num_warps: int = 4
@@ -122,7 +122,7 @@ class Launch:
 
 @dataclass
 class Recording:
-    """What launchers would do on a chip; config_index picks among each Tuner's offers."""
+    """Launches for a chip; config_index picks one of each Tuner's offered configurations."""
 
     chip: Chip
     config_index: int = 0
@@ -140,8 +140,8 @@ _recording: Recording | None = None
 
 @contextlib.contextmanager
 def record(chip: Chip, config_index: int = 0) -> Iterator[Recording]:
-    """Within the block nothing runs: launches on a chip that need not be there are listed, for
-    tensors on the meta device. One thread at a time; for compiling ahead and for tests."""
+    """Within the block, list launches instead of running them. The chip need not be present, and
+    tensors are on the meta device. One thread at a time; for compiling ahead and for tests."""
     global _recording
     before, _recording = _recording, Recording(chip, config_index)
     try:
@@ -151,5 +151,5 @@ def record(chip: Chip, config_index: int = 0) -> Iterator[Recording]:
 
 
 def recorded() -> Recording | None:
-    """What is being recorded now, if anything is."""
+    """Return the recording in progress, or None."""
     return _recording

@@ -1,10 +1,8 @@
-"""What the Triton kernels share: the chip at hand, a launch, and how a configuration is chosen.
+"""Launch Triton kernels; re-exports chip.py (chips, recording) and tuning.py (the Tuner).
 
-A launcher receives tensors whose shapes are already checked and outputs that exist, and fills
-the outputs. It asks its Tuner for a Config and calls launch(). Nothing here or in a kernel
-synchronises with the device, so every launcher can be captured in a CUDA graph.
-
-Here are launch() and the constants; chip.py has the chip and recording, tuning.py the Tuner.
+A launcher fills outputs that the caller allocated, for inputs that the caller checked. It asks its
+Tuner for a Config and calls launch(). No launcher or kernel synchronizes with the device, so every
+launcher can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -43,6 +41,7 @@ __all__ = [
     "record",
     "save_choices",
     "tuning",
+    "wide_row_configs",
 ]
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -54,17 +53,17 @@ next_power_of_2 = triton.next_power_of_2
 
 
 def programs(work: int, slots: int) -> int:
-    """How many programs of a persistent grid share work items, at most slots: as few as finish in
-    the same number of rounds, so that the last round is full."""
+    """Return the size of a persistent grid for `work` items: the fewest programs that need no more
+    rounds than `slots` programs would, so that the last round is full."""
     return cdiv(work, cdiv(work, slots)) if work else 0
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, config: Config, **constants: Any
 ) -> None:
-    """kernel[grid](*arguments, **constants, **config's), on the device and the current stream of
-    the first tensor among the arguments. A grid with a zero launches nothing: on a GPU it would
-    leave an error for the next call to trip over."""
+    """Launch kernel[grid] with the arguments, the constants and the config's constants, on the
+    device and the current stream of the first tensor argument. A grid with a zero launches nothing:
+    on a GPU it would leave an error that the next call reports."""
     if 0 in grid:
         return
     if (recording := _recorded()) is not None:
@@ -76,14 +75,24 @@ def launch(
             **dict(config.constants),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            # Triton 3.9 warns that its default will change; a kernel may say otherwise.
+            # Explicit: Triton 3.9 warns that its default will change. Constants may override it.
             **{"enable_fp_fusion": True, **constants},
         )
 
 
+def wide_row_configs(chip: Chip, itemsize: int) -> list[Config]:
+    """Return configurations for rows that do not fit in registers: one program of 1024 threads an
+    SM reads two inputs in pieces of 8192 columns, with three pieces in flight, or as many as fit
+    the shared memory."""
+    stages = [s for s in (4, 3, 2) if (s - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory]
+    return [
+        Config.of(1024 // chip.warp_size, 1, BLOCK=8192, PER_SM=1, STAGES=s) for s in stages or [1]
+    ]
+
+
 def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
     for argument in arguments:
-        base = getattr(argument, "base", argument)  # of a TensorDescriptor
+        base = getattr(argument, "base", argument)  # a TensorDescriptor's tensor
         if isinstance(base, Tensor):
             return base
     raise TypeError("launch: want a tensor among the arguments")

@@ -1,38 +1,38 @@
-"""Attention of a few queries over a KV cache: decode, speculative decode, chunked prefill.
+"""Compute attention of a few queries over a KV cache: decode, speculation, chunked prefill.
 
     out[i] = sum_j softmax_j(q[i] . k[j] * softmax_scale) v[j],   j < cache_seqlens (and, causal,
                                                                   j <= i + cache_seqlens - Sq)
 
-Why a kernel of its own: one query over L keys reads 2 L Hkv D elements and computes 4 L H D
-operations, which is G a byte in 16 bits (G = H / Hkv, 4 in Llama 3.1 8B), where the chip has some
-two hundred: only memory counts. So everything serves the stream of keys and values:
+Why a separate kernel: one query over L keys reads 2 L Hkv D elements and computes 4 L H D
+operations. In 16 bits that is G per byte (G = H / Hkv, 4 in Llama 3.1 8B), where the chip can do
+some two hundred: memory bounds it.
 
-- Each key is read once for all G query heads that share it. They are rows of one matrix tile,
-  which costs nothing: the matrix instruction wants 16 rows anyway. Row r of a key/value head's
+- Each key is read once for all G query heads that share it. They are rows of one matrix tile, which
+  costs nothing, since the matrix instruction takes 16 rows anyway. Row r of a key/value head's
   Sq * G rows is query r // G, head r % G.
-- One query of one sequence has Hkv (8) programs' worth of work, and the chip 132 SMs. So the keys
-  are split among programs (flash-decoding), each of which leaves its running (acc, top, total) in
-  fp32, and a second kernel adds those up in the order of the keys. How many: decode_plan.py.
-- Loads are 16 bytes a thread and asynchronous, one to two tiles ahead; the id of a tile's block is
-  read a tile earlier still, so that no load waits for the block table.
+- One query of one sequence is work for Hkv (8) programs, and the chip has 132 SMs. So the keys are
+  split over programs (flash-decoding). Each writes its running (acc, top, total) in fp32, and a
+  second kernel adds them in the order of the keys. decode_plan.py sets their number.
+- Loads are 16 bytes a thread and asynchronous, one to two tiles ahead; a tile's block id is read
+  one tile earlier, so that no load waits for the block table.
 
-Cost: the 2 L Hkv D elements a sequence, and a workspace, written and read once, of
-4 (D + 2) bytes a query head and split: 0.8 % of the cache's bytes each way for G = 4 and splits of
-512 keys. It holds B Sq H (D + 2) floats times the most splits: 17 MB for 32 sequences of 8B's shape
-on an H200 (32 splits). Two or three programs an SM with one to two tiles of 64 keys each in flight
-are 100 KB an SM, more than the latency of memory asks for.
+Cost per sequence: the 2 L Hkv D elements, and a workspace, written and read once, of 4 (D + 2)
+bytes for each query head and split: 0.8 % of the cache's bytes each way for G = 4 and splits of 512
+keys. It holds B Sq H (D + 2) floats times the most splits: 17 MB for 32 sequences of 8B's shape on
+an H200 (32 splits). Two or three programs an SM, with one to two tiles of 64 keys each in flight,
+are 100 KB an SM, more than the latency of memory needs.
 
-Many queries (chunked prefill) are the same kernel with 64 or 128 rows a tile: wgmma on sm_90, tiles
-that no row may see are skipped, those that all rows see are not masked.
+Many queries (chunked prefill) use the same kernel with 64 or 128 rows a tile: wgmma on sm_90. Tiles
+that no row sees are skipped; those that all rows see are not masked.
 
-An FP8 cache holds e4m3 of k / k_scale and v / v_scale. It is decoded exactly; k_scale multiplies
+An FP8 cache holds e4m3 of k / k_scale and v / v_scale and is decoded exactly; k_scale multiplies
 the scores and v_scale the result, both in fp32. Half the bytes leave half the time for arithmetic:
 see as_fp16 in decode_tile.py.
 
-Lengths and block ids are on the device and cannot be checked by the host. The kernel stays in
-bounds whatever they are: a length counts as the nearest of 0 and the capacity, and keys in a block
-that does not exist are not seen. NaN past the length never reaches a result; a NaN value within the
-length reaches every query of its tile, as in the eager twin, even one that may not see it.
+The host cannot check lengths and block ids, which are on the device. The kernel stays in bounds
+whatever they are: it clamps a length to 0 and the capacity, and masks keys in a block that does not
+exist. NaN past the length never reaches a result; a NaN value within the length reaches every query
+of its tile, as in the eager twin, even one that may not see it.
 
 Source: Dao et al., Flash-Decoding (2023); Dao, FlashAttention-2, arXiv:2307.08691; Kwon et al.,
 PagedAttention, arXiv:2309.06180.
@@ -50,7 +50,7 @@ from .common import FP8_TINY, LOG2E, Config, cdiv
 from .decode_plan import configs, most_splits, padded_dim, resident, splits_wanted
 from .decode_tile import as_fp16, keys_seen, length_of, over_keys, splits_of
 
-COMBINED = 16  # splits added at a time; part of the order of summation, so not tuned
+COMBINED = 16  # splits added at a time; it sets the order of summation, so it is not tuned
 
 
 # ---- kernels ----
@@ -94,8 +94,8 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Key/value heads next to each other read the same stretch of memory at the same time; the
-    # splits that only long sequences have come last; so do rows that see fewer keys.
+    # Adjacent key/value heads read adjacent memory at the same time. The splits that only long
+    # sequences have come last, and so do rows that see fewer keys.
     index = tl.program_id(0)
     head = index % kv_heads
     index //= kv_heads
@@ -129,7 +129,7 @@ def _attend(
         scale *= tl.load(k_scale + head * stride_ks)
         queries = tl.where((scale < 0.0)[:, None], -queries, queries)
         scale = tl.abs(scale)
-    # over_keys wants it above zero. Scores at a scale as small as this are all alike.
+    # over_keys needs it above zero. At this scale all scores are equal.
     scale = tl.where(scale < FP8_TINY, FP8_TINY, scale)
     k_pool, v_pool = k_cache + head * stride_kh, v_cache + head * stride_vh
     table = block_table
@@ -139,7 +139,7 @@ def _attend(
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     masked = first
-    if BLOCK_M >= 64:  # bound by arithmetic: tiles that every row sees whole go unmasked
+    if BLOCK_M >= 64:  # bound by arithmetic: tiles that every row sees are not masked
         whole = (
             length - seqlen_q + (m_tile * BLOCK_M) // GROUP + 1 if CAUSAL else length
         ) // BLOCK_N
@@ -194,7 +194,7 @@ def _combine(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s, for one row."""
+    """Compute out = sum_s 2^(top_s - top) acc_s / sum_s 2^(top_s - top) total_s for one row."""
     row = tl.program_id(0)
     h, b = row % heads, row // heads // seqlen_q
     query = row // heads % seqlen_q
@@ -203,7 +203,7 @@ def _combine(
     keys = keys_seen(length, seqlen_q, m_tile, GROUP, CAUSAL, BLOCK_M)
     splits = splits_of(keys, num_splits, most, BLOCK_N)
     if splits == 1:
-        return  # written already
+        return  # _attend has written it
     d, s = tl.arange(0, BLOCK_D), tl.arange(0, COMBINED)
     first = row.to(tl.int64) * most
     highest = tl.full([COMBINED], -float("inf"), tl.float32)
@@ -247,9 +247,10 @@ def decode_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """out and q [B, Sq, H, D], caches [B, S, Hkv, D] or paged [blocks, block_size, Hkv, D] with
-    block_table int32 [B, n], cache_seqlens int32 [B]; FP8 caches with fp32 scales [1] or [Hkv].
-    num_splits: 0, or what each sequence is split into as far as its tiles go."""
+    """Fill out [B, Sq, H, D] from q [B, Sq, H, D], caches [B, S, Hkv, D], or paged [blocks,
+    block_size, Hkv, D] with block_table int32 [B, n], and cache_seqlens int32 [B]; FP8 caches with
+    fp32 scales [1] or [Hkv]. num_splits: how many splits a sequence has, at most one per tile; 0:
+    by its length."""
     batch, seqlen_q, heads, d = q.shape
     blocks, block_size, kv_heads = k_cache.shape[:3]
     group = heads // kv_heads

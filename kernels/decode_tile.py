@@ -1,23 +1,13 @@
-"""What the kernels of decode_attention.py are made of: which keys a program is to see, tiles of
-keys and values as they lie in the cache, and the online softmax over them."""
+"""Device functions of decode_attention.py: the keys that a program sees, loads of tiles of the
+cache, and the online softmax over them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from . import common, fp8
+from . import fp8
 from .decode_plan import LONG_SPLIT, SHORT_SPLIT, SHORT_SPLITS
-
-_INTERPRETED = tl.constexpr(common.INTERPRETED)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    """acc + a @ b in fp32, exact products."""
-    if _INTERPRETED:  # which multiplies bf16 as the integers it stores it in
-        a, b = fp8.to_fp32(a), fp8.to_fp32(b)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -29,7 +19,7 @@ def length_of(cache_seqlens, b, capacity):
 def keys_seen(
     length, seqlen_q, tile, GROUP: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """How many keys, from the first, the last query of a tile of rows sees."""
+    """Return how many keys the last query of a tile of rows sees."""
     if not CAUSAL:
         return length
     last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
@@ -38,7 +28,7 @@ def keys_seen(
 
 @triton.jit
 def splits_of(keys, num_splits, most, BLOCK_N: tl.constexpr):
-    """How many ways `keys` keys are split. num_splits: as the caller says; 0: of the keys alone."""
+    """Return how many splits `keys` keys have: num_splits, or where it is 0 by the keys alone."""
     splits = tl.maximum(keys // LONG_SPLIT, tl.minimum(keys // SHORT_SPLIT, SHORT_SPLITS))
     splits = tl.where(num_splits == 0, splits, num_splits)
     return tl.maximum(tl.minimum(tl.minimum(splits, most), tl.cdiv(keys, BLOCK_N)), 1)
@@ -46,8 +36,8 @@ def splits_of(keys, num_splits, most, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _block_ids(table, tile, keys, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The ids of the blocks that a tile of keys lies in: one where no tile crosses a block's end,
-    else one for each key, [BLOCK_N]. -1 past the last key, where the table is not read."""
+    """Load the ids of the blocks that hold a tile of keys: one where no tile crosses a block's end,
+    else one for each key, [BLOCK_N]. Past the last key it is -1, and the table is not read."""
     position = tile * BLOCK_N
     if BLOCK_SIZE % BLOCK_N != 0:
         position += tl.arange(0, BLOCK_N)
@@ -69,7 +59,7 @@ def _load_tile(
     NATIVE_FP8: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Keys or values [BLOCK_N, BLOCK_D] in DTYPE."""
+    """Load keys or values [BLOCK_N, BLOCK_D] in DTYPE."""
     rows, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     if BLOCK_SIZE % BLOCK_N != 0:
         inside = ((start + rows) % BLOCK_SIZE).to(tl.int64)
@@ -86,11 +76,11 @@ def _load_tile(
 
 @triton.jit
 def as_fp16(q):
-    """bf16 [BLOCK_M, BLOCK_D] -> (fp16, fp32 [BLOCK_M]), whose product is q: each row by a power of
-    two of its own. Elements below 2^-14 of their row's largest are off by 2^-25 of it at most.
+    """Split q, bf16 [BLOCK_M, BLOCK_D], into fp16 and a power of two per row, fp32 [BLOCK_M], whose
+    product is q. Elements below 2^-14 of their row's largest are off by at most 2^-25 of it.
 
-    e4m3 becomes fp16 by one instruction for two elements; to bf16 it would take two more for each,
-    of those that run at a quarter of the rate, and they would cost more time than the memory."""
+    One instruction converts two e4m3 to fp16; bf16 would take two more for each element, at a
+    quarter of the rate: more time than the memory takes."""
     x = fp8.to_fp32(q)
     exponent = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
     exponent = tl.minimum(tl.maximum(exponent, 0x00800000), 0x7E800000)
@@ -112,7 +102,7 @@ def over_keys(
     last,  # tiles of keys [first, last)
     keys,
     limit,  # [BLOCK_M]: the last key that each row sees
-    scale,  # [BLOCK_M]: of the scores, to base 2; above zero, so that the largest stays so
+    scale,  # [BLOCK_M]: of the scores, to base 2; above zero, so that it keeps their order
     num_blocks,
     stride_kb,
     stride_kt,
@@ -124,7 +114,7 @@ def over_keys(
     BLOCK_N: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
-    """The online softmax over some tiles of keys."""
+    """Continue the online softmax over tiles of keys [first, last)."""
     PAGED: tl.constexpr = BLOCK_SIZE > 0
     BLOCK_D: tl.constexpr = q.shape[1]
     following = b
@@ -146,17 +136,17 @@ def over_keys(
             v_pool, block, start, seen, stride_vb, stride_vt,
             HEAD_DIM, BLOCK_SIZE, BLOCK_N, BLOCK_D, NATIVE_FP8, q.dtype,
         )  # fmt: skip
-        scores = _dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
+        scores = fp8.dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if MASK:
             scores = tl.where(seen & (position[None, :] <= limit[:, None]), scores, -float("inf"))
         elif PAGED:
             scores = tl.where(seen[None, :], scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(higher == -float("inf"), 0.0, higher)  # a row that has seen nothing yet
-        # An fma in so many words: masked or not, paged or not, a key rounds alike.
+        # An explicit fma, so that a key rounds alike, masked or not, paged or not.
         p = tl.exp2(tl.fma(scores, scale[:, None], -base[:, None]))
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, 1)
-        acc = _dot(fp8.round_to(p, q.dtype), v, acc * shrink[:, None])
+        acc = fp8.dot(fp8.round_to(p, q.dtype), v, acc * shrink[:, None])
         top = higher
     return acc, top, total

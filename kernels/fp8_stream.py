@@ -1,28 +1,29 @@
-"""x @ weight^T with FP8 weights for few rows: the weight streams past, once.
+"""Compute x @ weight^T with FP8 weights for few rows, reading the weight once.
 
     out[m, n] = sum over k of x[m, k] sx[m, k] w[n, k] sw[n, k] + bias[n]
 
-x [M, K] e4m3, bf16, fp16 or fp32; weight [N, K] e4m3; out [M, N]. Also what serves 16-bit
-activations and chips that cannot multiply e4m3, at any M.
+x [M, K] e4m3, bf16, fp16 or fp32; weight [N, K] e4m3; out [M, N]. It also serves 16-bit activations
+and chips that cannot multiply e4m3, at any M.
 
 Cost for M <= 64: N K bytes of weight, 2 M N K FLOP. A 14336 x 4096 weight is 59 MB, 14 us at
-4.2 TB/s; the FLOP are 4 us of H200's tensor cores at M = 64. So it is the weight's bytes that
-count, and the kernel keeps enough of them in flight: 1.2 us of latency at 4.2 TB/s is 5 MB, 40 KB
-an SM; the stages of an SM's one or two programs hold 64 KB or more.
+4.2 TB/s; the FLOP are 4 us of H200's tensor cores at M = 64. So the weight's bytes decide, and the
+kernel keeps enough of them in flight: 1.2 us of latency at 4.2 TB/s is 5 MB, 40 KB an SM; the
+stages of an SM's one or two programs hold 64 KB or more.
 
-- The weight is the left operand, 64 rows or more of the tensor core's M, and x^T the right one: one
-  row of x costs an 8- or 16-wide product, where 64 rows of padding would cost as much as M = 64.
-- Where there are fewer tiles of features than SMs, K is split over programs. They leave fp32 sums,
-  which a second kernel adds from first to last. An atomic add would save that launch and add in
-  whatever order the programs end.
-- The number of splits, the blocks of K and their order depend on N, K and the chip, never on M:
-  a row gives the same bits alone and among 64. Beyond 64 rows nothing is split: other last bits.
-- 16-bit activations: e4m3 becomes x's dtype in registers, on its way from shared memory to the
-  tensor core, exactly. At full bandwidth an SM gets 18 values a clock; two take two to four
-  instructions of a thread, and an SM issues 128: a third of them at most.
-- On Ada and Hopper every 128 of K of e4m3 products join an fp32 total (linear.py says why); of
-  fp32 ones, which are chains of fma, every 32: over K = 4096 a single chain is several times as
-  far from fp64 as a blocked product.
+- The weight is the left operand, with 64 features or more on the tensor core's M, and x^T the right
+  one: one row of x then costs a product 8 or 16 wide, not 64 padded rows.
+- Where there are fewer tiles of features than SMs, K is split over programs. They write fp32 sums,
+  which a second kernel adds from first to last. Atomic adds would save that launch, but their order
+  varies.
+- The number of splits, the blocks of K and their order depend on N, K and the chip, never on M: a
+  row gives the same bits alone and among 64. Beyond 64 rows nothing is split, so the last bits
+  differ.
+- For 16-bit activations e4m3 is converted to x's dtype exactly, in registers, between shared memory
+  and the tensor core. At full bandwidth an SM gets 18 values a clock; two take a thread two to four
+  instructions, and an SM issues 128: a third of them at most.
+- On Ada and Hopper the sum of every 128 of K of e4m3 products joins an fp32 total (linear.py
+  explains why). fp32 products, which are chains of fma, join it every 32: over K = 4096 a single
+  chain is several times as far from fp64 as a blocked product.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from .fp8_tile import (
     use_tma,
 )
 
-MOST_ROWS = 64  # of those that count as few
+MOST_ROWS = 64  # the largest M that is "few"
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _stream(
 ):
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
-    m = tl.program_id(0) % m_tiles * BLOCK_M  # neighbours share the weight
+    m = tl.program_id(0) % m_tiles * BLOCK_M  # neighbors share the weight
     n = tl.program_id(0) // m_tiles % n_tiles * BLOCK_N
     split = tl.program_id(0) // (m_tiles * n_tiles)
     blocks = tl.cdiv(K, BLOCK_K)
@@ -138,8 +139,8 @@ def _add_splits(
     X_BLOCKS: tl.constexpr,
     W_BLOCKS: tl.constexpr,
 ):
-    """The splits of a row's BLOCK features, from first to last; then what the other kernel does
-    when it has the whole sum."""
+    """Add the splits of a row's BLOCK features, from first to last; then scale, add the bias and
+    round, as _stream does without splits."""
     chunks = tl.cdiv(N, BLOCK)
     row = (tl.program_id(0) // chunks).to(tl.int64)
     n = tl.program_id(0) % chunks * BLOCK
@@ -160,8 +161,8 @@ def _add_splits(
 
 
 def _splits(chip: Chip, n: int, k: int, block_n: int) -> int:
-    """As many as give each SM a program, of at least 4 blocks of 128: a shorter run would not fill
-    its pipeline. No split where two thirds of the SMs have work: they reach full bandwidth."""
+    """Return how many splits give each SM a program of at least 4 blocks of 128, enough to fill its
+    pipeline. One where two thirds of the SMs have work, which suffices for full bandwidth."""
     tiles = cdiv(n, block_n)
     if 3 * tiles >= 2 * chip.sms:
         return 1
@@ -169,15 +170,15 @@ def _splits(chip: Chip, n: int, k: int, block_n: int) -> int:
 
 
 def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) -> list[Config]:
-    """few: M <= MOST_ROWS. x_bytes 4: fp32, whose products have no tensor core. fits: 16-byte loads
-    fit the rows; what is loaded byte by byte, or multiplied outside the tensor core, lies in
-    registers: 32 of K at a time."""
+    """Return the configurations. few: M <= MOST_ROWS. x_bytes: 4 for fp32, whose products have no
+    tensor core. fits: 16-byte loads fit the rows. Tiles that are loaded byte by byte, or multiplied
+    without tensor cores, are in registers: 32 of K at a time."""
     rows, depth = most_rows(few, x_bytes, fits), 128
     if x_bytes == 4 or not fits:
         # On sm_100 Triton multiplies 64 rows of fp32 as tf32, whatever input_precision says.
         tiles, depth = [(32 if x_bytes == 4 and chip.arch == 100 else 64, 4, 4)], 32
     elif few and x_bytes == 2 and chip.has_tma:
-        # 16-bit x: decoded weights reach wgmma in registers, which wider tiles would wait for.
+        # 16-bit x: wgmma takes decoded weights from registers; wider tiles would wait for them.
         tiles = [(64, 4, 8)]
     elif few and chip.has_tma:
         tiles = [
@@ -192,23 +193,23 @@ def _configs(chip: Chip, few: bool, n: int, k: int, x_bytes: int, fits: bool) ->
     offered = []
     for block_n, warps, most_stages in tiles:
         splits = _splits(chip, n, k, block_n) if few else 1
-        # With more programs than SMs two share one, so that one loads while the other ends.
+        # With more programs than SMs two share an SM, so that one loads while the other ends.
         budget = chip.shared_memory - 1024
         if not few or cdiv(n, block_n) * splits > chip.sms:
             budget //= 2
         stages = budget // ((block_n + rows * x_bytes) * depth)
         if not chip.has_tma:
-            stages += 1  # the one that is being multiplied
+            stages += 1  # the one that is being multiplied is in registers
         if chip.backend == "hip":
             stages = 2  # staged through registers
         stages = max(2, min(most_stages, stages))
         offered.append(Config.of(warps, stages, BLOCK_N=block_n, BLOCK_K=depth, SPLITS=splits))
-    # Fewest splits first: their sums are written, read and waited for.
+    # Fewest splits first: each costs workspace traffic.
     return sorted(offered, key=lambda config: config["SPLITS"])
 
 
 def most_rows(few: bool, x_bytes: int, fits: bool) -> int:
-    """The largest BLOCK_M of a class of M."""
+    """Return the largest BLOCK_M of a class of M."""
     if x_bytes == 4:
         return 32
     return MOST_ROWS if few or not fits else 128
@@ -227,7 +228,7 @@ def stream(
     x_scale: Tensor | None,
     weight_scale: Tensor,
 ) -> None:
-    """linear.linear(), which describes the arguments, by way of this file's kernels."""
+    """Do what linear.linear() describes, with this file's kernels."""
     chip = common.chip_of(out)
     (m, k), n = x.shape, weight.shape[0]
     few = m <= MOST_ROWS
@@ -235,8 +236,8 @@ def stream(
     mma = mma_dtype(x, chip)
     x_raw, weight_raw = raw(x, mma), raw(weight, mma)
     tma = use_tma(chip, x, weight)
-    # Wide enough for the rows; its width changes no bit of a row.
     fits = aligned(x, weight)
+    # BLOCK_M: the narrowest that holds the rows; it changes no bit.
     rows = next(b for b in (16, 32, 64, 128) if b >= min(m, most_rows(few, x.itemsize, fits)))
     options = {"matrix_instr_nonkdim": 16} if chip.backend == "hip" else {}  # at any BLOCK_M
 

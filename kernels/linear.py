@@ -1,30 +1,30 @@
-"""x @ weight^T with FP8 weights: fp8_gemm and fp8_linear; here the kernel for many rows.
+"""Compute fp8_gemm and fp8_linear, x @ weight^T with FP8 weights; this kernel is for many rows.
 
     out[m, n] = sum over k of x[m, k] sx[m, k] w[n, k] sw[n, k] + bias[n]
 
-x [M, K] and weight [N, K] e4m3, out [M, N]. linear() sends up to 64 rows, 16-bit activations,
-rows that are not 16-byte aligned and chips that cannot multiply e4m3 to fp8_stream.py. It adds in
-another order: a row's last bits may differ between M <= 64 and M > 64, and nowhere else.
+x [M, K] and weight [N, K] e4m3, out [M, N]. linear() sends up to 64 rows, 16-bit activations, rows
+that are not 16-byte aligned and chips that cannot multiply e4m3 to fp8_stream.py. That kernel adds
+in another order, so a row's last bits may differ between M <= 64 and M > 64, and nowhere else.
 
-Cost: 2 M N K FLOP, M K + N K + 2 M N bytes. At 8192^3 and 1,979 TFLOP/s (H200's e4m3 peak) 556 us,
-against 63 us for the bytes: bound by the tensor cores, if they are kept fed. Four things do that.
+Cost: 2 M N K FLOP, M K + N K + 2 M N bytes. At 8192^3 the FLOP take 556 us at 1,979 TFLOP/s (H200's
+e4m3 peak), the bytes 63 us: tensor cores bound it, if operands arrive in time. For that:
 
-- Persistent programs, one for each SM, take tile after tile: no launch, no tail of half-empty SMs
-  but the last. GROUP_M rows of tiles are walked column by column, so that the tiles in flight share
-  their operands in the L2 cache.
+- Persistent programs, one for each SM, take tile after tile, so only the last round leaves SMs
+  idle. GROUP_M rows of tiles are walked column by column, so that the tiles in flight share their
+  operands in the L2 cache.
 - TMA copies tiles into shared memory, num_stages deep, without registers or address arithmetic.
 - The tile is 128 x 256: (128 + 256) * 128 bytes from L2 for 2 * 128 * 256 * 128 FLOP, 5.9 TB/s at
-  1,000 TFLOP/s. 128 x 128 would want 7.8; it is for problems with few tiles.
-- The sums. Hopper and Ada add e4m3 products with about 14 bits, cutting off the rest, so every 128
-  of K the tensor cores start from zero and their partial sum joins an fp32 total ("promotion");
-  scales in blocks are applied in the same fma. Total and partial sum of a 128 x 256 tile would be
-  256 registers a thread, all there are. So the tile is two halves of 128 columns, with a total each
-  and one partial sum between them; while one warpgroup adds, the other multiplies. Predicted to
-  cost 10 % over summing all of K in the tensor core ("fast accumulation"), whose error grows with
-  K: nearly 2 % at K = 4096 in DeepSeek-V3's report (arXiv:2412.19437), against 2^-12 here.
+  1,000 TFLOP/s. 128 x 128 would need 7.8; it is for problems with few tiles.
+- Hopper and Ada sum e4m3 products with about 14 bits and truncate the rest. So the tensor cores
+  start from zero every 128 of K, and their partial sum joins an fp32 total ("promotion"); scales by
+  block are applied in the same fma. The total and the partial sum of a 128 x 256 tile would take
+  256 registers a thread, all there are. So the tile is two halves of 128 columns, which have a
+  total each and share one partial sum; while one warpgroup adds, the other multiplies. The error of
+  summing all of K in the tensor core ("fast accumulation") grows with K: nearly 2 % at K = 4096 in
+  DeepSeek-V3's report (arXiv:2412.19437), against 2^-12 here.
 
-Triton's warp specialisation is not used: on sm_90 it is new in 3.6, and unmeasured here.
-Every configuration adds in the same order, so neither it nor M changes a bit, beyond 64 rows.
+Triton's warp specialization is not used: on sm_90 it is new in 3.6, and unmeasured here. Beyond 64
+rows every configuration adds in the same order, so neither it nor M changes a bit.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ HALF: tl.constexpr = tl.constexpr(128)
 
 @triton.jit
 def _add_here(total, partial, factor):
-    """total + partial * factor, now. As an ordinary expression LLVM would move it behind the next
-    half's product; both partial sums would be alive at once, and 128 registers spill."""
+    """Return total + partial * factor. LLVM would move an ordinary expression past the next half's
+    product, so that both partial sums were live at once, and 128 registers would spill."""
     if INTERPRETED:
         return total + partial * factor
     else:
@@ -68,7 +68,7 @@ def _add_here(total, partial, factor):
             "=f,f,f,f",
             [partial, factor, total],
             dtype=tl.float32,
-            is_pure=False,  # what keeps it in its place
+            is_pure=False,  # keeps it in place
             pack=1,
         )
 
@@ -93,8 +93,8 @@ def _add_product(
     MMA: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """total [BLOCK_M, HALF] with the product of a [BLOCK_M, 128] and HALF features from n on, both
-    in block `block` of K. sx [BLOCK_M]: a's scales, where they are in blocks."""
+    """Return total [BLOCK_M, HALF] plus the product of a [BLOCK_M, 128] and HALF features from n
+    on, both in block `block` of K. sx [BLOCK_M]: a's scales, where they are by block."""
     if W_BLOCKS:  # first, so that it arrives while the product runs
         sw = load_scale(weight_scale, n, block, N, w_step, HALF, W_HEIGHT)
     b = load_tile(weight, n, block * SCALE_BLOCK, N, K, weight_stride, HALF, SCALE_BLOCK, TMA)
@@ -134,7 +134,7 @@ def _store(
     W_BLOCKS: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Scales that do not vary along K, bias, and one rounding."""
+    """Apply scales that do not vary along K and the bias, round once, and store."""
     if not X_BLOCKS:
         total *= load_scale(x_scale, m, 0, M, x_step, BLOCK_M, 1)[:, None]
     if not W_BLOCKS:
@@ -218,15 +218,16 @@ def _gemm(
 
 
 def _shared_bytes(chip: Chip, config: Config, out_bytes: int) -> int:
-    """Stages of both operands, and half a tile of the output on its way to TMA; barriers.
-    Without TMA the stage that is being multiplied is in registers, and the output takes over."""
+    """Bound the shared memory: stages of both operands, half a tile of output for TMA to store, and
+    barriers. Without TMA the stage that is being multiplied is in registers, and the output reuses
+    the stages."""
     stage = (config["BLOCK_M"] + config["BLOCK_N"]) * 128
     if not chip.has_tma:
         return (config.num_stages - 1) * stage
     return config.num_stages * stage + config["BLOCK_M"] * 128 * out_bytes + 1024
 
 
-# Tile, warps, and the share of the best tile's rate that it is predicted to reach.
+# Tile, warps, and a rate relative to the best tile's: assumed, to order the tiles, not measured.
 _TILES = (
     (128, 256, 8, 1.0),  # two warpgroups of 64 rows; the registers are full
     (128, 128, 8, 0.8),  # twice the tiles, for when the large ones leave SMs idle; fits Ada
@@ -235,16 +236,16 @@ _TILES = (
 
 
 def _configs(chip: Chip, m: int, n: int, by_column: bool, out_bytes: int) -> list[Config]:
-    """m rounded up to a power of two. by_column: the weight's scales are 1x128 blocks, a vector
-    and its addresses in registers. Best first: waves of tiles over their rate."""
+    """Return the configurations, ordered by waves of tiles over their rate, for m rounded up to a
+    power of two. by_column: the weight's scales are 1x128 blocks, a vector in registers."""
     offered = []
     for block_m, block_n, warps, rate in _TILES:
         if (by_column and block_m > 64) or (block_n > 128 and not chip.has_tma):
-            continue  # it would spill: pointers and masks take registers as well
+            continue  # would spill: pointers and masks take registers too
         warps = warps if chip.has_tma else 8
         tiles = cdiv(m, block_m) * cdiv(n, block_n)
         cost = cdiv(tiles, chip.sms) * block_m * block_n / rate
-        for stages in (4, 3, 2):  # as many as fit: 4 hide 2 us of latency, more would not help
+        for stages in (4, 3, 2):  # as many as fit; 4 cover 2 us of latency
             config = Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n, GROUP_M=8)
             if _shared_bytes(chip, config, out_bytes) <= chip.shared_memory:
                 offered.append((cost, config))
@@ -265,13 +266,12 @@ def linear(
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
 ) -> None:
-    """fp8_gemm (both scales) and fp8_linear (weight_scale): out = x @ weight^T + bias.
+    """Compute out = x @ weight^T + bias: fp8_gemm (both scales) or fp8_linear (weight_scale).
 
     out [M, N] bf16, fp16 or fp32, contiguous; x [M, K] e4m3 with x_scale, or bf16, fp16 or fp32
     without; weight [N, K] e4m3; bias [N] of out's dtype. Scales fp32, contiguous: [1] or [1, 1],
     [rows, 1], [rows, ceil(K / 128)], and for the weight [ceil(N / 128), ceil(K / 128)]. Rows may
-    have any stride. A row's result does not depend on the other rows, among M <= 64 and among
-    M > 64.
+    have any stride. A row's result does not depend on M, within M <= 64 and within M > 64.
     """
     if weight_scale is None or weight.dtype != E4M3:
         raise TypeError(f"weight: got {weight.dtype}, want float8_e4m3fn with its scale")

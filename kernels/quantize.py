@@ -1,18 +1,19 @@
-"""quantize_fp8: one scale per tensor, row, 1x128 block or 128x128 block.
+"""Compute quantize_fp8: one scale per tensor, row, 1x128 block or 128x128 block.
 
     scale = max(min(amax|x|, scale_ub), tiny) / 448,  q = e4m3(clamp(x / scale, -448, 448))
 
-Cost: 3 bytes an element from 16 bits, each read once and written once, and about 9 instructions an
-element (kernels/fp8.py says how a true division costs that little), which 132 SMs issue in half of
-the time that 4.3 TB/s takes. A whole tensor has to be read twice: 5 bytes.
+Cost per element from 16 bits: 3 bytes, and about 9 instructions (fp8.py explains how a true
+division costs so few), which 132 SMs issue in half of the time that the bytes take at 4.3 TB/s. A
+whole tensor is read twice: 5 bytes.
 
-Rows and 1x128 blocks are groups of columns with one scale each: a program holds as many groups in
-registers as make 4096 elements, or one group of up to 16384. Its threads hold 16 elements each, so
-that an SM, with 1024 of them or more, has 32 KB on the way. A row too wide for that, or a whole
-tensor, takes two passes: amax, then the quotients, the second from the end backwards, where L2
-still holds what the first pass read last. Predicted, not yet measured.
+Rows and 1x128 blocks are groups of columns with one scale each. A program holds 4096 elements of
+groups in registers, or one group of up to 16384. Its threads hold 16 elements each, so an SM with
+1024 threads or more has 32 KB in flight. A wider row, or a whole tensor, takes two passes: amax,
+then the quotients. The second pass runs backwards, since L2 holds what the first pass read last.
+Not yet measured.
 
-amax is a maximum of integers: no order of summing, no atomics, the same for any grid.
+amax is a maximum of integers, which has no order of summation: it needs no atomics and is the same
+for any grid.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _group_kernel(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least WIDTH
 ):
-    """GROUPS groups a program, numbered along a row, then down."""
+    """Quantize GROUPS groups a program; groups are numbered along a row, then down."""
     ACROSS: tl.constexpr = (COLS + WIDTH - 1) // WIDTH
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     row, left = group // ACROSS, (group % ACROSS) * WIDTH
@@ -59,7 +60,7 @@ def _group_kernel(
     tl.store(scale + group, group_scale, mask=row < rows)
     to = row[:, None] * COLS + cols
     if BLOCK >= 8:
-        to = tl.max_contiguous(to, (1, 8))  # rms_norm.py says why
+        to = tl.max_contiguous(to, (1, 8))  # rms_norm.py explains why
     tl.store(q + to, divide_to_e4m3(v, group_scale[:, None], BOUNDED, NATIVE), mask=inside)
 
 
@@ -76,7 +77,8 @@ def _square_kernel(
     NATIVE: tl.constexpr,
     STRIP: tl.constexpr,
 ):
-    """One 128x128 block a program, in strips of STRIP rows, twice: the second time from L1."""
+    """Quantize one 128x128 block a program. It is read twice in strips of STRIP rows, the second
+    time from L1."""
     ACROSS: tl.constexpr = (COLS + 127) // 128
     block = tl.program_id(0)
     top = (block // ACROSS).to(tl.int64) * 128
@@ -110,7 +112,7 @@ def _wide_row_kernel(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One row a program, in pieces, twice."""
+    """Quantize one row a program. It is read twice in pieces, the second time backwards."""
     row = tl.program_id(0).to(tl.int64)
     within = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.int32)
@@ -130,8 +132,8 @@ def _wide_row_kernel(
 
 @triton.jit
 def _load_piece(x, piece, across, cols, x_stride, BLOCK: tl.constexpr):
-    """Piece number piece of x, the pieces of a row numbered along it, then down: fp32 values, their
-    row and their columns, 0 beyond the last."""
+    """Return a piece of x as fp32 (0 beyond the last column), its row and its columns. Pieces are
+    numbered along a row, then down."""
     row = tl.cast(piece // across, tl.int64)
     at = tl.cast(piece % across, tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = to_fp32(tl.load(x + row * x_stride + at, mask=at < cols, other=0.0))
@@ -185,12 +187,12 @@ def _tensor_kernel(
         tl.store(q + to, divide_to_e4m3(v, its_scale, BOUNDED, NATIVE), mask=at < cols)
 
 
-_WIDEST = 16384  # columns of a row held in registers
+_WIDEST = 16384  # columns of a row that registers hold
 _PIECE = 4096  # elements of a piece in the kernels that loop
 
 
 def _group_configs(chip: Chip, width: int) -> list[Config]:
-    """16 elements a thread: two loads of 16 bytes; 32 for fewer programs, 8 for shorter ones."""
+    """Return configurations of 16 elements a thread (two loads of 16 bytes), 32 and 8."""
     block, found = common.next_power_of_2(width), []
     for elements in (16, 32, 8):
         groups = max(1, 4096 // block)
@@ -201,7 +203,7 @@ def _group_configs(chip: Chip, width: int) -> list[Config]:
 
 
 def _piece_configs(chip: Chip, itemsize: int) -> list[Config]:
-    """Persistent programs of 16 elements a thread, 1024 threads an SM, two pieces on the way."""
+    """Return configurations of 16 elements a thread, with two, one and no pieces in flight."""
     return [
         Config.of(_PIECE // 16 // chip.warp_size, 1, BLOCK=_PIECE, STAGES=stages)
         for stages in (3, 2, 1)
@@ -210,7 +212,7 @@ def _piece_configs(chip: Chip, itemsize: int) -> list[Config]:
 
 
 def _square_configs(chip: Chip) -> list[Config]:
-    """16 elements a thread, as above."""
+    """Return strips of 32, 64 and 16 rows, with 16 elements a thread."""
     return [Config.of(8 * strip // chip.warp_size, 1, STRIP=strip) for strip in (32, 64, 16)]
 
 
@@ -220,8 +222,9 @@ _squares = Tuner("quantize_squares", _square_configs)
 
 
 def quantize(q: Tensor, scale: Tensor, x: Tensor, granularity: str, scale_ub: float | None) -> None:
-    """x [rows, cols] -> q [rows, cols] e4m3 and scale fp32, contiguous; granularity "tensor" (scale
-    [1]), "row" ([rows, 1]), "block" ([rows, ceil(cols / 128)]) or "block_2d" (both / 128)."""
+    """Fill q [rows, cols] e4m3 and scale fp32, contiguous, from x [rows, cols]. granularity:
+    "tensor" (scale [1]), "row" ([rows, 1]), "block" ([rows, ceil(cols / 128)]) or "block_2d" (both
+    / 128)."""
     rows, cols = x.shape
     q, bound = q.view(torch.uint8), math.inf if scale_ub is None else float(scale_ub)
     chip = common.chip_of(x)
@@ -256,7 +259,7 @@ def quantize(q: Tensor, scale: Tensor, x: Tensor, granularity: str, scale_ub: fl
 def _quantize_tensor(
     q: Tensor, scale: Tensor, x: Tensor, bound: float, constants: dict[str, bool]
 ) -> None:
-    """Two launches. The partial maxima are allocated here: a few KB, from the caching allocator."""
+    """Launch the two kernels. The partial maxima between them are a few KB, allocated here."""
     rows, cols = x.shape
     if x.is_contiguous():
         rows, cols = min(1, x.numel()), x.numel()  # one long row has no ragged pieces inside
@@ -265,7 +268,7 @@ def _quantize_tensor(
     def run(config: Config) -> None:
         across = common.cdiv(cols, config["BLOCK"])
         pieces = rows * across
-        # At least one program, which finds amax 0 where there is nothing.
+        # At least one program: an empty tensor has amax 0.
         grid = (max(1, common.programs(pieces, 4 * chip.sms)),)
         part = torch.empty(grid, dtype=torch.int32, device=x.device)
         common.launch(_amax_kernel, grid, part, x, pieces, across, cols, stride, config=config)

@@ -1,28 +1,28 @@
-"""rms_norm, add_rms_norm and their FP8 forms.
+"""Compute rms_norm, add_rms_norm and their FP8 forms.
 
     s = x + residual                      (rounded to dtype; s = x without residual)
     n = s / sqrt(mean(s^2) + eps)         (fp32, then rounded to dtype)
     out = n * weight                      (rounded to dtype)
     FP8: scale = max(min(amax|out|, scale_ub), tiny) / 448, q = e4m3(clamp(out / scale))
 
-Why fused: memory is the whole cost. Apart, the sum, the norm and the quantiser would move a row six
-times; here x and the residual are read once and each output is written once.
+Why fused: the kernel is bound by memory. Unfused, the sum, the norm and the quantization move a row
+six times; here x and the residual are read once and each output is written once.
 
-Cost an element in 16 bits: 4 bytes (norm), 8 (with residual), 7 (with residual, to FP8); about 11
-instructions, 25 for FP8, which 132 SMs issue in a quarter and a half of the time that 4.3 TB/s
-takes. What has to be had is bytes in flight: a memory latency of 0.8 us at 4.3 TB/s is 26 KB an SM.
+Cost per element in 16 bits: 4 bytes (norm), 8 (with residual), 7 (with residual, to FP8); about 11
+instructions, 25 for FP8, which 132 SMs issue in a quarter and a half of the time that the bytes
+take at 4.3 TB/s. That bandwidth at a latency of 0.8 us needs 26 KB in flight per SM.
 
-How: a row lies in the registers of one program, 16 elements a thread. Programs are persistent, as
-many as an SM holds, and the loop over rows is pipelined: while a row is reduced, cp.async fetches
-the next one or two into shared memory, so an SM always has 32 KB or more on the way (8 KB rows, 4
-programs). The weight is read once a program and stays in registers. Predicted, not yet measured.
+How: one program holds a row in registers, 16 elements a thread. Programs are persistent, as many as
+an SM holds, and the loop over rows is pipelined: while a row is reduced, cp.async fetches the next
+one or two into shared memory, so an SM has 32 KB or more in flight (8 KB rows, 4 programs). A
+program reads the weight once and keeps it in registers. Not yet measured.
 
-Rows wider than 16384 (8192 in fp32) do not fit 64 registers a thread together with what is computed
-from them. The second kernel goes over such a row in pieces, two or three times: the first pass
-comes from memory, the others find the row in L2.
+Rows wider than 16384 (8192 in fp32) and what is computed from them exceed 64 registers a thread.
+The second kernel goes over such a row in pieces, two or three times: the first pass reads memory,
+the others L2.
 
-A row is always reduced by the same threads in the same order, whatever the number of rows, the
-strides and the form.
+The same threads reduce a row in the same order, whatever the number of rows, the strides and the
+form.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .fp8 import amax_bits, divide_to_e4m3, round_to, row_scale, to_fp32
 
 @triton.jit
 def _rstd(sum_of_squares, eps, HIDDEN: tl.constexpr):
-    """1 / sqrt(mean + eps), each step rounded as IEEE says: one value a row, so it costs nothing,
-    and GPUs, CPUs and the interpreter agree."""
+    """Return 1 / sqrt(mean + eps), each step rounded as IEEE 754 says, so that GPUs, CPUs and the
+    interpreter agree. It is one value per row."""
     mean = tl.div_rn(sum_of_squares, HIDDEN * 1.0)
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
 
 
 @triton.jit
 def _normed(s, rstd, weight, DTYPE: tl.constexpr):
-    """round(round(s * rstd) * weight). s and weight in fp32, which holds the product of two 16-bit
-    values exactly."""
+    """Return round(round(s * rstd) * weight). s and weight are fp32, which holds the product of two
+    16-bit values exactly."""
     return round_to(to_fp32(round_to(s * rstd, DTYPE)) * weight, DTYPE)
 
 
@@ -72,10 +72,10 @@ def _rms_norm_kernel(
     FP8: tl.constexpr,
     BOUNDED: tl.constexpr,
     NATIVE: tl.constexpr,
-    CHUNK: tl.constexpr,  # columns that a thread has side by side
+    CHUNK: tl.constexpr,  # adjacent columns of a thread
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least HIDDEN
-    PER_SM: tl.constexpr,  # the launcher's: programs an SM
+    PER_SM: tl.constexpr,  # programs per SM, for the launcher
     STAGES: tl.constexpr,
 ):
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -88,9 +88,9 @@ def _rms_norm_kernel(
         if ROWS > 1:
             inside = inside & (row < rows)[:, None]
         at = row.to(tl.int64)[:, None]
-        # The row's layout, and so the order of its sum, follows the widest access: CHUNK bounds all
-        # of them, or a form that stores bytes would add in another order than the others, and
-        # exchange every element through shared memory to get from 16 columns a thread to 8.
+        # The widest access sets the row's layout, and so the order of its sum. CHUNK bounds every
+        # access: otherwise the FP8 form, which stores bytes, would get 16 adjacent columns a thread
+        # instead of 8, sum in another order, and exchange elements through shared memory.
         to = tl.max_contiguous(at * HIDDEN + cols[None, :], [1, CHUNK])
         x_at = tl.max_contiguous(at * x_stride + cols[None, :], [1, CHUNK])
         s = to_fp32(tl.load(x + x_at, mask=inside, other=0.0))
@@ -132,11 +132,11 @@ def _wide_kernel(
     NATIVE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-    PER_SM: tl.constexpr,  # the launcher's
+    PER_SM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Goes over a row in pieces of BLOCK columns: sums, then normalises, or finds amax, then
-    normalises again and quantises."""
+    """Go over a row in pieces of BLOCK columns: sum the squares, then normalize and store; for FP8
+    find amax instead, then normalize again and quantize."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     cols = tl.arange(0, BLOCK)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -157,7 +157,7 @@ def _wide_kernel(
         rstd = _rstd(tl.sum(squares, axis=0), eps, HIDDEN)
         if RESIDUAL:
             s_row = residual_out + at * HIDDEN
-            tl.debug_barrier()  # other threads of this program may have stored what is read now
+            tl.debug_barrier()  # other threads of this program stored what is read next
         largest = tl.zeros([BLOCK], tl.int32)
         for left in tl.range(0, HIDDEN, BLOCK, num_stages=STAGES):
             inside = left + cols < HIDDEN
@@ -183,32 +183,24 @@ def _wide_kernel(
                 tl.store(out + at * HIDDEN + here, q, mask=inside)
 
 
-_WIDE = 2**15  # bytes of a row, rounded up to a power of two, beyond which it goes in pieces
-_SM_THREADS = 1024  # as many as have 64 registers each
+_WIDE = 2**15  # bytes of a row of BLOCK columns, beyond which it is read in pieces
+_SM_THREADS = 1024  # with 64 registers each
 
 
 def _configs(chip: Chip, hidden: int, itemsize: int) -> list[Config]:
-    """One choice for all four forms, so that fusing changes no bit: shared memory is counted for x
-    and a residual.
+    """Return the configurations, the same for all four forms, so that fusing changes no bit: shared
+    memory is counted for x and a residual.
 
-    The best guess has 16 elements a thread: two loads of 16 bytes and under 64 registers. 32 halve
-    the warps that meet at a barrier, 8 shorten each thread's work. Two rows on the way (STAGES 3),
-    else one, else none, where shared memory is short. Small rows go 512 elements at a time.
+    The first has 16 elements a thread: two loads of 16 bytes and under 64 registers. 32 halve the
+    warps that meet at a barrier, 8 shorten each thread's work. Two rows are in flight (STAGES 3),
+    or one or none where shared memory is short. Small rows are taken 512 elements at a time.
 
-    Wide rows: one program of 32 warps an SM, so that the rows in progress (17 MB of 65536 columns
-    in 16 bits) stay in L2 for the second pass; with 8 elements a thread, three pieces on the way.
+    Wide rows have one program an SM, so that the rows in progress (17 MB of 65536 columns in 16
+    bits) stay in L2 for the second pass.
     """
     block, lanes = common.next_power_of_2(hidden), chip.warp_size
     if block * itemsize > _WIDE:
-        deep = [
-            stages
-            for stages in (4, 3, 2)
-            if (stages - 1) * 2 * 8192 * itemsize + 1024 <= chip.shared_memory
-        ]
-        return [
-            Config.of(1024 // lanes, 1, BLOCK=8192, PER_SM=1, STAGES=stages)
-            for stages in deep or [1]
-        ]
+        return common.wide_row_configs(chip, itemsize)
     rows, found = max(1, 512 // block), []
     for elements, stages in ((16, 3), (32, 3), (8, 3), (16, 2), (16, 1)):
         warps = min(1024 // lanes, max(1, rows * block // (lanes * elements)))
@@ -233,8 +225,9 @@ def rms_norm(
     scale: Tensor | None = None,
     scale_ub: float | None = None,
 ) -> None:
-    """x [rows, hidden], weight [hidden] -> out [rows, hidden], contiguous; e4m3 when scale fp32
-    [rows, 1] is given. residual like x: x + residual goes to residual_out, contiguous."""
+    """Fill out [rows, hidden], contiguous, from x [rows, hidden] and weight [hidden]; with scale
+    (fp32 [rows, 1]) out is e4m3. With residual (like x), write x + residual to residual_out,
+    contiguous."""
     rows, hidden = x.shape
     chip = common.chip_of(x)
 

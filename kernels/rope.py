@@ -1,26 +1,26 @@
-"""apply_rope and apply_rope_and_append, in one kernel.
+"""Compute apply_rope and apply_rope_and_append in one kernel.
 
     (a, b) -> (a cos - b sin, b cos + a sin)      (fp32, rounded to dtype once)
 
-with the pairs (i, i + D / 2), or (2i, 2i + 1) when interleaved; cos and sin from the fp32 table, at
-the token's position. With caches, k and v [Hkv, D] of a token go to slot block * block_size +
-offset; to an FP8 cache as e4m3(clamp(k / k_scale)).
+for pairs (i, i + D / 2), or (2i, 2i + 1) when interleaved; cos and sin come from the fp32 table,
+at the token's position. With caches, a token's k and v [Hkv, D] are written to its slot, block *
+block_size + offset; to an FP8 cache as e4m3(clamp(k / k_scale)).
 
-Why fused: apart, q, k and the append would be four launches and would write k, and read it, once
-more; decode, where a launch costs more than its bytes, needs one.
+Why fused: unfused, q, k and the append are four launches, and k is written and read once more. In
+decode a launch costs more than its bytes.
 
-Cost a token of 8B (H 32, Hkv 8, D 128, 16 bits): 10 KB read and 10 KB written; with append, where v
-is copied, 12 KB each; 512 bytes of table, from L2 when positions repeat. 3 flops an element.
+Cost per token of 8B (H 32, Hkv 8, D 128, 16 bits): 10 KB read and 10 KB written; with append, where
+v is copied, 12 KB each; 512 bytes of table, from L2 when positions repeat. 3 flops an element.
 
-How: a program takes one token and up to 4096 elements of its q, with the share of k and v heads
-that goes with them. Every load but the table's is issued before anything waits: 12 KB a program,
-and 8 programs an SM, are three times what 4.3 TB/s needs in flight. The halves of a head are two
-runs of 64 elements, read 16 bytes a thread; interleaved pairs are read whole, split in registers
-and joined again. Products and sums round one by one (no fma: enable_fp_fusion=False), so that the
-result equals eager PyTorch's bit for bit. Predicted, not yet measured.
+How: a program takes one token, up to 4096 elements of its q and the matching share of its k and v
+heads. It issues every load but the table's before it waits: 12 KB a program and 8 programs an SM
+are three times what 4.3 TB/s needs in flight. The halves of a head are two runs of 64 elements,
+read 16 bytes a thread; interleaved pairs are read whole, split in registers and joined again. Each
+product and sum is rounded (no fma: enable_fp_fusion=False), so that the result equals eager
+PyTorch's bit for bit. Not yet measured.
 
-Nothing on the host looks at positions and slots: a position outside the table makes the token's q
-and k NaN, and a slot outside the cache (-1 is the way to say so) writes nothing.
+The host does not read positions and slots. A position outside the table makes the token's q and k
+NaN; a slot outside the cache, such as -1, writes nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .fp8 import divide_to_e4m3, round_to, to_fp32
 
 @triton.jit
 def _load_heads(x, head, head_stride, keep, D, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The two members of each pair of a token's heads [HEADS, HALF], as stored. x: the token's."""
+    """Return the two members of each pair of a token's heads, [HEADS, HALF]. x: the token's."""
     if INTERLEAVED:
         col = tl.arange(0, 2 * HALF)[None, :]
         at = head.to(tl.int64)[:, None] * head_stride + col
@@ -56,7 +56,7 @@ def _load_heads(x, head, head_stride, keep, D, HALF: tl.constexpr, INTERLEAVED: 
 def _store_heads(
     x, head, head_stride, keep, a, b, D, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
 ):
-    """_load_heads' inverse."""
+    """Store what _load_heads returns."""
     if INTERLEAVED:
         col = tl.arange(0, 2 * HALF)[None, :]
         at = head.to(tl.int64)[:, None] * head_stride + col
@@ -79,7 +79,7 @@ def _rotate(a, b, cos, sin, DTYPE: tl.constexpr):
 def _to_cache(
     x, scale, head, mine, SCALE_STRIDE: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """A block [HEADS, HALF] as the cache holds it. scale: fp32 [1] or [Hkv], for e4m3 caches."""
+    """Convert a block [HEADS, HALF] to the cache's type. scale: fp32 [1] or [Hkv], for e4m3."""
     if FP8:
         by = tl.load(scale + head * SCALE_STRIDE, mask=mine, other=1.0)[:, None]
         return divide_to_e4m3(to_fp32(x), by, True, NATIVE)
@@ -126,7 +126,7 @@ def _rope_kernel(
     K_SCALE_STRIDE: tl.constexpr,  # 0 for a scale [1]
     V_SCALE_STRIDE: tl.constexpr,
     NATIVE: tl.constexpr,
-    PARTS: tl.constexpr,  # programs a token
+    PARTS: tl.constexpr,  # programs per token
 ):
     Q_HEADS: tl.constexpr = (H + PARTS - 1) // PARTS  # a program's share
     K_HEADS: tl.constexpr = (HKV + PARTS - 1) // PARTS
@@ -153,11 +153,11 @@ def _rope_kernel(
         v_from = v + token * v_token + k_at.to(tl.int64)[:, None] * v_head + col
         value = tl.load(v_from, mask=v_keep, other=0.0)
         slot = tl.load(slots + token).to(tl.int64)
-    # Nothing above needs a loaded value. Left alone, the assembler would put off half of the loads
-    # until registers free up; it does not move them past a barrier, so all are on the way here.
+    # Nothing above needs a loaded value. Without a barrier, which loads do not cross, the assembler
+    # delays half of them until registers are free; with it all are in flight here.
     tl.debug_barrier()
 
-    # How many angles the table has for this position: none for one outside of it.
+    # No angles, so NaN, for a position outside the table.
     angles = tl.where((position >= 0) & (position < max_positions), D // 2, 0)
     i = tl.arange(0, HALF)
     angle = table + position * table_row + i
@@ -184,8 +184,8 @@ def _rope_kernel(
 
 
 def _configs(chip: Chip, heads: int, head_dim: int) -> list[Config]:
-    """A program takes a token's q, or as much of it as makes 4096 elements, 32 a thread: with its k
-    and v, 6 loads of 16 bytes on the way. Then 16 a thread, and 2048 elements a program."""
+    """Return configurations of up to 4096 elements of q a program, 32 a thread (with k and v, 6
+    loads of 16 bytes in flight); then 16 a thread; then 2048 elements a program."""
     found = []
     for most, each in ((4096, 32), (4096, 16), (2048, 16)):  # 32 of 2048 would spill
         elements = heads * common.next_power_of_2(head_dim)
@@ -216,9 +216,9 @@ def rope(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> None:
-    """q [T, H, D] -> q_out, k [T, Hkv, D] -> k_out, both contiguous; or, with v, both caches
-    [blocks, block_size, Hkv, D] and slots, k and v -> the caches. With k_scale and v_scale (fp32
-    [1] or [Hkv]) the caches are e4m3."""
+    """Rotate q [T, H, D] into q_out and k [T, Hkv, D] into k_out, both contiguous; or, with v, both
+    caches [blocks, block_size, Hkv, D] and slots, write k and v to the caches. With k_scale and
+    v_scale (fp32 [1] or [Hkv]) the caches are e4m3."""
     tokens, heads, head_dim = q.shape
     chip = common.chip_of(q)
     append = k_cache is not None and v_cache is not None
@@ -268,5 +268,5 @@ def rope(
             config=config,
         )
 
-    # Rewriting a slot with what it holds changes nothing: tuning may run this as often as it likes.
+    # Tuning may repeat this: it rewrites a slot with the same values.
     run(_tuner.choose(q, (heads, head_dim), run))

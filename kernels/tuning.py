@@ -1,9 +1,9 @@
-"""Choosing among the few configurations that a kernel offers, and storing the choices.
+"""Choose among the configurations that a kernel offers, and store the choices.
 
-Nobody waits for tuning on a first call: a Tuner returns the stored choice for this GPU where there
-is one (load_choices) and otherwise the first of its configurations, ordered by the kernel's own
-cost model. Measuring happens only inside tuning(), which `llama-fast tune` uses. All of it may be
-called from any thread; one thread measures at a time, and each key is measured once.
+A first call does not tune: a Tuner returns the choice stored for this GPU (load_choices), else the
+first of its configurations, which the kernel's cost model orders. Measuring happens only inside
+tuning(), which `llama-fast tune` uses. Everything here may be called from any thread; one thread
+measures at a time, and each key is measured once.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def key_text(key: Key) -> str:
 
 
 class Tuner:
-    """Chooses among the few configurations that a kernel offers.
+    """Choose among the configurations that a kernel offers.
 
-    configs(chip, *key) -> list of Config, the best guess first, all of which fit the chip (the
-    kernel prunes by shared memory). key: what the choice depends on, such as head_dim and dtype;
-    sizes in it are bucketed by the launcher, so that there are few keys.
+    configs(chip, *key) returns Configs, the best guess first, all of which fit the chip's shared
+    memory. key holds what the choice depends on, such as head_dim and dtype; the launcher rounds
+    sizes in it, so that there are few keys.
     """
 
     def __init__(self, name: str, configs: Callable[..., list[Config]]) -> None:
@@ -45,9 +45,8 @@ class Tuner:
         self._decided: dict[tuple[Chip, Key], tuple[int, Config]] = {}
 
     def choose(self, t: Tensor, key: Key, run: Callable[[Config], object] | None = None) -> Config:
-        """The configuration for tensors like t. run(config) launches once, into memory that
-        nobody reads: tuning calls it many times, so it must not touch the caller's tensors that
-        the kernel changes in place."""
+        """Return the configuration for tensors like t. run(config) launches the kernel once;
+        tuning calls it many times, so repeated calls must not change what the caller sees."""
         chip = chip_of(t)
         ordinary = recorded() is None and not _tuning and self.name not in _forced
         if ordinary:
@@ -65,7 +64,7 @@ class Tuner:
             return self._measure(t, chip, key, offered, run)
         generation, text = _generation, key_text(key)
         known = _choices(chip.name).get(self.name, {}).get(text)
-        config = known if known in offered else offered[0]  # another version may have offered it
+        config = known if known in offered else offered[0]  # it may be another version's
         if ordinary and not INTERPRETED:
             self._decided[chip, key] = generation, config
         return config
@@ -78,8 +77,8 @@ class Tuner:
         offered: list[Config],
         run: Callable[[Config], object],
     ) -> Config:
-        """The fastest on this GPU. Once a key and process, whatever is stored; one thread at a
-        time, of all Tuners, for two that measure at once would measure each other."""
+        """Return the fastest on this GPU. Each process measures a key once, whatever is stored, and
+        one thread at a time, since two at once would slow each other down."""
         with _measuring:
             mine = _measured.setdefault(chip.name, {}).setdefault(self.name, {})
             if key_text(key) not in mine:
@@ -97,12 +96,12 @@ class Tuner:
 
 
 def _can_measure(t: Tensor) -> bool:
-    """Not in the interpreter, whose times mean nothing, nor while a CUDA graph is captured."""
+    """Return False in the interpreter and while a CUDA graph is captured."""
     return not INTERPRETED and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _milliseconds(run: Callable[[Config], object], config: Config) -> float:
-    """Infinite for a configuration that does not launch here; wrong results are the tests' task."""
+    """Return the median time, or infinity for a configuration that does not launch here."""
     try:
         times = triton.testing.do_bench(
             lambda: run(config), warmup=10, rep=40, return_mode="median"
@@ -116,13 +115,13 @@ _lock = threading.Lock()  # of the globals below
 _measuring = threading.RLock()  # re-entered when run() asks another Tuner
 _tuning = 0  # how many tuning() blocks are open
 _forced: dict[str, Config] = {}
-_generation = 0  # of the choices: what Tuners remember of older ones does not count
+_generation = 0  # of the stored choices: Tuners drop what they remember of an older one
 
 
 @contextlib.contextmanager
 def tuning() -> Iterator[None]:
-    """Within the block, in every thread, each key that this process has not measured is measured:
-    also one that a choice is stored for, which may come from another version or clock."""
+    """Within the block, in every thread, measure each key that this process has not measured, even
+    if a choice is stored for it: that may come from another version or clock."""
     global _tuning
     with _lock:
         _tuning += 1
@@ -135,7 +134,7 @@ def tuning() -> Iterator[None]:
 
 @contextlib.contextmanager
 def force(name: str, config: Config) -> Iterator[None]:
-    """Within the block, the Tuner of that name returns config: for testing each one alone."""
+    """Within the block, make the Tuner of that name return config, to test each one alone."""
     before = _forced.get(name)
     _forced[name] = config
     try:
@@ -147,12 +146,12 @@ def force(name: str, config: Config) -> Iterator[None]:
             _forced[name] = before
 
 
-# ---- stored choices: one JSON file a GPU ----
+# ---- stored choices: one JSON file per GPU ----
 
 Choices = dict[str, dict[str, Config]]  # a Tuner's name -> key_text -> its choice
 
-_folders: list[Path] = []  # where choices are read from, the last winning
-_loaded: dict[str, Choices] = {}  # a GPU's name -> what holds: read, then measured
+_folders: list[Path] = []  # where choices are read from; the last one wins
+_loaded: dict[str, Choices] = {}  # a GPU's name -> choices in force: read, then measured
 _measured: dict[str, Choices] = {}  # by this process
 
 
@@ -168,7 +167,7 @@ def file_name(gpu: str) -> str:
 
 
 def load_choices(*folders: Path) -> None:
-    """Reads each GPU's file from these folders, when that GPU is first used."""
+    """Read each GPU's file from these folders, when that GPU is first used."""
     with _lock:
         _folders[:] = folders
         _loaded.clear()
@@ -177,8 +176,8 @@ def load_choices(*folders: Path) -> None:
 
 
 def save_choices(gpu: str, folder: Path) -> Path:
-    """Adds what this process has measured on a GPU to its file, whole or not at all; what other
-    processes add at the same time stays."""
+    """Add what this process has measured on a GPU to its file, atomically; what other processes
+    add at the same time stays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(gpu)
     with path.with_suffix(".lock").open("w") as lock:
@@ -213,7 +212,7 @@ def _choices(gpu: str) -> Choices:
 
 
 def _read_choices(path: Path) -> Choices:
-    """A missing file holds no choices; a broken one is an error that names it."""
+    """Read a file of choices; a missing one is empty. Raises ValueError for a broken one."""
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The suite's one catalogue: every op at Llama 3.1's shapes, on a CPU and on a GPU."""
+"""The suite's catalog: every op at Llama 3.1's shapes, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ OPS = (
     "fp8_linear",
     "linear",
 )
-# What GPUs are for: a CPU runs them where they are named, and in a full run.
+# Ops for GPUs: a CPU runs them only if they are named, or in a full run.
 FOR_GPUS = ("rms_norm_fp8", "apply_rope_and_append", "silu_and_mul_fp8", "fp8_gemm")
 
-# What PyTorch offers: --baseline takes these names.
+# PyTorch's implementations: the names that --baseline takes.
 BASELINES = (
     "eager",
     "torch.compile",
@@ -64,7 +64,8 @@ def spec(
     tp: int = 1,
     speed: machine.Speed = machine.UNBOUND,
 ) -> Spec:
-    """speed: sizes that would take this machine too long are made smaller, but for a full run."""
+    """Return the Spec of a run. Sizes that would take too long at that speed are halved, except in
+    a full run."""
     layer, sizes = layer_shapes(model, tp), sweep(model, device, level)
     if level != "full":
         sizes = fitted(sizes, layer, speed.ours)
@@ -72,8 +73,8 @@ def spec(
 
 
 def plan(spec: Spec, ops: Sequence[str] | None = None, every: bool = False) -> list[Plan]:
-    """Plan the cases of the ops, in the order of OPS; nothing is allocated yet. ops None: all of
-    them, but for FOR_GPUS on a CPU unless every."""
+    """Plan the cases of the ops without allocating anything. ops None: all of them, except
+    FOR_GPUS on a CPU unless `every`."""
     if ops is None:
         ops = OPS if every or spec.on_gpu else [op for op in OPS if op not in FOR_GPUS]
     return [p for group in GROUPS for p in group(spec) if p.op in ops]

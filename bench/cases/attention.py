@@ -1,4 +1,4 @@
-"""Attention: prompts, limited by a matrix product; single queries, limited by reading K and V."""
+"""Cases of attention: prompts, whose limit is a matrix product, and decode, a read of K and V."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .case import PARTS, Case, Plan, Spec, eager, ours
 from .shapes import Shapes
 
 EAGER_SCORES = 2 << 30  # bytes of fp32 scores beyond which eager attention is left out
-CHECKED_QUERIES = 64  # from the end, held against fp64
+CHECKED_QUERIES = 64  # from the end, compared with fp64
 BLOCK = 128  # tokens of a paged cache's block
 SCALES = (0.75, 1.25)  # of an FP8 cache's K and V
 SDPA = {
@@ -57,7 +57,7 @@ def plans(s: Spec) -> Iterator[Plan]:
 
 
 def _scores(m: Shapes, tokens: int) -> float:
-    """Bytes of the fp32 scores that eager attention writes; 0 where that is not tried."""
+    """Return the bytes of fp32 scores that eager attention writes; 0 where it is left out."""
     size = 4.0 * m.heads * tokens**2
     return size if size <= EAGER_SCORES else 0.0
 
@@ -69,7 +69,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
 
 
 def _sdpa_on(backend: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
-    """One of SDPA's backends; where it refuses the case, the call raises."""
+    """Return a run of one of SDPA's backends; it raises where the backend refuses the case."""
 
     def run(_: int) -> Tensor:
         with sdpa_kernel(backend):
@@ -79,7 +79,7 @@ def _sdpa_on(backend: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run
 
 
 def _heads(s: Spec, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [*shape, H, D], k and v [*shape, Hkv, D]."""
+    """Draw q [*shape, H, D], k and v [*shape, Hkv, D]."""
     m = s.shapes
     q = s.randn(*shape, m.heads, m.head_dim)
     k, v = (s.randn(*shape, m.kv_heads, m.head_dim) for _ in range(2))
@@ -89,7 +89,8 @@ def _heads(s: Spec, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
 def _last(
     q: Tensor, k: Tensor, v: Tensor, group: int, causal: bool = True
 ) -> tuple[Callable[..., Tensor], ...]:
-    """(value, exact) of the last queries of the first and the last group: they see every key."""
+    """Return value and exact of the last queries, which see every key, in the first and the last
+    group of heads."""
     last = slice(max(0, q.shape[1] - CHECKED_QUERIES), None)
 
     def value(out: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def _prefill(s: Spec, tokens: int, shape: str, causal: bool = True) -> Case:
     value, exact = _last(q, k, v, m.heads // m.kv_heads, causal)
 
     def of(f: Callable[..., Tensor], n: int, dtype: torch.dtype) -> Run:
-        """f of an nth of the heads."""
+        """Return a run of f on an nth of the heads."""
         qn, kn, vn = (t[:, :, : t.shape[2] // n].to(dtype) for t in (q, k, v))
         return lambda _: f(qn, kn, vn, causal=causal)
 
@@ -148,7 +149,7 @@ def _prefill(s: Spec, tokens: int, shape: str, causal: bool = True) -> Case:
 
 
 def _packed(s: Spec, tokens: int, shape: str) -> Case:
-    """Four prompts of different lengths in one launch."""
+    """Make a case of four prompts of different lengths in one launch."""
     m = s.shapes
     lengths = [tokens // 16, 3 * tokens // 16, tokens // 4, tokens // 2]
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -182,7 +183,8 @@ def _packed(s: Spec, tokens: int, shape: str) -> Case:
 def _decode(
     s: Spec, queries: int, batch: int, context: int, kind: str, shape: str, size: float
 ) -> Case:
-    """kind: "", or ", paged" (blocks in random order), or ", FP8 cache" (half the bytes)."""
+    """Make a case over caches. kind: "", ", paged" (blocks in random order) or ", FP8 cache" (half
+    the bytes)."""
     m, n = s.shapes, s.copies(size)
     q = s.randn(batch, queries, m.heads, m.head_dim)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=s.device)
@@ -216,7 +218,7 @@ def _decode(
     if plain:
         baselines["SDPA"] = lambda i: _sdpa(q, *pools[i % n], causal=False)
     if s.fp32_too and plain:
-        wide, (k, v) = q.float(), (t.float() for t in pools[0])  # no cache holds these
+        wide, (k, v) = q.float(), (t.float() for t in pools[0])  # one is more than caches hold
         baselines["eager fp32"] = eager(op, lambda _: (wide, k, v, lengths))
         baselines["SDPA fp32"] = lambda _: _sdpa(wide, k, v, causal=False)
     targets = {"limit": 0.8, "SDPA": 20.0} if plain and batch == 1 and context >= 8192 else {}
@@ -243,5 +245,5 @@ def _decode(
         else {},
         targets={"limit": 0.85} if plain and s.on_gpu else targets,
         copies=n,
-        waits=("eager",),  # it asks for the lengths
+        waits=("eager",),  # it reads the lengths
     )

@@ -1,12 +1,12 @@
-"""What a case of the suite is made of: ours, what it is compared with, its limit, and the truth.
+"""Cases of the suite: ours, its baselines, its limit, and the exact result.
 
-The limit is a run of its own, in the same rounds as the rest: a copy of the same bytes for ops on
-activations, a read of the same weights or cache for what streams them, and for what computes
-whatever this machine computes fastest with. Weights and caches rotate through more memory than the
-last-level cache holds, on a GPU activations too. On a CPU activations stay: in a model the op
-before has just written them. But they begin at another line of their page from round to round,
-since an op bound by a copy is slower where loads wait for stores to the same place of another page,
-and a process keeps its places.
+The limit is measured in the same rounds as the rest: a copy of the same bytes for ops on
+activations, a read of the same weights or cache for ops that stream them, and the fastest
+arithmetic of the machine for ops bound by it. Weights and caches rotate through more memory than
+the last-level cache holds, and on a GPU so do activations. On a CPU activations stay in cache: in a
+model the op before has just written them. They start at another line of their page in each round,
+since loads that wait for stores to the same offset of another page slow an op, and a process would
+keep its offsets.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from .shapes import Shapes, Sweep
 
 CACHE_BYTES = 96 << 20  # more than the last-level caches of the machines this was tried on
 LINE, PAGE = 64, 4096  # bytes
-PLACES = 16  # within a page, that activations on a CPU begin at
-CHECKED_ROWS = 32  # from each end of an output: the truth is computed in fp64, which is slow
-PARTS = 8  # a slow baseline does an eighth of the work at least
+PLACES = 16  # offsets within a page at which activations on a CPU start
+CHECKED_ROWS = 32  # from each end of an output: the exact result in fp64 is slow
+PARTS = 8  # a slow baseline does at least an eighth of the work
 
-Arguments = Callable[[int], tuple[Any, ...]]  # of an op, by its public signature, in a round
+Arguments = Callable[[int], tuple[Any, ...]]  # round -> an op's arguments, by its public signature
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a run is about."""
+    """Shapes, sizes, dtype and device of a run."""
 
     shapes: Shapes
     sweep: Sweep
@@ -48,7 +48,7 @@ class Spec:
 
     @property
     def fp32_too(self) -> bool:
-        """Whether products are compared with fp32's as well: see Speed.bf16_is_slow."""
+        """Return whether products are compared with fp32's too: see Speed.bf16_is_slow."""
         return not self.on_gpu and self.dtype == torch.bfloat16 and self.speed.bf16_is_slow
 
     @property
@@ -60,9 +60,9 @@ class Spec:
         return self.dtype.itemsize
 
     def randn(self, *shape: int, cache: bool = False) -> Tensor:
-        """Draw in fp32, whatever the dtype: the same values in each, rounded. In slices: the fp32
-        numbers of a large weight would not fit beside it. cache: ask for huge pages, as KVCache
-        does."""
+        """Draw in fp32 and round, so that every dtype has the same values. Draw in slices, since
+        the fp32 numbers of a large weight may not fit beside it. cache: ask for huge pages, as
+        KVCache does."""
         out = torch.empty(*shape, dtype=self.dtype, device=self.device)
         if cache and out.is_cpu:
             _cpu.advise_huge_pages(out)
@@ -73,13 +73,13 @@ class Spec:
         return out
 
     def copies(self, bytes_each: float) -> int:
-        """How many buffers to rotate through, so that none is found in the last-level cache."""
+        """Return how many buffers to rotate through, so that the last-level cache holds none."""
         return max(1, min(8, round(cache_bytes(self.device) / bytes_each) + 1))
 
     def rotating(self, *shape: int, parts: float = 1.0, count: int = 0) -> list[Tensor]:
         """Make activations to rotate through: on a GPU more than its cache holds, on a CPU views of
-        one buffer, each from another line on. parts: bytes that the case moves, of a tensor's;
-        count: how many, instead."""
+        one buffer that start at different lines. parts: the bytes that a case moves, divided by a
+        tensor's; count: the number of tensors instead."""
         size, step = math.prod(shape), LINE // self.size
         if self.on_gpu:
             most = math.ceil(cache_bytes(self.device) / (parts * size * self.size))
@@ -97,25 +97,25 @@ _places = random.Random(0)
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. Runs are called with the round's number, to rotate buffers by."""
+    """One op at one shape. A run takes the round's number, by which it rotates buffers."""
 
     op: str
     shape: str
-    axes: dict[str, int]  # the sizes that vary, by name: curves are drawn over them
-    bytes: float  # that have to move: each input read and each output written once
+    axes: dict[str, int]  # the sizes that vary, by name, for curves
+    bytes: float  # each input read and each output written once
     flops: float
     arguments: Arguments
     ours: Run
     baselines: dict[str, Run]
     limit: Limit
-    exact: Callable[[], Tensor]  # the truth, in fp64
-    value: Callable[[Any], Tensor]  # of what a run returns, the part that exact is about
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the op, by keyword
-    inputs: Mapping[str, Any] = field(default_factory=dict)  # by name, for peers; none: no peers
-    targets: dict[str, float] = field(default_factory=dict)  # baseline or "limit" -> ratio wanted
-    copies: int = 8  # that the runs rotate through at most
-    waits: tuple[str, ...] = ()  # runs that wait for a GPU: no CUDA graph of them
-    # Baselines that can do less: called with n, a run of an nth of the work.
+    exact: Callable[[], Tensor]  # the result in fp64
+    value: Callable[[Any], Tensor]  # the part of a run's result that corresponds to exact
+    options: Mapping[str, Any] = field(default_factory=dict)  # the op's keyword arguments
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # by name, for peers; empty: no peers
+    targets: dict[str, float] = field(default_factory=dict)  # baseline or "limit" -> wanted ratio
+    copies: int = 8  # the most buffers that the runs rotate through
+    waits: tuple[str, ...] = ()  # runs that wait for a GPU and so cannot be in a CUDA graph
+    # Baselines that can run a part: n -> a run of an nth of the work.
     parts: Mapping[str, Callable[[int], Run]] = field(default_factory=dict)
 
     @property
@@ -124,7 +124,7 @@ class Case:
 
     @property
     def work(self) -> float:
-        """What the rate counts: bytes, or flops where matrices bound."""
+        """Return what the rate counts: bytes, or flops where arithmetic is the limit."""
         return self.flops if self.limit.computes else self.bytes
 
     def on(self, backend: str) -> Run:
@@ -147,7 +147,7 @@ class Plan:
 
     op: str
     shape: str
-    memory: float  # bytes that making and running it takes, about
+    memory: float  # bytes that making and running it takes, estimated
     make: Callable[[], Case]
 
     @property
@@ -165,14 +165,14 @@ def eager(op: str, arguments: Arguments, **options: Any) -> Run:
 
 
 def compiled(op: str, arguments: Arguments) -> Run:
-    """torch.compile of the eager twin. Nothing is compiled before it is called."""
+    """Return a run of torch.compile's form of the eager twin, which the first call compiles."""
     twin: list[Callable[..., Any]] = []
 
     def run(i: int) -> Any:
         if not twin:
-            torch._dynamo.reset()  # or one case's shapes count against another's limit of variants
-            # A cached graph is found again whatever instruction set it was made for: loops in steps
-            # of AVX-512's vectors, held to AVX2, leave half of the elements out.
+            torch._dynamo.reset()  # each case's shapes count against a limit of variants
+            # The cache's key does not hold the instruction set: a graph for AVX-512's vectors,
+            # reused where AVX2 is forced, leaves out half of the elements.
             torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
             twin.append(torch.compile(getattr(reference, op), dynamic=False))
         return twin[0](*arguments(i))
@@ -181,7 +181,7 @@ def compiled(op: str, arguments: Arguments) -> Run:
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """max |got - exact| / max |exact|; NaN where got has one."""
+    """Return max |got - exact| / max |exact|; NaN if got has one."""
     exact = exact.double()
     scale = exact.abs().max().clamp(min=1e-30)
     return ((got.double() - exact).abs().max() / scale).item()
@@ -191,7 +191,7 @@ def ends(t: Tensor, rows: int = CHECKED_ROWS) -> Tensor:
     """Return the first and the last rows of the first dimension."""
     if t.shape[0] <= 2 * rows:
         return t
-    raw = t.view(torch.uint8) if t.itemsize == 1 else t  # not every version joins FP8 tensors
+    raw = t.view(torch.uint8) if t.itemsize == 1 else t  # not every version concatenates FP8
     return torch.cat((raw[:rows], raw[-rows:])).view(t.dtype)
 
 
@@ -201,7 +201,7 @@ def checked(result: Any) -> Tensor:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What rotating buffers have to add up to. Four times a GPU's last level: it is not LRU."""
+    """Return the bytes that rotating buffers need; four times a GPU's L2, which is not LRU."""
     if device.type == "cpu":
         return CACHE_BYTES
     return 4 * torch.cuda.get_device_properties(device).L2_cache_size

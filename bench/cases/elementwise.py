@@ -1,4 +1,4 @@
-"""The ops that move rows: norms, rope, SwiGLU, quantization; limited by a copy of the bytes."""
+"""Cases of norms, rope, SwiGLU and quantization, whose limit is a copy of the bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Make = Callable[[Spec, int, str], Case]
 
 
 def _plans(s: Spec, *ops: tuple[str, str, float, Make]) -> Iterator[Plan]:
-    """ops: the name, what a row is, the elements of memory that it takes, what makes the case."""
+    """Yield plans. ops: the name, a row's description and elements of memory, and the case's
+    maker."""
     for rows in s.sweep.tokens:
         for op, row, elements, make in ops:
             shape = f"{rows} x {row}"
@@ -75,8 +76,8 @@ def _case(
     value: Callable[[Any], Tensor] = checked,
     **fields: Any,
 ) -> Case:
-    """moved: as much memory as the op reads, or more, of which a copy is the limit; flops: of each
-    of its elements. Beside the given baselines stand the eager twin, and that compiled."""
+    """Make a case. moved: at least as much memory as the op reads; the limit is its copy. flops:
+    per element of moved. The eager twin and its compiled form are baselines too."""
     limit, options = limits.copy(moved), fields.get("options", {})
     twins = {"eager": eager(op, arguments, **options), **(baselines or {})}
     if compile_too:
@@ -164,7 +165,7 @@ def _dequantized(out: tuple[Tensor, ...]) -> Tensor:
 
 
 def norm_fp64(x: Tensor, weight: Tensor) -> Tensor:
-    """The eager twin passes through fp32 whatever it is given."""
+    """Compute the norm in fp64; the eager twin would compute it in fp32."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight.double()
 
 
@@ -193,7 +194,7 @@ def _positions(s: Spec, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _rope_and_append(s: Spec, rows: int, shape: str) -> Case:
-    """q, k and v as views of one product's output, as in the model."""
+    """Make a case with q, k and v as views of one product's output, as in the model."""
     m = s.shapes
     heads = (m.heads, m.kv_heads, m.kv_heads)
     fused = s.rotating(rows, sum(heads), m.head_dim, parts=2)
@@ -207,7 +208,7 @@ def _rope_and_append(s: Spec, rows: int, shape: str) -> Case:
         return torch.cat((rope_fp64(torch.cat((q, k), 1), ends(positions), table), v.double()), 1)
 
     def value(q: Tensor) -> Tensor:
-        """What was returned, and what was written just now."""
+        """Return the rotated q with the k and v that were just appended."""
         k, v = (cache.flatten(0, 1)[slots] for cache in caches[0])
         return ends(torch.cat((q, k, v), 1))
 
@@ -222,7 +223,7 @@ def _rope_and_append(s: Spec, rows: int, shape: str) -> Case:
         exact=exact,
         value=value,
         gpu_targets={"limit": 0.85, "eager": 9.0},
-        waits=("eager",),  # it picks the slots that are not -1, and asks how many
+        waits=("eager",),  # it reads how many slots are not -1
     )
 
 

@@ -1,4 +1,4 @@
-"""The matrix products of a layer: FP8 weights at any number of rows, 16-bit ones at one."""
+"""Cases of a layer's matrix products: FP8 weights at any number of rows, 16-bit ones at one row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llama_fast import reference
 from ..timing import Run, limits
 from .case import PARTS, Case, Plan, Spec, eager, ends, ours
 
-CHECKED_FEATURES = 512  # from each end, held against fp64
-FEW = 64  # rows up to which a GPU is limited by reading the weight; a CPU computes from a few on
+CHECKED_FEATURES = 512  # from each end, compared with fp64
+FEW = 64  # rows up to which reading the weight limits a GPU
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A linear's weight, several times over, in every form that an implementation multiplies by."""
+    """Copies of a linear's weight, in every form that an implementation takes."""
 
     plain: list[Tensor]  # [N, K]
     quantized: list[tuple[Tensor, Tensor]]  # e4m3 [N, K], scale [N, 1]
-    packed: list[Tensor]  # the e4m3 weights, in ours
+    packed: list[Tensor]  # the e4m3 weights in our layout
     packed_plain: list[Tensor]
 
     @property
@@ -44,7 +44,7 @@ def _weights(s: Spec, n: int, k: int) -> Weights:
 
 
 class _Kept:
-    """The last weights asked for, which the cases of one linear share. fresh(): for others."""
+    """The last linear's weights, which its cases share. fresh() drops them."""
 
     def __init__(self) -> None:
         self.key: object = None
@@ -101,7 +101,7 @@ def _case(op: str, n: int, k: int, m: int, shape: str, size: float, **fields: An
 
 
 def _exact_product(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
-    """The checked rows and features of x @ w.T in fp64."""
+    """Return the checked rows and features of x @ w.T in fp64."""
     w = ends(w, CHECKED_FEATURES)
     if scale is not None:
         scale = ends(scale, CHECKED_FEATURES)
@@ -129,7 +129,7 @@ def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
 
 
 def _linear_fp32(x: Tensor, w: Weights, n: int) -> Run:
-    """By an nth of the weight's rows. One is more than caches hold."""
+    """Return a run with an nth of the weight's rows. One weight is more than caches hold."""
     wide, weight = x.float(), w.plain[0][: w.shape[0] // n].float()
     return lambda _: F.linear(wide, weight)
 
@@ -165,7 +165,7 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
         parts["torch._scaled_mm"] = functools.partial(_scaled_mm, x, w)
         targets = {"bf16 F.linear": 0.95, "torch._scaled_mm": 4.5}
     baselines = {name: part(1) for name, part in parts.items()}
-    if m >= 512 and s.on_gpu:  # where ours takes FP8 activations
+    if m >= 512 and s.on_gpu:  # there ours quantizes the activations
         baselines["torch._scaled_mm + quantizing"] = _scaled_mm(x, w, quantize=True)
     if s.on_gpu:
         targets = {"limit": 0.85 if streams else 0.8}
@@ -184,7 +184,8 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
 
 
 def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantize: bool = False) -> Run:
-    """torch's FP8 product by rows, of a part of the weight's; quantize: with that of x."""
+    """Return a run of torch's FP8 product scaled by row, with a part of the weight's rows.
+    quantize: include the quantization of x."""
     rows = w.shape[0] // part
     scales = [scale[:rows].t().contiguous() for _, scale in w.quantized]
     given = lf.quantize_fp8(x)
@@ -206,11 +207,11 @@ def _fp8_gemm(
     shape: str,
     granularity: tuple[str, str] = ("row", "row"),
 ) -> Case:
-    """Both operands in FP8, as a producer leaves them; scales by row, or by block."""
+    """Make a case with both operands in FP8, with scales by row or by block."""
     w = kept.get(s, n, k)
     a, scale_a = reference.quantize_fp8(s.randn(m, k), granularity[0])
     made = [reference.quantize_fp8(t, granularity[1]) for t in w.plain]
-    plain = [reference.dequantize_fp8(q, scale, dtype=s.dtype) for q, scale in (made[0],)]
+    plain = reference.dequantize_fp8(*made[0], dtype=s.dtype)
     wide = reference.dequantize_fp8(a, scale_a, dtype=s.dtype)
     by_row = granularity[0] == "row"
 
@@ -222,7 +223,7 @@ def _fp8_gemm(
         b, scale_b = made[i % len(made)]
         if by_row:
             return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=s.dtype)
-        columns = scale_a.t().contiguous().t()  # which torch wants column-major
+        columns = scale_a.t().contiguous().t()  # torch wants them column-major
         return torch._scaled_mm(a, b.t(), columns, scale_b.t(), out_dtype=s.dtype)
 
     def exact() -> Tensor:
@@ -238,7 +239,7 @@ def _fp8_gemm(
         baselines={
             "eager": eager("fp8_gemm", arguments, out_dtype=s.dtype),
             "torch._scaled_mm": scaled_mm,
-            "bf16 F.linear": lambda _: F.linear(wide, plain[0]),
+            "bf16 F.linear": lambda _: F.linear(wide, plain),
         },
         limit=s.compute(fp8=True),
         exact=exact,

@@ -1,4 +1,4 @@
-"""How a case is measured: which implementations take part, their errors, then their times."""
+"""Measure cases: choose the implementations, find their errors, then their times."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from ..timing import Part, Run, Timing, joined, measure, part
 from ..timing.memory import free_memory, trim
 from .case import PARTS, Case, Plan, relative_error
 
-BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds a case
-COMPILE_SECONDS = 30.0  # of torch.compile, after which it is left out, but for a full run
-# Relative error from which a baseline has computed something else, and its time says nothing. The
-# coarsest right one so far has 0.05; a kernel that left half of the elements out, 0.8 or NaN.
+BUDGETS = {"quick": 0.3, "default": 1.5, "full": 3.0}  # seconds per case
+COMPILE_SECONDS = 30.0  # after so much torch.compile leave it out, except in a full run
+# Relative error from which a baseline's result is wrong and its time means nothing. The coarsest
+# right one so far has 0.05; a kernel that left out half of the elements had 0.8 or NaN.
 SOMETHING_ELSE = 0.25
-# Raised by what a version, a shape or a chip does not offer.
+# Raised where a version, a shape or a chip does not support a baseline.
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
 @dataclass
 class Measured:
-    """Of one case, so far."""
+    """What is known of a case so far."""
 
     errors: dict[str, float] = field(default_factory=dict)
     passes: list[dict[str, Timing]] = field(default_factory=list)
-    parts: dict[str, int] = field(default_factory=dict)  # baseline -> n, where an nth is run
+    parts: dict[str, int] = field(default_factory=dict)  # baseline -> n: it runs an nth
 
 
 @dataclass
 class Measurer:
-    """Measures cases as a command line asks, pass by pass."""
+    """Measure cases as a command line asks, pass by pass."""
 
     args: argparse.Namespace
     peers: Sequence[Peer]
     passes: int  # of all cases, see timing/clock.py
-    skip: Callable[[str, str], None]  # what is left out, and why
-    fail: Callable[[str, str], None]  # what of ours failed, and how
+    skip: Callable[[str, str], None]  # name of what is left out, reason
+    fail: Callable[[str, str], None]  # name of ours that failed, reason
     compiling: float = 0.0  # seconds so far
 
     @property
@@ -53,13 +53,13 @@ class Measurer:
 
     @property
     def columns(self) -> list[str]:
-        """Our backends beside the first one."""
+        """Return our backends after the first one."""
         return (self.args.backend or [])[1:]
 
     def measure(self, plan: Plan, so_far: Measured) -> dict[str, Any] | None:
-        """Measure one more pass. None where the case does not fit into memory."""
+        """Measure one more pass and return the row; None if the case does not fit into memory."""
         if plan.memory > free_memory(self.device):
-            trim()  # of what was freed and kept
+            trim()  # give kept memory back
         if plan.memory > free_memory(self.device):
             if not so_far.passes:
                 self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
@@ -83,8 +83,8 @@ class Measurer:
         return report.row(case, joined(so_far.passes), so_far.errors, columns)
 
     def _runs(self, plan: Plan, case: Case, so_far: Measured) -> dict[str, Run]:
-        """Ours and every other implementation of this case; later passes run those of the first.
-        Each but PyTorch's own is tried once: what fails costs its own column only."""
+        """Return ours and every other implementation of a case; later passes run those of the first
+        one. Columns other than PyTorch's are tried once, and one that fails is left out."""
         runs = {"ours": case.ours}
         for name, run in case.baselines.items():
             if not so_far.passes and self.wants(name):
@@ -129,14 +129,14 @@ class Measurer:
         return self.args.level != "quick" and self.compiling < COMPILE_SECONDS
 
     def _part(self, case: Case, name: str) -> int:
-        """n, where a call of an nth of the work takes no longer than a case's budget."""
+        """Return n such that a call of an nth of the work takes at most a case's budget."""
         if name not in case.parts or self.device.type != "cpu":
             return 1
         least = case.parts[name](PARTS)
         start = time.perf_counter()
         try:
             least(0)
-        except REFUSALS:  # which is reported when all of it is tried
+        except REFUSALS:  # _errors reports it
             return 1
         took, n = time.perf_counter() - start, PARTS
         while n > 1 and 2 * took <= BUDGETS[self.args.level]:
@@ -146,9 +146,10 @@ class Measurer:
     def _errors(
         self, plan: Plan, case: Case, runs: dict[str, Run], so_far: Measured
     ) -> dict[str, float]:
-        """Of each implementation, before anything is timed, and of the yardstick, timed or not:
-        the eager twin where it fits, else PyTorch's own. What is refused is left out of runs; what
-        has another form than the op's result has no error, nor has a part of it."""
+        """Return each implementation's error, before anything is timed, and the yardstick's, even
+        if it is not timed: the eager twin if it fits, else PyTorch's own. A run that raises or is
+        wrong is removed from runs. A part of the work has no error, nor has a result of another
+        form."""
         exact, errors = case.exact(), {}
         yardstick = "eager" if "eager" in case.baselines else next(iter(case.baselines))
         first = {yardstick: case.baselines[yardstick]}

@@ -1,4 +1,4 @@
-"""The shapes of Llama 3.1's layers, whole or one tensor-parallel rank's, and the sizes run."""
+"""Shapes of Llama 3.1's layers, whole or one tensor-parallel rank's, and the sizes to run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import llama_fast as lf
 
 from ..timing import machine
 
-MODELS = ("8b", "70b", "405b", "tiny")
+PRESETS = {
+    "8b": lf.LlamaConfig.llama_3_1_8b,
+    "70b": lf.LlamaConfig.llama_3_1_70b,
+    "405b": lf.LlamaConfig.llama_3_1_405b,
+}
+MODELS = (*PRESETS, "tiny")
 LEVELS = ("quick", "default", "full")
-TP = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """One layer as its ops see it. What tensor parallelism shares out is this rank's part: heads,
-    the inner width, the columns or rows of each linear; the hidden width is never divided."""
+    """One layer's sizes. Heads and the inner width are one tensor-parallel rank's; the hidden width
+    is never divided."""
 
-    name: str
     hidden: int
     inner: int
     heads: int
@@ -30,13 +33,13 @@ class Shapes:
 
     @property
     def rotated(self) -> int:
-        """Elements of a token's queries and keys."""
+        """Return the number of elements of a token's queries and keys."""
         return (self.heads + self.kv_heads) * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """[N, K] of the four products of a layer; "up": half of gate_up, as layers that do not fuse
-        the two have it."""
+        """Return [N, K] of a layer's products. "up" is half of "gate_up", for layers that do not
+        fuse the two."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "up": (self.inner, self.hidden),
@@ -48,41 +51,32 @@ class Shapes:
 
 
 def layer_shapes(model: str, tp: int = 1) -> Shapes:
-    """model: one of MODELS. tp: ranks; key/value heads are repeated when there are fewer of them.
-
-    Raises ValueError where tp does not divide the heads or the inner width.
-    """
+    """Return the Shapes of one of MODELS on one of tp ranks, which repeat key/value heads if there
+    are fewer of them. Raises ValueError if tp does not divide the heads or the inner width."""
     if model == "tiny":  # every line of the suite in seconds
         hidden, inner, heads, kv_heads, head_dim = 64, 128, 8, 4, 16
     else:
-        presets = {
-            "8b": lf.LlamaConfig.llama_3_1_8b,
-            "70b": lf.LlamaConfig.llama_3_1_70b,
-            "405b": lf.LlamaConfig.llama_3_1_405b,
-        }
-        c = presets[model]()
+        c = PRESETS[model]()
         hidden, inner, head_dim = c.hidden_size, c.intermediate_size, c.head_dim
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
     if tp < 1 or heads % tp or inner % tp:
         raise ValueError(
             f"--tp: got {tp}, want a divisor of {model}'s {heads} heads and inner width {inner}"
         )
-    name = model if tp == 1 else f"{model}, 1 of {tp} ranks"
-    return Shapes(name, hidden, inner // tp, heads // tp, max(1, kv_heads // tp), head_dim)
+    return Shapes(hidden, inner // tp, heads // tp, max(1, kv_heads // tp), head_dim)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Which sizes are run."""
+    """The sizes to run."""
 
     tokens: tuple[int, ...]  # rows of norms, rope and SwiGLU
     prompts: tuple[int, ...]  # of causal attention
     caches: tuple[tuple[int, int], ...]  # (batch, context) of decode attention
     rows: tuple[int, ...]  # M of matrix products
     linears: tuple[str, ...]  # which products
-    chunk: tuple[int, int] | None = None  # queries and keys of a prompt's part over a paged cache
-    # Also: packed and full attention, paged and FP8 caches, block scales.
-    variants: bool = False
+    chunk: tuple[int, int] | None = None  # queries and keys of chunked prefill, paged
+    variants: bool = False  # packed and full attention, paged and FP8 caches, block scales too
 
 
 _ALL = ("gate_up", "down", "qkv", "output")
@@ -117,7 +111,7 @@ _TINY_FULL = Sweep((1, 8), (16, 32), ((1, 64), (2, 32)), (1, 16, 48), ("up", "do
 
 
 def sweep(model: str, device: torch.device, level: str) -> Sweep:
-    """Choose the sizes. A GPU has more: what takes a CPU a second is a few of its microseconds."""
+    """Choose the sizes; a GPU's are larger."""
     if model == "tiny":
         return _TINY_FULL if level == "full" else _TINY
     if device.type == "cpu":
@@ -130,8 +124,8 @@ LEAST_PROMPT, LEAST_ROWS = 256, 16
 
 
 def fitted(sizes: Sweep, layer: Shapes, rate: float) -> Sweep:
-    """Halve prompts and rows until one call of ours fits, on a machine whose products do `rate`
-    operations a second."""
+    """Halve prompts and rows until one call of ours takes at most CALL seconds at `rate` operations
+    a second."""
 
     def prompt(tokens: int) -> int:
         work = 2.0 * tokens**2 * layer.heads * layer.head_dim

@@ -1,1 +1,1 @@
-"""A GPU in two calls of a few minutes: build, tests, figures."""
+"""Report on a GPU in two calls of a few minutes: build, tests, figures."""

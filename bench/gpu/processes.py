@@ -1,4 +1,4 @@
-"""Processes in sessions of their own, with an end. Imports nothing of llama_fast or torch."""
+"""Run commands with a time limit, each in its own session. Imports neither llama_fast nor torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 from ..results.files import ROOT
 
-PATIENCE = 4.0  # seconds for a process to end when asked to, and again when killed
+PATIENCE = 4.0  # seconds for a process to end after SIGINT, and again after SIGKILL
 interrupted = threading.Event()
 
 
 def limited(command: list[str], seconds: float, log: Path, **environment: str) -> int | None:
-    """Run a command, with what it prints in log. Returns its exit code; None when it had to be
-    stopped, with all of its children: first as Ctrl-C would, so that pytest can end its own. A
-    process that a driver holds cannot be ended: it is left behind."""
+    """Run a command with its output in log. Return its exit code, or None if it was stopped with
+    all of its children: first by SIGINT, so that pytest can end its own. A process that is stuck in
+    a driver cannot be ended and stays."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as output:
         process = subprocess.Popen(
@@ -50,7 +50,7 @@ def limited(command: list[str], seconds: float, log: Path, **environment: str) -
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let what `timeout` sends end the report as Ctrl-C does."""
+    """Let SIGTERM, which `timeout` sends, end the report like Ctrl-C."""
 
     def interrupt(*_: Any) -> None:
         interrupted.set()
@@ -66,8 +66,8 @@ def interruptible() -> Iterator[None]:
 
 
 def tool(name: str) -> str | None:
-    """Find a tool on PATH, beside this Python (a virtual environment that is not activated), in
-    CUDA's folders, or beside the nvcc that PATH leads to."""
+    """Find a tool on PATH, beside this Python (for a virtual environment that is not activated), in
+    CUDA's folders, or beside PATH's nvcc."""
     cuda = [os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(n)]
     places = [Path(sys.executable).parent, *(Path(home) / "bin" for home in cuda)]
     if nvcc := shutil.which("nvcc"):

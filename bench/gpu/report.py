@@ -1,11 +1,11 @@
-"""Everything about a GPU in two calls of a few minutes, each of which may find a bare machine.
+"""Report on a GPU in two calls of a few minutes, each of which may start on a bare machine.
 
 Call 1 builds and tests the CUDA kernels, also under compute-sanitizer. Call 2 builds, tests
-Triton's kernels, and runs the suite with both backends side by side, a process an op, then the
+Triton's kernels, and runs the suite with both backends side by side, one process per op, then the
 forward pass. Without --call both run, one after the other. DIR receives tests-cuda.json,
-tests-triton.json, sanitizer.json, bench.json (a run of the suite) and logs/, each rewritten as soon
-as something is known: a call that is killed keeps what it has. Every process has an end, and a
-kernel that faults or hangs costs its own op's figures or its own file's tests.
+tests-triton.json, sanitizer.json, bench.json (a run of the suite) and logs/. Each is rewritten as
+soon as there is a result, so a call that is killed keeps its results. Every process has a time
+limit. A kernel that faults or hangs loses its own op's figures or its own file's tests.
 Needs an environment with torch, triton, pytest, cmake, ninja and pybind11, and no network.
 """
 
@@ -26,8 +26,8 @@ from . import processes, tests
 from .processes import limited, tail
 from .tests import Problems
 
-# Of each call, the steps: parts that run side by side, and the seconds that they may take at most.
-# What a step leaves goes to those after it; the last one has all of it.
+# Each call's steps: parts that run side by side, and their time limit in seconds. Later steps get
+# the time that a step leaves, the last one all of it.
 CALLS: dict[int, tuple[tuple[tuple[str, ...], float], ...]] = {
     1: ((("build-cpu",), 120), (("build-cuda",), 110), (("tests-cuda", "sanitizer"), 120)),
     2: (
@@ -37,9 +37,9 @@ CALLS: dict[int, tuple[tuple[tuple[str, ...], float], ...]] = {
         (("forward",), 150),
     ),
 }
-SECONDS = {1: 215.0, 2: 450.0}  # of a call; with what it takes to stop the last part 230 and 470
+SECONDS = {1: 215.0, 2: 450.0}  # per call; 230 and 470 with the stop of the last part
 PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
-AN_OP = 60.0  # seconds of an op's process at most
+AN_OP = 60.0  # time limit of an op's process in seconds
 HERE = """
 import importlib.metadata, json, torch
 found = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "sm": ""}
@@ -61,8 +61,8 @@ examples:
   {{prog}} --gpu-report DIR --only ops --case attention --seconds 900
   {{prog}} --gpu-report DIR --call 2 --tiny --device cpu    a rehearsal without a GPU
 
-exit status: 0; 1 a test failed, a result was wrong, or a part did not run to its end; 2 it cannot
-run here; 130 interrupted"""
+exit status: 0; 1 a test failed, a result was wrong, or a part did not end; 2 it cannot run here;
+130 interrupted"""
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--seconds", type=float, help=f"of each call, default {SECONDS[1]:g} and {SECONDS[2]:g}")
     add("--case", default="", metavar="TEXT", help="only cases with this in their name")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: with --tiny")
-    add("--tiny", action="store_true", help="tiny shapes: whether the report itself runs")
+    add("--tiny", action="store_true", help="tiny shapes, to test the report itself")
     add("--debug", action="store_true", help="show a traceback for errors")
     return p
 
@@ -96,7 +96,7 @@ def main(argv: list[str], prog: str = "python -m bench") -> int:
     args.out = args.out.resolve()
     fresh = not args.out.exists()
     log = args.out / "logs" / "versions.log"
-    code = limited([sys.executable, "-c", HERE], 40.0, log)  # in a process: a driver may hang
+    code = limited([sys.executable, "-c", HERE], 40.0, log)  # in a process, since a driver may hang
     here = json.loads(tail(log)) if code == 0 else {}
     if code != 0 or (args.device == "cuda" and not here["sm"]):
         why = "torch sees no GPU here" if code == 0 else f"torch does not start here: {tail(log)}"
@@ -113,7 +113,7 @@ def main(argv: list[str], prog: str = "python -m bench") -> int:
             for call in [args.call] if args.call else CALLS:
                 problems += _run(args, call, wanted)
         except KeyboardInterrupt:
-            print("interrupted: what was measured is kept", file=sys.stderr)
+            print("interrupted; the figures measured so far are kept", file=sys.stderr)
             status = 130
     print("\n".join([f"PROBLEM {line}" for line in problems] or ["nothing was wrong"]))
     print(f"written: {args.out}", flush=True)
@@ -126,7 +126,7 @@ def _refuse(message: str) -> int:
 
 
 def _run(args: argparse.Namespace, call: int, wanted: set[str]) -> Problems:
-    """The call's steps, as far as the time goes."""
+    """Run the call's steps until its time is over."""
     steps = [([p for p in parts if p in wanted], most) for parts, most in CALLS[call]]
     steps = [(parts, most) for parts, most in steps if parts]
     seconds = args.seconds or SECONDS[call]
@@ -152,8 +152,8 @@ def _run(args: argparse.Namespace, call: int, wanted: set[str]) -> Problems:
 
 
 def ops(args: argparse.Namespace, seconds: float) -> Problems:
-    """The suite, a process an op. Where one dies, once more with its first backend alone, so that
-    the other's faults cost it nothing."""
+    """Run the suite, one process per op. If a process dies, repeat its op on the first backend
+    alone, which so keeps its figures when the other one faults."""
     backends = ["triton", "cuda"] if args.device == "cuda" else ["cpu", "reference"]
     if args.device == "cuda" and tests.missing("cuda", args):
         backends = backends[:1]
@@ -165,7 +165,7 @@ def ops(args: argparse.Namespace, seconds: float) -> Problems:
     names = list(dict.fromkeys(words[0] for words in lines if words and words[0] != "forward"))
     end, problems = time.monotonic() + seconds, []
     for i, name in enumerate(names):
-        # Twice its share at most, or a slow op would leave nothing to those after it.
+        # Twice its share at most, so that a slow op leaves time for the later ones.
         share = 2 * (end - time.monotonic()) / (len(names) - i)
         for chosen in [backends, backends[:1]][: len(backends)]:
             left = min(AN_OP, max(15.0, share), end - time.monotonic())
@@ -192,7 +192,7 @@ def _suite(args: argparse.Namespace) -> list[str]:
 
 
 def _measured(args: argparse.Namespace, name: str, options: list[str], seconds: float) -> Problems:
-    """One process of the suite, and bench.json with what it measured, whatever became of it."""
+    """Run one process of the suite, and merge what it measured into bench.json."""
     file, log = args.out / "logs" / f"{name}.json", args.out / "logs" / f"{name}.log"
     file.unlink(missing_ok=True)
     code = limited([*_suite(args), *options, "--json", str(file)], seconds, log)
@@ -209,7 +209,7 @@ def _measured(args: argparse.Namespace, name: str, options: list[str], seconds: 
 
 
 def merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """Two runs of the suite as one; the later one's rows replace the same cases' earlier ones."""
+    """Merge two runs of the suite; a later row of a case replaces the earlier one."""
     if one is None:
         return other
     rows = {f"{r['op']} {r['shape']}": r for r in [*one["ops"], *other["ops"]]}

@@ -1,9 +1,8 @@
-"""The parts of a GPU report before its figures: build, tests/gpu, compute-sanitizer, and kernels
-compiled ahead.
+"""Run a GPU report's parts before its figures: build, tests/gpu, compute-sanitizer, precompile.
 
-No pip, no setuptools and no network: CMake and pytest, with what the environment has. Imports
-nothing of llama_fast or torch. Each part is a function of (args, seconds), which returns what is
-wrong, a line each, and ends in time, whatever its processes do.
+They need CMake and pytest, no pip, setuptools or network, and import neither llama_fast nor torch.
+Each part is a function of (args, seconds) that returns a line for each problem. It ends in time,
+whatever its processes do.
 """
 
 from __future__ import annotations
@@ -22,13 +21,14 @@ from xml.etree import ElementTree
 from ..results.files import ROOT, commit, write
 from .processes import limited, tail, tool
 
-# A hung kernel holds a test for ever; the thread ends its process, and xdist starts another one.
-TIMEOUTS = {"cuda": "20", "triton": "90"}  # seconds a test; Triton's compile as they run
-# Not loadgroup, loadfile or loadscope: with those pytest-xdist 3.8 waits for ever, or runs the same
-# test again, where a worker was lost (its issues 1323, 1327 and 1378).
+# Seconds per test; Triton's compile as they run. A kernel that hangs blocks its test: the timeout's
+# thread ends the process, and xdist starts another one.
+TIMEOUTS = {"cuda": "20", "triton": "90"}
+# Not loadgroup, loadfile or loadscope: with those pytest-xdist 3.8 waits forever, or repeats the
+# test, after a lost worker (its issues 1323, 1327 and 1378).
 SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal", "--max-worker-restart", "50")
-LARGE = "big or large"  # marks: takes gigabytes
-NO_TESTS = 5  # pytest's exit code: nothing of that kind
+LARGE = "big or large"  # marks of tests that take gigabytes
+NO_TESTS = 5  # pytest's exit code if no test was selected
 
 Problems = list[str]
 
@@ -37,8 +37,8 @@ Problems = list[str]
 
 
 def build(target: str, args: argparse.Namespace, seconds: float) -> Problems:
-    """_cpu by itself first: what nvcc does or does not do costs Triton's kernels nothing. Outside a
-    checkout there is nothing to build."""
+    """Build a target, if this is a checkout. _cpu and _cuda are built apart, so that Triton's part
+    does not depend on nvcc."""
     if not (ROOT / "setup.py").exists():
         return []
     cmake, ninja = tool("cmake"), tool("ninja")
@@ -64,8 +64,8 @@ def build(target: str, args: argparse.Namespace, seconds: float) -> Problems:
 
 
 def precompile(args: argparse.Namespace, seconds: float) -> Problems:
-    """What the ops launch, compiled by every core into Triton's cache, where the processes that
-    measure find it. A help, not a test: failures are the log's."""
+    """Compile the ops' kernels on all cores into Triton's cache, for the processes that measure.
+    Failures are not problems; the log has them."""
     command = [sys.executable, "-m", "bench.static", "triton", "--served", args.sm or "sm_90"]
     only = ["--kernel", "rms_norm"] if args.tiny else []
     limited([*command, *only], seconds, args.out / "logs" / "precompile.log")
@@ -76,8 +76,8 @@ def precompile(args: argparse.Namespace, seconds: float) -> Problems:
 
 
 def run(backend: str, args: argparse.Namespace, seconds: float) -> Problems:
-    """All of tests/gpu but what torch.compile takes minutes for, a process a file, side by side;
-    with --tiny the small cases. What takes gigabytes comes last, two at a time."""
+    """Run tests/gpu without those where torch.compile takes minutes, one process per file, side by
+    side; with --tiny only the small cases. Tests that take gigabytes run last, two at a time."""
     if why := missing(backend, args):
         print(f"tests-{backend}: {why}", flush=True)
         return []
@@ -122,7 +122,7 @@ def _pytest(
     seconds: float,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """passed, failed, skipped; error where pytest itself failed or the time ran out."""
+    """Run files' tests; return passed, failed, skipped, and error if pytest failed or timed out."""
     logs = args.out / "logs"
     results, log = logs / f"{name}.xml", logs / f"{name}.log"
     results.unlink(missing_ok=True)
@@ -141,14 +141,14 @@ def _pytest(
         **environment,
     )
     content = {**counted(results), "seconds": round(time.monotonic() - began, 1)}
-    if code not in (0, 1, NO_TESTS) or not results.exists():  # as where pytest-timeout ended it
+    if code not in (0, 1, NO_TESTS) or not results.exists():  # such as pytest-timeout's
         why = f"not done within {seconds:.0f} s" if code is None else f"pytest ended with {code}"
         content["error"] = f"{why}: {tail(log)}"
     return content
 
 
 def counted(results: Path) -> dict[str, Any]:
-    """A JUnit file's tests; all of them empty where there is none."""
+    """Count a JUnit file's tests; without a file there are none."""
     found: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
     for case in ElementTree.parse(results).iter("testcase") if results.exists() else ():
         outcome = {child.tag: child for child in case}
@@ -163,7 +163,7 @@ def counted(results: Path) -> dict[str, Any]:
 
 
 def sanitizer(args: argparse.Namespace, seconds: float) -> Problems:
-    """tests/gpu/sanitize.py's memcheck and synccheck of the CUDA kernels."""
+    """Run memcheck and synccheck on the CUDA kernels by tests/gpu/sanitize.py."""
     if args.device == "cpu" or missing("cuda", args):
         return []
     results, log = args.out / "sanitizer.json", args.out / "logs" / "sanitizer.log"

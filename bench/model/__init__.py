@@ -1,1 +1,1 @@
-"""The whole model: ours beside every other implementation of it, on the same random weights."""
+"""Measure whole models: ours and every other implementation, with the same random weights."""

@@ -1,4 +1,4 @@
-"""By which power a cost grows with a size, and whether memory grows linearly."""
+"""Fit the power by which a cost grows with a size, and judge whether memory grows linearly."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import numpy as np
 
 Points = Sequence[tuple[float, float]]  # (size, cost)
 
-UPPER = 8  # the exponent is fitted from an eighth of the largest size on: below, overheads rule
+UPPER = 8  # the exponent is fitted from an eighth of the largest size on: overheads rule below
 LEAST = 3  # points; two always lie on a line
 
-# Of memory that counts as linear in the tokens:
-EXPONENT = 1.1  # at most
-PER_TOKEN = 1.5  # times as many bytes a token at the far end as at FROM, at most
-FLOOR = 1 << 20  # bytes: what is less counts as this much, pages and buffers come and go
-FROM = 4096  # tokens: what a call needs anyway (a thread's buffers) no longer shows
+# Limits of linear memory:
+EXPONENT = 1.1
+PER_TOKEN = 1.5  # ratio of the bytes per token at the largest size to those at FROM
+FLOOR = 1 << 20  # bytes: less counts as this much, since pages and buffers come and go
+FROM = 4096  # tokens, from which a call's fixed buffers no longer matter
 
 
 def fit(points: Points) -> dict[str, Any] | None:
     """Fit cost ~ size ** exponent by least squares in logarithms, over the sizes from 1 / UPPER of
-    the largest on; over all of them where those are fewer than LEAST.
+    the largest on, or over all sizes if those are fewer than LEAST.
 
     Returns the exponent, its standard error, the exponent between the last two points, the first
-    size that counted and how many did; None for fewer than LEAST points with a cost.
+    size used and how many were used; None for fewer than LEAST points with a cost.
     """
     known = sorted((x, y) for x, y in points if x > 0 and y > 0)
     if len(known) < LEAST:
@@ -48,11 +48,11 @@ def described(found: dict[str, Any]) -> str:
 
 
 def linear_memory(points: Points) -> dict[str, Any] | None:
-    """Judge whether the bytes at the sizes are linear in them, with the figures that say so.
+    """Judge whether bytes are linear in the sizes; return the verdict and its figures.
 
-    Both have to hold: the fitted exponent is at most EXPONENT, and a token costs at most PER_TOKEN
-    times as many bytes at the far end as at FROM tokens (or the middle size of a shorter curve).
-    None where there are too few points to say.
+    Memory is linear if the fitted exponent is at most EXPONENT, and a token takes at most PER_TOKEN
+    times as many bytes at the largest size as at FROM tokens (or the middle size of a shorter
+    curve). Returns None for too few points.
     """
     known = sorted((size, max(cost, FLOOR)) for size, cost in points)
     fitted = fit(known)

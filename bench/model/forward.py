@@ -1,15 +1,14 @@
-"""The main job: Llama 3.1's forward pass with the kernels swapped in, against eager transformers
-and every peer that is there.
+"""Measure the forward pass of Llama 3.1 with our kernels against eager transformers and all peers.
 
-All run the same random weights, of 8B's true shapes: on a CPU four layers and a vocabulary of
-32,000, so that bf16, FP8, the fp32 truth and the peers' files fit beside each other; on a GPU as
-many layers as fit. What all of 8B would take is extrapolated by bytes or flops, and says so;
-`--whole` runs the whole 8B preset, in FP8.
+All have the same random weights, of 8B's true shapes: on a CPU four layers and a vocabulary of
+32,000, so that bf16, FP8, the fp32 reference and the peers' files fit in memory together; on a GPU
+as many layers as fit. Figures for all of 8B are extrapolated by bytes or flops and marked so;
+`--whole` runs the whole 8B preset in FP8.
 
-Names as in llama-bench: pp512 is a prompt of 512 tokens into an empty cache, tg128 are 128 tokens
-generated one by one, "@ d16384" means that so many tokens are in the cache already, and "B8" eight
-sequences at once. On a GPU time is the host's, launch gaps included: they are most of what an eager
-decode costs.
+Names are llama-bench's: pp512 is a prompt of 512 tokens into an empty cache, tg128 is 128 tokens
+generated one by one, "@ d16384" means that so many tokens are in the cache already, and "B8" means
+eight sequences at once. GPU times are the host's and include launch gaps, most of the cost of an
+eager decode.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from ..timing.memory import free_memory, peak_memory
 from . import jobs, models
 from .jobs import ALL, CHECKED, Job, Sizes
 
-BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds, of all passes
+BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds of all passes
 RESERVE = 12 << 30  # bytes of a GPU for caches, activations and CUDA itself
 
-# Of our FP8 weights: job, then how many times faster than which. TARGETS hold at that depth.
+# For our FP8 weights: job -> implementation -> how many times faster ours is to be.
 TARGETS = {
     "pp512": {"transformers": 1.1, "llama.cpp Q8_0": 1.8},
     "tg16 @ d512": {"transformers": 5.0, "llama.cpp Q8_0": 1.6, "llama.cpp bf16": 1.6},
@@ -48,29 +47,29 @@ TARGETS = {
 
 @dataclasses.dataclass
 class Asked:
-    """What a run is asked for, and where it tells what happens."""
+    """The options of a run, and functions that report its progress."""
 
     level: str
     device: torch.device = CPU
     speed: machine.Speed = machine.UNBOUND
     peers: Sequence[Any] = ()
-    passes: int = 1  # how often all jobs are gone through, see timing/clock.py
-    wants: Callable[[str], bool] = lambda name: True  # whether a baseline is asked for
-    skip: Callable[[str, str], None] = lambda name, why: None  # what is left out, and why
+    passes: int = 1  # through all jobs, see timing/clock.py
+    wants: Callable[[str], bool] = lambda name: True  # whether a baseline is wanted
+    skip: Callable[[str, str], None] = lambda name, why: None
     say: Callable[[str], None] = lambda text: None
-    keep: Callable[[dict[str, Any]], None] = lambda found: None  # what there is after each job
+    keep: Callable[[dict[str, Any]], None] = lambda found: None  # the figures after each job
 
     def sizes(self) -> Sizes:
         if self.device.type == "cpu":
             return jobs.plan(self.level, self.speed)
-        # transformers' 2 bytes a weight and the truth's 4, then ours (2 and 1) and each peer's 2.
+        # Bytes a weight: transformers 2 and the fp32 reference 4; then ours 2 and 1, each peer 2.
         each = max(6, 5 + 2 * len(self.peers))
         return jobs.on_gpu(self.level, free_memory(self.device) - RESERVE, each)
 
 
 def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
-    """Measure every job, ours in FP8 and bf16 beside transformers and the peers, and the logits'
-    errors. times: of the passes; None: all."""
+    """Measure every job with ours in FP8 and bf16, transformers and the peers, and the logits'
+    errors. times: the number of passes; None: asked.passes."""
     begun, sizes, device, say = time.perf_counter(), asked.sizes(), asked.device, asked.say
     config, speed = sizes.config, asked.speed
     what = f"8B shapes, {config.num_hidden_layers} layers, vocab {config.vocab_size}"
@@ -79,13 +78,13 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
     longest = max(CHECKED, *(j.depth + j.tokens for j in sizes.jobs))
     prompt = models.prompt(config, longest, max(j.batch for j in sizes.jobs)).to(device)
     first = prompt[:1, : sizes.checked]
-    # Before the others: beside them it might not fit.
+    # Made first: beside the others it might not fit.
     wide = Transformers("transformers fp32", models.transformers_model(config, device, hf))
     exact = wide.logits(first)
     running: dict[str, Any] = {n: models.Ours(n, m) for n, m in models.same_weights(hf).items()}
     ours = list(running)
     for label, implementation in (("transformers", "sdpa"), ("transformers eager", "eager")):
-        # transformers' eager attention repeats K and V for every head: for a full run.
+        # transformers' eager attention, which repeats K and V for every head, is for a full run.
         if asked.wants(label) and (implementation == "sdpa" or asked.level == "full"):
             around = functools.partial(attention, hf, implementation)
             running[label] = Transformers(label, hf, around)
@@ -94,7 +93,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
             for model in peer.models(hf, config, device):
                 running[model.label] = model
                 say(f"  {model.label} loaded")
-        except Exception as error:  # a peer that fails costs its own columns only
+        except Exception as error:  # a peer that fails loses only its own columns
             asked.skip(f"end to end: {peer.name}", f"{type(error).__name__}: {error}")
     fp32 = " and fp32" * speed.bf16_is_slow
     found: dict[str, Any] = {
@@ -110,7 +109,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
                 running[wide.label] = wide
             del wide
             say(f"  models made in {time.perf_counter() - begun:.0f} s")
-            # Before the jobs: what they keep, a cache of that length among it, would not be seen.
+            # Before the jobs: memory that they keep, such as a cache, would not be counted.
             most = max(job.tokens for job in sizes.jobs if job.kind == "pp")
 
             def memory(name: str, model: Any) -> tuple[str, dict[str, float]]:
@@ -148,7 +147,7 @@ def _each(
     what: str,
     ask: Callable[[Any], Any],
 ) -> dict[str, Any]:
-    """Ask every model, by name. One that is not ours and fails runs no more."""
+    """Call `ask` with every model. A model that is not ours and fails is dropped."""
     found = {}
     for name, model in list(running.items()):
         try:
@@ -164,8 +163,8 @@ def _each(
 def _passes(
     asked: Asked, sizes: Sizes, times: int, make: Callable[[Job], dict[str, Run]], within: float
 ) -> Iterator[tuple[Job, dict[str, Timing]]]:
-    """Yield a job whenever it was measured once more, with all that was measured of it. within:
-    seconds, after which no pass ends, as far as the first one can tell."""
+    """Yield each job after it was measured once more, with all of its timings. within: seconds by
+    which the last pass is to end, judged by the longest pass before."""
     runs: dict[Job, dict[str, Run]] = {}
     taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in sizes.jobs}
     begun, longest = time.perf_counter(), 0.0
@@ -193,15 +192,15 @@ def _runs(
     fp8: Limit | None,
     job: Job,
 ) -> dict[str, Run]:
-    """Make the runs of every model, and the limits'. n: transformers in bf16 has an nth of a
-    prompt. A model that has a long context to read first reads it here."""
-    # One token at least to go on from: nothing is generated from nothing.
+    """Make the runs of every model and the limits; a model reads a job's context here. n:
+    transformers in bf16 reads an nth of a prompt."""
+    # Generation needs at least one token to start from.
     context = prompt[: job.batch, : max(job.depth, 1 if job.kind == "tg" else 0)]
     tokens = prompt[: job.batch, job.depth :][:, : job.tokens]
     runs: dict[str, Run] = {}
     for name, model in running.items():
         if name == "transformers eager" and job.depth > 4096:
-            asked.skip(f"{job.name}: {name}", "its scores would be larger than all of the weights")
+            asked.skip(f"{job.name}: {name}", "its scores would be larger than all weights")
             continue
         try:
             if job.kind == "tg":
@@ -225,7 +224,7 @@ def _runs(
 
 
 def _read_weights(model: lf.Llama) -> Run:
-    """Read what one token of a decode cannot do without."""
+    """Return a run that reads the weights that each decoded token needs."""
 
     def run(_: int) -> None:
         for w in models.linears(model):
@@ -242,7 +241,7 @@ def _rows(
     limit: Limit,
     fp8: Limit | None,
 ) -> list[dict[str, Any]]:
-    """Make a row for each of ours; the rest are in each row's seconds. "all_layers_tokens_per_s" is
+    """Make a row for each of ours, with the others' times. "all_layers_tokens_per_s" is
     extrapolated."""
     rows = []
     for name in ours:
@@ -275,7 +274,7 @@ def _row(
     fastest: float,
     targets: dict[str, float],
 ) -> dict[str, Any]:
-    """name: which of timings is ours. fastest: the seconds that the limit alone would take."""
+    """Make the row of ours with that name. fastest: the seconds that the limit alone would take."""
     ours, tokens = timings[name].median, job.tokens * job.batch
     others = {n: v for n, v in timings.items() if n != name and not n.startswith("limit")}
     times = {n: v.median / ours for n, v in others.items()}
@@ -298,13 +297,13 @@ def _row(
 
 
 def _cache_bytes(config: lf.LlamaConfig, job: Job) -> float:
-    """Bytes of keys and values that a step reads, about."""
+    """Estimate the bytes of keys and values that a step reads."""
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     return job.batch * job.depth * float(token)
 
 
 def whole_config(config: lf.LlamaConfig) -> lf.LlamaConfig:
-    """The same with all of 8B's layers and its vocabulary."""
+    """Return the config with all of 8B's layers and its vocabulary."""
     full = lf.LlamaConfig.llama_3_1_8b()
     return dataclasses.replace(
         config, num_hidden_layers=full.num_hidden_layers, vocab_size=full.vocab_size
@@ -312,7 +311,7 @@ def whole_config(config: lf.LlamaConfig) -> lf.LlamaConfig:
 
 
 def _bytes_share(config: lf.LlamaConfig) -> float:
-    """Of the weights that a token reads: this model's, of all layers'."""
+    """Return the bytes that a token reads of this model's weights as a share of all of 8B's."""
 
     def elements(c: lf.LlamaConfig) -> float:
         layer = models.prefill_flops(dataclasses.replace(c, num_hidden_layers=1), 1, 0)
@@ -323,7 +322,7 @@ def _bytes_share(config: lf.LlamaConfig) -> float:
 
 
 def memory_of(model: Any, prompt: Tensor) -> dict[str, float]:
-    """GiB of weights, and what a prompt needs beside them at its peak, its cache included."""
+    """Return the GiB of the weights, and of a prompt's peak beside them, its cache included."""
     with peak_memory(prompt.device) as peak:
         model.extend(prompt[:, :0], prompt)(0)
     return {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}

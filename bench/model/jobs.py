@@ -1,4 +1,4 @@
-"""What the forward pass is measured on, made smaller where the machine is too slow for it."""
+"""Plan the forward pass's jobs, smaller ones where the machine is too slow."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import llama_fast as lf
 from ..timing import machine
 from . import models
 
-ROUNDS = 6  # at least, of all passes; FEW on a machine that would take too long
-FEW = 3
+ROUNDS = 6  # the least of all passes together
+FEW = 3  # the same on a machine that would take too long
 BESIDE = 2  # calls besides the rounds: for the memory, and for the context of a decode
-# Everything together, but for a full run: prompts, decodes, a call of a baseline of which a part is
-# measured, and all of it, after which no pass is begun.
-PROMPTS, DECODES, PART, ALL = 80.0, 40.0, 2.5, 130.0  # seconds
-# Making the models takes as long as reading the weights so many times, about; and is to take
-# MAKING seconds at most, or there are fewer layers.
+# Seconds, except in a full run: all prompts, all decodes, a call of a baseline that runs a part,
+# and everything, after which no pass starts.
+PROMPTS, DECODES, PART, ALL = 80.0, 40.0, 2.5, 130.0
+# Making the models takes about as long as READS reads of the weights. Layers are dropped if that
+# exceeds MAKING seconds.
 READS, MAKING = 300, 60.0
 LEAST = 32  # tokens of a prompt
-CHECKED = 64  # tokens whose logits are held against fp32's
-STREAMED = 3  # times its weights' time that transformers takes for a token, about
+CHECKED = 64  # tokens whose logits are compared with fp32's
+STREAMED = 3  # estimate: transformers' time for a token, over the time to read its weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Tokens that are processed at once ("pp") or one by one ("tg"), after depth others, of each of
-    batch sequences."""
+    """Tokens processed at once ("pp") or one by one ("tg"), after `depth` others, in each of
+    `batch` sequences."""
 
     kind: str
     tokens: int
@@ -67,25 +67,25 @@ ON_GPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is run on a machine: full jobs where it is fast enough."""
+    """The model and the jobs for a machine."""
 
     config: lf.LlamaConfig
     jobs: tuple[Job, ...]
     rounds: int = ROUNDS
     checked: int = CHECKED
-    part: int = 1  # n, where transformers in bf16 is given an nth of a prompt
+    part: int = 1  # n: transformers in bf16 reads an nth of a prompt
 
 
 def on_gpu(level: str, memory: float, bytes_each: float) -> Sizes:
-    """Plan for a GPU: the whole 8B, as far as it fits at so many bytes a weight."""
+    """Plan for a GPU: as many of 8B's layers as fit at so many bytes per weight."""
     config = models.fitting(lf.LlamaConfig.llama_3_1_8b(), memory, bytes_each)
     return Sizes(config, ON_GPU[level])
 
 
 def plan(level: str, speed: machine.Speed) -> Sizes:
-    """Plan for a CPU. A full run's jobs are never made smaller, but its slow baselines are."""
+    """Plan for a CPU. A full run keeps the jobs' sizes and only lets slow baselines run a part."""
     jobs, config, slow = JOBS[level], models.shape(), speed.bf16_is_slow
-    token = models.prefill_flops(config, 1)  # operations, and bytes of its weights in bf16
+    token = models.prefill_flops(config, 1)  # operations; also the bytes of its bf16 weights
     if level != "full":
         layers = machine.halved(config.num_hidden_layers, READS * token / speed.read, MAKING, 1)
         config = dataclasses.replace(config, num_hidden_layers=layers)
@@ -94,7 +94,7 @@ def plan(level: str, speed: machine.Speed) -> Sizes:
     rounds = ROUNDS
     if level != "full":
         rival = speed.fp32 if slow else speed.bf16
-        prompt = token * (2 / speed.ours + 1 / rival)  # seconds of all, a token
+        prompt = token * (2 / speed.ours + 1 / rival)  # seconds per token, all models
         calls = FEW + BESIDE
         tokens = machine.halved(longest, calls * prompt * longest, PROMPTS, LEAST)
         rounds = ROUNDS if (ROUNDS + BESIDE) * prompt * tokens <= PROMPTS else FEW

@@ -1,4 +1,4 @@
-"""Ours as a ModelPeer, and the random weights that every implementation runs."""
+"""Make the random weights that every implementation runs, and ours as a ModelPeer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..peers.peer import CHUNK
 from ..timing import CPU, Run
 from ..timing.events import captured
 
-PREFILL = 512  # tokens of the prompt that every implementation is measured on
+PREFILL = 512  # tokens of a job's prompt
 
 
 def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
@@ -27,7 +27,7 @@ def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
 
 
 def fitting(config: lf.LlamaConfig, memory: float, bytes_each: float) -> lf.LlamaConfig:
-    """Keep as many layers as fit at so many bytes a weight, of all implementations together."""
+    """Keep as many layers as fit; bytes_each: per weight, of all implementations together."""
     c, head = config, config.hidden_size * config.vocab_size
     per_layer = prefill_flops(dataclasses.replace(c, num_hidden_layers=1), 1) / 2 - head
     layers = int((memory / bytes_each - 2 * head) // per_layer)
@@ -35,7 +35,7 @@ def fitting(config: lf.LlamaConfig, memory: float, bytes_each: float) -> lf.Llam
 
 
 class _Unfilled(TorchDispatchMode):
-    """Random initialization does nothing here: on a CPU it takes longer than all that follows."""
+    """Skip random initialization, which on a CPU takes longer than all that follows."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in (torch.ops.aten.normal_, torch.ops.aten.uniform_):
@@ -46,8 +46,8 @@ class _Unfilled(TorchDispatchMode):
 def transformers_model(
     config: lf.LlamaConfig, device: torch.device = CPU, weights: Any = None
 ) -> Any:
-    """Make a bf16 LlamaForCausalLM of config's shape with random weights; or with those of another
-    one, in fp32."""
+    """Make a bf16 LlamaForCausalLM of config's shape with random weights, or one in fp32 with the
+    weights of another model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hf = LlamaConfig(
@@ -78,13 +78,13 @@ def transformers_model(
     for name, p in model.named_parameters():
         if p.dim() == 2:
             std = 1.0 if "embed" in name else p.shape[1] ** -0.5
-            for rows in p.data.split(4096):  # drawn in fp32, a quarter of bf16's time
+            for rows in p.data.split(4096):  # drawn in fp32: a quarter of the time of bf16
                 rows.copy_(torch.randn(rows.shape, generator=generator, device=device).mul_(std))
     return model
 
 
 class Ours:
-    """llama_fast, weights in bf16 or FP8."""
+    """llama_fast with weights in bf16 or FP8."""
 
     def __init__(self, label: str, model: lf.Llama) -> None:
         self.label, self.model = label, model
@@ -107,7 +107,7 @@ class Ours:
         return self._decode(context, steps, context.device.type != "cpu")
 
     def _decode(self, context: Tensor, steps: int, on_gpu: bool) -> Run:
-        """On a GPU a step is one CUDA graph, repeated at the same length."""
+        """Make the run. On a GPU a step is one CUDA graph, repeated at the same length."""
         model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
         held: list[int] = [context.shape[1]] * context.shape[0]
         out: list[Tensor] = []
@@ -136,7 +136,7 @@ class Ours:
         return run
 
     def _cache(self, context: Tensor, room: int) -> lf.KVCache:
-        """A cache that holds the context, see peers.in_transformers."""
+        """Return a cache that holds the context; jobs on the same context share it."""
         model, key = self.model, (tuple(context.shape), *context.flatten().tolist())
         batch, length = context.shape
         cache = self._caches.get(key)
@@ -157,14 +157,14 @@ class Ours:
 
 
 def linears(model: lf.Llama) -> list[Tensor]:
-    """List the weights that every token passes through; the embedding is only looked up."""
+    """List the weights that every token reads whole, so without the embedding."""
     layers = [w for x in model.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
     return [w.weight for w in (*layers, model.weights.head)]
 
 
 def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -> float:
-    """Count the linear layers on every token, the head on the last, and causal attention. depth:
-    how many tokens are in the cache before."""
+    """Count the operations of the linear layers on every token, the head on the last one, and
+    causal attention. depth: tokens already in the cache."""
     c, hidden = config, config.hidden_size
     heads = c.num_attention_heads * c.head_dim
     layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
@@ -174,7 +174,7 @@ def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -
 
 
 class _Weights:
-    """transformers' weights, where ours otherwise come from files."""
+    """Weights of a transformers model, with the interface of a checkpoint's files."""
 
     def __init__(self, hf: Any) -> None:
         self._named = hf.state_dict()
@@ -188,7 +188,7 @@ class _Weights:
 
 
 def same_weights(hf: Any) -> dict[str, lf.Llama]:
-    """Make ours with transformers' weights, on its device; the embedding is shared."""
+    """Make our models with transformers' weights, on its device; they share the embedding."""
     config = lf.LlamaConfig.from_hf(hf.config)
     return {
         name: lf.Llama(config, assemble(config, _Weights(hf), quantize))
@@ -197,6 +197,6 @@ def same_weights(hf: Any) -> dict[str, lf.Llama]:
 
 
 def prompt(config: lf.LlamaConfig, tokens: int, batch: int = 1) -> Tensor:
-    """Draw ids [batch, tokens], the same every time."""
+    """Draw token ids [batch, tokens], always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, config.vocab_size, (batch, tokens), generator=generator)

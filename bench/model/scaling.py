@@ -1,12 +1,12 @@
-"""How time and memory grow with sequence length, context and batch: measured, exponents fitted.
+"""Measure how time and memory grow with sequence length, context and batch, and fit exponents.
 
 The attention curves run the suite's own cases. On a CPU prompts have one of 8B's key/value groups
-(4/1 heads of 32/8): what is quadratic stays so, and 131,072 tokens take a minute. The last curves
+(4/1 heads of 32/8), so that 131,072 tokens take a minute; the growth is the same. The last curves
 are one whole 8B layer in FP8, fed in chunks as `generate` does.
 
-A point is run once where that takes a second, else in rounds with the others'. Memory is the peak
-beyond the inputs, outputs included. An implementation that would take too long or too much at the
-next size, were both quadratic, leaves the curve: nothing is extrapolated.
+A point that takes a second is run once, others in rounds. Memory is the peak beyond the inputs,
+outputs included. An implementation leaves a curve where quadratic growth would make the next size
+take too long or too much memory: nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from ..timing.memory import peak_memory
 from . import models
 from .fit import described, fit, linear_memory
 
-PREFILL_CHUNK = 512  # tokens of a prompt at once, as generate has them on a CPU
-ONCE = 1.0  # seconds: what takes longer is timed once
-ROUNDS = 0.4  # seconds of rounds a point
+PREFILL_CHUNK = 512  # tokens of a prompt at once, as in generate on a CPU
+ONCE = 1.0  # seconds: a run that takes longer is timed once
+ROUNDS = 0.4  # seconds of rounds per point
 MEMORY = 3 << 30  # bytes that a point may take
 STEPS = 4  # tokens decoded one by one at each context
 
 
 @dataclass(frozen=True)
 class Level:
-    """The largest sizes, each reached by doubling; the seconds that one point of ours, or of
-    another implementation, may take."""
+    """The largest sizes, which doubling reaches, and the seconds that a point of ours or of another
+    implementation may take."""
 
     tokens: int
     context: int
@@ -60,17 +60,16 @@ FIRST_TOKENS, FIRST_CONTEXT, FIRST_PROMPT = 128, 1024, 256
 class Curve:
     name: str
     what: str
-    axis: str  # of the sizes
-    linear: bool = False  # whether memory has to be linear in them
+    axis: str  # what the sizes count
+    linear: bool = False  # whether memory has to be linear in the sizes
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one size is measured by. check: the result of ours -> its error."""
+    """The runs at one size. check: result -> its error."""
 
     size: int
     runs: dict[str, Run]
-    output: float = 0.0  # bytes of what is returned
     check: Callable[[Any], float] | None = None
     steps: int = 1  # in a run; the time of one is reported
 
@@ -81,8 +80,8 @@ def run(
     say: Callable[[str], None],
     keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
-    """Measure and fit every curve. "wrong" says what must not be, and is empty where all is well.
-    keep receives what there is after each curve."""
+    """Measure and fit every curve. "wrong" lists problems. keep: receives the figures after each
+    curve."""
     sizes = LEVELS[level]
     found: dict[str, Any] = {"curves": [], "wrong": []}
     with torch.inference_mode():
@@ -140,13 +139,12 @@ def _cases(
     prompts: tuple[int, ...] = (),
     caches: tuple[tuple[int, int], ...] = (),
 ) -> Iterator[Point]:
-    """The suite's attention cases at these sizes, made as they are asked for."""
+    """Yield the suite's attention cases at these sizes."""
     spec = Spec(layer_shapes("8b", tp), Sweep((), prompts, caches, (), ()), torch.bfloat16, device)
     for plan in attention.plans(spec):
         case = plan.make()
         runs = {"ours": case.ours, **{n: r for n, r in case.baselines.items() if n in _OTHERS}}
-        output = float(case.inputs["q"].nbytes)
-        yield Point(case.axes[axis], runs, output, _checker(case))
+        yield Point(case.axes[axis], runs, _checker(case))
 
 
 _OTHERS = ("eager", "SDPA")
@@ -157,12 +155,12 @@ def _checker(case: Case) -> Callable[[Any], float]:
 
 
 class _Layer:
-    """A model of one layer, and what it costs to read a prompt and to go on from there."""
+    """A model of one layer, with runs that read a prompt and that decode after it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.model = lf.Llama.from_config(models.shape(layers=1), quantize="fp8", device=device)
-        self.prefill(FIRST_PROMPT).runs["ours"](0)  # the weights' pages, and whatever comes first
+        self.prefill(FIRST_PROMPT).runs["ours"](0)  # first-call costs, such as the weights' pages
 
     def prefill(self, tokens: int) -> Point:
         prompt = models.prompt(self.model.config, tokens).to(self.device)
@@ -177,8 +175,8 @@ class _Layer:
         return Point(tokens, {"ours": read})
 
     def decode(self, context: int) -> Point:
-        """Go on from a cache of random keys and values: the time does not depend on them, but pages
-        that were never written would all be read from one."""
+        """Decode after random keys and values: their values do not change the time, but pages that
+        were never written would all be read from one page."""
         cache = self._cache(context + STEPS)
         cache.reserve([context + STEPS])
         cache.advance(context)
@@ -205,9 +203,9 @@ def _measured(
     device: torch.device,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The curve's points by implementation, and what is fitted to them."""
+    """Measure a curve; return each implementation's points and fits."""
     lines: dict[str, list[dict[str, Any]]] = {"ours": []}
-    out: dict[str, str] = {}  # what left, and why
+    out: dict[str, str] = {}  # implementation -> why it left the curve
     say(f"{curve.name}: {curve.what}")
     for point in points:
         runs = {}
@@ -241,7 +239,7 @@ def _measured(
 
 
 def _too_much(points: list[dict[str, Any]], size: int, seconds: float) -> str:
-    """Say why the next size would take too much, were time and memory quadratic, or nothing."""
+    """Return why the next size would take too much if time and memory are quadratic, or ""."""
     if not points:
         return ""
     last = points[-1]
@@ -252,7 +250,7 @@ def _too_much(points: list[dict[str, Any]], size: int, seconds: float) -> str:
 
 
 def _figures(point: Point, runs: dict[str, Run], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Seconds and bytes of each, and the error of those whose result can be checked."""
+    """Return the seconds and bytes of each run, and the errors of results that can be checked."""
     found: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         if device.type == "cuda":
@@ -262,8 +260,6 @@ def _figures(point: Point, runs: dict[str, Run], device: torch.device) -> dict[s
             result = run(0)
             took = time.perf_counter() - began
         found[name] = {"size": point.size, "seconds": took, "rounds": 1, "bytes": peak.bytes}
-        if point.output:
-            found[name]["output_bytes"] = point.output
         if point.check:
             found[name]["error"] = point.check(result)
         del result
@@ -294,7 +290,7 @@ def _line(curve: Curve, size: int, lines: dict[str, list[dict[str, Any]]]) -> st
 
 
 def fitted(curve: dict[str, Any]) -> list[str]:
-    """Describe a curve's exponents and its verdict, a line each."""
+    """Describe a curve's exponents and its verdict, one per line."""
     lines = []
     for name, line in curve["lines"].items():
         for key, what in (("seconds_fit", "time"), ("bytes_fit", "memory")):

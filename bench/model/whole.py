@@ -1,4 +1,4 @@
-"""`--whole`: the whole 8B preset, all 32 layers, random weights in FP8, once through a prompt."""
+"""Run the whole 8B preset once (`--whole`): 32 layers of random weights in FP8."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Other libraries' kernels beside ours, as far as they are installed.
+"""Other libraries' kernels and models for the same jobs, if they are installed.
 
-bench/ asks `wanted` for those that are here, then each peer for its runs of a case (`Peer.ops`) or
-for its models (`Peer.models`); peer.py says what they hand out. A peer is imported when asked.
+`wanted` lists the peers that can run; `Peer.ops` returns runs of a case, and `Peer.models` models.
+A peer is imported on first use.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ PEERS = {peer.name: peer for peer in _ALL}
 
 
 def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[str, str]]:
-    """Find the peers that can run on that type of device, in PEERS' order, and why the others
-    cannot.
+    """Return the peers that can run on that type of device, in PEERS' order, and why others cannot.
 
-    names None asks for all that are there. Raises ValueError for a name that is none of PEERS, and
-    for one asked for by name that cannot run here.
+    names None: all that can run. Raises ValueError for a name that is not in PEERS or that cannot
+    run here.
     """
     unknown = [name for name in names or () if name not in PEERS]
     if unknown:

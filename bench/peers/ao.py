@@ -1,9 +1,9 @@
-"""torchao: linear layers with quantized weights, and transformers with them in it. Written against
-0.18.0's source; its CPU side was run, its GPU side never.
+"""Run torchao's linear layers with quantized weights, and transformers with them. Written against
+0.18.0's source; it has run on a CPU and not yet on a GPU.
 
-On a CPU its weights are int8 with a scale a row, and torch.compile finds the kernel for them:
-uncompiled, each call would first widen the whole weight, which took six times as long as bf16's.
-FP8 without a GPU has no kernel there at all.
+On a CPU its weights are int8 with a scale per row, and torch.compile finds the kernel for them.
+Uncompiled, each call would first widen the whole weight, which took six times as long as bf16's
+product. Its FP8 has no CPU kernel.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FP8 = "torchao FP8 by row"
 
 
 def fp8_linear(inputs: Inputs) -> dict[str, Run]:
-    """Its own quantization of the same bf16 weights."""
+    """Return runs with torchao's own quantization of the bf16 weights."""
     x, weights = inputs["x"], inputs["weights"]
     return {name: _over(x, weights, config) for name, config in _configs(x.device).items()}
 
 
 def _over(x: Tensor, weights: list[Tensor], config: Callable[[], Any]) -> Run:
-    """Quantize in the first call, where a refusal costs its own column only."""
+    """Return a run that quantizes in its first call, so that a failure affects only its column."""
     layers: list[Any] = []
 
     def run(i: int) -> Tensor:

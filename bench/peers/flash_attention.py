@@ -1,8 +1,8 @@
-"""flash-attn: attention over a prompt and over a cache. Written against its repository of
-August 2026 (PyPI then had 2.8.3), and never run: so far there was no GPU to run it on.
+"""Run flash-attn's attention over a prompt and over a cache. Written against its repository of
+August 2026 (PyPI then had 2.8.3); not yet run.
 
-The package needs an Ampere GPU or later and bf16 or fp16. FlashAttention-3, which its repository
-keeps apart and PyPI does not have, is offered beside it where it is installed.
+The package needs an Ampere GPU or later and bf16 or fp16. FlashAttention-3, a separate package that
+is not on PyPI, runs too if it is installed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    """transformers with flash-attn's attention in it."""
+    """Yield transformers with flash-attn's attention."""
 
     def change(model: Any) -> None:
         model.set_attn_implementation("flash_attention_2")

@@ -1,6 +1,5 @@
-"""flashinfer: the elementwise ops, and attention over a prompt and over a paged cache. Written
-against 0.7.2's source, and never run: so far there was no GPU to run it on. It compiles its
-kernels on first use, which the first, untimed run does.
+"""Run flashinfer's elementwise ops, and its attention over a prompt and over a paged cache. Written
+against 0.7.2's source; not yet run. Its kernels compile on first use, in the first, untimed run.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ def rms_norm(inputs: Inputs) -> dict[str, Run]:
 
 
 def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
-    """Both operands are overwritten: x by the result, the residual by the sum. On copies, so that
-    the case's own stay; the sums grow from round to round, the work does not change."""
+    """Return a run on copies, since x is overwritten by the result and the residual by the sum. The
+    sums grow from round to round; the work stays the same."""
     x, residual = inputs["x"].clone(), inputs["residual"].clone()
     weight, eps, f = inputs["weight"], inputs["eps"], _library().fused_add_rmsnorm
     return {f"{LABEL}, in place": lambda _: f(x, residual, weight, eps)}
@@ -39,11 +38,8 @@ def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
 
 def apply_rope(inputs: Inputs) -> dict[str, Run]:
     q, k, positions, table = (inputs[name] for name in ("q", "k", "positions", "table"))
-    f, dim, flat = (
-        _library().apply_rope_with_cos_sin_cache,
-        q.shape[-1],
-        (q.flatten(1), k.flatten(1)),
-    )
+    f, dim = _library().apply_rope_with_cos_sin_cache, q.shape[-1]
+    flat = q.flatten(1), k.flatten(1)
     return {LABEL: lambda _: f(positions, *flat, dim, table, is_neox=True)}
 
 
@@ -61,8 +57,8 @@ def attention(inputs: Inputs) -> dict[str, Run]:
 
 
 def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
-    """The contiguous caches as pages one after the other; planned outside of the time, as a model
-    plans once for all its layers."""
+    """Return runs over the contiguous caches as consecutive pages. The plan is not timed, since a
+    model plans once for all its layers."""
     q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
     wrapper_of = _library().BatchDecodeWithPagedKVCacheWrapper
     batch, queries, heads, head_dim = q.shape
@@ -73,7 +69,7 @@ def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
         raise Unsupported(f"a cache of {room} tokens does not divide into pages of {PAGE}")
     lengths = inputs["cache_seqlens"].tolist()
     if min(lengths) < 1:
-        raise Unsupported("an empty cache: flashinfer's last page holds a token at least")
+        raise Unsupported("an empty cache: flashinfer's last page holds at least one token")
     used = [-(-length // PAGE) for length in lengths]
     indices = torch.cat([torch.arange(n) + b * (room // PAGE) for b, n in enumerate(used)])
     indptr = torch.tensor([0, *used]).cumsum(0)

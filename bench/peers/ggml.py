@@ -1,8 +1,7 @@
-"""llama.cpp's tensor library, through its C API: one graph for each case, computed again and again.
+"""Run llama.cpp's tensor library through its C API: one graph for each case, computed repeatedly.
 
-Activations go in and come out in fp32, as everywhere in llama.cpp; weights and caches are in the
-form its models have. A condition that does not hold aborts the process there, so that shapes are
-checked here first.
+Activations are fp32, as everywhere in llama.cpp; weights and caches have the types of its models. A
+failed assertion there aborts the process, so shapes are checked here first.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .peer import Inputs, Unsupported
 
 F32, F16, Q8_0, BF16 = 0, 1, 8, 30  # ggml_type
 BYTES = {F32: (1, 4), F16: (1, 2), Q8_0: (32, 34), BF16: (1, 2)}  # elements of a block, its bytes
-PAD = 64  # rows of a mask: a multiple, in older versions and forks
+PAD = 64  # a mask's rows are a multiple of it in older versions and forks
 OVERHEAD = 1 << 20  # bytes: the tensors' headers and the graph
 
 
@@ -58,7 +57,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 @dataclass(frozen=True)
 class Library:
-    """llama.cpp's or a fork's."""
+    """The library of llama.cpp or of a fork."""
 
     name: str
     package: str
@@ -86,23 +85,20 @@ def _backend(library: Library, threads: int) -> Any:
 
 
 class Graph:
-    """Tensors and one graph over them, in memory of their own. Sizes are innermost first."""
+    """Tensors and one graph over them, in their own memory of `size` bytes of data."""
 
     def __init__(self, library: Library, size: int) -> None:
-        """size: bytes of all tensors' data."""
         self._f = _functions(library)
         self._context = self._f["ggml_init"](_InitParams(size + OVERHEAD, None, False))
         if not self._context:
             raise Unsupported(f"ggml has no {size} bytes")
         self._backend = _backend(library, torch.get_num_threads())
-        self._graph: Any = None
-        self._out: Any = None
 
     def __del__(self) -> None:
         self._f["ggml_free"](self._context)
 
     def tensor(self, t: Tensor, kind: int = F32) -> Any:
-        """A copy of t in that type; t's sizes turned round are the tensor's."""
+        """Copy t as that type; ggml's sizes are t's in reverse order."""
         sizes = (ctypes.c_int64 * t.dim())(*t.shape[::-1])
         new = self._f["ggml_new_tensor"](self._context, kind, t.dim(), sizes)
         data = _data(t, kind)
@@ -114,7 +110,7 @@ class Graph:
         return lambda *arguments: f(self._context, *arguments)
 
     def run(self, out: Any, shape: tuple[int, ...]) -> Run:
-        """Computes out, an fp32 tensor whose memory is returned as a torch tensor of that shape."""
+        """Return a run that computes out, an fp32 tensor, as a torch tensor of that shape."""
         graph = self._f["ggml_new_graph"](self._context)
         self._f["ggml_build_forward_expand"](graph, out)
         count = int(np.prod(shape))
@@ -170,7 +166,7 @@ def linear(library: Library, inputs: Inputs) -> dict[str, Run]:
 
 
 def rms_norm(library: Library, inputs: Inputs) -> dict[str, Run]:
-    """With a residual, of the sum."""
+    """Return a run of the norm of x, or of the sum if there is a residual."""
     x, residual = inputs["x"], inputs.get("residual")
     g = Graph(library, _bytes(F32, *[x.shape] * 5, (x.shape[1],)))
     total = g.tensor(x) if residual is None else g.add(g.tensor(x), g.tensor(residual))
@@ -197,13 +193,14 @@ def attention_with_kvcache(library: Library, inputs: Inputs) -> dict[str, Run]:
     q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
     room = ks[0].shape[1]
     if q.shape[1] != 1 or any(n != room for n in inputs["cache_seqlens"].tolist()):
-        raise Unsupported(f"without a mask {library.name} attends with one query to a full cache")
+        raise Unsupported(f"without a mask {library.name} takes one query and a full cache")
     runs = [_attend(library, q, k, v, None) for k, v in zip(ks, vs, strict=True)]
     return {f"{library.name}, fp16 K and V": _rotating(runs)}
 
 
 def _attend(library: Library, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Run:
-    """q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; mask [Sq, Sk], added to the scores."""
+    """Return a run for q [B, Sq, H, D], k and v [B, Sk, Hkv, D]; mask [Sq, Sk] is added to the
+    scores."""
     g = Graph(
         library,
         _bytes(F32, q.shape, q.shape)

@@ -1,8 +1,8 @@
-"""A transformers Llama's weights as a GGUF file, which llama.cpp loads.
+"""Write a transformers Llama as a GGUF file, which llama.cpp loads.
 
-Rotary embedding there pairs neighboring dimensions, where transformers pairs each dimension of a
-head's first half with its twin in the second: the rows of the query and key projections move, and
-every dot product of a query with a key stays the same.
+llama.cpp's rotary embedding pairs neighboring dimensions; transformers pairs each dimension of a
+head's first half with one of the second. So the rows of the query and key projections are
+reordered, which leaves every dot product of a query with a key the same.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ LAYER = {
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """[heads * D, K] with the rows i and i + D/2 of each head next to each other, at 2i, 2i + 1."""
+    """Reorder [heads * D, K]: rows i and i + D/2 of each head move to 2i and 2i + 1."""
     halves = weight.view(heads, 2, weight.shape[0] // heads // 2, weight.shape[1])
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def tensors(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each of the file's tensors under its name there."""
+    """Yield the file's tensors with their names."""
     config, model = LlamaConfig.from_hf(hf_model.config), hf_model.model
     yield "token_embd.weight", model.embed_tokens.weight
     yield "output_norm.weight", model.norm.weight
     yield "output.weight", hf_model.lm_head.weight
     if config.rope_scaling is not None:
-        # From the configuration: a model that went through .bfloat16() has rounded frequencies.
+        # From the configuration, since .bfloat16() rounds a model's own frequencies.
         plain, scaled = (
             inv_freq(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling)
         )
-        yield "rope_freqs.weight", plain / scaled  # the frequencies are divided by it
+        yield "rope_freqs.weight", plain / scaled  # a divisor of the frequencies
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for i, layer in enumerate(model.layers):
         for name, path in LAYER.items():
@@ -59,11 +59,11 @@ def tensors(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def write(path: Path, hf_model: Any, kind: str) -> int:
-    """Writes path with the matrices in `kind`, "BF16" or "Q8_0", and the vectors in fp32.
+    """Write path with the matrices in `kind`, "BF16" or "Q8_0", the vectors in fp32, and the size
+    of the vocabulary instead of its entries.
 
-    Returns the bytes of the matrices that every token passes through, all but the embedding. No
-    vocabulary is written, only its size: tokens go in and logits come out as numbers. Raises
-    ValueError where rows do not divide into the kind's blocks.
+    Returns the bytes of the matrices that every token reads, all except the embedding. Raises
+    ValueError if rows do not divide into the kind's blocks.
     """
     import gguf
 
@@ -116,8 +116,8 @@ def _bytes(t: Tensor, matrix: Any) -> np.ndarray:
 
 
 def q8_0(t: Tensor) -> Tensor:
-    """[N, K] as Q8_0, uint8 [N, K / 32 * 34]: an fp16 scale, then 32 int8, for each 32 of a row.
-    The same bytes as gguf.quants.quantize, which is one thread of numpy."""
+    """Quantize [N, K] to Q8_0, uint8 [N, K / 32 * 34]: an fp16 scale, then 32 int8, for each 32 of
+    a row. The bytes equal those of gguf.quants.quantize, which runs numpy on one thread."""
     blocks = t.float().view(-1, 32)
     scale = blocks.abs().amax(1, keepdim=True) / 127
     scaled = blocks * torch.where(scale == 0, 0.0, 1 / scale)

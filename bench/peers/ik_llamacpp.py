@@ -1,10 +1,8 @@
-"""ik_llama.cpp, a fork of llama.cpp with CPU kernels of its own, through ik-llama-cpp-python.
+"""Run ik_llama.cpp, a fork of llama.cpp with its own CPU kernels, through ik-llama-cpp-python.
 
-The same GGUF files. Its C API is that of an older llama.cpp, of which the bindings lack a few
-functions that the library has. It chooses its instruction set when compiled: in PyPI's wheels AVX2
-and FMA, whatever the CPU. Its shared libraries have names of their own: it and llama.cpp run in one
-process.
-"""
+It reads the same GGUF files. Its C API is an older llama.cpp's, and its bindings lack a few of the
+library's functions. Its instruction set is fixed at compile time: AVX2 and FMA in PyPI's wheels.
+Its shared libraries have other names than llama.cpp's, so that both run in one process."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
     scaling = LlamaConfig.from_hf(hf_model.config).rope_scaling
-    if scaling is not None:  # ikawrakow/ik_llama.cpp#2291 is newer
+    if scaling is not None:  # mended later by ikawrakow/ik_llama.cpp#2291
         raise Unsupported("ik-llama-cpp-python 0.1.5 reads a model's rotary scaling and ignores it")
     return llamacpp.every_kind(Model, hf_model)
 
@@ -72,7 +70,7 @@ def _bindings() -> Any:
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    """What the bindings have loaded; ggml's functions are found through it as well."""
+    """Return the library that the bindings have loaded, which also exports ggml's functions."""
     from ik_llama_cpp import _ctypes_api as bindings
 
     return [ctypes.CDLL(bindings._lib._name)]

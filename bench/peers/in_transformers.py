@@ -1,4 +1,4 @@
-"""transformers as a ModelPeer: eager as it is used today, or with a peer's parts in it."""
+"""Run transformers as a ModelPeer, as it is or with a peer's kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .peer import CHUNK
 
 
 class Transformers:
-    """around holds while the model computes: for what only changes for all models at once."""
+    """A transformers model. around: a context for each computation, for changes that would
+    otherwise affect all models."""
 
     def __init__(
         self,
@@ -47,8 +48,8 @@ class Transformers:
         return run
 
     def _past(self, context: Tensor) -> Any:
-        """A cache that holds the context, which takes minutes when it is long: the jobs after it
-        share one. Each of their rounds begins by rewinding it to the context."""
+        """Return a cache that holds the context. Jobs on the same context share it, since a long
+        one takes minutes to read; each of their rounds first rewinds it to the context."""
         from transformers import DynamicCache
 
         key = (tuple(context.shape), *context.flatten().tolist())
@@ -62,7 +63,7 @@ class Transformers:
         return self._run(tokens, past_key_values=past, use_cache=True, logits_to_keep=1)[:, -1]
 
     def weight_bytes(self) -> int:
-        """A quantized weight is a tensor of its own kind, whose parts are counted."""
+        """Return the bytes of the linear layers' weights, counting the parts of quantized ones."""
         linears = [m for m in self._model.modules() if isinstance(m, nn.Linear)]
         return sum(_bytes(m.weight) for m in linears)
 
@@ -81,7 +82,7 @@ def exchanged(
     change: Callable[[Any], None],
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Transformers:
-    """Change a copy of hf_model in place."""
+    """Return a copy of hf_model that `change` has changed."""
     model = copy.deepcopy(hf_model)
     change(model)
     return Transformers(label, model, around)
@@ -89,7 +90,7 @@ def exchanged(
 
 @contextmanager
 def attention(model: Any, implementation: str) -> Iterator[None]:
-    """Use transformers' "sdpa" or "eager" attention meanwhile."""
+    """Use transformers' "sdpa" or "eager" attention within the block."""
     before = model.config._attn_implementation
     model.config._attn_implementation = implementation
     try:
@@ -99,8 +100,8 @@ def attention(model: Any, implementation: str) -> Iterator[None]:
 
 
 def _rewind(past: Any, tokens: int) -> None:
-    """Keep the first tokens of a transformers cache. Negative counts mean the same in every
-    version."""
+    """Keep the first tokens of a transformers cache. Only negative counts mean the same in every
+    version of crop."""
     beyond = past.get_seq_length() - tokens
     if beyond > 0:
         past.crop(-beyond)

@@ -1,6 +1,5 @@
-"""Liger-Kernel: Triton kernels for training, of which the forward passes count here, and
-transformers with them in it. Written against 0.8.5's source, and never run: so far there was no
-GPU to run it on."""
+"""Run the forward passes of Liger-Kernel's Triton kernels, and transformers with them. Written
+against 0.8.5's source; not yet run."""
 
 from __future__ import annotations
 
@@ -32,9 +31,9 @@ def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
 
 
 def apply_rope(inputs: Inputs) -> dict[str, Run]:
-    """In place, on copies that turn further from round to round. The rows of the table are looked
-    up outside of the time: transformers does that once for all layers. Heads stay packed in
-    memory, [T, H, D], as its [1, H, T, D] is a view."""
+    """Return a run in place, on copies that each round rotates further. The lookup of the table's
+    rows is not timed, since transformers does it once for all layers. The heads, a view [1, H, T,
+    D], stay packed as [T, H, D] in memory."""
     from liger_kernel.ops import LigerRopeFunction as F
 
     rows = inputs["table"][inputs["positions"]]
@@ -44,7 +43,7 @@ def apply_rope(inputs: Inputs) -> dict[str, Run]:
 
 
 def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
-    """It wants gate and up apart: split outside of the time, as its own layer has them."""
+    """Return a run on separate gate and up, as Liger's layer has them; the split is not timed."""
     from liger_kernel.ops import LigerSiLUMulFunction as F
 
     gate, up = (half.contiguous() for half in inputs["gate_up"].chunk(2, -1))
@@ -52,10 +51,10 @@ def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
 
 
 def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-    """transformers with every kernel that Liger has for it.
+    """Yield transformers with every kernel that Liger has for it.
 
-    Its patch also replaces classes and the rotary function in transformers' module, for every
-    model: those are put back at once, and the function is Liger's only while this model runs.
+    Liger's patch also replaces classes and the rotary function in transformers' module, for every
+    model. They are restored at once, and the function is replaced only while this model runs.
     """
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from liger_kernel.transformers.rope import liger_rotary_pos_emb

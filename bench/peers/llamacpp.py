@@ -1,10 +1,10 @@
-"""llama.cpp, through llama-cpp-python's bindings of its C API.
+"""Run llama.cpp through llama-cpp-python's bindings of its C API.
 
-The same weights, written as a GGUF file: in bf16, and in Q8_0, llama.cpp's own 8-bit form (blocks
-of 32 int8 with an fp16 scale: 8.5 bits a weight, against FP8's 8). The cache is in fp16, its
-default; flash attention is on; activations are quantized as it chooses.
+A GGUF file holds the same weights, in bf16 or in Q8_0, llama.cpp's own 8-bit form (blocks of 32
+int8 with an fp16 scale: 8.5 bits a weight; FP8 has 8). The cache is fp16, the default; flash
+attention is on; llama.cpp chooses how it quantizes activations.
 
-Its last layer's feed-forward runs only for tokens whose logits are asked for, one of a prompt: in a
+Its last layer's feed-forward runs only for tokens whose logits are wanted, one of a prompt: in a
 model of four layers that saves a fifth of a prompt's work, in one of 32 layers 3 %.
 """
 
@@ -39,7 +39,7 @@ def every_kind(of: type[Model], hf_model: Any) -> Iterator[ModelPeer]:
 
 
 class Model:
-    """One GGUF file in memory. The methods from _bindings on are what a fork has otherwise."""
+    """One GGUF file in memory. A fork overrides the methods from _bindings on."""
 
     name, package = "llama.cpp", "llama-cpp-python"
 
@@ -47,10 +47,10 @@ class Model:
         self.label = label
         self._vocab = hf_model.config.vocab_size
         self._contexts: list[Any] = []
-        self._shared: dict[tuple[int, ...], tuple[Any, int, int]] = {}  # by what they hold
+        self._shared: dict[tuple[int, ...], tuple[Any, int, int]] = {}  # by their tokens
         self._model = None
         self._api = api = self._bindings()
-        # Into memory of its own, as ours: no page of the file has to be mapped while it runs.
+        # Load into memory, as ours does, so that no page of the file is mapped while it runs.
         params = self._set(api.llama_model_default_params(), n_gpu_layers=0, **self._unmapped())
         with tempfile.TemporaryDirectory(prefix="llama_fast-bench-") as folder:
             path = Path(folder, "model.gguf")
@@ -79,7 +79,7 @@ class Model:
     def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
         length, ids = context.shape[1], _ids(tokens)
         handle = self._filled(context, len(ids) * times, len(ids))
-        # The last token's logits only.
+        # Such a batch gives only the last token's logits.
         batches = [self._batch(ids, length + i * len(ids)) for i in range(times)]
 
         def run(_: int) -> Tensor:
@@ -93,8 +93,8 @@ class Model:
         return run
 
     def _filled(self, context: Tensor, room: int, batch: int) -> Any:
-        """A cache that holds the context and has room for so many tokens more, up to `batch` of
-        them at once. Jobs on the same long context share one: reading it takes minutes."""
+        """Return a cache that holds the context, with room for so many more tokens, up to `batch`
+        at once. Jobs on the same context share it, since a long one takes minutes to read."""
         ids = _ids(context)
         key, length = tuple(ids), len(ids)
         handle, free, most = self._shared.get(key, (None, 0, 0))
@@ -120,7 +120,7 @@ class Model:
         self._model = None
 
     def _context(self, length: int, batch: int) -> Any:
-        """An empty cache for `length` tokens, up to `batch` of them processed at once."""
+        """Make an empty cache for `length` tokens, up to `batch` of them processed at once."""
         api, threads = self._api, torch.get_num_threads()
         params = self._set(
             api.llama_context_default_params(),
@@ -138,7 +138,8 @@ class Model:
         return context
 
     def _decode(self, context: Any, batch: Any, rows: int = 1) -> Tensor:
-        """The logits [rows, vocab] in the library's own memory, until the next call."""
+        """Return the logits [rows, vocab] in the library's own memory, valid until the next
+        call."""
         failed = self._api.llama_decode(context, batch)
         if failed:
             raise RuntimeError(f"llama_decode: {failed}")
@@ -146,7 +147,8 @@ class Model:
         return torch.from_numpy(np.ctypeslib.as_array(found, shape=(rows, self._vocab)))
 
     def _set(self, params: Any, **values: Any) -> Any:
-        """A ctypes structure takes any attribute: one that this version lacks would be ignored."""
+        """Set a ctypes structure's fields. Raises Unsupported for one that this version lacks,
+        which ctypes would ignore."""
         names = {name for name, *_ in params._fields_}
         for name, value in values.items():
             if name not in names:
@@ -164,7 +166,8 @@ class Model:
         return {"flash_attn_type": self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED, "no_perf": True}
 
     def _batch(self, ids: Any, position: int) -> Any:
-        """position: of the first of the tokens; llama.cpp goes on where its cache ends."""
+        """Make a batch of tokens. position: the first one's, for forks; llama.cpp continues where
+        its cache ends."""
         return self._api.llama_batch_get_one(ids, len(ids))
 
     def _rewind(self, context: Any, length: int) -> bool:
@@ -181,7 +184,7 @@ def _ids(tokens: Tensor) -> Any:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def errors_only(level: int, text: bytes, _: Any) -> None:
-    """A log cut down to its errors."""
+    """Print only errors of the library's log."""
     if level == ERROR:
         print(text.decode(errors="replace"), end="")
 
@@ -196,7 +199,7 @@ def _bindings() -> Any:
 
 
 def _libraries() -> list[ctypes.CDLL]:
-    """Those that llama-cpp-python has loaded."""
+    """Return the libraries that llama-cpp-python has loaded."""
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"

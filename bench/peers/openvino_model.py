@@ -1,9 +1,9 @@
-"""OpenVINO on the CPU: hf_model's weights in a plain forward pass, traced, with its cache inside.
+"""Run OpenVINO on the CPU: a traced forward pass with hf_model's weights and the cache inside.
 
-bf16, and int8 weights by NNCF (symmetric, one scale a row). `_Forward` computes what
-transformers does with the cache as plain tensors, in the pattern that OpenVINO fuses: the cache
-gathered by a beam index, then joined with the new rows, then attention.
-Everything else is OpenVINO's default for its latency mode, a cache in u8 among it.
+Weights are bf16, or int8 by NNCF (symmetric, one scale per row). `_Forward` computes what
+transformers does, with the cache as plain tensors, in the pattern that OpenVINO fuses: the cache is
+gathered by a beam index, then joined with the new rows, then attention. Everything else is the
+default of OpenVINO's latency mode, including a u8 cache.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Model:
         return run
 
     def _kept(self, context: Tensor) -> _Context:
-        """Jobs on the same long context share one."""
+        """Return the request for a context; jobs on the same context share it."""
         key = tuple(context.flatten().tolist())
         if key not in self._contexts:
             self._contexts[key] = _Context(self._compiled.create_infer_request(), context)
@@ -90,8 +90,8 @@ class _Model:
 
 
 class _Context:
-    """A request whose cache holds some tokens, and is brought back to them by writing it again from
-    a copy: others rewind at no cost, so that is not to be timed."""
+    """A request whose cache holds some tokens. rewind restores it from a copy, untimed, since other
+    implementations rewind at no cost."""
 
     def __init__(self, request: Any, tokens: Tensor) -> None:
         import openvino
@@ -101,7 +101,7 @@ class _Context:
             _step(request, tokens[:, i : i + CHUNK], i, np.array([0]))
         self._copies: list[tuple[Any, Any]] = []
         for state in request.query_state() if tokens.shape[1] else ():
-            # Not through numpy, which would take bf16 for fp16.
+            # Not by numpy, which would read bf16 as fp16.
             copy = openvino.Tensor(state.state.element_type, state.state.shape)
             state.state.copy_to(copy)
             self._copies.append((state, copy))
@@ -116,20 +116,20 @@ class _Context:
 
 
 def _step(request: Any, tokens: Tensor, start: int, rows: np.ndarray) -> Tensor:
-    """The logits [1, len(rows), vocab] of those rows of tokens, in the request's own memory."""
+    """Return the logits [1, len(rows), vocab] of those rows of tokens, in the request's memory."""
     positions = np.arange(start, start + tokens.shape[1])
     request.infer([tokens.numpy(), positions, rows, np.zeros(1, np.int32)])
     return torch.from_numpy(request.get_output_tensor(0).data)
 
 
 def _linears(hf_model: Any) -> tuple[int, int]:
-    """The rows and the elements of all linear layers."""
+    """Count the rows and the elements of all linear layers."""
     weights = [m.weight for m in hf_model.modules() if isinstance(m, nn.Linear)]
     return sum(w.shape[0] for w in weights), sum(w.numel() for w in weights)
 
 
 class _Forward(nn.Module):
-    """Llama's forward pass with the cache as arguments: for each layer k and v [1, Hkv, P, D]."""
+    """Llama's forward pass with the cache as arguments: k and v [1, Hkv, P, D] of each layer."""
 
     frequencies: Tensor
 
@@ -144,8 +144,8 @@ class _Forward(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, rows: Tensor, beam: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        """ids [1, S], positions [S], rows: whose logits are wanted, beam [1]: zero. Returns the
-        logits in fp32 (numpy has no bf16) and the caches, S tokens longer."""
+        """Compute the logits of some rows, in fp32 (numpy has no bf16), and the caches with S more
+        tokens. ids [1, S], positions [S], beam [1]: zero."""
         x = self.model.embed_tokens(ids)
         angles = positions.float()[:, None] * self.frequencies[None]
         angles = torch.cat((angles, angles), -1)[None, None]
@@ -206,7 +206,7 @@ def _turned(t: Tensor) -> Tensor:
 
 
 def _convert(hf_model: Any) -> Any:
-    """An openvino.Model whose caches are its state, empty at first."""
+    """Return an openvino.Model whose caches are its state, initially empty."""
     import openvino
     from openvino import opset13
     from openvino._offline_transformations import apply_make_stateful_transformation
@@ -236,7 +236,7 @@ def _convert(hf_model: Any) -> Any:
     apply_make_stateful_transformation(model, pairs)
     empty = np.array([1, c.num_key_value_heads, 0, c.head_dim], dtype=np.int64)
     for node in model.get_ops():
-        if node.get_type_name() == "ReadValue":  # it asks for a value to start from
+        if node.get_type_name() == "ReadValue":  # it needs an initial value
             zero = opset13.constant(0.0, dtype=node.get_output_element_type(0))
             node.set_arguments([opset13.broadcast(zero, opset13.constant(empty))])
     model.validate_nodes_and_infer_types()

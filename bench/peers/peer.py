@@ -1,4 +1,4 @@
-"""What a peer is: a library with kernels for the same job, run beside ours if it is installed."""
+"""Define a peer: a library with kernels for the same jobs."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from torch import Tensor
 
 from ..timing import Run
 
-Inputs = Mapping[str, Any]  # one case's tensors, by name
-CHUNK = 512  # tokens of a context that a model processes at once, where it has a choice
+Inputs = Mapping[str, Any]  # one case's tensors by name
+CHUNK = 512  # tokens of a context that a model processes at once, if that can be set
 
 
 class Unsupported(Exception):
-    """What a peer does not offer for a shape, a dtype, a device or in its version: the reason."""
+    """The peer does not support a shape, dtype or device, or its version does not."""
 
 
 class ModelPeer(Protocol):
     """One loaded model. Tokens are [B, S] int64; B is 1 on a CPU."""
 
-    label: str  # its name and what differs, "llama.cpp Q8_0"
+    label: str  # the peer's name and variant, as "llama.cpp Q8_0"
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return [1, S, vocab] fp32, on the CPU."""
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        """Make a run that processes tokens, at once, after the context [B, C], which may be empty
-        and is processed here and now; it returns the last token's logits. Rounds are alike,
-        whatever ran on the same context in between."""
+        """Process the context [B, C], which may be empty, and return a run that processes tokens
+        after it, at once, and returns the last token's logits. Its rounds are equal, whatever else
+        ran on the same context."""
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Make a run that decodes `steps` single tokens after context, its last one again and
-        again, and returns the last step's logits; otherwise as extend."""
+        """Return a run that decodes the context's last token `steps` times, one after the other,
+        and returns the last step's logits; otherwise like extend."""
 
     def weight_bytes(self) -> int:
-        """Count the weights that every token passes through; the embedding is only looked up."""
+        """Return the bytes of the weights that every token reads, without the embedding."""
 
     def close(self) -> None: ...
 
@@ -48,15 +48,15 @@ class ModelPeer(Protocol):
 @dataclass(frozen=True)
 class Peer:
     name: str
-    package: str  # what pip installs, and whose version is stated
+    package: str  # on PyPI; its version is reported
     devices: tuple[str, ...]  # device types
     adapter: str  # the module of this package that drives it
-    modules: Mapping[str, str]  # what has to be importable: module -> the package it comes with
+    modules: Mapping[str, str]  # modules that it needs -> their packages
     install: str = "pip install 'llama_fast[peers]'"
-    at_least: str = ""  # the version below which the adapter does not fit
+    at_least: str = ""  # the oldest version that the adapter fits
 
     def missing(self) -> str | None:
-        """Say why it cannot be run here, or None. Imports nothing."""
+        """Return why it cannot run here, or None, without importing it."""
         for module, package in self.modules.items():
             if importlib.util.find_spec(module) is None:
                 return f"{package} is not installed: {self.install}"
@@ -72,13 +72,13 @@ class Peer:
             return None
 
     def ops(self, op: str, inputs: Inputs) -> dict[str, Run]:
-        """Label -> run(i), none where it has no such op. Raises Unsupported where it refuses."""
+        """Return runs of an op by label, none if it has no such op. Raises Unsupported."""
         make = self._adapter().OPS.get(op)
         return make(inputs) if make else {}
 
     def models(self, hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
-        """Load hf_model's weights in each form the peer has, one after the other. hf_model itself
-        is left as it is."""
+        """Yield a model of hf_model's weights in each form that the peer has. hf_model stays as it
+        is."""
         if device.type not in self.devices:
             raise Unsupported(f"{self.name} is driven on {self.devices[0]} only, not on {device}")
         make = getattr(self._adapter(), "models", None)
@@ -89,7 +89,7 @@ class Peer:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers: "0.3.36+cpu" -> (0, 3, 36)."""
+    """Return a version's leading numbers: "0.3.36+cpu" -> (0, 3, 36)."""
     found = []
     for part in version.split("+")[0].split("."):
         if not part.isdigit():

@@ -1,2 +1,1 @@
-"""What a run prints, stores, draws and publishes, and how two runs compare. The folders hold the
-committed runs, one a machine."""
+"""Print, store, draw, publish and compare runs. The folders hold the committed runs by machine."""

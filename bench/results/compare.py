@@ -1,10 +1,10 @@
-"""Two runs of the suite against each other, beyond the noise that both of them measured.
+"""Compare two runs of the suite, beyond the noise that both of them measured.
 
-Machines differ from hour to hour, and so do seconds. So what is compared is ours against the other
-implementations in the same rounds, at the fast end: neighbors make a run slower and never faster,
-and the tenth percentile of the best pass is what most runs reach. The limit is asked apart: on a
-shared machine memory slows down and arithmetic does not, and what computes then seems to gain on
-what streams. What counts is what both say, the smaller change of the two.
+A machine's speed changes from hour to hour. So ours is compared with the other implementations in
+the same rounds, at the fast end: neighbors make a run slower and never faster, and most runs reach
+the tenth percentile of the best pass. The limit is a second reference: on a shared machine memory
+slows down and arithmetic does not, so a kernel that computes seems to gain on one that streams. The
+result is the smaller change of the two references.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from . import files
 
-SCHEMA = 3  # of the suite's JSON; older files hold no passes
+SCHEMA = 3  # of the suite's JSON; older files have no passes
 TOLERATED = math.log(1.05)
 SIGMAS = 2.5  # of the noise, beyond what is tolerated
 WANTED = math.log(1.2)  # a change that a comparison should not miss
-# A comparison across these would not be about the code.
+# These must agree, or a comparison would not show the code's effect.
 SAME = ("cpu", "gpu", "isa", "torch_isa", "onednn_max_isa", "threads")
 SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device", "allocator", "level")
 
@@ -62,11 +62,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check(old: Row, new: Row) -> None:
-    """Raises ValueError where two runs cannot be held against each other."""
+    """Raise ValueError if two runs cannot be compared."""
     for part, names in (("environment", SAME), ("options", SAME_OPTIONS)):
         for name in names:
             was, now = old[part].get(name), new[part].get(name)
-            if was != now and name in old[part]:  # older files lack some of it
+            if was != now and name in old[part]:  # older files lack some
                 raise ValueError(f"the older run has {name} {was!r}, this one {now!r}")
 
 
@@ -75,19 +75,19 @@ def named(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _against(row: Row, other: str) -> tuple[float, float]:
-    """How many times longer the other took than ours at the fast end, and the noise of that: half
-    of how far the second-best passes are from the best ones."""
+    """Return how much longer the other took than ours at the fast end, as a logarithm, and its
+    noise: half the distance from the second-best passes to the best ones."""
     ours, theirs = (row["seconds"][name]["passes"] for name in (files.own(dict(row)), other))
     log = math.log(min(theirs) / min(ours))
-    if len(ours) < 2:  # what its rounds show is all there is
+    if len(ours) < 2:  # one pass: its rounds' error
         return log, row["seconds"][other].get("ratio", {}).get("error", math.inf)
     gaps = [math.log(second / best) for best, second, *_ in (sorted(ours), sorted(theirs))]
     return log, math.hypot(*gaps) / 2
 
 
 def change(name: str, old: Row, new: Row) -> Change | None:
-    """None where the two runs share nothing to compare ours with. Not ours with other weights: what
-    slows one of the two mostly slows both."""
+    """Return the change of a case, None if the runs share no implementation to compare ours with.
+    Ours with other weights does not count: a change to the code mostly affects both."""
     limits = ("limit", f"limit {new['shape']}")
     ours = {files.own(dict(new)), *new.get("siblings", ())}
     shared = [n for n in new["seconds"] if n in old["seconds"] and n not in ours]
@@ -102,14 +102,14 @@ def change(name: str, old: Row, new: Row) -> Change | None:
             slowdown = statistics.median(was - now for was, _, now, _ in says)
             noise = statistics.median(math.hypot(before, after) for _, before, _, after in says)
             found.append(Change(name, slowdown, noise))
-    if len({c.slowdown > 0 for c in found}) > 1:  # no agreement: what both leave possible
+    if len({c.slowdown > 0 for c in found}) > 1:  # they disagree: what both leave possible
         least = min(found, key=lambda c: c.slowdown + SIGMAS * c.noise)
         return Change(name, 0.0, max(least.noise, least.slowdown / SIGMAS))
     return min(found, key=lambda c: abs(c.slowdown), default=None)
 
 
 def with_passes(row: Row, more: Row) -> dict[str, Any]:
-    """Put more's passes behind the row's own, of each implementation in both."""
+    """Append more's passes to the row's own, for each implementation in both."""
     seconds = {
         name: {**timing, "passes": [*timing["passes"], *more["seconds"][name]["passes"]]}
         for name, timing in row["seconds"].items()
@@ -124,8 +124,8 @@ def compare(
     again: Callable[[str], Row | None],
     say: Callable[[str], None] = print,
 ) -> list[Change]:
-    """Compare every case of both runs. One that seems slower, or of which the noise leaves that
-    open, is measured once more (again: name -> a row of one more pass, or None)."""
+    """Compare every case of both runs. A case that seems slower, or is too noisy to tell, is
+    measured once more (again: name -> a row of one more pass, or None)."""
     before, changes = named(old), []
     for name, row in named(new).items():
         found = change(name, before[name], row) if name in before else None

@@ -1,4 +1,4 @@
-"""Curves over a size: tokens/s of a whole model over its context, and what --scaling measured."""
+"""Draw curves over a size: a model's tokens/s over its context, and --scaling's figures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Line = tuple[list[float], list[float]]
 
 
 def contexts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Line]]:
-    """ "tg" and "pp" -> implementation -> tokens in the cache on average, tokens/s; of those
-    measured at two contexts or more."""
+    """Return, for "tg" and "pp", each implementation's average tokens in the cache and tokens/s, if
+    it was measured at two contexts or more."""
     found: dict[str, dict[str, dict[float, float]]] = {kind: {} for kind in _KINDS}
     for row in rows:
         job = _JOB.fullmatch(row["op"])
@@ -28,11 +28,12 @@ def contexts(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Line]]:
                 tokens, line = int(job[2]), found[job[1]].setdefault(name, {})
                 line[int(job[3] or 0) + tokens / 2] = tokens / seconds["median"]
     lines = {
-        kind: {n: (sorted(at), [at[x] for x in sorted(at)]) for n, at in who.items() if at.keys()}
-        for kind, who in found.items()
+        kind: {
+            n: (sorted(at), [at[x] for x in sorted(at)]) for n, at in named.items() if len(at) > 1
+        }
+        for kind, named in found.items()
     }
-    several = {k: {n: ln for n, ln in who.items() if len(ln[0]) > 1} for k, who in lines.items()}
-    return {kind: who for kind, who in several.items() if who}
+    return {kind: named for kind, named in lines.items() if named}
 
 
 def draw_contexts(rows: Sequence[dict[str, Any]], where: str, path: Path) -> list[Path]:
@@ -51,7 +52,7 @@ def draw_contexts(rows: Sequence[dict[str, Any]], where: str, path: Path) -> lis
 
 
 def draw_scaling(scaling: dict[str, Any], where: str, path: Path) -> list[Path]:
-    """A panel a curve for its time, and one for memory where that is over tokens."""
+    """Draw a panel for each curve's time, and one for its memory if it is over tokens."""
     kinds = {True: ("seconds", "bytes"), False: ("seconds",)}
     panels = [(c, what) for c in scaling["curves"] for what in kinds[c["axis"] == "tokens"]]
     rows = -(-len(panels) // 2)
@@ -86,7 +87,7 @@ def _scaling_panel(axes: Any, curve: dict[str, Any], what: str) -> None:
 
 
 def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int = 10) -> None:
-    """Both axes logarithmic; each line named at its end, the names pushed apart."""
+    """Draw lines on logarithmic axes, with each name at its line's end, apart from the others."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set(xscale="log", yscale="log")
@@ -99,17 +100,17 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int 
     axes.grid(True, which="major")
     axes.tick_params(which="minor", length=0)
     low, high = axes.get_ylim()
-    if high / low < LEAST_SPAN:  # or noise would look like growth
+    if high / low < LEAST_SPAN:  # otherwise noise would look like growth
         widen = (LEAST_SPAN * low / high) ** 0.5
         low, high = low / widen, high * widen
     end = max(xs[-1] for xs, _ in lines.values())
     if any(xs[-1] < end for xs, _ in lines.values()):
-        high *= (high / low) ** 0.14  # room for the names of those that end before
+        high *= (high / low) ** 0.14  # room for the names of shorter lines
     axes.set_ylim(low, high)
     if base == 2:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_locator(LogLocator(base=2, numticks=8))
-    elif high / low < 100:  # decades alone would be one label or two
+    elif high / low < 100:  # decades alone would give one label or two
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
     heights = {n: axes.transData.transform((xs[-1], ys[-1]))[1] for n, (xs, ys) in lines.items()}
@@ -117,7 +118,7 @@ def _lines(axes: Any, lines: dict[str, Line], labels: dict[str, str], base: int 
     for name, place in apart(heights, 11 * points).items():
         xs, ys = lines[name]
         shift = (place - heights[name]) / points
-        # Where others go on: above the point, not in their way.
+        # Above the end of a shorter line, beside the end of the longest ones.
         where, align = ((4, shift + 8), "right") if xs[-1] < end else ((6, shift), "left")
         axes.annotate(
             labels[name],

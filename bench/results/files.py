@@ -1,4 +1,4 @@
-"""JSON files that are whole or not there, and where they go."""
+"""Read and write runs as JSON files, and choose where they go."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def default_folder() -> Path:
-    """Where runs are written unless told otherwise: bench/out of a checkout, wherever it is run
-    from, else llama_fast_bench in the current folder."""
+    """Return the default folder of runs: bench/out of a checkout, from any working directory, else
+    llama_fast_bench in the current folder."""
     return ROOT / "bench" / "out" if (ROOT / "setup.py").exists() else Path("llama_fast_bench")
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all: an interrupt between two cases leaves the file of the last one."""
+    """Write atomically: an interrupt leaves the file as it was after the last case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(results, indent=1) + "\n")
@@ -26,7 +26,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """None for a file that is not there; ValueError, which names it, for a broken one."""
+    """Read a JSON object; None if there is no file. Raises ValueError that names a broken file."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def commit() -> str | None:
-    """The checkout's, with a + when files differ from it; elsewhere what LLAMA_FAST_COMMIT says."""
+    """Return the checkout's commit, with a + if files differ from it, else LLAMA_FAST_COMMIT."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
         described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -51,10 +51,10 @@ def commit() -> str | None:
 
 
 def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Everything with times: the ops' rows, then the forward pass's."""
+    """Return the ops' rows, then the forward pass's."""
     return [*results.get("ops", ()), *(results.get("end_to_end") or {}).get("rows", ())]
 
 
 def own(row: dict[str, Any]) -> str:
-    """Our name among the row's seconds."""
+    """Return our name among the row's seconds."""
     return str(row.get("ours", "ours"))

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md: a run's JSON in, Markdown out."""
+"""Write the tables of README.md and docs/results.md as Markdown from runs' JSON."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from . import files, plot
 from .style import machine
 
 Row = dict[str, Any]
-Runs = Mapping[str, Row]  # a machine's, by file, without .json
+Runs = Mapping[str, Row]  # a machine's runs by file stem
 
 HEAD = """# Results
 
 <!-- written by `python -m bench --publish` from bench/results; edits here are lost -->
 
-Every figure was measured by `python -m bench` and is cut from the JSON files in
-[bench/results](../bench/results), one folder a machine. Times are medians of rounds in which all
-implementations take turns, so a ratio holds where a machine's speed does not. The limit of a case
-is measured in the same rounds: a copy of the same bytes, a read of the same weights or cache, or
-what the machine computes fastest with, multiply-adds in registers (fma) or a matrix product
-(matmul). "1/n of it": a baseline too slow for its turn, measured on an nth of the work, times n.
-Where bf16 products are no faster than fp32's, eager PyTorch in fp32 stands beside it. Errors are
-the largest, against fp64, as a share of the largest value. Q8_0 is llama.cpp's 8-bit form of the
-weights: beside it bf16 reads twice the bytes.
+`python -m bench` measured every figure; the pages are generated from the JSON files in
+[bench/results](../bench/results), one folder per machine. Times are medians of rounds in which all
+implementations take turns, so a change of the machine's speed affects all of them. The limit of a
+case is measured in the same rounds: a copy of the same bytes, a read of the same weights or cache,
+or the faster of multiply-adds in registers (fma) and a matrix product (matmul). "1/n of it" marks a
+baseline that is too slow for its turn: it was measured on an nth of the work, and the time is
+multiplied by n. Where bf16 products are no faster than fp32's, the table also has eager PyTorch in
+fp32. Errors are the largest against fp64, divided by the largest value. Q8_0 is llama.cpp's 8-bit
+form of the weights; bf16 reads twice its bytes.
 
-Ops and forward pass are gone through several times, minutes apart, since whatever shares the
-processor comes and goes. Freed memory is kept for the next output (`--allocator keep`): the page
-faults of a fresh one would cost more than many an op, mostly eager PyTorch's with its temporaries,
-and fall where the C library pleases. `--allocator system` leaves them in. `--compare` holds two
-runs against each other by the fast end of each case, with the noise that their passes show.
+A run goes through the ops and the forward pass several times, minutes apart, since other loads on
+the processor come and go. Freed memory is kept for the next output (`--allocator keep`): the page
+faults of new memory would take longer than many ops, and the C library decides which ops get them.
+Eager PyTorch with its temporaries has most of them. `--allocator system` measures them too.
+`--compare` compares the fast end of each case in two runs, with the noise between their passes.
 
 ```sh
 python -m bench --json bench/results/MACHINE/bench.json     # the ops and the forward pass
@@ -48,7 +48,7 @@ GROUPS = ("eager", "torch.compile", "PyTorch's own", "peers")
 
 
 def page(machines: Mapping[str, Runs]) -> str:
-    """docs/results.md. machines: by their folders' names."""
+    """Write docs/results.md. machines: runs by folder name."""
     parts = [HEAD]
     for name, runs in machines.items():
         env = next(iter(runs.values()))["environment"]
@@ -59,7 +59,7 @@ def page(machines: Mapping[str, Runs]) -> str:
 
 
 def brief(run: Row, folder: str) -> str:
-    """README's: a row a case, the forward pass, and the plot."""
+    """Write README.md's part: a row for each case, the forward pass, and the plot."""
     commit = run["environment"].get("commit") or "unknown"
     lines = [f"{machine(run['environment'])}; commit {commit}.", ""]
     head = ("op", "shape", "ours", "rate", "of the limit", "times faster than")
@@ -154,7 +154,7 @@ def ops(rows: list[Row]) -> list[str]:
                 continue
             text = f"{ms(r['seconds'][name]['median'])}, {times(x)}"
             error = r.get("errors", {}).get(name)
-            if group == "peers" and error is not None:  # whose numbers may be others than ours
+            if group == "peers" and error is not None:  # peers may compute in other formats
                 text += f", error {error:.1e}"
             yield text if name in GROUPS else f"{name}: {text}"
 
@@ -170,7 +170,7 @@ def ops(rows: list[Row]) -> list[str]:
 
 
 def _group(name: str) -> str:
-    """fp32 and parts of the work go with the whole in bf16: "eager fp32, 1/2 of it" with eager."""
+    """Return an implementation's column: "eager fp32, 1/2 of it" is in eager's."""
     base = re.sub(r"( fp32)?(, 1/\d+ of it)?$", "", name)
     if base in GROUPS:
         return base
@@ -186,7 +186,7 @@ def _targets(r: Row) -> str:
 
 
 def forward(rows: list[Row], full: bool = False) -> list[str]:
-    """A row a job and weights: tokens a second of ours and of every other implementation."""
+    """Write a row for each job and kind of weights: every implementation's tokens a second."""
     ours = {files.own(r) for r in rows}
     others = list(dict.fromkeys(n for r in rows for n in r["times"] if n not in ours))
     head = ["job", "our weights", "ours", *others]
@@ -281,7 +281,8 @@ def growth(found: Row) -> list[str]:
 
 
 def slower(run: Row) -> Iterator[tuple[str, str, float, bool]]:
-    """Case, what is faster there, times (below 1), and whether that is more than noise."""
+    """Yield each case where another implementation is faster: the case, the implementation, the
+    ratio (below 1), and whether it exceeds the noise."""
     ours = {files.own(r) for r in run.get("end_to_end", {}).get("rows", [])}
     for r in files.rows(run):
         for name, x in r["times"].items():

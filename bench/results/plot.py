@@ -1,4 +1,4 @@
-"""A run's plots: speed-ups as bars, the roofline, tokens/s over context, curves of scaling."""
+"""Draw a run's plots: speed-ups as bars and the roofline; curves.py draws the others."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .style import FAINT, INK, called, color, machine, save, short, style, title
 
 BAR, GAP, HEAD = 0.135, 0.09, 0.36  # inches: a bar, between two cases, an op's name
 WIDTH, TOP = 10.0, 0.72  # inches
-LETTER, HANDLE = 0.068, 0.42  # inches of a legend: a letter, and what is beside a name
-NAMED = 20  # points of a roofline that have a name and a color each; of more, each op
+LETTER, HANDLE = 0.068, 0.42  # inches of a legend: a letter, and the handle beside a name
+NAMED = 20  # up to so many points of a roofline have a color each; beyond that ops have
 
 Panel = tuple[str, list[tuple[str, dict[str, float]]]]  # op, case -> implementation -> times
 
 
 def planned(results: dict[str, Any]) -> dict[str, Callable[[Path], list[Path]]]:
-    """What a run has the figures for: "speed-ups", "roofline", "context" and "scaling", each with
-    what draws it."""
+    """Return the plots that a run has figures for, "speed-ups", "roofline", "context" and
+    "scaling", with the function that draws each."""
     forward = results.get("end_to_end", {}).get("rows", [])
     where = machine(results["environment"])
     ops, scaling = results["ops"], results.get("scaling", {})
@@ -37,7 +37,7 @@ def planned(results: dict[str, Any]) -> dict[str, Callable[[Path], list[Path]]]:
 
 
 def named(path: Path, plot: str) -> Path:
-    """Where a run's plot goes: speed-ups to path itself, the others beside it."""
+    """Return a plot's path: speed-ups have path itself, the others are beside it."""
     return path if plot == "speed-ups" else path.with_name(f"{path.stem}-{plot}{path.suffix}")
 
 
@@ -50,7 +50,7 @@ def all_of(results: dict[str, Any], path: Path) -> list[Path]:
 
 
 def bars(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
-    """rows: with op, shape, times. Two columns of ops; bars begin at 1, "as fast"."""
+    """Draw the rows' times as bars that start at 1, "as fast", in two columns of ops."""
     found = panels(rows)
     columns = _columns(found)
     values = [x for _, cases in found for _, times in cases for x in times.values()]
@@ -78,8 +78,8 @@ def bars(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
 
 
 def panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """Group by op; forward passes share one panel. What all of an op's shapes end in goes to its
-    name."""
+    """Group by op; forward passes share one panel. The ending that an op's shapes share is moved to
+    its name."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         name = "forward pass" if "tokens_per_s" in row else row["op"]
@@ -89,7 +89,7 @@ def panels(rows: list[dict[str, Any]]) -> list[Panel]:
         labels, rest = short([r["shape"] for r in mine])
         if name == "forward pass":
             labels, rest = [f"{r['op']}, {r['shape']}" for r in mine], ""
-        own = {r.get("ours") for r in mine}  # FP8 beside bf16 is no rival
+        own = {r.get("ours") for r in mine}  # FP8 is not compared with bf16
         times = [{n: x for n, x in r["times"].items() if n not in own} for r in mine]
         cases = [(label, t) for label, t in zip(labels, times, strict=True) if t]
         if cases:
@@ -102,7 +102,7 @@ def _height(panel: Panel) -> float:
 
 
 def _columns(found: list[Panel]) -> list[list[Panel]]:
-    """In order, parted where the taller of two columns is lowest."""
+    """Split into two columns, in order, so that the taller one is lowest."""
     if len(found) < 2:
         return [found]
     halves = [(found[:i], found[i:]) for i in range(1, len(found))]
@@ -110,7 +110,7 @@ def _columns(found: list[Panel]) -> list[list[Panel]]:
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """As many as the figure is wide enough for; a legend's entries go down its columns."""
+    """Return how many columns fit the figure's width; entries go down the columns."""
     for columns in range(min(7, len(names)), 1, -1):
         rows = -(-len(names) // columns)
         longest = [max(map(len, names[i : i + rows])) for i in range(0, len(names), rows)]
@@ -120,23 +120,23 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def _draw(axes: Any, column: list[Panel], limits: tuple[float, float], tall: float) -> None:
-    """A column of ops from the top; y in inches."""
+    """Draw a column of ops from the top; y is in inches."""
     from matplotlib.ticker import NullLocator
 
     y, ticks = 0.0, {}
-    for name, cases in column:
+    for op, cases in column:
         y += HEAD
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "ha": "left"}
-        axes.text(-0.01, y - BAR / 2, name, weight="bold", size=9.5, **place)
+        axes.text(-0.01, y - BAR / 2, op, weight="bold", size=9.5, **place)
         for label, times in cases:
             ticks[y + BAR * len(times) / 2] = label
-            for who, x in times.items():
+            for name, x in times.items():
                 y += BAR
-                axes.barh(y - BAR / 2, x - 1, left=1, color=color(who), height=BAR * 0.86)
+                axes.barh(y - BAR / 2, x - 1, left=1, color=color(name), height=BAR * 0.86)
                 text, ink = (f"{x:.1f}", INK) if x >= 0.95 else (f"{x:.2f}", "#b00020")
                 axes.text(max(x, 1) * 1.05, y - BAR / 2, text, va="center", size=7.5, color=ink)
             y += GAP
-        axes.plot([1, 1], [y - _height((name, cases)) + HEAD, y], color=FAINT, linewidth=0.8)
+        axes.plot([1, 1], [y - _height((op, cases)) + HEAD, y], color=FAINT, linewidth=0.8)
     axes.set(xscale="log", xlim=limits, ylim=(tall, 0))
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.tick_params(length=0, which="both")
@@ -149,8 +149,8 @@ def _draw(axes: Any, column: list[Panel], limits: tuple[float, float], tall: flo
 
 
 def roofline(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
-    """What each kernel computes a second, over the operations a byte that it does. The roofs are
-    the fastest of the limits that the run measured."""
+    """Draw each kernel's operations a second over its operations per byte. The roofs are the
+    fastest limits that the run measured."""
     roofs: dict[str, float] = {}
     for r in rows:
         name, scale = (r["limit"], 1e9) if r["limit"] in ("copy", "read") else ("compute", 1e12)
@@ -190,7 +190,7 @@ def roofline(rows: list[dict[str, Any]], where: str, path: Path) -> list[Path]:
 
 
 def _labels(rows: list[dict[str, Any]]) -> list[str]:
-    """The op, and of its shape as much as tells its cases apart."""
+    """Label each row by its op and the part of its shape that differs between the op's cases."""
     found: dict[int, str] = {}
     for op in dict.fromkeys(r["op"] for r in rows):
         mine = [i for i, r in enumerate(rows) if r["op"] == op]
@@ -204,7 +204,7 @@ def _flops(r: dict[str, Any], name: str) -> float:
 
 
 def _fastest(r: dict[str, Any]) -> float:
-    """Operations a second of the fastest other; 0: none."""
+    """Return the operations a second of the fastest other implementation; 0: none."""
     return _flops(r, "ours") / min(r["times"].values()) if r["times"] else 0.0
 
 

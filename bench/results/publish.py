@@ -1,7 +1,7 @@
-"""README.md's table, docs/results.md and the plots, cut from the runs in bench/results.
+"""Generate README.md's table, docs/results.md and the plots from the runs in bench/results.
 
-`python -m bench --publish` writes all of it; nothing in there is typed. A test holds the pages
-against what pages() gives, so that neither a new run nor an edited page is forgotten.
+`python -m bench --publish` writes all of them. A test compares the pages with pages(), so that
+neither a new run nor an edited page is missed.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 
 from . import page, plot
 from .files import ROOT, read
-from .report import inserted
 
 README, RESULTS = Path("README.md"), Path("docs") / "results.md"
 USAGE = 2
 
 
 def machines(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every folder of bench/results with runs in it -> its runs, those of the suite first."""
+    """Return the runs of each folder of bench/results, bench.json first."""
     found = {}
     for folder in sorted(p for p in (root / "bench" / "results").glob("*") if p.is_dir()):
         order = sorted(folder.glob("*.json"), key=lambda p: (p.stem != "bench", p.stem))
@@ -32,17 +31,19 @@ def machines(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """The pages that are cut from the runs, by path from root, as they have to be."""
+    """Return the generated pages by path from root. Raises ValueError without markers."""
     found = machines(root)
     tables = [page.brief(runs["bench"], name) for name, runs in found.items() if "bench" in runs]
-    return {
-        README: inserted((root / README).read_text(), "\n\n".join(tables)),
-        RESULTS: page.page(found),
-    }
+    head, begin, rest = (root / README).read_text().partition("<!-- bench:begin -->\n")
+    _, end, tail = rest.partition("<!-- bench:end -->")
+    if not begin or not end:
+        raise ValueError(f"{root / README}: no <!-- bench:begin --> and <!-- bench:end -->")
+    readme = "".join((head, begin, "\n\n".join(tables), "\n", end, tail))
+    return {README: readme, RESULTS: page.page(found)}
 
 
 def plots(root: Path) -> dict[Path, Callable[[Path], list[Path]]]:
-    """SVG from root -> what draws it, for every run."""
+    """Return the function that draws each SVG, by path from root."""
     found = {}
     for name, runs in machines(root).items():
         for stem, run in runs.items():
@@ -53,7 +54,7 @@ def plots(root: Path) -> dict[Path, Callable[[Path], list[Path]]]:
 
 def main(root: Path = ROOT) -> int:
     if not (root / "bench" / "results").is_dir():
-        print("bench: --publish: no bench/results here; it wants a checkout", file=sys.stderr)
+        print("bench: --publish: no bench/results here; it needs a checkout", file=sys.stderr)
         return USAGE
     try:
         written = pages(root)
@@ -68,7 +69,7 @@ def main(root: Path = ROOT) -> int:
 
 
 def _draw(root: Path) -> list[Path]:
-    """Draw the SVGs only: what pages embed."""
+    """Draw the SVGs, which the pages embed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

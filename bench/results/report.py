@@ -1,4 +1,4 @@
-"""What a run prints and stores: one aligned line a case, one JSON file with everything."""
+"""Build what a run prints and stores: one aligned line a case, and rows for the JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..cases import Case
 from ..timing import Timing, figures, machine
 from . import files
 
-# Beyond twice eager's error: an ulp of bf16, for where eager happens to be exact.
+# Added to twice eager's error: an ulp of bf16, for cases where eager is exact.
 WRONG = 2.0**-7
 
 HEADER = (
@@ -27,17 +27,18 @@ HEADER = (
     f"{'x eager':>13}  {'error':<7}  against"
 )
 LEGEND = (
-    "x: how many times faster ours is   of limit: of what this machine moved or computed in the "
-    "same\nrounds (copy; read; the faster of multiply-adds in registers, fma, and PyTorch's "
-    "product, matmul)\nerror: largest, against fp64, of the largest value   1/n of it: measured on "
-    "an nth of the heads, rows\nof the weight or tokens, and times n: this machine takes too long "
-    "for all"
+    "x: how many times faster ours is   of limit: share of what this machine moved or computed in "
+    "the\nsame rounds (copy; read; the faster of multiply-adds in registers, fma, and PyTorch's "
+    "product, matmul)\nerror: largest, against fp64, divided by the largest value   1/n of it: "
+    "measured on an nth of the heads,\nrows of the weight or tokens, times n: the whole takes "
+    "too long"
 )
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Describe hardware, versions, threads and commit. No host name: the file is meant to be
-    shared. device: the one measured on; a GPU's driver, clocks and compilers come along."""
+    """Describe hardware, versions, threads and commit, without the host name, since the file is
+    meant to be shared. device: where the run measures; a GPU adds its driver, clocks and compilers.
+    """
     on_gpu = device is not None and device.type == "cuda"
     return {
         "cpu": _cpu_model(),
@@ -53,7 +54,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
-# What nvidia-smi is asked, and under which name the answer is kept. Nothing is ever set.
+# nvidia-smi's queries, and the names of the answers. Nothing is ever set.
 _SMI = {
     "driver_version": "driver",
     "clocks.sm": "sm_mhz",
@@ -67,7 +68,7 @@ _SMI = {
 
 
 def gpu_details() -> dict[str, Any]:
-    """What figures on a GPU depend on besides its name."""
+    """Describe what figures on a GPU depend on besides its name."""
     major, minor = torch.cuda.get_device_capability()
     details: dict[str, Any] = {
         "sm": f"sm_{major}{minor}",
@@ -84,7 +85,7 @@ def gpu_details() -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, str]:
-    """nvidia-smi's clocks, power and temperature now; empty where it cannot be asked."""
+    """Return nvidia-smi's clocks, power and temperature; empty where it does not run."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -104,7 +105,7 @@ def _cpu_model() -> str:
 
 
 def heading(results: dict[str, Any]) -> str:
-    """Hardware, versions, threads, commit and what was asked for: once, at the top."""
+    """Write the lines at the top: hardware, versions, threads, commit and options."""
     known = {**results["environment"], **results["options"]}
     lines = ["  ".join(f"{k} {v}" for k, v in known.items() if v is not None)]
     if results.get("speed"):
@@ -121,8 +122,9 @@ def row(
     errors: dict[str, float],
     backends: Collection[str] = (),
 ) -> dict[str, Any]:
-    """A case's figures. "times": how many times faster ours is than each other implementation;
-    "errors": of every implementation, against fp64. backends: ours too, and wrong as ours is."""
+    """Return a case's figures. "times": how many times faster ours is than each implementation;
+    "errors": each one's, against fp64. backends: further backends of ours, which are held to the
+    same bound."""
     mine, limit = timings["ours"], timings["limit"]
     others = [name for name in timings if name not in ("ours", "limit")]
     times = {name: timings[name].median / mine.median for name in others}
@@ -163,7 +165,7 @@ def row(
 
 
 def line(r: dict[str, Any], targets: bool = False) -> str:
-    """targets: mark what each case is held to, * met and (>=n) missed."""
+    """Write a case's line. targets: mark its targets, * met and (>=n) missed."""
     if "tokens_per_s" in r:
         return _forward_line(r, targets)
     mine = r["seconds"]["ours"]
@@ -203,7 +205,7 @@ def _forward_line(r: dict[str, Any], targets: bool) -> str:
 
 
 def forward(found: dict[str, Any], targets: bool = False) -> str:
-    """What a run prints of the forward pass."""
+    """Write the forward pass's lines."""
     lines = [found["what"], *(line(r, targets) for r in found["rows"])]
     first = next((r for r in found["rows"] if re.fullmatch(r"pp\d+", r["op"])), None)
     if first:
@@ -225,7 +227,7 @@ def forward(found: dict[str, Any], targets: bool = False) -> str:
 
 
 def summary(results: dict[str, Any], targets: bool = False) -> str:
-    """The end of what is printed: what is wrong, or that nothing is."""
+    """Write the last lines: what is wrong, or that nothing is."""
     rows = files.rows(results)
     lines = [f"{r['op']} {r['shape']}: WRONG{_where(r)}" for r in results["ops"] if r["wrong"]]
     lines += [f"{name}: FAILED, {why}" for name, why in results.get("failed", {}).items()]
@@ -246,20 +248,3 @@ def _misses(r: dict[str, Any]) -> str:
         for name, met in r["met"].items()
         if not met
     )
-
-
-def insert(readme: Path, table: str, name: str = "bench") -> None:
-    """Put the table between the file's markers of that name."""
-    try:
-        readme.write_text(inserted(readme.read_text(), table, name))
-    except ValueError as error:
-        raise ValueError(f"{readme}: {error}") from None
-
-
-def inserted(text: str, table: str, name: str = "bench") -> str:
-    """Return text with the table between its markers. Raises ValueError where it has none."""
-    head, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
-    _, end, tail = rest.partition(f"<!-- {name}:end -->")
-    if not begin or not end:
-        raise ValueError(f"no <!-- {name}:begin --> and <!-- {name}:end -->")
-    return head + begin + table + "\n" + end + tail

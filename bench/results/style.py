@@ -1,4 +1,4 @@
-"""How every plot looks: one color an implementation, no ornaments, the same bytes each time."""
+"""Style of every plot: one color per implementation, and the same bytes each time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 INK, FAINT = "#222222", "#777777"
-# Okabe and Ito's colors and some of Tol's: told apart by every kind of color vision.
+# Okabe and Ito's colors and some of Tol's, distinct with any color vision.
 COLORS = {
     "ours": "#0072b2",
     "FP8": "#0072b2",
@@ -26,7 +26,7 @@ COLORS = {
     "llama.cpp Q8_0": "#882255",
     "llama.cpp bf16": "#aa4499",
 }
-_SAME = {"bf16 F.linear": "F.linear"}  # under the name of the other
+_SAME = {"bf16 F.linear": "F.linear"}  # drawn as one
 _OTHERS = ("#332288", "#117733", "#999933", "#661100", "#6699cc", "#44aa99", "#aa4466", "#dd7788")
 _RC = {
     "svg.hashsalt": "llama_fast",
@@ -54,18 +54,18 @@ _RC = {
 
 
 def called(name: str) -> str:
-    """As a legend names it."""
+    """Return the name in a legend."""
     return _SAME.get(name, name)
 
 
 def color(name: str) -> str:
-    """The same for the same implementation, whatever else is drawn."""
+    """Return an implementation's color, the same in every plot."""
     name = called(name)
     return COLORS.get(name) or _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
 
 
 def short(shapes: Sequence[str]) -> tuple[list[str], str]:
-    """The shapes without the ending that all of them share, and that ending."""
+    """Split off the ending that all shapes share; return the shapes and the ending."""
     split = [re.split(r"(, | x )", shape) for shape in shapes]
     common = 0  # parts, separators included: an even number
     while (
@@ -82,7 +82,7 @@ def short(shapes: Sequence[str]) -> tuple[list[str], str]:
 
 
 def apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
-    """The same heights, moved as little as a pass from below takes to be `least` apart."""
+    """Move heights upward until they are at least `least` apart."""
     placed: dict[str, float] = {}
     last = -float("inf")
     for name in sorted(heights, key=lambda n: heights[n]):
@@ -92,7 +92,7 @@ def apart(heights: Mapping[str, float], least: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def style() -> Iterator[Any]:
-    """matplotlib.pyplot, without a display."""
+    """Yield matplotlib.pyplot with our style, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,14 +103,15 @@ def style() -> Iterator[Any]:
 
 
 def title(figure: Any, text: str, below: str = "") -> None:
-    """At the top left; below: a line in small print. Inches, so that tall figures look alike."""
+    """Write a title at the top left, and `below` in small print. Offsets are in inches, so that
+    figures of any height look alike."""
     width, height = figure.get_size_inches()
     figure.text(0.12 / width, 1 - 0.12 / height, text, weight="bold", size=11, va="top")
     figure.text(0.12 / width, 1 - 0.36 / height, below, color=FAINT, size=8, va="top")
 
 
 def machine(environment: Mapping[str, Any]) -> str:
-    """What was measured on, in a line."""
+    """Describe the machine in a line."""
     env = environment
     if "driver" in env or "sm" in env:  # on the GPU
         return f"{env['gpu']}, torch {env['torch']}"
@@ -121,7 +122,7 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def save(figure: Any, path: Path) -> list[Path]:
-    """As PNG and SVG; both paths. Neither holds a date: the same figures give the same bytes."""
+    """Save as PNG and SVG, without dates: equal figures give equal bytes. Return both paths."""
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""python -m bench.static cuda | triton: check what the compilers made of the kernels."""
+"""Check the compilers' code for the kernels: python -m bench.static cuda | triton."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Read registers, memory and instructions of every kernel in CUDA machine code, with cuobjdump.
+"""Read the registers, memory and instructions of CUDA machine code's kernels with cuobjdump.
 
-The file may be an extension, an object file, a fatbin or a cubin. Nothing is compiled, and no GPU
-is needed.
+The file may be an extension, an object file, a fatbin or a cubin. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Instructions that are looked for: name -> pattern of an operation code.
+# Instructions that are searched: name -> pattern of an operation code.
 SASS = {
     "wgmma": r"\bHGMMA\.\S*",
     "wgmma e4m3": r"\bQGMMA\.\S*E4M3",
@@ -41,11 +40,11 @@ SASS = {
 }
 # Instructions that are counted: name -> pattern of a whole operation code.
 COUNTED = {
-    "divisions": r"FCHK|RET\..*|I2F\.U32\.RP",  # of fp32, called ones, of 32-bit integers
+    "divisions": r"FCHK|RET\..*|I2F\.U32\.RP",  # fp32, a called function's, 32-bit integers'
     "reciprocals": r"MUFU\.RCP",
     "4-byte loads": r"LDG\.E",
 }
-SYSTEM = 1024  # bytes of shared memory that cuobjdump adds from sm_90 on, for the system
+SYSTEM = 1024  # bytes of the system's shared memory, which cuobjdump counts from sm_90 on
 
 _USAGE = re.compile(
     r"^arch = (?P<arch>\S+)|^ Function (?P<symbol>\S+):\n"
@@ -66,11 +65,11 @@ class ToolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instance of a kernel on one architecture. Sizes in bytes."""
+    """One instance of a kernel on one architecture. Sizes are in bytes."""
 
     file: str  # stem of its .cu
     name: str
-    arguments: tuple[str, ...]  # of the template, as C++ prints them
+    arguments: tuple[str, ...]  # template arguments as C++ prints them
     arch: str
     registers: int  # per thread
     stack: int  # per thread: spills, and arrays that need an address
@@ -78,12 +77,12 @@ class Kernel:
     instructions: tuple[str, ...]  # keys of SASS that occur
     counts: Mapping[str, int] = field(default_factory=dict)  # of COUNTED
     wgmmas: int = 0
-    wgmma_groups: int = 0  # that end with something to wait for
-    wide_compares: int = 0  # of 64 bits, the most in a loop of wgmma
-    early_loads: int = 0  # from global memory before griddepcontrol.wait
-    ahead: int = 0  # that a thread copies by 16-byte cp.async before it waits or multiplies
-    released: int = 0  # registers per thread that setmaxnreg leaves a producer; 0: there is none
-    taken: int = 0  # and gives a consumer
+    wgmma_groups: int = 0  # groups that end with a wait
+    wide_compares: int = 0  # the most 64-bit compares in a loop of wgmma
+    early_loads: int = 0  # loads from global memory before griddepcontrol.wait
+    ahead: int = 0  # bytes that a thread copies by 16-byte cp.async before it waits or multiplies
+    released: int = 0  # registers per thread that setmaxnreg leaves a producer; 0: no producer
+    taken: int = 0  # registers per thread that it gives a consumer
 
     @property
     def text(self) -> str:
@@ -92,18 +91,18 @@ class Kernel:
 
     @property
     def serialized(self) -> bool:
-        """Whether each wgmma waits for the one before, as where ptxas cannot overlap them."""
+        """Return whether each wgmma waits for the one before, as if ptxas cannot overlap them."""
         return self.wgmmas < 2 * self.wgmma_groups
 
 
 def search(patterns: Mapping[str, str], text: str) -> tuple[str, ...]:
-    """The names whose pattern occurs."""
+    """Return the names whose pattern occurs."""
     return tuple(name for name, pattern in patterns.items() if re.search(pattern, text))
 
 
 @functools.cache
 def cuobjdump() -> Path:
-    """nvcc's, or Triton's copy of it."""
+    """Find nvcc's cuobjdump, or Triton's copy of it."""
     nvcc, triton = shutil.which("nvcc"), importlib.util.find_spec("triton")
     folders = [Path(nvcc).resolve().parent] if nvcc else []
     folders += [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
@@ -124,11 +123,11 @@ def _run(tool: Tool, *arguments: str | Path) -> str:
 
 
 def read(binary: Path, arch: str = "", tool: Tool = None) -> list[Kernel]:
-    """Every kernel of a file, in the order of files, names, architectures and arguments. arch: of
-    a cubin, which does not say. tool: a cuobjdump as new as the compiler, where ours may not be."""
+    """Return a file's kernels, sorted by file, name, architecture and arguments. arch: a cubin's,
+    which does not name it. tool: another cuobjdump, if the compiler is newer than ours."""
     usage = resources(binary, arch, tool)
     archs = sorted({arch for arch, _ in usage})
-    with ThreadPoolExecutor(2) as pool:  # each waits for a cuobjdump, which takes a core
+    with ThreadPoolExecutor(2) as pool:  # each waits for a cuobjdump process
         dumps = pool.map(lambda arch: _machine_code(binary, arch, tool), archs)
         code = {key: fields for dump in dumps for key, fields in dump.items()}
     names = _names([symbol for _, symbol in usage])
@@ -142,7 +141,7 @@ def read(binary: Path, arch: str = "", tool: Tool = None) -> list[Kernel]:
 def resources(
     binary: Path, arch: str = "", tool: Tool = None
 ) -> dict[tuple[str, str], tuple[int, int, int]]:
-    """(arch, symbol) -> registers, stack and static shared memory."""
+    """Return registers, stack and static shared memory by (arch, symbol)."""
     found = {}
     for match in _USAGE.finditer(_run(tool, "--dump-resource-usage", binary)):
         arch = match["arch"] or arch
@@ -154,8 +153,8 @@ def resources(
 
 
 def _names(symbols: Iterable[str]) -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """Mangled name -> file, function and template arguments. nvcc puts the file into the name of
-    an anonymous namespace."""
+    """Return file, function and template arguments by mangled name. nvcc puts the file into the
+    name of an anonymous namespace."""
     mangled = sorted(set(symbols))
     text = subprocess.run(
         ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
@@ -180,18 +179,18 @@ class _Line(NamedTuple):
 
     @property
     def wgmma(self) -> bool:
-        """Without operands it only drains the pipeline."""
+        """Return whether it multiplies; without operands a GMMA only drains the pipeline."""
         return "GMMA." in self.operation and "gdesc[URZ]" not in self.operands
 
     @property
     def number(self) -> int:
-        """The last operand: where a branch goes, how many registers."""
+        """Return the last operand: a branch's target or a number of registers."""
         match = re.search(r"0x([0-9a-f]+)$", self.operands.rstrip())
         return int(match[1], 16) if match else -1
 
 
 def _machine_code(binary: Path, arch: str, tool: Tool) -> dict[tuple[str, str], dict[str, Any]]:
-    """(arch, symbol) -> the Kernel's fields that its machine code tells."""
+    """Return the Kernel's fields that machine code shows, by (arch, symbol)."""
     found = {}
     for block in _run(tool, "--dump-sass", "-arch", arch, binary).split("\t\tFunction : ")[1:]:
         lines = (_Line(int(at, 16), *rest) for at, *rest in _LINE.findall(block))
@@ -226,8 +225,8 @@ def _fields(code: list[_Line]) -> dict[str, Any]:
 
 
 def _wgmma_loops(code: list[_Line]) -> list[list[_Line]]:
-    """The loops that hold wgmma and no other such loop. A branch back over an exit is none: it
-    ends a wait whose retries lie past the kernel's end."""
+    """Return the innermost loops with wgmma. A branch back over an exit is not a loop: it ends a
+    wait whose retries are past the kernel's end."""
     loops: list[list[_Line]] = []
     if not any(line.wgmma for line in code):
         return loops

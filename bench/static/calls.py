@@ -1,9 +1,8 @@
-"""What bench.static.triton compiles: each op at Llama shapes, and what its kernels must contain.
+"""The calls that bench.static.triton compiles: each op at Llama shapes, and its kernels' needs.
 
-The public ops are called, so that nothing is compiled but what users launch. Sizes matter only
-through what a launcher and Triton's specialization make of them: a kernel for 8B's shapes differs
-from 70B's where a size is a constant of the kernel, and not where it is an argument that 16 divides
-in both.
+They call the public ops, so that only what users launch is compiled. A size matters only if a
+launcher or Triton's specialization uses it: the kernels for 8B's and 70B's shapes differ where a
+size is a constant of the kernel, not where it is an argument that 16 divides in both.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ def quantize(granularity: str, rows: int, cols: int) -> None:
 
 
 def qkv(heads: int, d: int, dtype: torch.dtype) -> list[Tensor]:
-    """Views of the fused projection's output, as in the model."""
+    """Return views of the fused projection's output, as in the model."""
     fused = empty(TOKENS, heads + 2 * KV_HEADS, d, dtype=dtype)
     return list(fused.split((heads, KV_HEADS, KV_HEADS), 1))
 
 
 def cache(*shape: int, fp8: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """k_cache and v_cache, and the scales of an FP8 one."""
+    """Return k_cache, v_cache and an FP8 cache's scales."""
     k, v = (empty(*shape, KV_HEADS, 128, dtype=E4M3 if fp8 else BF16) for _ in range(2))
     return k, v, {f"{n}_scale": empty(1, dtype=FP32) if fp8 else None for n in "kv"}
 
@@ -106,12 +105,12 @@ def product(
         lf.fp8_linear(rows, weight, weight_scale, quantize_activation=False)
 
 
-# ---- the cases: op, name, call, what each kernel must contain, what it has in common ----
+# ---- the cases: op, name, call, needs, alike ----
 
 LOADS, STORES = "16-byte loads", "16-byte stores"
 NORM = {"_rms_norm_kernel": (LOADS, STORES)}
 NORM_FP8 = {"_rms_norm_kernel": (LOADS, "hardware e4m3")}
-SUM_FP8 = {"_rms_norm_kernel": (LOADS, STORES, "hardware e4m3")}  # stores of the new residual
+SUM_FP8 = {"_rms_norm_kernel": (LOADS, STORES, "hardware e4m3")}  # it stores the new residual
 SUMS = {"reductions": "the same rows"}  # fusing changes no bit
 FP32_SUMS = {"reductions": "the same rows in fp32"}
 SILU_FP8 = dict.fromkeys(("_row_fp8_kernel", "_wide_fp8_kernel"), (LOADS, "hardware e4m3", "ex2"))
@@ -133,11 +132,11 @@ CHUNK = {"_attend": ("matrix", "async copy", "ex2", LOADS)}
 # The layout of a cache changes no bit.
 LAYOUTS = {"reductions": "1 query", "arithmetic": "1 query"}
 CHUNK_LAYOUTS = {"reductions": "chunk", "arithmetic": "chunk"}
-# On sm_80 and AMD, which cannot multiply e4m3, _stream serves every case, and decodes.
+# On sm_80 and AMD, which cannot multiply e4m3, _stream serves every case and decodes.
 GEMM = {"_gemm": ("e4m3 matrix", "async copy", STORES), "_stream": ("16-bit matrix", LOADS)}
 STREAM = {"_stream": ("small e4m3 matrix", "async copy", LOADS), "_add_splits": (LOADS,)}
-# A weight decoded to 16 bits reaches wgmma through registers, and each product waits for its own
-# decoding. On the chips that have wgmma, activations are quantized unless the caller says no.
+# wgmma takes a weight decoded to 16 bits from registers, so each product waits for its decoding. On
+# chips with wgmma, activations are quantized unless the caller forbids it.
 DECODED = {"_stream": ("small matrix", "async copy", LOADS, MAY_SERIALIZE)}
 GATE_UP = (28672, 4096)
 

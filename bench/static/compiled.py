@@ -1,7 +1,7 @@
-"""One recorded launch, compiled for a chip that need not be there, and what came out.
+"""Compile a recorded launch for a chip that need not be present, and extract facts from the code.
 
-The specialization is the one that a real launch would have. Registers and local memory come from
-the machine code (AMD: from the assembly's metadata), instructions from the PTX.
+The specialization is that of a real launch. Registers and local memory come from the machine code
+(AMD: from the assembly's metadata), instructions from the PTX.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llama_fast.kernels.common import Chip, Launch, Recording
 
 from .binary import SASS, read, resources, search
 
-# Instructions that are looked for: name -> pattern in the PTX or AMD's assembly. cp.async.cg moves
+# Instructions that are searched: name -> pattern in the PTX or AMD's assembly. cp.async.cg copies
 # 16 bytes.
 PTX = {
     "wgmma": r"wgmma\.mma_async\S*\.(bf16|f16)\b",
@@ -58,24 +58,24 @@ AMDGCN = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What one compiled kernel takes and contains. Sizes in bytes, registers per thread."""
+    """Resources and instructions of a compiled kernel. Sizes are in bytes, registers per thread."""
 
     registers: int
-    stack: int  # of local memory a thread; AMD: and registers spilled
+    stack: int  # local memory per thread; AMD: plus spilled registers
     shared: int
     threads: int
     serialized: bool = False  # each wgmma waits for the one before
     tensor_memory: int = 0  # sm_100's, columns
     instructions: tuple[str, ...] = ()
-    # What the bits of a result hang on: the shape and layout of each fp32 reduction, and, on
-    # NVIDIA's chips, how many fp32 instructions of each kind: a * b + c fused, or not.
+    # A result's bits depend on these: the shape and layout of each fp32 reduction, and on NVIDIA's
+    # chips the number of fp32 instructions of each kind, such as fused a * b + c.
     reductions: tuple[str, ...] = ()
     arithmetic: tuple[str, ...] = ()
 
 
 class _Meta(TorchDispatchMode):
-    """Our ops on the meta device as a GPU's tensors have them: the implementation, launches and
-    all, where torch would give shapes only."""
+    """Run our ops' implementation, with its launches, on the meta device, where torch would only
+    infer shapes."""
 
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -88,7 +88,7 @@ class _Meta(TorchDispatchMode):
 
 @contextlib.contextmanager
 def record(chip: Chip, config_index: int = 0) -> Iterator[Recording]:
-    """kernels.common.record for calls of the public ops on the meta device."""
+    """Record the launches of the public ops on the meta device, see kernels.common.record."""
     with common.record(chip, config_index) as recording, use_backend("triton"), _Meta():
         yield recording
 
@@ -100,8 +100,9 @@ def _binder(kernel: Any, target: GPUTarget) -> tuple[Any, Any]:
 
 
 def specialize(launch: Launch, chip: Chip) -> tuple[str, Callable[[], Any]]:
-    """A key, equal where the code is, and what compiles what kernel[grid](...) would on the chip:
-    Triton's own binder decides which arguments are constants and which divide by 16."""
+    """Return a key, equal for equal code, and a function that compiles what kernel[grid](...) would
+    compile on the chip. Triton's own binder decides which arguments are constants and which 16
+    divides."""
     kernel, target = launch.kernel, GPUTarget(chip.backend, chip.arch, chip.warp_size)
     keywords = {
         "enable_fp_fusion": True,  # as common.launch does
@@ -120,8 +121,8 @@ def specialize(launch: Launch, chip: Chip) -> tuple[str, Callable[[], Any]]:
 
 
 def compile_facts(compiler: Callable[[], Any], arch: str) -> Facts:
-    """Compile, or take from Triton's cache. Of sm_90's kernels with wgmma, which ptxas rewrites,
-    only the instructions that the machine code confirms count."""
+    """Compile, or load from Triton's cache, and return the facts. For sm_90's kernels with wgmma,
+    which ptxas rewrites, only instructions that are in the machine code count."""
     compiled = compiler()
     common_facts = {
         "shared": compiled.metadata.shared,
@@ -163,7 +164,7 @@ def compile_facts(compiler: Callable[[], Any], arch: str) -> Facts:
 
 
 def _reductions(ttgir: str) -> tuple[str, ...]:
-    """'1x4096 #ttg.blocked<...>' for each reduction of fp32, in the order of the program."""
+    """Return '1x4096 #ttg.blocked<...>' for each fp32 reduction, in program order."""
     layouts = dict(re.findall(r"^(#\w+) = (#\S+<.*>)$", ttgir, re.MULTILINE))
     reduce = r'"tt\.reduce".*?^\s*\}\) : \(tensor<(\S+)xf32, (.*?)>\) ->'
     operands = re.findall(reduce, ttgir, re.MULTILINE | re.DOTALL)

@@ -1,8 +1,8 @@
-"""python -m bench.static cuda: check the CUDA kernels that were built, without a GPU.
+"""Check the compiled CUDA kernels without a GPU: python -m bench.static cuda.
 
-Read registers, local memory, shared memory and instructions of every kernel on every architecture
-that llama_fast/_cuda was compiled for, and hold them against PLANS. An instance that is planned and
-missing, or there and not planned, is a problem too.
+It reads registers, local memory, shared memory and instructions of every kernel on every
+architecture that llama_fast/_cuda was compiled for, and compares them with PLANS. A planned
+instance that is missing, or one that is not planned, is a problem too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .binary import Kernel, ToolError, read
 from .occupancy import MULTIPROCESSORS, Occupancy, occupancy
 from .plans import BF16, F32, HALF, LOADS, PLANS, Plan, chip
 
-EPILOG = """Exit code 1: a kernel spills, is not there, has lost an instruction that it is built on,
-or leaves fewer blocks on a multiprocessor than planned. 2: there is nothing to read."""
+EPILOG = """Exit code 1: a kernel spills, is missing, lacks a planned instruction, or fits fewer
+blocks on a multiprocessor than planned. 2: there is nothing to read."""
 
 REGISTERS = 65536  # of a multiprocessor
 
@@ -31,9 +31,9 @@ REGISTERS = 65536  # of a multiprocessor
 
 
 def slow_steps(plan: Plan, kernel: Kernel) -> list[str]:
-    """What would bind a kernel that memory should bound to the issue of instructions. A division
-    is ten of them and a branch, of 64-bit integers a call of a hundred; a mean and a scale need a
-    reciprocal each. Of loads, all but two indices and a scale are of 16 bytes."""
+    """List what would make instruction issue the limit of a kernel that memory should bound. A
+    division is ten instructions and a branch, one of 64-bit integers a call of a hundred; a mean
+    and a scale need a reciprocal each. All loads except two indices and a scale have 16 bytes."""
     vectors = LOADS in plan.needs(kernel.arguments, kernel.arch)
     limits = {
         "divisions": 0,
@@ -50,14 +50,14 @@ def fits(plan: Plan, kernel: Kernel) -> Occupancy:
 
 
 def problems(plan: Plan, kernel: Kernel) -> list[str]:
-    """What is wrong with an instance, in words; nothing, if all is well."""
+    """List what is wrong with an instance."""
     a, limit = kernel.arguments, common.CHIPS[chip(kernel.arch)].shared_memory
     threads, shared, ahead = (plan.of(name, a) for name in ("threads", "shared", "ahead"))
     local = f"{kernel.stack} bytes of local memory a thread: spills, or an array"
     if not plan.launched(a, kernel.arch):
         return [local] if kernel.stack or "local memory" in kernel.instructions else []
     missing = sorted({*plan.needs(a, kernel.arch)} - {*kernel.instructions})
-    # One warpgroup is the producer; ptxas hands out registers for each thread of all of them.
+    # One warpgroup is the producer; ptxas allocates equal registers for the threads of all.
     groups = threads // 128
     pool = min(groups * kernel.registers, REGISTERS // 128)
     resident, m = fits(plan, kernel), MULTIPROCESSORS[chip(kernel.arch)]
@@ -85,7 +85,7 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
         (
             kernel.taken and kernel.released + (groups - 1) * kernel.taken > pool,
             f"setmaxnreg asks for {kernel.released} and {groups - 1} x {kernel.taken} registers of "
-            f"{groups} x {kernel.registers}: the last warpgroup waits for ever",
+            f"{groups} x {kernel.registers}: the last warpgroup waits forever",
         ),
         (
             resident.blocks < blocks,
@@ -101,8 +101,8 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
 
 
 def unexpected(kernels: Iterable[Kernel], plans: Iterable[Plan]) -> list[str]:
-    """Instances that are planned and missing, or there and not planned. A build may do without
-    sm_89, as the Makefile's does on a machine that has no GPU."""
+    """List instances that are planned and missing, or there and not planned. A build may omit
+    sm_89, as the Makefile's does on a machine without a GPU."""
     there = {(k.file, k.name, k.arguments, k.arch) for k in kernels}
     spared = {"sm_89"} if there and not any(k[3] == "sm_89" for k in there) else set()
     planned = {
@@ -143,7 +143,7 @@ HEADER = f"{'kernel':<66}{'chip':<8}{'regs':>5}{'shared':>8}  {'blocks x warps':
 
 
 def check(kernels: Iterable[Kernel], plans: Iterable[Plan] = PLANS) -> tuple[list[Row], list[str]]:
-    """A row for each planned instance, and every problem in words."""
+    """Return a row for each planned instance, and every problem."""
     kernels, plans = list(kernels), list(plans)
     by_instance = {(p.file, p.kernel, arguments): p for p in plans for arguments in p.instances}
     found = [
@@ -156,7 +156,7 @@ def check(kernels: Iterable[Kernel], plans: Iterable[Plan] = PLANS) -> tuple[lis
 
 
 def extension() -> Path | None:
-    """The extension beside the package; None where none was built."""
+    """Return the package's extension; None if none was built."""
     found = sorted(Path(llama_fast.__file__).parent.glob("_cuda.*.so"))
     return found[-1] if found else None
 

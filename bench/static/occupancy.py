@@ -1,10 +1,10 @@
-"""How much of a kernel fits on one multiprocessor, from what the compiler says that it takes.
+"""Compute how many blocks of a kernel fit on one multiprocessor from the resources that it takes.
 
-NVIDIA: registers are handed out per warp, 256 at a time, from the four files of a multiprocessor;
-shared memory per block, in units of 128 bytes and with 1 KiB on top for the system. Source: CUDA
-C++ Programming Guide, "Compute Capabilities". AMD's CDNA3: 512 vector registers a lane on each of
-four SIMDs, eight at a time, eight waves a SIMD; 64 KiB of LDS a compute unit. Source: AMD Instinct
-MI300 instruction set architecture.
+NVIDIA: registers are allocated per warp, 256 at a time, from a multiprocessor's four files; shared
+memory per block, in units of 128 bytes plus 1 KiB for the system. Source: CUDA C++ Programming
+Guide, "Compute Capabilities". AMD's CDNA3: 512 vector registers a lane on each of four SIMDs, eight
+at a time, eight waves a SIMD; 64 KiB of LDS a compute unit. Source: AMD Instinct MI300 instruction
+set architecture.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """One SM, or one compute unit of AMD's. Sizes in bytes."""
+    """One SM, or one of AMD's compute units. Sizes are in bytes."""
 
-    warps: int  # most that are resident
+    warps: int  # the most that are resident
     blocks: int
     registers: int  # per lane of one of the four files
     register_unit: int  # per lane
     lanes: int
     shared: int
     shared_reserved: int  # per block
-    tensor_memory: int = 0  # columns, of which a block takes a power of two
+    tensor_memory: int = 0  # columns; a block takes a power of two
 
 
 MULTIPROCESSORS = {
@@ -37,17 +37,18 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """Per multiprocessor."""
+    """Resident blocks and warps of a multiprocessor."""
 
     blocks: int
     warps: int
-    limit: str  # what a further block would need: a key of `blocks` below
+    limit: str  # the resource that another block would lack: a key of `blocks` below
 
 
 def occupancy(
     arch: str, registers: int, shared: int, threads: int, tensor_memory: int = 0
 ) -> Occupancy:
-    """registers per thread, shared bytes, threads and columns of tensor memory per block."""
+    """Return the occupancy. registers: per thread; shared (bytes), threads and tensor_memory
+    (columns): per block."""
     m = MULTIPROCESSORS[arch]
     warps = -(-threads // m.lanes)
     registers = -(-max(registers, 1) // m.register_unit) * m.register_unit

@@ -1,9 +1,9 @@
-"""What every CUDA kernel is planned to take, in one table.
+"""Plans of every CUDA kernel's resources and instructions, in one table.
 
-A plan names the instances that a file must contain, and for each its threads and dynamic shared
-memory as its launcher asks for them (tests/static/test_cuda.py holds the sizes against the C++
-expression), the blocks that are to fit on a multiprocessor, and the instructions it is built on.
-Nothing may spill or use local memory.
+A plan names the instances that a file must contain, and for each its launcher's threads and dynamic
+shared memory (tests/static/test_cuda.py compares the sizes with the C++ expression), the blocks
+that have to fit on a multiprocessor, and the instructions that it must contain. No kernel may spill
+or use local memory.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ def chip(arch: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel template is planned to take. A callable receives an instance's template
-    arguments; `needs` and `launched` receive the architecture as well."""
+    """The plan of a kernel template. A callable takes an instance's template arguments; `needs` and
+    `launched` take the architecture too."""
 
     file: str
     kernel: str
     instances: Sequence[Arguments]
     threads: int | Callable[[Arguments], int]
-    blocks: int | Callable[[Arguments], int]  # on a multiprocessor, where shared memory has room
+    blocks: int | Callable[[Arguments], int]  # on a multiprocessor, if shared memory has room
     needs: Callable[[Arguments, str], Iterable[str]] = lambda a, arch: ()  # keys of binary.SASS
-    shared: int | Callable[[Arguments], int] = 0  # dynamic, bytes a block
-    cpp: str = ""  # the same as the launcher's expression, {0} ... the template arguments
+    shared: int | Callable[[Arguments], int] = 0  # dynamic, bytes per block
+    cpp: str = ""  # the launcher's expression for it, with template arguments {0} ...
     archs: tuple[str, ...] = PORTABLE
-    streams: bool = False  # elementwise: nothing but memory should bound it
-    # Bytes of cp.async on a multiprocessor before anything waits for them.
+    streams: bool = False  # elementwise, so that memory should bound it
+    # Bytes of cp.async on a multiprocessor before the first wait.
     ahead: int | Callable[[Arguments], int] = 0
     launched: Callable[[Arguments, str], bool] = lambda a, arch: True
 
     def of(self, name: str, arguments: Arguments) -> int:
-        """threads, blocks, shared or ahead of an instance."""
+        """Return threads, blocks, shared or ahead of an instance."""
         value = getattr(self, name)
         return value(arguments) if callable(value) else value
 
@@ -52,18 +52,18 @@ class Plan:
 HALF, BF16, F32, E4M3 = "__half", "__nv_bfloat16", "float", "unsigned char"
 TYPES, BOTH, T = (HALF, BF16, F32), ("false", "true"), "true"
 LOADS, STORES = "16-byte loads", "16-byte stores"
-# What memory's latency asks for: an H200's 4.8 TB/s times 0.7 us, for each of 132 multiprocessors,
-# are 26 KB. The elementwise kernels' blocks are as many as have that much on the way.
+# Bytes in flight that memory's latency needs: an H200's 4.8 TB/s times 0.7 us are 26 KB for each of
+# 132 multiprocessors. The elementwise kernels have enough blocks for that.
 IN_FLIGHT = 32 << 10
 
 
 def vectors(*names: str, at: int = 1) -> Callable[[Arguments, str], list[str]]:
-    """The needs of elementwise kernels: aligned rows move 16 bytes at a time."""
+    """Return an elementwise kernel's needs: aligned rows move 16 bytes at a time."""
     return lambda a, arch: [n for n in names if a[at] == T or n not in (LOADS, STORES)]
 
 
 def decode_shape(a: Arguments) -> tuple[int, int]:
-    """DecodeShape's warps and shared_bytes."""
+    """Return DecodeShape's warps and shared_bytes."""
     d, row_tiles = int(a[2]), int(a[3])
     row_bytes = d * (1 if a[1] == E4M3 else 2)
     keys = 32 if row_bytes <= 128 and d * row_tiles <= 128 else 16
@@ -79,25 +79,26 @@ def attention_shared(a: Arguments) -> int:
 
 
 def many_rows_shared(a: Arguments) -> int:
-    """Stages, the output's buffers, scales, the bias, barriers."""
+    """Return the bytes of stages, the output's buffers, scales, the bias and barriers."""
     n = int(a[1])
     scales = 4 * 4 * (128 + n // 128) if a[2] == T else 4 * (128 + n)
     return 4 * 128 * (128 + n) + 4 * 8192 + scales + n * (4 if a[0] == F32 else 2) + 80
 
 
 def few_rows_needs(a: Arguments, arch: str) -> list[str]:
-    """sm_90 has e4m3 in wgmma only: of mma.sync ptxas makes two of fp16."""
+    """Return few_rows_kernel's needs. sm_90 has e4m3 only in wgmma: ptxas replaces an e4m3 mma.sync
+    by two of fp16."""
     matrix = "mma e4m3" if a[0] == E4M3 and arch == "sm_89" else "mma"
     return [matrix, "cp.async", LOADS] if a[3] == T else [matrix]
 
 
 def rows(file: str, kernel: str, instances: Iterable[Arguments], *names: str) -> Plan:
-    """An elementwise kernel with a block of 1,024 threads for a row."""
+    """Return the plan of an elementwise kernel with a block of 1,024 threads per row."""
     return Plan(file, kernel, [*instances], 1024, 1, vectors(*names), 32 * 4, streams=True)
 
 
 def pieces(file: str, kernel: str, *names: str, shared: int = 0) -> Plan:
-    """An elementwise kernel with blocks of 256 threads."""
+    """Return the plan of an elementwise kernel with blocks of 256 threads."""
     instances = [*product(TYPES, BOTH)]
     return Plan(file, kernel, instances, 256, 4, vectors(*names), shared, streams=True)
 
@@ -109,7 +110,7 @@ PLANS = [
         lambda a, arch: vectors(LOADS, *[STORES] * (a[3] != T))(a, arch), 33 * 4, streams=True,
     ),
     pieces("activation", "silu_and_mul_kernel", "ex2", LOADS, STORES),
-    # FP8 out of 16 bits leaves 8 bytes a thread: no 16-byte stores.
+    # FP8 from 16 bits has 8 bytes a thread, so no 16-byte stores.
     rows("activation", "silu_and_mul_fp8_kernel",
          [a for a in product(TYPES, BOTH, "024") if (a[0], a[2]) != (HALF, "4")], "ex2", LOADS),
     rows("quantize", "by_row_kernel", product(TYPES, BOTH, "024"), LOADS),
@@ -125,7 +126,7 @@ PLANS = [
          for step in ("1", "4" if t == F32 else "8") for x in BOTH],
         256, 4, lambda a, arch: [LOADS, STORES] if a[2] != "1" else [], streams=True,
     ),
-    Plan(  # 2 blocks: one's softmax beside the other's products
+    Plan(  # 2 blocks: one's softmax overlaps the other's products
         "attention", "attention_kernel",
         [*product((HALF, BF16), ("64", "128", "256"), (T,)),
          *product((HALF, BF16), ("128", "256"), ("false",))],
@@ -133,15 +134,15 @@ PLANS = [
         lambda a, arch: ["mma", "ldmatrix", "ex2", *["cp.async", STORES] * (a[2] == T)],
         attention_shared, "Shape<{1}>::q_bytes + 2 * Shape<{1}>::kv_bytes + sizeof(Output<{0}>)",
     ),
-    # fp32: right rather than fast; as many blocks as ptxas does not spill for.
+    # As many blocks as ptxas allows without spills.
     Plan("attention", "attention_fp32_kernel", [()], 128, 4, lambda a, arch: ["ex2"],
          4608, "kFp32SharedBytes"),
-    Plan(  # two consumers and a producer are what a multiprocessor's registers hold
+    Plan(  # two consumers and a producer fill a multiprocessor's registers
         "attention_sm90", "attention_kernel", [*product((HALF, BF16), ("64", "128"))], 384, 1,
         lambda a, arch: ["wgmma", "TMA", "TMA stores", "setmaxnreg", "ex2"],
         lambda a: 6 * 128 * 2 * int(a[1]) + 80, "sizeof(Shared<{1}>)", HOPPER,
     ),
-    Plan(  # 2 blocks: one starts and ends beside the other's stream
+    Plan(  # 2 blocks: one's start and end overlap the other's stream
         "decode_attention", "decode_kernel",
         [(t, cache, d, n) for t, cache in ((HALF, HALF), (BF16, BF16), (HALF, E4M3))
          for d, n in (*product(("64", "128"), "12"), ("256", "1"))],
@@ -150,13 +151,13 @@ PLANS = [
                          *["e4m3 to fp16"] * (a[1] == E4M3 and arch != "sm_80")],
         lambda a: decode_shape(a)[1], "DecodeShape<{1}, {2}, {3}>::shared_bytes", ahead=IN_FLIGHT,
     ),
-    Plan(  # short blocks: their latency is all there is to hide
+    Plan(  # short blocks, which have only their latency to hide
         "decode_attention", "combine_kernel", [()], 128, 8,
         lambda a, arch: ["ex2", LOADS, *["griddepcontrol.wait"] * (arch == "sm_90")], 4 * 260 * 4,
     ),
     Plan("decode_attention", "decode_fp32_kernel", [(F32,), (E4M3,)], 128, 4,
          lambda a, arch: ["ex2"], 4608, "kFp32SharedBytes"),
-    Plan(  # up to 16 rows 2 blocks, as of decode_kernel
+    Plan(  # 2 blocks up to 16 rows, as for decode_kernel
         LINEAR, "few_rows_kernel",
         [(x, out, n, aligned, blockwise)
          for x, out in [(HALF, HALF), (BF16, BF16), *product((E4M3,), TYPES)]
@@ -167,9 +168,9 @@ PLANS = [
         ahead=lambda a: IN_FLIGHT if a[3] == T else 0,
         launched=lambda a, arch: a[0] != E4M3 or arch != "sm_80",
     ),
-    # A warp an output, without matrix instructions.
+    # One warp per output, without matrix instructions.
     Plan(LINEAR, "plain_kernel", [(F32, F32), *product((E4M3,), TYPES)], 256, 4),
-    Plan(  # persistent; registers as of attention_sm90
+    Plan(  # persistent; registers as for attention_sm90
         f"{LINEAR}_sm90", "many_rows_kernel",
         [a for a in product(TYPES, ("128", "256"), BOTH) if a[0] != F32 or a[1] == "128"], 384, 1,
         lambda a, arch: ["wgmma e4m3", "TMA", "TMA multicast", "setmaxnreg",

@@ -1,9 +1,9 @@
-"""python -m bench.static triton: compile every Triton kernel and check it, GPU or not.
+"""Compile every Triton kernel and check it, without a GPU: python -m bench.static triton.
 
-Call each op on tensors without memory while its launches are recorded (common.record), for every
-chip and every configuration offered there; compile each distinct launch as it would be on that
-chip, print what came out, and what is wrong with it. Of a Tuner's alternatives to its first
-configuration only those of the calls that ask most of a kernel or, on sm_90, promise equal bits.
+It calls each op on tensors without memory and records its launches (common.record), for every chip
+and every configuration offered there. It compiles each distinct launch as for that chip, and prints
+its facts and problems. A Tuner's configurations after the first are compiled only for the largest
+calls of a kernel and, on sm_90, for those that promise equal bits.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from llama_fast.kernels.common import Launch
 from .compiled import Facts, compile_facts, record, specialize
 from .occupancy import Occupancy, occupancy
 
-EPILOG = """Exit code 1: a kernel spills, exceeds a chip, or lost an instruction that it is built
-on. Without --every, --served and --largest, every configuration on every chip (minutes)."""
+EPILOG = """Exit code 1: a kernel spills, exceeds a chip's limits, or lacks an instruction that it
+needs. Without --every, --served and --largest, every configuration on every chip (minutes)."""
 
-# A case's needs -> chip -> the instructions that fulfill them, any of the alternatives. Tiles of
-# fewer than 64 rows ("small") are below what wgmma and tcgen05 take.
+# A need -> chip -> the instructions that meet it, "|" between alternatives. Tiles of fewer than 64
+# rows ("small") are too small for wgmma and tcgen05.
 _MMA = {"sm_80": "mma", "sm_89": "mma", "gfx942": "mfma"}
 WORDS: dict[str, dict[str, str]] = {
     "matrix": {**_MMA, "sm_90": "wgmma", "sm_100": "tcgen05"},
     "small matrix": {**_MMA, "sm_90": "mma|wgmma", "sm_100": "mma|tcgen05"},
-    "16-bit matrix": {"sm_80": "mma", "gfx942": "mfma"},  # where e4m3 has none
+    "16-bit matrix": {"sm_80": "mma", "gfx942": "mfma"},  # chips that do not multiply e4m3
     "e4m3 matrix": {"sm_89": "mma e4m3", "sm_90": "wgmma e4m3", "sm_100": "tcgen05 e4m3"},
     "small e4m3 matrix": {
         "sm_89": "mma e4m3",
@@ -55,7 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
     "hardware e4m3": dict.fromkeys(("sm_89", "sm_90", "sm_100"), "cvt e4m3"),
     "ex2": dict.fromkeys(common.CHIPS, "ex2"),
 }
-MAY_SERIALIZE = "may serialize"  # among a kernel's needs: wgmma that waits is known, and why
+MAY_SERIALIZE = "may serialize"  # among a kernel's needs: its wgmma may be serialized
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Case:
     op: str  # its file in kernels/
     name: str
     call: Callable[[], object]
-    # kernel -> the WORDS that its code must fulfill
+    # kernel -> the WORDS that its code must meet
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # field of Facts -> a group of cases that promise the same bits, and so have it in common
+    # field of Facts -> a group of cases that promise the same bits, and so share its value
     alike: Mapping[str, str] = field(default_factory=dict)
-    # Whether no other case asks more of the same kernel in the same tile.
+    # Whether no other case needs more of the same kernel in the same tile.
     largest: bool = True
     chips: tuple[str, ...] = tuple(common.CHIPS)
     # kernel -> programs that must fit on one multiprocessor of sm_90, first configuration
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One kernel for one chip: what has to be compiled, then what came out."""
+    """One kernel for one chip: the launch to compile, then its facts and problems."""
 
     op: str
     kernel: str
@@ -124,7 +124,7 @@ EVERY, SERVED, LARGEST = "every", "served", "largest"  # how much of a chip is c
 
 
 def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
-    """Record the cases on the chips, each as thoroughly as it says; equal launches become one."""
+    """Record the cases on the chips, each to its depth; equal launches become one row."""
     rows: dict[str, Row] = {}
     for arch, depth in chips.items():
         for case in cases:
@@ -138,7 +138,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
                         case.call()
                     for launch in recording.launches:
                         _add(rows, case, arch, index, launch)
-                except Exception as error:  # a row of its own: the others are still worth having
+                except Exception as error:  # a row of its own, so that the others stay
                     row = Row(case.op, case.op, arch, "", index, [case.name])
                     row.problems.append(_brief(error))
                     rows[f"{arch} {case.op} {case.name}"] = row
@@ -158,12 +158,12 @@ def _add(rows: dict[str, Row], case: Case, arch: str, index: int, launch: Launch
         row.cases.append(case.name)
     row.needs |= set(case.needs.get(kernel, ()))
     if index == 0 and arch == "sm_90":
-        planned = dict(launch.config.constants).get("PER_SM", 1)  # programs a persistent grid has
+        planned = dict(launch.config.constants).get("PER_SM", 1)  # programs of a persistent grid
         row.blocks = max(row.blocks, planned, case.blocks.get(kernel, 1))
 
 
 def _brief(error: BaseException) -> str:
-    """One line: where Triton was, and the innermost reason."""
+    """Return one line: the innermost reason, and where Triton was."""
     reason = error
     while reason.__cause__ is not None:
         reason = reason.__cause__
@@ -175,7 +175,7 @@ def _brief(error: BaseException) -> str:
 # ---- compiling ----
 
 
-_rows: list[Row] = []  # inherited by the forked workers: what compiles does not pickle
+_rows: list[Row] = []  # inherited by the forked workers, since compilers do not pickle
 
 
 def _compile_index(index: int) -> tuple[int, Facts | str]:
@@ -188,11 +188,11 @@ def _compile_index(index: int) -> tuple[int, Facts | str]:
 
 
 def run(rows: list[Row], processes: int, tick: Callable[[Row], object] = lambda row: None) -> None:
-    """Compile in forked processes and judge each row as it comes."""
+    """Compile in forked processes and check each row when it is done."""
     _rows[:] = rows
     todo = [i for i, row in enumerate(rows) if row.compile]
     gc.collect()
-    gc.freeze()  # or each worker's collections would copy this process's pages
+    gc.freeze()  # otherwise each worker's collections would copy this process's pages
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         for index, found in pool.imap_unordered(_compile_index, todo):
             row = rows[index]
@@ -209,7 +209,7 @@ def run(rows: list[Row], processes: int, tick: Callable[[Row], object] = lambda 
 
 
 def problems(arch: str, facts: Facts, needs: Iterable[str], blocks: int) -> list[str]:
-    """What is wrong with a kernel, in words; nothing, if all is well."""
+    """List what is wrong with a kernel."""
     limit = common.CHIPS[arch].shared_memory
     resident = occupancy(arch, facts.registers, facts.shared, facts.threads, facts.tensor_memory)
     rules = [
@@ -234,8 +234,8 @@ def _lost(arch: str, facts: Facts, needs: Iterable[str]) -> Iterator[str]:
 
 
 def compare(cases: Iterable[Case], rows: Iterable[Row]) -> None:
-    """Add a problem to each row that differs from the first of its group in what the bits of a
-    result hang on (Case.alike)."""
+    """Add a problem to each row that differs from its group's first one in what the bits of a
+    result depend on (Case.alike)."""
     wanted = {(case.op, case.name): case.alike for case in cases}
     first: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {}
     for row in rows:
@@ -266,11 +266,8 @@ def parser() -> argparse.ArgumentParser:
     )
     for depth, what in (
         (EVERY, "compile every configuration"),
-        (SERVED, "the first of each Tuner, which runs unless someone tunes"),
-        (
-            LARGEST,
-            "of those, the calls that ask most of each kernel; sm_90: and promise equal bits",
-        ),
+        (SERVED, "the first of each Tuner, which runs without tuning"),
+        (LARGEST, "of those, each kernel's largest calls; sm_90: and those of equal bits"),
     ):
         p.add_argument(
             f"--{depth}", nargs="+", choices=common.CHIPS, default=[], metavar="CHIP", help=what
@@ -284,7 +281,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
-    if common.INTERPRETED:  # its kernels cannot be compiled: again, in a process without
+    if common.INTERPRETED:  # its kernels cannot be compiled: repeat in a process without it
         ambient = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", __package__, "triton", *argv]
         return subprocess.call(command, env=ambient)

@@ -1,4 +1,4 @@
-"""How long things take: paired rounds, on the host's clock or by a GPU's events."""
+"""Time runs in paired rounds, on the host's clock or by a GPU's events."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def measure(
 ) -> dict[str, Timing]:
     """Time the runs in turn, round after round, for about `budget` seconds.
 
-    passes, least: see clock.measure. copies, waits: how many buffers a run rotates through, and
-    the runs that wait for a GPU, see events.measure.
+    passes, least: see clock.measure; copies, waits: see events.measure.
     """
     if device.type == "cpu":
         return clock.measure(runs, budget, passes, least)

@@ -1,9 +1,9 @@
-"""Timing on the host's clock: every implementation of a case runs in turn, round after round, so
+"""Time runs on the host's clock. All implementations of a case take turns, round after round, so
 that a machine that slows down slows them all.
 
-A busy neighbor on the same core or cache stays for seconds or minutes, and slows what computes more
-than what copies: no number of rounds in one go averages that out. So a run goes through its cases
-in several passes, each a share of the rounds, and keeps each pass's fast end.
+A busy neighbor on the same core or cache stays for seconds or minutes, and slows computation more
+than copies. Rounds in one stretch cannot average that out. So a run goes through its cases in
+several passes, each with a share of the rounds, and keeps each pass's fast end.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from collections.abc import Mapping
 from .figures import Part, Run, Timing, summarize
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 240
-SLOW = 4  # times ours
-SLOW_ROUNDS = 3  # at least, whatever it takes
-# Before each turn: threads of the run before may spin for milliseconds, waiting for more work, on
-# the cores that the next one needs; then one's own threads have to wake up, and caches to fill.
-SETTLE = 3e-3  # seconds
-WARM, SHORT = 1e-3, 2e-2  # seconds of untimed calls before a run that is shorter than SHORT
+SLOW = 4  # times our time
+SLOW_ROUNDS = 3  # the least, however long they take
+# Seconds before each turn: threads of the run before may spin for milliseconds, waiting for work,
+# on the cores that the next run needs.
+SETTLE = 3e-3
+# Seconds of untimed calls before a run shorter than SHORT: its threads wake up, and caches fill.
+WARM, SHORT = 1e-3, 2e-2
 
 
 def measure(
     runs: Mapping[str, Run], budget: float, passes: int = 1, least: int = MIN_ROUNDS
 ) -> dict[str, Timing]:
-    """Measure one pass: alternate the runs for about `budget` seconds, warm-up aside, at least
-    `least` rounds; of `passes` passes in all (see joined), each has its share of both.
+    """Measure one pass of `passes` (see joined): alternate the runs for its share of about `budget`
+    seconds, warm-up aside, and of at least `least` rounds.
 
-    A run that takes SLOW times as long as the first one spends no more than a budget of its own, or
-    one slow baseline would eat the rounds of all. A call that takes a quarter of the budget counts
-    as a round, though it is the first. The order turns round every other round, so that no run
-    always starts on a neighbor's caches.
+    A run that takes SLOW times as long as the first one gets one budget of its own, or it would
+    take the rounds of all. A first call that takes a quarter of the budget counts as a round. The
+    order reverses every other round, so that no run always starts on the same neighbor's caches.
     """
     budget /= passes
     few, least, most = (math.ceil(n / passes) for n in (SLOW_ROUNDS, least, MAX_ROUNDS))
@@ -50,7 +50,7 @@ def measure(
         name: [t] if t >= enough and not hasattr(runs[name], "prepare") else []
         for name, t in took.items()
     }
-    # By those who are not slow.
+    # Spent by runs that are not slow.
     spent = sum(sum(seconds[name]) for name in runs if rounds[name] == most)
     collecting = gc.isenabled()
     gc.disable()
@@ -73,8 +73,8 @@ def measure(
 
 
 def _warm_up(run: Run, enough: float) -> float:
-    """Return the seconds of a call; of the second where the first was quick: that compiles,
-    allocates and touches pages."""
+    """Return the seconds of a call: the second one if the first, which compiles, allocates and
+    touches pages, was quick."""
     start = time.perf_counter()
     run(0)
     began = time.perf_counter()
@@ -88,7 +88,7 @@ def _nothing() -> None: ...
 
 
 def _turn(run: Run, i: int, short: bool) -> float:
-    """Return the seconds of one call, warmed up on another buffer, where buffers rotate."""
+    """Return the seconds of one call after a warm-up on another buffer, if buffers rotate."""
     getattr(run, "prepare", _nothing)()
     time.sleep(SETTLE)
     begun = time.perf_counter()

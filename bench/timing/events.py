@@ -1,11 +1,11 @@
-"""Timing on a GPU, paired as in clock.py.
+"""Time runs on a GPU, paired as in clock.py.
 
-A sample is a CUDA graph of several calls, replayed between two events, so that no launch gap is in
-it. What cannot be captured (it waits for the device, or allocates in its own way) is launched
-behind a kernel that spins until the host is done launching, and its mode is "events". Both favor
-the baselines, which launch more kernels than we do. The calls of a sample walk through the case's
-rotating buffers, and a sample lasts SAMPLE seconds or more, so that the last-level cache holds
-nothing of the next one.
+A sample is a CUDA graph of several calls, replayed between two events, so that it has no launch
+gaps. A run that cannot be captured (it waits for the device, or allocates in its own way) is
+launched behind a kernel that spins until the host has launched it; its mode is "events". Both favor
+the baselines, which launch more kernels than ours. The calls of a sample rotate through the case's
+buffers, and a sample lasts at least SAMPLE seconds, so that the last-level cache holds nothing of
+the next one.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from .figures import Run, Timing, summarize
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 SLOW_ROUNDS = 3  # of a run that takes more than a quarter of the budget each time
-SAMPLE = 2e-3  # seconds: a graph's launch, about 10 us where it shows at all, is lost in it
+SAMPLE = 2e-3  # seconds; a graph's launch takes at most about 10 us of it
 MAX_CALLS = 2000  # in one graph
-SPIN_HZ = 2e9  # at least the clock that _sleep counts: spinning longer than needed is harmless
-LEAD = 3e-4  # seconds that the host needs to be ahead when a round begins
+SPIN_HZ = 2e9  # at least the clock that _sleep counts: a longer spin is harmless
+LEAD = 3e-4  # seconds by which the host has to be ahead when a round starts
 
 
 @dataclass(frozen=True)
 class _Sampler:
     enqueue: Callable[[], object]
     calls: int  # in one enqueue
-    seconds: float  # of one enqueue, about
+    seconds: float  # of one enqueue, estimated
     mode: str
     lead: float  # seconds that the host takes to enqueue
 
@@ -42,8 +42,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Return the seconds of one call of each run, from about `budget` seconds of rounds.
 
-    copies: how many buffers a run rotates through. waits: names of runs that wait for the device; a
-    capture that fails is noticed too, but leaves the allocator in disorder.
+    copies: how many buffers a run rotates through. waits: names of runs that wait for the device,
+    which are not captured; an attempt would fail and leave the allocator in disorder.
     """
     samplers = {name: _sampler(r, copies, name not in waits) for name, r in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -64,7 +64,7 @@ def measure(
 def _round(
     samplers: dict[str, _Sampler], seconds: dict[str, list[float]], i: int, budget: float
 ) -> None:
-    """Take one sample of each; the order turns round every other round."""
+    """Take one sample of each; the order reverses every other round."""
     pending = []
     torch.cuda._sleep(int(LEAD * SPIN_HZ))
     for name in list(samplers) if i % 2 else list(samplers)[::-1]:
@@ -103,7 +103,7 @@ def _sampler(run: Run, copies: int, capturable: bool) -> _Sampler:
 
 
 def _count(seconds: float, copies: int) -> int:
-    """Return how many calls fill SAMPLE, in whole turns through the buffers."""
+    """Return how many calls last SAMPLE, as whole rotations through the buffers."""
     turns = math.ceil(SAMPLE / max(seconds, 1e-7) / copies)
     return max(1, min(turns, MAX_CALLS // copies)) * copies
 
@@ -114,7 +114,7 @@ def _calls(run: Run, count: int) -> None:
 
 
 def _seconds(f: Callable[[], object]) -> tuple[float, float]:
-    """Return what one call takes the host, and the device."""
+    """Return the seconds that one call takes the host and the device."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -127,21 +127,21 @@ def _seconds(f: Callable[[], object]) -> tuple[float, float]:
 
 
 def _capture(run: Run, count: int) -> torch.cuda.CUDAGraph | None:
-    """Return None when the run cannot be captured. torch.compile's helpers live in other threads,
-    which may do as they like meanwhile."""
+    """Capture calls of run; return None if it cannot be captured. The capture is thread-local,
+    since torch.compile's helper threads may call CUDA meanwhile."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             _calls(run, count)
     except RuntimeError:
         torch.cuda.set_stream(stream)  # a failed capture stays on its own
-        torch.cuda.synchronize()  # raises when more than the capture is broken
+        torch.cuda.synchronize()  # raises if more than the capture is broken
         return None
     return graph
 
 
 def captured(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Capture run as one graph to replay; on a CPU return run itself."""
+    """Capture run as a graph and return its replay; on a CPU return run itself."""
     if device.type != "cuda":
         return run
     for _ in range(2):
@@ -151,7 +151,7 @@ def captured(run: Callable[[], object], device: torch.device) -> Callable[[], ob
 
 
 def waited(run: Run, device: torch.device) -> Run:
-    """Make run wait until the device is done with it: for the host's clock, launch gaps and all."""
+    """Make run wait for the device, so that the host's clock includes launch gaps."""
     if device.type != "cuda":
         return run
 

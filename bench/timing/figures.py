@@ -1,7 +1,7 @@
-"""What is known of a run's seconds: median and percentiles, and ratios taken within rounds.
+"""Summarize a run's seconds: median, percentiles, and ratios within rounds.
 
-How two implementations compare is the median of the rounds' ratios, not a ratio of medians: what
-slows the machine for a while slows both.
+Two implementations are compared by the median of the rounds' ratios, not by the ratio of medians,
+since a machine that slows down for a while slows both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# Called with the round's number, to rotate buffers by. Its attribute `prepare`, where it has one,
-# is called before each timed call, off the clock.
+# Takes the round's number, by which it rotates buffers. If it has an attribute `prepare`, that is
+# called before each call, untimed.
 Run = Callable[[int], object]
 
 
@@ -50,7 +50,7 @@ class Timing:
     p10: float
     p90: float
     rounds: int
-    mode: str = "clock"  # or on a GPU "graph" or "events", see events.py
+    mode: str = "clock"  # on a GPU "graph" or "events", see events.py
     passes: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # of rounds, in order
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Timing:
 
 
 def summarize(*passes: Sequence[float], mode: str = "clock") -> Timing:
-    """Sum up the seconds of the rounds of each pass, in their order."""
+    """Summarize each pass's seconds, which are in the order of its rounds."""
     ordered = sorted(itertools.chain(*passes))
     return Timing(
         statistics.median(ordered),
@@ -74,12 +74,12 @@ def summarize(*passes: Sequence[float], mode: str = "clock") -> Timing:
 
 
 def _low(ordered: Sequence[float]) -> float:
-    """Return the tenth percentile: how long an undisturbed call takes."""
+    """Return the tenth percentile, about an undisturbed call's time."""
     return ordered[round(0.1 * (len(ordered) - 1))]
 
 
 def joined(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
-    """Join the passes of each implementation that took part in all of them."""
+    """Join the passes of each implementation that is in all of them."""
     names = [name for name in passes[0] if all(name in p for p in passes)]
     parts = {name: [p[name] for p in passes] for name in names}
     return {
@@ -89,10 +89,10 @@ def joined(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
 
 
 def ratio(one: Timing, other: Timing) -> Ratio:
-    """Compare round by round, as far as both took part.
+    """Compare the rounds that both took part in.
 
-    The error is the larger of two estimates: from the spread of single rounds, by order statistics,
-    and from the medians of the passes, which see what lasts longer than a round.
+    The error is the larger of two estimates: one from the spread of rounds, by order statistics,
+    and one from the passes' medians, which show changes that last longer than a round.
     """
     pairs = zip(one.passes, other.passes, strict=True)
     passes = [[math.log(b / a) for a, b in zip(x, y, strict=False)] for x, y in pairs]
@@ -108,7 +108,7 @@ def ratio(one: Timing, other: Timing) -> Ratio:
 
 
 def figures(timings: Mapping[str, Timing], base: str) -> dict[str, dict[str, Any]]:
-    """Return every timing for JSON, with how many times longer than base it took."""
+    """Return every timing for JSON, with its ratio to base's."""
     found = {name: t.to_json() for name, t in timings.items()}
     for name, t in timings.items():
         if name != base:

@@ -1,5 +1,5 @@
-"""What a machine can do at most, as runs that are measured beside the kernels: a copy of the same
-bytes, a read of the same memory, and what computes fastest."""
+"""Make the limits that are measured with the kernels: a copy of the same bytes, a read of the same
+memory, and the machine's fastest arithmetic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def copy(tensors: Sequence[Tensor]) -> Limit:
 
 
 def read(tensors: Sequence[Tensor], work: float | None = None) -> Limit:
-    """Read a rotating tensor's memory as fast as it can be had. work: bytes that count."""
+    """Make a run that reads a rotating tensor's memory at full speed. work: bytes to count."""
     size = float(tensors[0].nbytes) if work is None else work
     n = len(tensors)
     return Limit(lambda i: read_once(tensors[i % n]), size, "read")
@@ -50,8 +50,8 @@ def read_once(t: Tensor) -> None:
 
 
 def compute(dtype: torch.dtype, device: torch.device, speed: Speed, fp8: bool = False) -> Limit:
-    """What computes fastest here: multiply-adds in registers, or a matrix product. fp8: of e4m3,
-    where torch offers one on this GPU."""
+    """Make the fastest arithmetic here: multiply-adds in registers, or a matrix product. fp8: use
+    torch's e4m3 product if this GPU has one."""
     if device.type != "cpu":
         return (_fp8_product(device) if fp8 else None) or _product(dtype, device)
     how, _ = speed.fastest(dtype)

@@ -1,7 +1,7 @@
-"""How fast this machine is, found in a second or two before anything else.
+"""Measure in a second or two how fast this machine is.
 
-Jobs, rounds and baselines are sized by it, products are held against the fastest of its rates, and
-where bf16 products are no faster than fp32's the fp32 baselines are measured too.
+Its rates size jobs, rounds and baselines, and the fastest one is the limit of products. Where bf16
+products are no faster than fp32's, the fp32 baselines are measured too.
 """
 
 from __future__ import annotations
@@ -17,37 +17,35 @@ import torch
 from llama_fast import _cpu
 
 PRODUCT = (128, 2048, 2048)  # M, N, K: 0.05 s where bf16 has no instruction (11 GFLOP/s a core)
-FLOPS = 2e8  # of multiply-adds in registers, a call
+FLOPS = 2e8  # of multiply-adds in registers per call
 BUFFER = 128 << 20  # bytes
-SECONDS = 0.3  # for each
-CALLS = 8  # of a product or a read at most: jobs are sized by what a busy machine mostly does
-# An instruction for bf16 does at least twice what one for fp32 does; a conversion does less than
-# fp32's alone. Half way between, on a logarithmic scale.
+SECONDS = 0.3  # for each rate
+CALLS = 8  # of a product or a read at most, so that jobs fit a busy machine
+# A bf16 instruction does at least twice the operations of an fp32 one; with conversions bf16 is
+# slower than fp32. This is half way between, on a logarithmic scale.
 WITH_INSTRUCTION = 2**0.5
-# Nothing but an instruction of its own (AMX), or more of them than ours is held to, lets a product
-# beat multiply-adds in registers, and then by far: less is a neighbor.
+# A product beats multiply-adds in registers only if it has other instructions than ours (AMX, or a
+# larger set), and then by far. A smaller difference is a neighbor's load.
 BY_FAR = 1.25
-
-
-# What ours reaches, about, of multiply-adds in registers; and times PyTorch's faster product.
+# Our rate, estimated: a share of multiply-adds in registers, at most a multiple of PyTorch's.
 REACHED, TIMES = 0.75, 1.3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second of PyTorch's products of 128 rows and of multiply-adds in registers (on
-    llama_fast's instruction set), and bytes a second read; the best of the calls."""
+    """Operations a second of PyTorch's products of 128 rows and of multiply-adds in registers (with
+    llama_fast's instruction set), and bytes read a second; the best of the calls."""
 
     bf16: float
     fp32: float
     fma: float  # fp32
-    fma_bf16: float  # summed in fp32; as fma where no instruction does that
+    fma_bf16: float  # summed in fp32; equal to fma without such an instruction
     read: float
 
     @property
     def bf16_is_slow(self) -> bool:
-        """Whether a user of eager PyTorch is better off in fp32 here. Judged by what PyTorch
-        reaches: it may be held to fewer instructions than the processor has."""
+        """Return whether eager PyTorch's bf16 products are no faster than fp32's. PyTorch's own
+        rates decide, since it may be restricted to fewer instructions than the processor has."""
         return self.bf16 < WITH_INSTRUCTION * self.fp32
 
     @property
@@ -56,7 +54,7 @@ class Speed:
         return min(REACHED * self.fma_bf16, TIMES * max(self.bf16, self.fp32))
 
     def fastest(self, dtype: torch.dtype) -> tuple[str, float]:
-        """What does most operations a second: "fma", or the dtype whose product does."""
+        """Return the fastest, "fma" or the dtype of a product, and its operations a second."""
         rates = {"fp32": self.fp32, "fma": BY_FAR * self.fma}
         if dtype == torch.bfloat16:
             rates |= {"bf16": self.bf16, "fma": BY_FAR * max(self.fma, self.fma_bf16)}
@@ -72,7 +70,7 @@ class Speed:
         return f"products {products}; in registers {fma}; reads {self.read / 1e9:.3g} GB/s{slow}"
 
 
-# Nothing is made smaller: of tests at tiny shapes, and of GPUs.
+# Makes no size smaller: for tests at tiny shapes and for GPUs.
 UNBOUND = Speed(bf16=2e18, fp32=1e18, fma=1e18, fma_bf16=2e18, read=1e18)
 
 
@@ -108,8 +106,7 @@ def _rate(call: Callable[[], object], work: float, calls: int = CALLS) -> float:
 
 
 def instruction_sets() -> dict[str, Any]:
-    """In force, not what the processor has: ours, PyTorch's own kernels' and oneDNN's, where that
-    one is held to something."""
+    """Return the instruction sets in use: ours, that of PyTorch's kernels, and oneDNN's limit."""
     return {
         "isa": _cpu.isa(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
@@ -118,7 +115,7 @@ def instruction_sets() -> dict[str, Any]:
 
 
 def halved(size: int, seconds: float, budget: float, least: int) -> int:
-    """Halve size, which takes `seconds`, until it fits, or until the half is below least."""
+    """Halve size, which takes `seconds`, until it fits the budget or half is less than `least`."""
     while seconds > budget and size // 2 >= least:
         size, seconds = size // 2, seconds / 2
     return size

@@ -1,4 +1,4 @@
-"""Peak memory, free memory, and whether freed memory is kept."""
+"""Measure peak and free memory, and set whether freed memory is kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, -1  # of glibc's malloc.h
-_HIGHEST = 32 << 20  # bytes: what glibc takes for _MMAP_THRESHOLD
+_HIGHEST = 32 << 20  # bytes, the most that glibc accepts for _MMAP_THRESHOLD
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -25,8 +25,8 @@ class Peak:
 
 @contextlib.contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Find the most memory that a block takes beyond what was there before: on a GPU what PyTorch
-    allocated, on a CPU resident pages (Linux)."""
+    """Measure the most memory that a block takes beyond what was in use before: on a GPU PyTorch's
+    allocations, on a CPU resident pages (Linux)."""
     found = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -37,7 +37,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     trim()
-    _RESET.write_text("5")  # the peak is now what is resident now
+    _RESET.write_text("5")  # set the peak to what is resident now
     before = _resident("VmRSS")
     yield found
     found.bytes = max(0.0, _resident("VmHWM") - before)
@@ -47,8 +47,8 @@ def keep_freed() -> bool:
     """Make this process keep freed memory for its next allocations, up to 32 MiB each; return
     whether the C library can do that.
 
-    glibc does so by itself after a while, as far as large blocks were freed before: with luck an op
-    is given its output, else zeroed pages, one fault for each, which take longer than many an op.
+    glibc does so by itself after it has freed large blocks. Until then an op's output may be new
+    pages, whose faults take longer than many ops.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -58,8 +58,8 @@ def keep_freed() -> bool:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library can do that: what it keeps would
-    be taken again unseen."""
+    """Give freed memory back to the system, if the C library can do that, since the reuse of kept
+    memory does not show in the peak."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""How fast a GPU reads: the limit for what streams weights or a cache. A copy writes as well."""
+"""Read memory on a GPU: the limit of kernels that stream weights or a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BLOCK, STEPS = 4096, 16  # 16 KiB a step: 8 warps x 4 loads of 16 bytes a thread
 
 @triton.jit
 def _read(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out[program] = this program's STEPS blocks of x [n] int32, xor-ed: no word can be skipped."""
+    """Store the xor of this program's STEPS blocks of x [n] int32, so that no word is skipped."""
     program = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.int32)
     for step in range(STEPS):

@@ -63,7 +63,7 @@ def test_every_row_of_the_targets_is_measured() -> None:
         assert set(made.baselines) <= set(cases.BASELINES), plan.name
 
 
-@pytest.mark.parametrize("tp", shapes.TP)
+@pytest.mark.parametrize("tp", (1, 2, 4, 8))
 @pytest.mark.parametrize("model", ("8b", "70b", "405b"))
 def test_shapes_of_a_rank(model: str, tp: int) -> None:
     """Sum the ranks' weights: they make up the layer, except that key/value heads repeat."""
