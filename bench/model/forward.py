@@ -36,6 +36,7 @@ from .jobs import ALL, CHECKED, Job, Sizes
 
 BUDGETS = {"quick": 1.0, "default": 9.0, "full": 9.0}  # seconds of rounds of all passes
 RESERVE = 12 << 30  # bytes of a GPU for caches, activations and CUDA itself
+CPU_RESERVE = 1 << 30  # bytes for caches and activations
 
 # For our FP8 weights: job -> implementation -> how many times faster ours is to be.
 TARGETS = {
@@ -60,11 +61,16 @@ class Asked:
     keep: Callable[[dict[str, Any]], None] = lambda found: None  # the figures after each job
 
     def sizes(self) -> Sizes:
+        memory = free_memory(self.device)
         if self.device.type == "cpu":
-            return jobs.plan(self.level, self.speed)
-        # Bytes a weight: transformers 2 and the fp32 reference 4; then ours 2 and 1, each peer 2.
+            # Bytes per weight: transformers 2 and the fp32 reference 4; ours 2 and 1; each peer 3,
+            # in two forms. All of them are in memory at once.
+            sizes, each = jobs.plan(self.level, self.speed), 9 + 3 * len(self.peers)
+            config = models.fitting(sizes.config, memory - CPU_RESERVE, each)
+            return dataclasses.replace(sizes, config=config)
+        # The fp32 reference is gone before ours and the peers, 2 bytes each, are made.
         each = max(6, 5 + 2 * len(self.peers))
-        return jobs.on_gpu(self.level, free_memory(self.device) - RESERVE, each)
+        return jobs.on_gpu(self.level, memory - RESERVE, each)
 
 
 def run(asked: Asked, times: int | None = None) -> dict[str, Any]:

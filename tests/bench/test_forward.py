@@ -205,3 +205,12 @@ def test_a_gpus_run_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     run(7)
     assert waited == ["run 7", "device"]
     assert events.waited(print, CPU) is print
+
+
+@pytest.mark.parametrize(("peers", "layers"), [(0, 4), (3, 4), (4, 3), (12, 1)])
+def test_all_models_fit_into_memory_together(
+    peers: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 22 GB, four layers with four peers once ran out of memory."""
+    monkeypatch.setattr(forward, "free_memory", lambda device: 22.5e9)
+    assert Asked("default", peers=[None] * peers).sizes().config.num_hidden_layers == layers
