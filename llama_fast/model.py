@@ -80,9 +80,16 @@ class Llama:
 
     @torch.inference_mode()
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor:
-        """Like __call__, but return hidden states [B, S, hidden] instead of logits."""
+        """Like __call__, but return hidden states [B, S, hidden] instead of logits. last: return
+        those of each row's last token only, [B, 1, hidden], which spares the last layer's output
+        projection and FFN for all the others."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
         append = None if cache is None else cache.append(seqlen)
@@ -92,7 +99,7 @@ class Llama:
             positions = append.positions
         else:
             positions = torch.arange(seqlen, device=self.device).repeat(batch)
-        x = self.forward(self.embed(tokens), positions, cache, append)
+        x = self.forward(self.embed(tokens), positions, cache, append, last)
         if cache is not None:
             cache.advance(seqlen)
         return x
@@ -113,13 +120,19 @@ class Llama:
         positions: Tensor,
         cache: KVCache | None = None,
         append: Append | None = None,
+        last: bool = False,
     ) -> Tensor:
-        """Run all layers and the last norm: x [B, S, hidden], positions [B * S] -> [B, S, hidden].
-        Neither checks arguments nor waits for the device: decode.py captures it in CUDA graphs."""
+        """Run all layers and the last norm: x [B, S, hidden], positions [B * S] -> [B, S, hidden];
+        last: [B, 1, hidden], of each row's last token. Neither checks arguments nor waits for the
+        device: decode.py captures it in CUDA graphs."""
         residual: Tensor | None = None
+        final = len(self.weights.layers) - 1
         for i, layer in enumerate(self.weights.layers):
             normed, residual = self._norm(x, residual, layer.attention_norm, layer.qkv)
-            x = layer.output(self._attend(layer.qkv(normed), positions, i, cache, append))
+            x = self._attend(layer.qkv(normed), positions, i, cache, append)
+            if last and i == final:  # its keys and values are all that other tokens leave behind
+                x, residual = x[:, -1:], residual[:, -1:]
+            x = layer.output(x)
             normed, residual = self._norm(x, residual, layer.ffn_norm, layer.gate_up)
             x = layer.down(self._swiglu(layer.gate_up(normed), layer.down))
         return self._plain_norm(x, residual, self.weights.norm)[0]

@@ -99,7 +99,7 @@ class Ours:
 
         def run(_: int) -> Tensor:
             cache.truncate(held)
-            return model.logits(model.hidden(tokens, cache=cache)[:, -1])
+            return model.logits(model.hidden(tokens, cache=cache, last=True)[:, -1])
 
         return run
 
@@ -144,7 +144,7 @@ class Ours:
             options: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
             cache = lf.KVCache(model.config, length + max(room, CHUNK), batch, **options)
             for part in context.split(CHUNK, dim=1) if length else ():
-                model.hidden(part, cache=cache)
+                model.hidden(part, cache=cache, last=True)
             self._caches[key] = cache
         return cache
 
@@ -163,14 +163,16 @@ def linears(model: lf.Llama) -> list[Tensor]:
 
 
 def prefill_flops(config: lf.LlamaConfig, tokens: int = CHUNK, depth: int = 0) -> float:
-    """Count the operations of the linear layers on every token, the head on the last one, and
-    causal attention. depth: tokens already in the cache."""
+    """Count the operations that the last token's logits need: causal attention, the linear layers
+    on every token, the head and the last layer's FFN and output projection on the last one. depth:
+    tokens already in the cache."""
     c, hidden = config, config.hidden_size
     heads = c.num_attention_heads * c.head_dim
+    spared = 2.0 * (tokens - 1) * hidden * (heads + 3 * c.intermediate_size)
     layer = hidden * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
     attended = (tokens**2 + 2.0 * tokens * depth) * heads  # two products, half of each masked
     per_layer = 2.0 * layer * tokens + 2.0 * attended
-    return c.num_hidden_layers * per_layer + 2.0 * hidden * c.vocab_size
+    return c.num_hidden_layers * per_layer - spared + 2.0 * hidden * c.vocab_size
 
 
 class _Weights:

@@ -168,7 +168,7 @@ class _Layer:
         def read(_: int) -> lf.KVCache:
             cache = self._cache(tokens)
             for part in prompt.split(PREFILL_CHUNK, dim=1):
-                hidden = self.model.hidden(part, cache=cache)
+                hidden = self.model.hidden(part, cache=cache, last=True)
             self.model.logits(hidden[:, -1])
             return cache
 

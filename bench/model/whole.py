@@ -27,7 +27,7 @@ def run(say: Callable[[str], None], steps: int = 16, device: torch.device = CPU)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     start = time.perf_counter()
     with torch.inference_mode():
-        logits = model.logits(model.hidden(prompt, cache=cache)[:, -1:])
+        logits = model.logits(model.hidden(prompt, cache=cache, last=True))
         wait()
         prefill = time.perf_counter() - start
         seconds = []

@@ -24,7 +24,12 @@ class Model(Protocol):
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor: ...
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        last: bool = False,
     ) -> Tensor: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
     def forward(
@@ -33,5 +38,6 @@ class Model(Protocol):
         positions: Tensor,
         cache: KVCache | None = None,
         append: Append | None = None,
+        last: bool = False,
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...

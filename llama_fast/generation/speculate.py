@@ -190,7 +190,7 @@ class Draft:
         while len(text) - cache.seqlens[0] > MOST_DRAFT_TOKENS:
             start = cache.seqlens[0]
             chunk = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
-            self._model.hidden(upload(chunk, self._model.device), cache=cache)
+            self._model.hidden(upload(chunk, self._model.device), cache=cache, last=True)
         return text[cache.seqlens[0] :]
 
 

@@ -102,6 +102,36 @@ def test_batch_does_not_change_a_sequence() -> None:
         assert torch.equal(model(step[i : i + 1], cache=alone)[0], batched[i])
 
 
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
+def test_last_hidden_states_are_those_of_all(
+    cached: bool, quantize: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal bits, an equal cache, and one row of the last layer's FFN for each sequence."""
+    model = Llama.from_config(TINY, seed=3, quantize=quantize)
+    tokens = torch.randint(320, (2, 37))
+    caches = [KVCache(TINY, 64, 2) if cached else None for _ in range(2)]
+    rows: list[int] = []
+    swiglu = Llama._swiglu
+
+    def counted(self: Llama, gate_up: torch.Tensor, into: Any) -> Any:
+        rows.append(gate_up.shape[:-1].numel())
+        return swiglu(self, gate_up, into)
+
+    monkeypatch.setattr(Llama, "_swiglu", counted)
+    for chunk in tokens.split(20, dim=1):
+        whole, last = (
+            model.hidden(chunk, cache=cache, last=only)
+            for cache, only in zip(caches, (False, True), strict=True)
+        )
+        assert torch.equal(last, whole[:, -1:])
+    assert rows == [40, 40, 40, 40, 40, 2, 34, 34, 34, 34, 34, 2]
+    if cached:
+        for layer in range(3):
+            assert torch.equal(*(cache.k[layer][:, :37] for cache in caches))
+            assert torch.equal(*(cache.v[layer][:, :37] for cache in caches))
+
+
 def test_f22_full_cache_is_an_error_and_changes_nothing() -> None:
     model = Llama.from_config(TINY)
     cache = KVCache(TINY, 64, block_size=32)
