@@ -1,4 +1,4 @@
-"""A linear layer with FP8 weights: half of bf16's bytes, in memory and to read for one token."""
+"""A linear layer with FP8 weights: half of bf16's memory, and half its bytes read for one token."""
 
 import argparse
 import time

@@ -208,9 +208,11 @@ def _validate(backend: str, op: str | None, source: str) -> None:
         raise NotImplementedError(
             f"{source}: the {backend} backend has no {op}: {_TORCH_ON_CUDA[op]}"
         )
-    missing = {"triton": _no_triton, "cuda": cuda.missing}.get(backend)
-    if missing and (why := missing()):
-        raise NotImplementedError(f"{source}: {why}")
+    missing = None
+    if backend in ("triton", "cuda"):
+        missing = _no_triton() if backend == "triton" else cuda.missing()
+    if missing:
+        raise NotImplementedError(f"{source}: {missing}")
 
 
 def _expand(backend: str, op: str | None) -> dict[str, str]:
