@@ -90,7 +90,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
             running[label] = Transformers(label, hf, around)
     for peer in asked.peers:
         try:
-            for model in peer.models(hf, config, device):
+            for model in peer.models(hf, device):
                 running[model.label] = model
                 say(f"  {model.label} loaded")
         except Exception as error:  # a peer that fails loses only its own columns
