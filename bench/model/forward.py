@@ -114,7 +114,8 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
 
             def memory(name: str, model: Any) -> tuple[str, dict[str, float]]:
                 n = sizes.part if name == "transformers" else 1
-                return part(name, _nothing, n)[0], memory_of(model, prompt[:1, : most // n])
+                label, _ = part(name, model.extend, n)
+                return label, memory_of(model, prompt[:1, : most // n])
 
             found["memory"] = dict(each("memory", lambda m: memory(m.label, m)).values())
             limit = compute(torch.bfloat16, device, speed)
@@ -135,9 +136,6 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
         for model in running.values():
             model.close()
     return found
-
-
-def _nothing(_: int) -> None: ...
 
 
 def _each(
