@@ -194,7 +194,7 @@ def _decode(
         blocks = -(-context // BLOCK)
         order = torch.randperm(batch * blocks, device=s.device).int()
         options["block_table"], places = order.view(batch, blocks), (batch * blocks, BLOCK)
-    pools = [s.randn(2, *places, m.kv_heads, m.head_dim) for _ in range(n)]
+    pools = [s.randn(2, *places, m.kv_heads, m.head_dim, cache=True) for _ in range(n)]
     if kind == ", FP8 cache":
         pools, size = [pool.to(torch.float8_e4m3fn) for pool in pools], size / s.size
         for name, scale in zip(("k_scale", "v_scale"), SCALES, strict=True):

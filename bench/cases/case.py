@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference
+from llama_fast import _cpu, reference
 
 from ..timing import CPU, Run, limits, machine
 from ..timing.limits import Limit
@@ -59,10 +59,13 @@ class Spec:
     def size(self) -> int:
         return self.dtype.itemsize
 
-    def randn(self, *shape: int) -> Tensor:
+    def randn(self, *shape: int, cache: bool = False) -> Tensor:
         """Draw in fp32 and round, so that every dtype has the same values. Draw in slices, since
-        the fp32 numbers of a large weight may not fit beside it."""
+        the fp32 numbers of a large weight may not fit beside it. cache: ask for huge pages, as
+        KVCache does."""
         out = torch.empty(*shape, dtype=self.dtype, device=self.device)
+        if cache and out.is_cpu:
+            _cpu.advise_huge_pages(out)
         flat, step = out.view(-1), 1 << 26
         for i in range(0, flat.numel(), step):
             part = flat[i : i + step]
