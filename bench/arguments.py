@@ -55,7 +55,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         **names,
     )
     what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in the name")
-    what.add_argument("--model", choices=MODELS, default="8b", help="whose shapes")
+    what.add_argument("--model", choices=MODELS, default="8b", help="the shapes to run")
     what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
@@ -75,17 +75,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument("--scaling", action="store_true", help="only the growth of cost with length")
     what.add_argument("--whole", action="store_true", help="only the whole 8B preset, in FP8")
 
-    who = p.add_argument_group("what is compared")
-    who.add_argument(
+    compared = p.add_argument_group("what is compared")
+    compared.add_argument(
         "--backend",
         help="the first of these is ours, the others are columns; default: see lf.backends()",
         **names,
     )
-    who.add_argument("--baseline", help="only these of PyTorch's own; 'none'", **names)
-    who.add_argument(
+    compared.add_argument("--baseline", help="only these of PyTorch's own; 'none'", **names)
+    compared.add_argument(
         "--peers", help=f"only these of {', '.join(peers.PEERS)}; 'none'; default: all", **names
     )
-    who.add_argument(
+    compared.add_argument(
         "--kernel",
         action="append",
         type=_kernel,

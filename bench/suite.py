@@ -181,7 +181,7 @@ class Session:
                     if last:
                         self._show(plan, rows[plan.name])
                         shown.add(plan.name)
-                kept.fresh()
+                kept.clear()
                 longest = max(longest, time.perf_counter() - start)
                 if last:
                     break
@@ -249,7 +249,7 @@ class Session:
 
     def again(self, name: str) -> dict[str, Any] | None:
         """Measure a case in one more pass, on other buffers; the forward pass's jobs together."""
-        kept.fresh()
+        kept.clear()
         for plan in self.plans:
             if plan.name == name:
                 return self.measurer.measure(plan, Measured())

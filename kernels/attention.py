@@ -211,7 +211,7 @@ def _attention(
 def _shared_memory(chip: Chip, dtype: str, d: int, config: Config) -> int:
     """Bound the shared memory in bytes: q's tile, the stages of k's and v's, and barriers."""
     m, n, stages = config["BLOCK_M"], config["BLOCK_N"], config.num_stages
-    row = _block_d(d) * (4 if dtype == "float32" else 2)
+    row = common.padded_dim(d) * (4 if dtype == "float32" else 2)
     if chip.backend == "hip":  # q's tile, then k's and v's with p's; a stage is in registers
         return max(m, 2 * n * max(1, stages - 1)) * row + 2 * m * n + 2048
     return (m + 2 * n * stages) * row + 2048
@@ -220,7 +220,7 @@ def _shared_memory(chip: Chip, dtype: str, d: int, config: Config) -> int:
 def _configs(chip: Chip, dtype: str, d: int) -> list[Config]:
     """Return the configurations, by dtype and head_dim alone: BLOCK_N sets the order of sums, so
     if a length or a batch chose it, a sequence's bits would vary. Larger tiles than these spill."""
-    block_d = _block_d(d)
+    block_d = common.padded_dim(d)
     if dtype == "float32":
         # FMAs, since no matrix unit multiplies fp32 exactly; their operands take registers.
         m, n, warps = {256: (16, 16, 4), 128: (32, 16, 8)}.get(block_d, (32, 16, 4))
@@ -256,11 +256,6 @@ def _configs(chip: Chip, dtype: str, d: int) -> list[Config]:
             Config.of(8, 3, BLOCK_M=128, BLOCK_N=128 if chip.has_tma else 32),
         ]
     return [c for c in offered if _shared_memory(chip, dtype, d, c) <= chip.shared_memory]
-
-
-def _block_d(d: int) -> int:
-    """Return the head_dim of tiles: matrix instructions take 16 or more."""
-    return max(16, common.next_power_of_2(d))
 
 
 _tuner = Tuner("attention", _configs)
@@ -310,7 +305,7 @@ def attention(
     batch, seqlen_q, heads, d = q.shape
     seqlen_k, kv_heads = k.shape[1:3]
     group = heads // kv_heads
-    block_d = _block_d(d)
+    block_d = common.padded_dim(d)
     tma = tma and chip.has_tma and q.dtype != torch.float32
     # The fewest sections of streams, of equal size, whose k and v fit the L2 cache.
     streams = batch * kv_heads

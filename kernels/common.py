@@ -37,6 +37,7 @@ __all__ = [
     "launch",
     "load_choices",
     "next_power_of_2",
+    "padded_dim",
     "programs",
     "record",
     "save_choices",
@@ -78,6 +79,11 @@ def launch(
             # Explicit: Triton 3.9 warns that its default will change. Constants may override it.
             **{"enable_fp_fusion": True, **constants},
         )
+
+
+def padded_dim(d: int) -> int:
+    """Return the head_dim of tiles: a power of two, at least 16 for matrix instructions."""
+    return max(16, next_power_of_2(d))
 
 
 def wide_row_configs(chip: Chip, itemsize: int) -> list[Config]:

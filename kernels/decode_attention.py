@@ -47,7 +47,7 @@ from torch import Tensor
 
 from . import common, fp8
 from .common import FP8_TINY, LOG2E, Config, cdiv
-from .decode_plan import configs, most_splits, padded_dim, resident, splits_wanted
+from .decode_plan import configs, most_splits, resident, splits_wanted
 from .decode_tile import as_fp16, keys_seen, length_of, over_keys, splits_of
 
 COMBINED = 16  # splits added at a time; it sets the order of summation, so it is not tuned
@@ -314,7 +314,7 @@ def decode_attention(
             HEAD_DIM=d,
             BLOCK_SIZE=block_size if paged else 0,
             NATIVE_FP8=fp8.native(chip),
-            BLOCK_D=padded_dim(d),
+            BLOCK_D=common.padded_dim(d),
         )
         if most > 1:
             common.launch(
@@ -336,7 +336,7 @@ def decode_attention(
                 GROUP=group,
                 HEAD_DIM=d,
                 COMBINED=COMBINED,
-                BLOCK_D=padded_dim(d),
+                BLOCK_D=common.padded_dim(d),
             )
 
     run(_tuner.choose(q, key, lambda config: run(config, torch.empty_like(out))), out)

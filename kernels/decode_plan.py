@@ -30,7 +30,7 @@ def _shared_bytes(config: Config, d: int, bytes_q: int, bytes_cache: int) -> int
     """Bound _attend's shared memory: the tiles in flight, the queries, and decoded keys or
     probabilities. wgmma (64 rows and more) reads a tile while the next ones arrive; mma.sync copies
     it to registers first, so one tile fewer is in flight."""
-    block_m, block_n, block_d = config["BLOCK_M"], config["BLOCK_N"], padded_dim(d)
+    block_m, block_n, block_d = config["BLOCK_M"], config["BLOCK_N"], common.padded_dim(d)
     tile = block_n * block_d
     if block_m >= 64:
         decoded = 2 * tile * bytes_q if bytes_cache < bytes_q else 0
@@ -45,7 +45,7 @@ def configs(chip: Chip, d: int, dtype: str, fp8_cache: bool, rows: int) -> list[
     """Return the configurations for q's dtype and Sq * G rounded up to `rows`: 16 to 128."""
     bytes_q = 4 if dtype == "float32" else 2
     bytes_cache = 1 if fp8_cache else bytes_q
-    block_d = padded_dim(d)
+    block_d = common.padded_dim(d)
 
     def config(warps: int, stages: int, block_n: int, block_m: int = rows) -> Config:
         return Config.of(warps, stages, BLOCK_M=block_m, BLOCK_N=block_n)
@@ -91,10 +91,6 @@ def resident(chip: Chip, config: Config, q: Tensor, cache: Tensor) -> int:
     or one of 128 rows, whose registers fill the SM."""
     needed = _shared_bytes(config, q.shape[-1], q.itemsize, cache.itemsize)
     return max(1, min(1 if config["BLOCK_M"] > 64 else 2, chip.shared_memory // needed))
-
-
-def padded_dim(d: int) -> int:
-    return max(16, common.next_power_of_2(d))  # a matrix instruction sums over 16 or more
 
 
 def splits_wanted(keys: int) -> int:

@@ -35,33 +35,19 @@ class Weights:
         return self.plain[0].shape[0], self.plain[0].shape[1]
 
 
+kept: dict[tuple[Spec, int, int], Weights] = {}  # the last linear's, which its cases share
+
+
 def _weights(s: Spec, n: int, k: int) -> Weights:
-    count = s.copies(n * k)
-    plain = [s.randn(n, k) for _ in range(max(2, count // 2))]
-    quantized = [lf.quantize_fp8(plain[i % len(plain)]) for i in range(count)]
-    pack = (lambda w: w) if s.on_gpu else lf.pack_weight  # a layout for CPUs
-    return Weights(plain, quantized, [pack(q) for q, _ in quantized], [pack(w) for w in plain])
-
-
-class _Kept:
-    """The last linear's weights, which its cases share. fresh() drops them."""
-
-    def __init__(self) -> None:
-        self.key: object = None
-        self.weights: Weights | None = None
-
-    def get(self, s: Spec, n: int, k: int) -> Weights:
-        key = (s, n, k)
-        if self.key != key or self.weights is None:
-            self.fresh()
-            self.key, self.weights = key, _weights(s, n, k)
-        return self.weights
-
-    def fresh(self) -> None:
-        self.key = self.weights = None
-
-
-kept = _Kept()
+    if (s, n, k) not in kept:
+        kept.clear()  # first: two linears' weights may not fit
+        count = s.copies(n * k)
+        plain = [s.randn(n, k) for _ in range(max(2, count // 2))]
+        quantized = [lf.quantize_fp8(plain[i % len(plain)]) for i in range(count)]
+        pack = (lambda w: w) if s.on_gpu else lf.pack_weight  # a layout for CPUs
+        packed, packed_plain = [pack(q) for q, _ in quantized], [pack(w) for w in plain]
+        kept[s, n, k] = Weights(plain, quantized, packed, packed_plain)
+    return kept[s, n, k]
 
 
 def plans(s: Spec) -> Iterator[Plan]:
@@ -110,7 +96,7 @@ def _exact_product(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
 
 
 def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
-    w = kept.get(s, n, k)
+    w = _weights(s, n, k)
     x = s.randn(m, k)
     size = 1.0 * n * k * x.itemsize
     baselines: dict[str, Run] = {"F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)])}
@@ -135,7 +121,7 @@ def _linear_fp32(x: Tensor, w: Weights, n: int) -> Run:
 
 
 def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
-    w = kept.get(s, n, k)
+    w = _weights(s, n, k)
     x = s.randn(m, k)
     streams = m <= FEW if s.on_gpu else m == 1  # bound by reading the weight
 
@@ -208,7 +194,7 @@ def _fp8_gemm(
     granularity: tuple[str, str] = ("row", "row"),
 ) -> Case:
     """Make a case with both operands in FP8, with scales by row or by block."""
-    w = kept.get(s, n, k)
+    w = _weights(s, n, k)
     a, scale_a = reference.quantize_fp8(s.randn(m, k), granularity[0])
     made = [reference.quantize_fp8(t, granularity[1]) for t in w.plain]
     plain = reference.dequantize_fp8(*made[0], dtype=s.dtype)

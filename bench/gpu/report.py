@@ -186,16 +186,13 @@ def forward(args: argparse.Namespace, seconds: float) -> Problems:
     return _measured(args, "forward", ["--op", "forward", "--no-plot"], seconds)
 
 
-def _suite(args: argparse.Namespace) -> list[str]:
-    command = [sys.executable, "-m", "bench", "--device", args.device, "--case", args.case]
-    return [*command, *(["--model", "tiny", "--quick", "--peers", "none"] if args.tiny else [])]
-
-
 def _measured(args: argparse.Namespace, name: str, options: list[str], seconds: float) -> Problems:
     """Run one process of the suite, and merge what it measured into bench.json."""
     file, log = args.out / "logs" / f"{name}.json", args.out / "logs" / f"{name}.log"
     file.unlink(missing_ok=True)
-    code = limited([*_suite(args), *options, "--json", str(file)], seconds, log)
+    command = [sys.executable, "-m", "bench", "--device", args.device, "--case", args.case]
+    command += ["--model", "tiny", "--quick", "--peers", "none"] if args.tiny else []
+    code = limited([*command, *options, "--json", str(file)], seconds, log)
     print(tail(log, 3 if code else 30), flush=True)
     found, path = read(file), args.out / "bench.json"
     if found:

@@ -96,7 +96,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
             running[label] = Transformers(label, hf, around)
     for peer in asked.peers:
         try:
-            for model in peer.models(hf, config, device):
+            for model in peer.models(hf, device):
                 running[model.label] = model
                 say(f"  {model.label} loaded")
         except Exception as error:  # a peer that fails loses only its own columns
@@ -120,7 +120,8 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
 
             def memory(name: str, model: Any) -> tuple[str, dict[str, float]]:
                 n = sizes.part if name == "transformers" else 1
-                return part(name, _nothing, n)[0], memory_of(model, prompt[:1, : most // n])
+                label, _ = part(name, model.extend, n)
+                return label, memory_of(model, prompt[:1, : most // n])
 
             found["memory"] = dict(each("memory", lambda m: memory(m.label, m)).values())
             limit = compute(torch.bfloat16, device, speed)
@@ -141,9 +142,6 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
         for model in running.values():
             model.close()
     return found
-
-
-def _nothing(_: int) -> None: ...
 
 
 def _each(

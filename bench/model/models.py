@@ -111,19 +111,15 @@ class Ours:
         model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
         held: list[int] = [context.shape[1]] * context.shape[0]
         out: list[Tensor] = []
-        if not on_gpu:
-
-            def step() -> None:
-                out[:] = [model(token, cache=cache)]
-
-        else:
+        used = cache
+        if on_gpu:
             cache.truncate(held)
-            appended, fixed = cache.append(1), copy.copy(cache)
-            fixed.append = lambda count: appended  # type: ignore[method-assign]
-            fixed.advance = lambda count: None  # type: ignore[method-assign]
+            appended, used = cache.append(1), copy.copy(cache)
+            used.append = lambda count: appended  # type: ignore[method-assign]
+            used.advance = lambda count: None  # type: ignore[method-assign]
 
-            def step() -> None:
-                out[:] = [model(token, cache=fixed)]
+        def step() -> None:
+            out[:] = [model(token, cache=used)]
 
         once = captured(step, context.device)
 

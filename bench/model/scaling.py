@@ -23,7 +23,7 @@ import llama_fast as lf
 from ..cases import Case, Spec, attention, relative_error
 from ..cases.shapes import Sweep, layer_shapes
 from ..results.report import WRONG
-from ..timing import Run, Timing, measure
+from ..timing import Run, measure
 from ..timing.memory import peak_memory
 from . import models
 from .fit import described, fit, linear_memory
@@ -264,15 +264,12 @@ def _figures(point: Point, runs: dict[str, Run], device: torch.device) -> dict[s
             found[name]["error"] = point.check(result)
         del result
     again = {n: r for n, r in runs.items() if found[n]["seconds"] <= ONCE or device.type == "cuda"}
-    for name, timing in _rounds(again, device).items():
+    timings = measure(again, ROUNDS, device, copies=8, waits=tuple(again)) if again else {}
+    for name, timing in timings.items():
         found[name] |= {"seconds": timing.median, "rounds": timing.rounds}
     for figures in found.values():
         figures["seconds"] /= point.steps
     return found
-
-
-def _rounds(runs: dict[str, Run], device: torch.device) -> dict[str, Timing]:
-    return measure(runs, ROUNDS, device, copies=8, waits=tuple(runs)) if runs else {}
 
 
 def _fits(points: list[dict[str, Any]]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _configs(device: torch.device) -> dict[str, Callable[[], Any]]:
     }
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     if device.type != "cuda":
         raise Unsupported(
             "torchao on a CPU needs torch.compile of the whole model, which takes minutes"

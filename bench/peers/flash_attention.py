@@ -46,7 +46,7 @@ def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
     return {name: over(library) for name, library in _libraries().items()}
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     """Yield transformers with flash-attn's attention."""
 
     def change(model: Any) -> None:

@@ -26,7 +26,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     scaling = LlamaConfig.from_hf(hf_model.config).rope_scaling
     if scaling is not None:  # mended later by ikawrakow/ik_llama.cpp#2291
         raise Unsupported("ik-llama-cpp-python 0.1.5 reads a model's rotary scaling and ignores it")

@@ -50,7 +50,7 @@ def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
     return {f"{LABEL}, gate and up apart": lambda _: F.apply(gate, up)}
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     """Yield transformers with every kernel that Liger has for it.
 
     Liger's patch also replaces classes and the rotary function in transformers' module, for every

@@ -29,7 +29,7 @@ ERROR = 4  # ggml_log_level
 KINDS = {"Q8_0": "Q8_0", "bf16": "BF16"}
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     return every_kind(Model, hf_model)
 
 

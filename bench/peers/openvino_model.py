@@ -25,7 +25,7 @@ from .peer import CHUNK, Inputs, ModelPeer
 OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
 
 
-def models(hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     for int8 in (True, False):
         yield _Model(hf_model, int8)
 

@@ -76,13 +76,13 @@ class Peer:
         make = self._adapter().OPS.get(op)
         return make(inputs) if make else {}
 
-    def models(self, hf_model: Any, config: Any, device: torch.device) -> Iterator[ModelPeer]:
+    def models(self, hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
         """Yield a model of hf_model's weights in each form that the peer has. hf_model stays as it
         is."""
         if device.type not in self.devices:
             raise Unsupported(f"{self.name} is driven on {self.devices[0]} only, not on {device}")
         make = getattr(self._adapter(), "models", None)
-        return make(hf_model, config, device) if make else iter(())
+        return make(hf_model, device) if make else iter(())
 
     def _adapter(self) -> Any:
         return importlib.import_module(f".{self.adapter}", __package__)

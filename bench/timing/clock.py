@@ -84,12 +84,10 @@ def _warm_up(run: Run, enough: float) -> float:
     return time.perf_counter() - began
 
 
-def _nothing() -> None: ...
-
-
 def _turn(run: Run, i: int, short: bool) -> float:
     """Return the seconds of one call after a warm-up on another buffer, if buffers rotate."""
-    getattr(run, "prepare", _nothing)()
+    if prepare := getattr(run, "prepare", None):
+        prepare()
     time.sleep(SETTLE)
     begun = time.perf_counter()
     while short:

@@ -30,7 +30,7 @@ class Part:
 
 
 def part(name: str, run: Run, n: int) -> tuple[str, Run]:
-    """Label a baseline of which an nth is measured, and wrap its run."""
+    """Return the label and the run of a baseline that does an nth of the work."""
     return (name, run) if n == 1 else (f"{name}, 1/{n} of it", Part(run, n))
 
 

@@ -116,7 +116,7 @@ def test_a_failing_peer_costs_its_own_columns(
     class Peer:
         name = "peer"
 
-        def models(self, hf: Any, config: Any, device: Any) -> list[Any]:
+        def models(self, hf: Any, device: Any) -> list[Any]:
             return [Failing(Transformers("failing", hf), works)]
 
     skipped: dict[str, str] = {}

@@ -33,7 +33,7 @@ SECONDS = 0.5  # of rounds beside the limit
 @pytest.fixture(scope="module", autouse=True)
 def weights_are_let_go() -> Iterator[None]:
     yield
-    kept.fresh()
+    kept.clear()
 
 
 def errors(case: Case) -> tuple[float, float]:

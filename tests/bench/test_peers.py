@@ -144,7 +144,7 @@ def test_asking_imports_no_peer() -> None:
 def test_a_peers_model_is_refused_where_it_cannot_run() -> None:
     for name, device in (("openvino", "cuda"), ("liger-kernel", "cpu")):
         with pytest.raises(Unsupported, match=f"{name} is driven on c"):
-            peers.PEERS[name].models(None, None, torch.device(device))
+            peers.PEERS[name].models(None, torch.device(device))
 
 
 # The same model.
@@ -251,9 +251,8 @@ def test_a_peers_model_agrees_with_transformers_in_fp32(
     hf = unscaled if name == "ik_llama.cpp" else hf
     with torch.inference_mode():
         exact = hf(tokens).logits
-    config = lf.LlamaConfig.from_hf(hf.config)
     labels = []
-    for model in peers.PEERS[name].models(copy.deepcopy(hf).bfloat16(), config, CPU):
+    for model in peers.PEERS[name].models(copy.deepcopy(hf).bfloat16(), CPU):
         labels.append(model.label)
         check_model(model, tokens, exact, MODELS[name][model.label])
         assert model.weight_bytes() > 0
@@ -263,7 +262,7 @@ def test_a_peers_model_agrees_with_transformers_in_fp32(
 
 def test_ik_llama_cpp_refuses_what_it_would_ignore(hf: Any) -> None:
     with pytest.raises(Unsupported, match="rotary scaling"):
-        ik_llamacpp.models(hf, lf.LlamaConfig.from_hf(hf.config), CPU)
+        ik_llamacpp.models(hf, CPU)
 
 
 class StandIn:

@@ -223,7 +223,7 @@ def test_a_users_kernel(bench: Bench, tmp_path: Path, monkeypatch: pytest.Monkey
         ("norm=math:sqrt", "got op 'norm'"),
         ("rms_norm=no_such_module:f", "No module named"),
         ("rms_norm=math:no_such", "no attribute"),
-        ("rms_norm=my.module:ours", "got a function called 'ours'"),
+        ("rms_norm=my.module:ours", "got 'ours', which is the name"),
     ],
 )
 def test_a_users_kernel_that_is_not_there(
