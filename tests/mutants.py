@@ -219,8 +219,7 @@ class Scratch:
         return ("passed" if run.returncode == 0 else failed[1] if failed else "failed"), seconds
 
     def judge(self, mutant: Mutant) -> tuple[str, str, float]:
-        """Return "killed", "survived" or "error", the failing test or the reason, and the
-        seconds."""
+        """Return "killed", "survived" or "error", the failing test or reason, and the seconds."""
         try:
             spot(self.root, mutant)
             self.build(mutant.kind)

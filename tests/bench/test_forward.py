@@ -134,8 +134,7 @@ def test_the_longest_job_fits_the_model() -> None:
 
 
 def test_extrapolation_counts_the_parts_that_are_not_run() -> None:
-    """Scale 4 layers and 32,000 ids to 32 layers and the whole vocabulary, by FLOPs and by
-    bytes."""
+    """Scale 4 layers and 32,000 ids to 32 layers and the whole vocabulary, by FLOPs and bytes."""
     config = models.shape()
     whole = forward.whole_config(config)
     assert (whole.num_hidden_layers, whole.vocab_size) == (32, 128256)

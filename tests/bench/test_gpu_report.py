@@ -36,8 +36,7 @@ def tool(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Return the arguments of a report into tmp_path/out about tmp_path, a checkout without
-    files."""
+    """Return the arguments of a report into tmp_path/out about tmp_path, an empty checkout."""
     for module in (tests, processes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(processes, "PATIENCE", 0.5)

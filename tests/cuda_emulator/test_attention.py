@@ -1,5 +1,4 @@
-"""Tests of csrc/cuda/attention.cu in the emulator: every instance, tile path and order of
-threads."""
+"""Tests of csrc/cuda/attention.cu in the emulator: instances, tile paths, orders of threads."""
 
 from __future__ import annotations
 

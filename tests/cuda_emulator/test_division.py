@@ -18,8 +18,7 @@ def cuda() -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_silu_of_every_16_bit_value(cuda: Any, dtype: torch.dtype) -> None:
-    """Compute g / (1 + 2^t), t = -g log2(e), in fp32. The emulator's reciprocals are off by an
-    ulp."""
+    """Compute g / (1 + 2^(-g log2(e))) in fp32. The emulator's reciprocals are off by an ulp."""
     gate = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     out = torch.empty(1, 65536, dtype=dtype)
     cuda.activation(out, torch.cat((gate, torch.ones_like(gate)))[None], None, None)

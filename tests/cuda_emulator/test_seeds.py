@@ -54,8 +54,7 @@ def bits(t: Tensor) -> Tensor:
 
 
 def under_every_seed(cuda: Any, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Return run()'s results, with the same bits under each seed. run fills its outputs with
-    NaN."""
+    """Return run()'s results, equal in bits under each seed. run fills its outputs with NaN."""
     cuda.set_seed(SEEDS[0])
     first = run()
     for seed in SEEDS[1:]:

@@ -234,8 +234,7 @@ def broken(attribute: str, change: Callable[[Tensor], Tensor]) -> type[Decoder]:
 def test_f20_a_replaced_tensor_is_caught(
     model: Llama, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check RecordedGraph: tensors that move give other tokens once a sequence ends and others
-    change rows."""
+    """Check RecordedGraph: moved tensors give other tokens once a sequence ends and rows change."""
     batch = prompts(5, 120, 130, 9)
     options = {"temperature": 1.0, "top_p": 1.0, "seed": 1}
     free = plainly(model, batch, 12, stop_ids=(), **options)

@@ -110,8 +110,7 @@ def give_back() -> None:
 
 @pytest.fixture
 def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail another backend's test if it launches a Triton kernel: it would not test that
-    backend."""
+    """Fail a test that launches a Triton kernel although it tests another backend."""
 
     def refuse(kernel: Any, grid: Any) -> None:
         pytest.fail(f"a test of {BACKEND} launched the Triton kernel {kernel.__name__}")
@@ -139,8 +138,7 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def launcher(op: str) -> Any:
-    """Return the module that launches op, for outputs and lengths that the op itself would
-    refuse."""
+    """Return the module that launches op, for outputs and lengths that the op would refuse."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return dispatch.kernels(op, torch.empty(0, device=device))
 

@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Return 0 if nothing was found, 1 if a run found something or did not end, 2 if none can
+    """Return 0 if nothing was found, 1 if a run found an error or did not end, 2 if none can
     run."""
     args = parser().parse_args(argv)
     sanitizer = processes.tool("compute-sanitizer")
@@ -222,8 +222,7 @@ def _wait(process: subprocess.Popen[bytes], end: float) -> int | None:
 def judge(
     tool: str, text: str, code: int | None, cases: Counter[str], limit: float
 ) -> dict[str, Any]:
-    """Return errors (the tool's count with warnings of races; None without a summary), passed,
-    why."""
+    """Return errors (the tool's count, races included; None without a summary), passed, why."""
     pattern = RACES if tool == "racecheck" else SUMMARY
     counts = [int(found[1]) for found in pattern.finditer(text)]  # one for each process
     errors = sum(counts) if counts else None

@@ -132,8 +132,7 @@ def test_f27_zeros_nan_and_f11_no_rows(width: int, device: torch.device) -> None
 @pytest.mark.triton
 @pytest.mark.parametrize("width", [64, 769, 16500])
 def test_f33_every_configuration(width: int, device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call gives the second's result
-    (f32)."""
+    """Force each configuration into poisoned outputs. The first call equals the second (f32)."""
     gate_up = randn(5, 2 * width, dtype=torch.bfloat16, device=device)
     chip = common.chip_of(gate_up)
     want = lf.silu_and_mul(gate_up)

@@ -141,8 +141,7 @@ def test_a_winning_score_copies_its_value(
 
 
 def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
-    """Check values (compiled tf32 would be far off) and the source (the interpreter has no
-    tf32)."""
+    """Check values (compiled tf32 would be far off) and source (the interpreter has no tf32)."""
     check(*qkv(device, (60, 200), (2, 1), 128, torch.float32), softmax_scale=0.5)
     source = "".join(path.read_text() for path in Path(kernel.__file__).parent.glob("*.py"))
     dots = re.findall(r"tl\.dot\((.*)\)", source)

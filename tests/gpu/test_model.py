@@ -220,8 +220,7 @@ def test_no_step_waits_for_the_device() -> None:
 
 @pytest.mark.gpu
 def test_f18_the_callers_stream_counts() -> None:
-    """Generate on a side stream whose long earlier work makes the weights, while graphs are warmed
-    up, captured and replayed."""
+    """Warm up, capture and replay on a side stream whose long earlier work makes the weights."""
     model = small()
     batch = prompts(30, 40)
     expected = model.generate(batch, 12, temperature=0)
@@ -245,8 +244,7 @@ def test_f18_the_callers_stream_counts() -> None:
 
 @pytest.mark.gpu
 def test_f20_small_then_large_then_small() -> None:
-    """Keep a small batch's graphs through a larger one's workspaces, in this decoder and the
-    next."""
+    """Keep a small batch's graphs through a larger one's workspaces, in both decoders."""
     model = small()
     cases = [prompts(9), prompts(*[9] * 8), prompts(3000, 5), prompts(12), prompts(*[100] * 40)]
     expected = [model.generate(batch, 16, temperature=0, graphs=False) for batch in cases]

@@ -60,8 +60,7 @@ def test_f37_every_16_bit_value(dtype: torch.dtype, device: torch.device) -> Non
 
 
 def amaxes(dtype: torch.dtype, count: int) -> Tensor:
-    """Return values of every magnitude of dtype, with subnormals and its largest, no powers of
-    two."""
+    """Return values of every magnitude of dtype, from subnormals to its largest value."""
     info = torch.finfo(dtype)
     smallest = info.tiny * info.eps
     exponents = torch.linspace(0, 1, count).double() * math.log2(info.max / smallest)

@@ -55,8 +55,7 @@ def test_matches_eager(hidden: int, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("hidden", [8, 769, 3584, 20001])
 def test_f29_f31_offsets_and_strides(hidden: int, device: torch.device) -> None:
-    """Use storage one element off alignment, NaN between rows, and different strides per
-    argument."""
+    """Use storage one element off alignment, NaN between rows, and a stride per argument."""
     x, residual, w = make(5, hidden, torch.bfloat16, device)
     off = torch.cat((w[:1], w))[1:]
     want = lf.add_rms_norm(x, residual, w)
@@ -150,8 +149,7 @@ def test_f27_zero_rows_and_f11_no_rows(device: torch.device) -> None:
 @pytest.mark.parametrize("hidden", [64, 769, 4096, 20001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_f33_every_configuration(hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call gives the second's result
-    (f32)."""
+    """Force each configuration into poisoned outputs. The first call equals the second (f32)."""
     rows = 3 if hidden > 16384 else 7
     x, residual, w = make(rows, hidden, dtype, device)
     eager, total = reference.add_rms_norm(x, residual, w)

@@ -253,8 +253,7 @@ def test_f11_no_tokens_and_f41_batches(device: torch.device) -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("heads", [(4, 2), (40, 8)], ids=str)
 def test_f33_every_configuration(heads: tuple[int, int], device: torch.device) -> None:
-    """Force each configuration into poisoned outputs. The first call gives the second's result
-    (f32)."""
+    """Force each configuration into poisoned outputs. The first call equals the second (f32)."""
     q, k, v, positions, table = make(3, *heads, 128, torch.bfloat16, device)
     want_q, want_k = reference.apply_rope(q, k, positions, table)
     slots = torch.tensor([5, 0, 2], device=device)

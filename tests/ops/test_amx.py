@@ -79,8 +79,7 @@ def test_other_dtypes_stay_on_our_kernels(taken: list[int]) -> None:
 @pytest.mark.parametrize("granularity", ["tensor", "row", "block", "block_2d"])
 @pytest.mark.parametrize("n, k", [(1, 1), (130, 389), (1088, 300)])
 def test_integers_are_exact(granularity: str, n: int, k: int, taken: list[int], isa: str) -> None:
-    """Cover every layout and scale, more features than are decoded at once, and x with a row
-    stride."""
+    """Cover every layout and scale, more features than are decoded at once, and a strided x."""
     x, bias = integers(ROWS, k + 3)[:, 3:], torch.randint(-9, 10, (n,)).to(BF16)
     weight = integers(n, k)
     blocks = {"tensor": (1,), "row": (n, 1), "block": (n, -(-k // 128))}

@@ -31,8 +31,7 @@ MEASURED = {
 
 @pytest.fixture
 def on_sm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return on_sm(90), which simulates that chip, the CUDA extension and the choice of
-    MEASURED."""
+    """Return on_sm(90), which simulates that chip, the CUDA extension and MEASURED choices."""
 
     def clear() -> None:
         for cached in (dispatch._on_gpu, dispatch._no_chip, dispatch._warn_once):

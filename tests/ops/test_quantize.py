@@ -73,9 +73,8 @@ def test_f38_ties_round_to_even(isa: str) -> None:
 
 
 def test_f38_quotients_about_every_tie(isa: str) -> None:
-    """Quantize x where x / scale is a tie between two codes, and one step of fp32 to either side,
-    for any mantissa of scale, also beside powers of two: one bit of the quotient decides the
-    code."""
+    """Quantize x where x / scale is a tie between two codes, or one step of fp32 beside it, for any
+    mantissa of scale, also beside powers of two: one bit of the quotient decides."""
     near_powers = 1 + torch.arange(-4, 5) * 2.0**-23
     scale = torch.cat((torch.rand(400) + 1, near_powers))[:, None] * 2.0**-4
     codes = torch.arange(127, dtype=torch.uint8).view(FP8).float()

@@ -110,8 +110,7 @@ def test_caches_of_different_strides(interleaved: bool, isa: str) -> None:
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001], ids=["largest", "negative", "least"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
 def test_any_nan_of_the_table_stays_nan(interleaved: bool, bits: int, isa: str) -> None:
-    """Fill the table with a NaN. Rounding by an addition would carry out of one with low bits
-    set."""
+    """Fill the table with NaN. Rounding by an addition would carry out of its low bits."""
     q, k, _, positions, table = make(3, 4, 2, 128, torch.bfloat16)
     table = torch.full_like(table, 0).view(torch.int32).fill_(bits).view(torch.float32)
     for out in lf.apply_rope(q, k, positions, table, interleaved=interleaved):

@@ -60,8 +60,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Return Llama 3's 128,256 tokens. Skip the test without the ranks, which have their own
-    license."""
+    """Return Llama 3's 128,256 tokens, or skip the test: the ranks have their own license."""
     if not RANKS.exists():
         pytest.skip(f"no {RANKS.name}: set LLAMA3_TOKENIZER to Llama 3's tokenizer.model")
     with pytest.MonkeyPatch.context() as patch:

@@ -45,8 +45,7 @@ def ulps(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> 
 def assert_close_to_eager(
     actual: Tensor, eager: Tensor, exact: Tensor, allowed: float = 0.0
 ) -> None:
-    """Require max|actual - exact| <= 2 max|eager - exact| + an ulp of the largest, or <=
-    allowed."""
+    """Require max|actual - exact| <= 2 max|eager - exact| + ulp of the largest, or <= allowed."""
     assert actual.shape == exact.shape and actual.dtype == eager.dtype
     if actual.numel() == 0:
         return
