@@ -120,7 +120,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
 
             def memory(name: str, model: Any) -> tuple[str, dict[str, float]]:
                 n = sizes.part if name == "transformers" else 1
-                label, _ = part(name, model.extend, n)
+                label, _ = part(name, lambda _: None, n)
                 return label, memory_of(model, prompt[:1, : most // n])
 
             found["memory"] = dict(each("memory", lambda m: memory(m.label, m)).values())

@@ -77,7 +77,7 @@ def named(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _against(row: Row, other: str) -> tuple[float, float]:
     """Return how much longer the other took than ours at the fast end, as a logarithm, and its
     noise: half the distance from the second-best passes to the best ones."""
-    ours, theirs = (row["seconds"][name]["passes"] for name in (files.own(dict(row)), other))
+    ours, theirs = (row["seconds"][name]["passes"] for name in (files.own(row), other))
     log = math.log(min(theirs) / min(ours))
     if len(ours) < 2:  # one pass: its rounds' error
         return log, row["seconds"][other].get("ratio", {}).get("error", math.inf)
@@ -89,7 +89,7 @@ def change(name: str, old: Row, new: Row) -> Change | None:
     """Return the change of a case, None if the runs share no implementation to compare ours with.
     Ours with other weights does not count: a change to the code mostly affects both."""
     limits = ("limit", f"limit {new['shape']}")
-    ours = {files.own(dict(new)), *new.get("siblings", ())}
+    ours = {files.own(new), *new.get("siblings", ())}
     shared = [n for n in new["seconds"] if n in old["seconds"] and n not in ours]
     groups = (
         [n for n in shared if n in limits and old["limit"] == new["limit"]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,6 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [*results.get("ops", ()), *(results.get("end_to_end") or {}).get("rows", ())]
 
 
-def own(row: dict[str, Any]) -> str:
+def own(row: Mapping[str, Any]) -> str:
     """Return our name among the row's seconds."""
     return str(row.get("ours", "ours"))

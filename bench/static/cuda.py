@@ -89,7 +89,7 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
         ),
         (
             resident.blocks < blocks,
-            f"{kernel.registers} registers: {resident.blocks} blocks a multiprocessor for want of "
+            f"{kernel.registers} registers: {resident.blocks} blocks a multiprocessor, limited by "
             f"{resident.limit}, planned {blocks}",
         ),
         (

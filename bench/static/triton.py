@@ -220,7 +220,7 @@ def problems(arch: str, facts: Facts, needs: Iterable[str], blocks: int) -> list
         *((True, lost) for lost in _lost(arch, facts, needs)),
         (
             resident.blocks < blocks,
-            f"{resident.blocks} blocks a multiprocessor for want of {resident.limit}",
+            f"{resident.blocks} blocks a multiprocessor, limited by {resident.limit}",
         ),
     ]
     return [text for broken, text in rules if broken]

@@ -182,7 +182,7 @@ def test_a_good_kernel_has_no_problems(demo: dict[tuple[str, str], list[str]]) -
         ("tf32", "gfx942", r"^tf32$"),
         ("narrow", "sm_90", r"^no 16-byte loads or TMA or cp.async"),
         ("narrow", "gfx942", r"^no 16-byte loads or TMA or cp.async"),
-        ("occupancy", "sm_90", r"^1 blocks a multiprocessor for want of registers$"),
+        ("occupancy", "sm_90", r"^1 blocks a multiprocessor, limited by registers$"),
         ("refuses", "sm_90", r"^ValueError: x: got something else$"),
     ],
 )
@@ -204,7 +204,7 @@ FINE = Facts(64, 0, 1024, 128, instructions=("wgmma", "16-byte loads"))
         ({"serialized": True}, "wgmma is serialized"),
         ({"instructions": ("wgmma", "16-byte loads", "tf32")}, "tf32"),
         ({"instructions": ("mma", "16-byte loads")}, "no wgmma (matrix)"),
-        ({"registers": 200}, "2 blocks a multiprocessor for want of registers"),
+        ({"registers": 200}, "2 blocks a multiprocessor, limited by registers"),
     ],
     ids=str,
 )
