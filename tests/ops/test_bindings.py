@@ -75,4 +75,5 @@ def test_no_elements_and_no_dimensions() -> None:
     out = torch.empty(0, 64)
     _cpu.rms_norm(out, out, torch.randn(64), 1e-5, None, None, None, None)
     assert _cpu.first_outside(torch.tensor(7), 0, 6) == 0
+    assert _cpu.first_outside(torch.tensor([3, 2**32 + 3]), 0, 6) == 1  # the upper half counts
     assert _cpu.first_outside(torch.empty(0, dtype=torch.int32), 0, 6) == -1
