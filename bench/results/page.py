@@ -258,7 +258,7 @@ def growth(found: Row) -> list[str]:
         return f"{fit['exponent']:.2f} +- {fit['error']:.2f}" if fit else ""
 
     lines += table(
-        ("curve", "who", "largest", "time", "time ~ n^", "memory", "memory ~ n^"),
+        ("curve", "implementation", "largest", "time", "time ~ n^", "memory", "memory ~ n^"),
         (
             (
                 curve["name"],

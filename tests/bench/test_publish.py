@@ -124,7 +124,7 @@ def test_broken_run_is_named(checkout: Path, capsys: pytest.CaptureFixture[str])
 
 def test_noise_decides_which_is_surely_faster() -> None:
     run = copy.deepcopy(example())
-    found = {(case, who): sure for case, who, _, sure in pages.slower(run)}
+    found = {(case, name): sure for case, name, _, sure in pages.slower(run)}
     assert found == {
         ("rms_norm 1 x 4096", "torch.compile"): True,
         ("rms_norm 16 x 4096", "torch.compile"): False,
