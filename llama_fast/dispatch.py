@@ -25,11 +25,11 @@ from . import _cpu, amx, cpu, cuda
 # The ops of each family. A family's files and kernels have its name.
 FAMILIES = {
     "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_fp8"),
-    "activation": ("silu_and_mul", "silu_and_mul_fp8"),
     "rope": ("apply_rope", "apply_rope_and_append"),
+    "activation": ("silu_and_mul", "silu_and_mul_fp8"),
+    "quantize": ("quantize_fp8",),
     "attention": ("attention",),
     "decode_attention": ("attention_with_kvcache",),
-    "quantize": ("quantize_fp8",),
     "linear": ("fp8_gemm", "fp8_linear", "linear", "pack_weight"),
 }
 OPS = tuple(op for ops in FAMILIES.values() for op in ops)

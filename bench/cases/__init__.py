@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from llama_fast import dispatch
+
 from ..timing import CPU, machine
 from . import attention, elementwise, linear
 from .case import Case, Plan, Spec, relative_error
@@ -20,21 +22,7 @@ GROUPS: tuple[Callable[[Spec], Iterator[Plan]], ...] = (
     attention.plans,
     linear.plans,
 )
-OPS = (
-    "rms_norm",
-    "add_rms_norm",
-    "rms_norm_fp8",
-    "apply_rope",
-    "apply_rope_and_append",
-    "silu_and_mul",
-    "silu_and_mul_fp8",
-    "quantize_fp8",
-    "attention",
-    "attention_with_kvcache",
-    "fp8_gemm",
-    "fp8_linear",
-    "linear",
-)
+OPS = tuple(op for op in dispatch.OPS if op != "pack_weight")  # runs once, at load
 # Ops for GPUs: a CPU runs them only if they are named, or in a full run.
 FOR_GPUS = ("rms_norm_fp8", "apply_rope_and_append", "silu_and_mul_fp8", "fp8_gemm")
 
