@@ -33,10 +33,10 @@ the processor come and go. Freed memory is kept for the next output (`--allocato
 faults of new memory would take longer than many ops, and the C library decides which ops get them.
 Eager PyTorch with its temporaries has most of them. `--allocator system` measures them too.
 
-The forward pass runs as many layers as all implementations have room for together. Our prefill, like
-llama.cpp's and ik_llama.cpp's, computes the last layer's FFN for the last token only. Of 8B's 32
-layers that spares 2.8 %, of 4 layers 22 % and of 3 layers 29 %, so a shallow model flatters the three
-against transformers and OpenVINO.
+The forward pass runs as many layers as all implementations have room for together. Our prefill,
+like llama.cpp's and ik_llama.cpp's, computes the last layer's FFN for the last token only. Of 8B's
+32 layers that spares 2.8 %, of 4 layers 22 % and of 3 layers 29 %, so a shallow model flatters the
+three against transformers and OpenVINO.
 
 `--compare` compares the fast end of each case in two runs, with the noise between their passes.
 

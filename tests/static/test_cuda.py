@@ -156,7 +156,7 @@ def test_copies_that_do_not_overlap_are_found(
     [
         ("spills_kernel", (), 1024, 1, (), r"\d+ bytes of local memory a thread"),
         ("indexed_kernel", (), 256, 1, (), r"128 bytes of local memory a thread"),
-        ("wide_kernel", (), 256, 4, (), r"registers: 2 blocks .* want of registers, planned 4"),
+        ("wide_kernel", (), 256, 4, (), r"registers: 2 blocks .* limited by registers, planned 4"),
         ("wide_kernel", (), 256, 2, (), None),
         ("static_shared_kernel", (), 64, 1, (), r"256 bytes of static shared memory"),
         ("copy_kernel", ("false",), 256, 1, VECTORS, r"no 16-byte loads, 16-byte stores"),
