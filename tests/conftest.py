@@ -23,11 +23,6 @@ from llama_fast.generation import decode, generate
 from .support.recorded_graph import RecordedGraph
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "big: needs more than 2 GB of memory")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
-
 # pytest-xdist starts these first (make test): a long file that starts last keeps one core busy
 # while the others idle.
 LONGEST = (
