@@ -22,7 +22,6 @@ from llama_fast.generation import decode, generate
 
 from .support.recorded_graph import RecordedGraph
 
-
 # pytest-xdist starts these first (make test): a long file that starts last keeps one core busy
 # while the others idle.
 LONGEST = (
