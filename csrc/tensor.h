@@ -1,17 +1,14 @@
-// A torch.Tensor as a binding's argument, without torch headers: one build serves every torch
-// version. torch fills a DLTensor in place (DLPack's C exchange API, torch >= 2.10), in 20 ns.
+// A torch.Tensor as the kernels' params structs read it: where it lies and its layout, without
+// torch or Python headers. bind.h fills it.
 #pragma once
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include <cstdint>
 #include <optional>
-
-#include "params.h"
+#include <stdexcept>
 
 namespace lf {
 
-namespace py = pybind11;
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, e4m3 = 3 };
 
 // DLPack 1.3, https://github.com/dmlc/dlpack: the parts used here. The major version fixes the
 // layout.
@@ -29,58 +26,15 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-struct DLPackExchangeAPI {
-  uint32_t major, minor;
-  const void* previous;
-  void *allocate, *managed_from_object, *managed_to_object;
-  int (*tensor_from_object)(PyObject*, DLTensor*);  // borrows; nonzero: a Python error is set
-  int (*current_stream)(int32_t device_type, int32_t device_index, void** stream);
-};
-
-// Objects of torch, looked up once: a module first calls Torch::load().
-struct Torch {
-  const DLPackExchangeAPI* dlpack;
-  PyTypeObject* tensor;
-  PyObject* get_num_threads;
-
-  static Torch& get() {
-    static Torch torch{};
-    return torch;
-  }
-
-  static void load() {
-    const py::module_ torch = py::module_::import("torch");
-    const py::object tensor = torch.attr("Tensor");
-    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__"))
-      throw py::import_error("llama_fast needs torch >= 2.10: torch.Tensor has no DLPack C API");
-    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-    const auto* api = capsule.get_pointer<const DLPackExchangeAPI>();
-    if (api->major != 1 || !api->tensor_from_object)
-      throw py::import_error("llama_fast needs version 1 of DLPack's C API, torch has version " +
-                             std::to_string(api->major));
-    get() = {api, reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr()),
-             py::object(torch.attr("get_num_threads")).release().ptr()};
-  }
-
-  // This thread's count, as set by torch.set_num_threads. The caller holds the GIL.
-  static int num_threads() {
-    const py::object n =
-        py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get().get_num_threads));
-    if (!n) throw py::error_already_set();
-    return static_cast<int>(PyLong_AsLong(n.ptr()));
-  }
+// A TypeError in Python.
+struct WrongType : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 // Borrowed: valid while the caller holds the torch.Tensor. Strides count elements.
 class Tensor {
  public:
-  bool read(PyObject* object) {
-    const Torch& torch = Torch::get();
-    if (!PyObject_TypeCheck(object, torch.tensor)) return false;
-    if (torch.dlpack->tensor_from_object(object, &t_)) throw py::error_already_set();
-    return true;
-  }
-
+  DLTensor* raw() { return &t_; }
   template <class T = void>
   T* data() const {
     return reinterpret_cast<T*>(static_cast<char*>(t_.data) + t_.byte_offset);
@@ -88,6 +42,11 @@ class Tensor {
   int ndim() const { return t_.ndim; }
   int64_t size(int i) const { return t_.shape[at(i)]; }
   int64_t stride(int i) const { return t_.strides[at(i)]; }
+  // The last N strides before the last dimension's: of batches, tokens and heads, in this order.
+  template <int N>
+  void strides(int64_t (&to)[N]) const {
+    for (int i = 0; i < N; ++i) to[i] = stride(ndim() - 1 - N + i);
+  }
   int64_t numel() const {
     int64_t n = 1;
     for (int i = 0; i < t_.ndim; ++i) n *= t_.shape[i];
@@ -102,7 +61,7 @@ class Tensor {
     if (t_.code == kFloat && t_.bits == 16) return DType::f16;
     if (t_.code == kBFloat) return DType::bf16;
     if (t_.code == kE4M3) return DType::e4m3;
-    throw py::type_error("got a tensor whose dtype has no kernels");
+    throw WrongType("got a tensor whose dtype has no kernels");
   }
 
  private:
@@ -110,7 +69,7 @@ class Tensor {
 
   int at(int i) const {
     if (i < 0) i += t_.ndim;
-    if (i < 0 || i >= t_.ndim) throw py::value_error("got a tensor of too few dimensions");
+    if (i < 0 || i >= t_.ndim) throw std::invalid_argument("got a tensor of too few dimensions");
     return i;
   }
 
@@ -119,10 +78,9 @@ class Tensor {
 
 using MaybeTensor = std::optional<Tensor>;
 
-}  // namespace lf
+template <class T = void>
+T* data_or_null(const MaybeTensor& t) {
+  return t ? t->data<T>() : nullptr;
+}
 
-template <>
-struct pybind11::detail::type_caster<lf::Tensor> {
-  PYBIND11_TYPE_CASTER(lf::Tensor, const_name("torch.Tensor"));
-  bool load(handle source, bool) { return value.read(source.ptr()); }
-};
+}  // namespace lf

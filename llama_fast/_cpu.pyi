@@ -1,4 +1,4 @@
-"""Types of csrc/cpu/bindings.cpp. dispatch.Backend has the families' signatures."""
+"""Types of csrc/cpu/bindings.cpp. csrc/params.h has the families' signatures."""
 
 from typing import Any
 
@@ -12,14 +12,9 @@ def first_bad_block(
     block_table: Tensor, cache_seqlens: Tensor, block_size: int, num_blocks: int
 ) -> tuple[int, int, int] | None: ...
 
-rms_norm: Any
-activation: Any
-quantize: Any
-rope: Any
-attention: Any
-decode_attention: Any
-linear: Any
+families: tuple[str, ...]  # of csrc/params.h; each has a function here
 
+def __getattr__(family: str) -> Any: ...
 def pack_weight(packed: Tensor, weight: Tensor) -> None: ...
 def decode_weight(out: Tensor, weight: Tensor) -> None: ...
 def advise_huge_pages(t: Tensor) -> None: ...

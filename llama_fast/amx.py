@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ def allowed() -> bool:
 enabled = allowed()
 
 
-def serves(out: Tensor, x: Tensor, weight: Tensor, x_scale: Tensor | None) -> bool:
+def serves(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Any, x_scale: Tensor | None, *_: Any
+) -> bool:
     """Return whether linear() below serves a call, given that AMX is enabled."""
     if x.shape[0] < LEAST_ROWS or out.dtype != torch.bfloat16:
         return False

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from torch import Tensor
 
 from . import _cpu, amx
-from ._cpu import activation, attention, decode_attention, pack_weight, quantize, rms_norm, rope
+from ._cpu import pack_weight as pack_weight
 
-__all__ = [
-    "activation",
-    "attention",
-    "decode_attention",
-    "linear",
-    "pack_weight",
-    "prefers_fp8_activations",
-    "quantize",
-    "rms_norm",
-    "rope",
-]
+if _isa := os.environ.get("LLAMA_FAST_CPU_ISA"):
+    _cpu.set_isa(_isa)
+globals().update({family: getattr(_cpu, family) for family in _cpu.families})
 
 
-def linear(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_scale: Tensor | None,
-    weight_scale: Tensor | None,
-) -> None:
+def linear(*arguments: Any) -> None:
     """Run the compiled kernels, or oneDNN's product where amx.py measured it faster."""
-    run = amx.linear if amx.enabled and amx.serves(out, x, weight, x_scale) else _cpu.linear
-    run(out, x, weight, bias, x_scale, weight_scale)
+    (amx.linear if amx.enabled and amx.serves(*arguments) else _cpu.linear)(*arguments)
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _cpu
 
 EMULATED = os.environ.get("LLAMA_FAST_CUDA_EMULATOR", "0") == "1"
 _MODULE = f"llama_fast.{'_cuda_emulated' if EMULATED else '_cuda'}"
@@ -32,28 +35,15 @@ def prefers_fp8_activations(x: Tensor) -> bool:
 
 if missing() is None:
     _module = importlib.import_module(_MODULE)
-    rms_norm, activation, quantize = _module.rms_norm, _module.activation, _module.quantize
-    rope, attention, linear = _module.rope, _module.attention, _module.linear
+    globals().update({family: getattr(_module, family) for family in _cpu.families})
 
 
-def decode_attention(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor,
-    block_table: Tensor | None,
-    causal: bool,
-    softmax_scale: float,
-    num_splits: int,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
+def decode_attention(out: Tensor, q: Tensor, k_cache: Tensor, *rest: Any) -> None:
     """Launch the kernel, with a workspace for partial results if the keys are split."""
+    _, _, block_table, _, _, num_splits, *_ = rest
     splits = _module.decode_attention_splits(q, k_cache, block_table, num_splits)
-    rest = (cache_seqlens, block_table, causal, softmax_scale, num_splits, k_scale, v_scale)
     if splits == 1:
-        return _module.decode_attention(out, q, k_cache, v_cache, *rest)
+        return _module.decode_attention(out, q, k_cache, *rest)
     shape = (*q.shape[:3], splits, q.shape[3] + 2)
     workspace = q.new_empty(shape, dtype=torch.float32)
-    _module.decode_attention_split(workspace, out, q, k_cache, v_cache, *rest)
+    _module.decode_attention_split(workspace, out, q, k_cache, *rest)

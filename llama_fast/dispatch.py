@@ -15,130 +15,21 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _cpu, amx, cpu, cuda
 
-# The ops of each family. A family's files and kernels have its name.
-FAMILIES = {
-    "rms_norm": ("rms_norm", "add_rms_norm", "rms_norm_fp8"),
-    "rope": ("apply_rope", "apply_rope_and_append"),
-    "activation": ("silu_and_mul", "silu_and_mul_fp8"),
-    "quantize": ("quantize_fp8",),
-    "attention": ("attention",),
-    "decode_attention": ("attention_with_kvcache",),
-    "linear": ("fp8_gemm", "fp8_linear", "linear", "pack_weight"),
-}
-OPS = tuple(op for ops in FAMILIES.values() for op in ops)
-_FAMILY_OF = {op: family for family, ops in FAMILIES.items() for op in ops}
+# op -> family, which is the name of its files and kernels. ops/common.py adds each op.
+OPS: dict[str, str] = {}
 
 # (family, chip, class of shapes) -> (backend, folder of bench/results whose report shows it right
 # and fastest). shape_class() defines the classes. A family's ops are chosen together: a fused op
 # and its parts give the same bits, but only within one backend.
 CHOICES: dict[tuple[str, str, str], tuple[str, str]] = {}
-
-
-class Backend(Protocol):
-    """The kernels of a device, one function per family. Arguments are already checked. Outputs come
-    first and are allocated and contiguous. No function waits for the device."""
-
-    def rms_norm(
-        self,
-        out: Tensor,  # [rows, hidden] or x's shape; e4m3 if scale is given
-        x: Tensor,  # [rows, hidden]
-        weight: Tensor,  # [hidden]
-        eps: float,
-        residual: Tensor | None,  # [rows, hidden]
-        residual_out: Tensor | None,  # receives x + residual
-        scale: Tensor | None,  # fp32 [rows, 1]
-        scale_ub: float | None,
-        /,
-    ) -> None: ...
-
-    def activation(
-        self,
-        out: Tensor,  # [rows, width]; e4m3 if scale is given
-        gate_up: Tensor,  # [rows, 2 * width]
-        scale: Tensor | None,  # fp32 [rows, 1]
-        scale_ub: float | None,
-        /,
-    ) -> None: ...
-
-    def quantize(
-        self,
-        q: Tensor,  # e4m3 [rows, cols]
-        scale: Tensor,  # fp32
-        x: Tensor,  # [rows, cols]
-        granularity: str,
-        scale_ub: float | None,
-        /,
-    ) -> None: ...
-
-    def rope(
-        self,
-        q_out: Tensor,  # [T, H, D]
-        k_out: Tensor | None,  # [T, Hkv, D]; None: k and v go to the caches
-        q: Tensor,
-        k: Tensor,
-        positions: Tensor,  # [T]
-        table: Tensor,  # fp32 [max_positions, D]
-        interleaved: bool,
-        v: Tensor | None,
-        k_cache: Tensor | None,  # [blocks, block_size, Hkv, D]
-        v_cache: Tensor | None,
-        slots: Tensor | None,  # [T]
-        k_scale: Tensor | None,  # fp32 [1] or [Hkv]
-        v_scale: Tensor | None,
-        /,
-    ) -> None: ...
-
-    def attention(
-        self,
-        out: Tensor,  # [B, Sq, H, D], or packed [total, H, D]
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool,
-        softmax_scale: float,
-        cu_seqlens_q: Tensor | None,  # int32 [B + 1]
-        cu_seqlens_k: Tensor | None,
-        /,
-    ) -> None: ...
-
-    def decode_attention(
-        self,
-        out: Tensor,  # [B, Sq, H, D]
-        q: Tensor,
-        k_cache: Tensor,  # [B, S, Hkv, D], or with block_table [blocks, block_size, Hkv, D]
-        v_cache: Tensor,
-        cache_seqlens: Tensor,  # int32 [B]
-        block_table: Tensor | None,  # int32 [B, n]
-        causal: bool,
-        softmax_scale: float,
-        num_splits: int,
-        k_scale: Tensor | None,  # fp32 [1] or [Hkv]
-        v_scale: Tensor | None,
-        /,
-    ) -> None: ...
-
-    def linear(
-        self,
-        out: Tensor,  # [M, N]
-        x: Tensor,  # [M, K]
-        weight: Tensor,  # [N, K]; cpu: or packed
-        bias: Tensor | None,  # [N]
-        x_scale: Tensor | None,  # fp8_gemm
-        weight_scale: Tensor | None,  # fp8_gemm and fp8_linear
-        /,
-    ) -> None: ...
-
-    def prefers_fp8_activations(self, x: Tensor, /) -> bool:
-        """Return what quantize_activation=None means for fp8_linear on x's device, for every number
-        of rows: a row's result must not depend on the batch."""
-
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 DEVICES = ("cpu", "cuda")
@@ -147,8 +38,6 @@ _TORCH_ON_CUDA = {
     "linear": "a plain 16-bit product: PyTorch's own (cuBLAS)",
     "pack_weight": "the packed layout is for CPUs",
 }
-_ON_GPU = tuple(op for op in OPS if op not in _TORCH_ON_CUDA)
-_SERVES = {"reference": OPS, "cpu": OPS, "triton": _ON_GPU, "cuda": _ON_GPU}
 _OLDEST_SM = 80  # bf16 matrix instructions, cp.async
 
 
@@ -204,7 +93,7 @@ def _validate(backend: str, op: str | None, source: str) -> None:
         raise ValueError(f"{source}: got backend {backend!r}, want one of {', '.join(BACKENDS)}")
     if op is not None and op not in OPS:
         raise ValueError(f"{source}: got op {op!r}, want one of {', '.join(OPS)}")
-    if op is not None and op not in _SERVES[backend]:
+    if op is not None and op not in _served_by(backend):
         raise NotImplementedError(
             f"{source}: the {backend} backend has no {op}: {_TORCH_ON_CUDA[op]}"
         )
@@ -215,24 +104,24 @@ def _validate(backend: str, op: str | None, source: str) -> None:
         raise NotImplementedError(f"{source}: {missing}")
 
 
-def _expand(backend: str, op: str | None) -> dict[str, str]:
-    """Return the named op, or every op of the backend, mapped to the backend."""
-    return dict.fromkeys([op] if op else _SERVES[backend], backend)
+def _served_by(backend: str) -> list[str]:
+    return [op for op in OPS if backend in ("reference", "cpu") or op not in _TORCH_ON_CUDA]
 
 
-def _from_environment() -> dict[str, str]:
+def _expand(backend: str, op: str | None, source: str) -> dict[str, str]:
+    """Return the named op, or every op of the backend, mapped to the backend, both validated."""
+    _validate(backend, op, source)
+    return dict.fromkeys([op] if op else _served_by(backend), backend)
+
+
+def read_environment() -> None:
     """Parse LLAMA_FAST_BACKEND: reference, or attention=reference,rms_norm=cpu."""
-    chosen: dict[str, str] = {}
     for part in filter(None, os.environ.get("LLAMA_FAST_BACKEND", "").split(",")):
         op, _, backend = part.strip().rpartition("=")
-        _validate(backend, op or None, "LLAMA_FAST_BACKEND")
-        chosen.update(_expand(backend, op or None))
-    return chosen
+        _environment.update(_expand(backend, op or None, "LLAMA_FAST_BACKEND"))
 
 
-_environment = _from_environment()
-if _isa := os.environ.get("LLAMA_FAST_CPU_ISA"):
-    _cpu.set_isa(_isa)
+_environment: dict[str, str] = {}
 _override: ContextVar[Mapping[str, str]] = ContextVar("llama_fast_backend", default=_environment)
 
 
@@ -245,8 +134,7 @@ def use_backend(backend: str, op: str | None = None) -> Iterator[None]:
     or machine lacks. A call raises ValueError if the backend cannot serve its tensors' device.
     "triton" serves CPU tensors only under TRITON_INTERPRET=1, Triton's interpreter.
     """
-    _validate(backend, op, "use_backend")
-    token = _override.set({**_override.get(), **_expand(backend, op)})
+    token = _override.set({**_override.get(), **_expand(backend, op, "use_backend")})
     try:
         yield
     finally:
@@ -277,10 +165,10 @@ def _default(op: str, device: str, index: int | None) -> Choice:
 
 
 class _Served(NamedTuple):
-    """choice is for the table. by_class[its class] serves a call, or else otherwise does."""
+    """choice is for the table. by_class[its class] serves a call; other calls run in Triton's
+    kernels, or all in eager PyTorch if that is the choice."""
 
     choice: Choice
-    otherwise: str
     by_class: Mapping[str, str]
 
 
@@ -288,22 +176,22 @@ class _Served(NamedTuple):
 def _on_gpu(op: str, index: int | None) -> _Served:
     """Return what serves op on a GPU. index None: no particular GPU."""
     if op in _TORCH_ON_CUDA:
-        return _Served(Choice("reference", _TORCH_ON_CUDA[op]), "reference", {})
+        return _Served(Choice("reference", _TORCH_ON_CUDA[op]), {})
     missing = _no_triton() or (_no_chip(index) if index is not None else None)
     if missing:
-        return _Served(Choice("reference", f"eager PyTorch: {missing}"), "reference", {})
+        return _Served(Choice("reference", f"eager PyTorch: {missing}"), {})
     chip = _chip(index) if index is not None else None
-    entries = {c: e for (f, sm, c), e in CHOICES.items() if (f, sm) == (_FAMILY_OF[op], chip)}
+    entries = {c: e for (f, sm, c), e in CHOICES.items() if (f, sm) == (OPS[op], chip)}
     if not entries:
         why = "Triton kernels, the default on GPUs; not yet measured on hardware"
-        return _Served(Choice("triton", why), "triton", {})
+        return _Served(Choice("triton", why), {})
     shown = "; ".join(f"{b} for {c} (bench/results/{r})" for c, (b, r) in entries.items())
     why = f"measured: {shown}; other shapes: triton"
     unbuilt = cuda.missing() or ("cuda is emulated on the CPU" if cuda.EMULATED else None)
     taken = {name: backend for name, (backend, _) in entries.items()}
     if unbuilt and "cuda" in taken.values():
-        return _Served(Choice("triton", f"Triton kernels: {unbuilt}; {why}"), "triton", {})
-    return _Served(Choice(", ".join(sorted({*taken.values()})), why), "triton", taken)
+        return _Served(Choice("triton", f"Triton kernels: {unbuilt}; {why}"), {})
+    return _Served(Choice(", ".join(sorted({*taken.values()})), why), taken)
 
 
 def _chip(index: int) -> str | None:
@@ -322,7 +210,7 @@ def shape_class(op: str, x: Tensor, *rest: Any) -> str | None:
     device: backends sum in different orders, and a row's bits must not change with its batch. The
     one exception is a boundary that both backends have: FP8 products of up to 64 rows and of more.
     """
-    family = _FAMILY_OF[op]
+    family = OPS[op]
     if family == "linear":
         scale, setting = rest
         if (setting if op == "fp8_gemm" else x.dtype).itemsize != 2 or setting is False:
@@ -353,31 +241,31 @@ def choose(op: str, device: torch.device, *arguments: Any) -> str:
         return backend
     if kind != "cuda":
         return "cpu" if kind == "cpu" else "reference"
-    choice, otherwise, by_class = _on_gpu(op, index)
-    if otherwise == "reference" and op not in _TORCH_ON_CUDA:
-        _warn_once(choice.why)
-    if by_class and arguments:
-        return by_class.get(shape_class(op, *arguments) or "", otherwise)
-    return otherwise
+    choice, by_class = _on_gpu(op, index)
+    if choice.backend == "reference":
+        if op not in _TORCH_ON_CUDA:
+            _warn_once(choice.why)
+        return "reference"
+    measured = shape_class(op, *arguments) if by_class and arguments else None
+    return by_class.get(measured or "", "triton")
 
 
-def kernels(op: str, x: Tensor, *shape: Any) -> Backend | None:
+def kernels(op: str, x: Tensor, *shape: Any) -> ModuleType | None:
     """Return the backend that launches op's kernels for x, or None for eager PyTorch.
 
-    shape: the other arguments that decide the class of shapes. A call on a CPU ignores them.
+    A backend is a module: cpu, triton_backend or cuda. It has a function for each family, whose
+    arguments are those of kernels/<family>.py and of csrc/params.h, and prefers_fp8_activations(x),
+    what quantize_activation=None means for fp8_linear on x's device. shape: the other arguments
+    that decide the class of shapes. A call on a CPU ignores them.
     """
     if x.is_cpu and op not in _override.get():
         return cpu
     backend = choose(op, x.device, x, *shape)
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return cpu
-    if backend == "cuda":
-        return cuda
-    from . import triton_backend
+    if backend == "triton":
+        from . import triton_backend
 
-    return triton_backend
+        return triton_backend
+    return {"reference": None, "cpu": cpu, "cuda": cuda}[backend]
 
 
 @functools.lru_cache

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 from torch import Tensor
 
+from . import _cpu
 from .kernels import common
-from .kernels.activation import activation
-from .kernels.attention import attention
-from .kernels.decode_attention import decode_attention
-from .kernels.linear import linear
-from .kernels.quantize import quantize
-from .kernels.rms_norm import rms_norm
-from .kernels.rope import rope
 
-__all__ = [
-    "attention",
-    "decode_attention",
-    "linear",
-    "prefers_fp8_activations",
-    "quantize",
-    "rms_norm",
-    "rope",
-    "activation",
-    "tuned_folder",
-]
+for _family in _cpu.families:
+    globals()[_family] = getattr(import_module(f".kernels.{_family}", __package__), _family)
 
 
 def prefers_fp8_activations(x: Tensor) -> bool:

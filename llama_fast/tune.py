@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ CONTEXTS = ((1, 8192), (1, 131072), (32, 4096))  # sequences, keys a sequence
 PROMPT = 8192
 PRESETS = {"8B": LlamaConfig.llama_3_1_8b, "70B": LlamaConfig.llama_3_1_70b}
 
-Call = Callable[[], object]
+Call = partial[Any]  # of a public op
 
 
 def tune(
@@ -55,12 +56,13 @@ def calls(
     rows: tuple[int, ...] = ROWS,
     contexts: tuple[tuple[int, int], ...] = CONTEXTS,
     prompt: int = PROMPT,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[tuple[str, Call]]:
     """Yield a name and a call for every op at a model's shapes. Values are random: on zeros a GPU
     runs cooler and so faster. Buffers live as long as the call."""
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+        return torch.randn(*shape, device=device, dtype=dtype)
 
     d, heads, kv_heads = c.head_dim, c.num_attention_heads, c.num_key_value_heads
     yield from _elementwise(c, rows, randn)

@@ -7,6 +7,7 @@ size is a constant of the kernel, not where it is an argument that 16 divides in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
+from llama_fast import tune
+from llama_fast.dispatch import OPS
 
 from . import LINEAR
-from .triton import MAY_SERIALIZE, Case
+from .triton import ANY, MAY_SERIALIZE, Case
 
 BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 I32, I64 = torch.int32, torch.int64
@@ -192,3 +195,15 @@ CASES: list[Case] = [
     Case(LINEAR, "fp32 x, 512 rows", partial(product, 512, *GATE_UP, FP32)),
 ]
 # fmt: on
+
+
+def of_tune() -> Iterator[Case]:
+    """Yield the calls of tune.py as cases of the families that have none above."""
+    unlisted = {*OPS.values()} - {case.op for case in CASES}
+    config, device = lf.LlamaConfig.llama_3_1_8b(), torch.device("meta")
+    for name, call in tune.calls(config, device, (TOKENS,)) if unlisted else ():
+        if (family := OPS[call.func.__name__]) in unlisted:
+            yield Case(family, name, call, {ANY: (LOADS,)})
+
+
+CASES += of_tune()

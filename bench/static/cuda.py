@@ -143,8 +143,12 @@ HEADER = f"{'kernel':<66}{'chip':<8}{'regs':>5}{'shared':>8}  {'blocks x warps':
 
 
 def check(kernels: Iterable[Kernel], plans: Iterable[Plan] = PLANS) -> tuple[list[Row], list[str]]:
-    """Return a row for each planned instance, and every problem."""
+    """Return a row for each planned instance, and every problem. A file without a plan gets one of
+    256 threads and no spills."""
     kernels, plans = list(kernels), list(plans)
+    files = {plan.file for plan in plans}
+    unplanned = [k for k in kernels if k.file not in files]
+    plans += [Plan(k.file, k.name, [k.arguments], 256, 1, archs=(k.arch,)) for k in unplanned]
     by_instance = {(p.file, p.kernel, arguments): p for p in plans for arguments in p.instances}
     found = [
         Row(k, k.shared + p.of("shared", k.arguments), fits(p, k), problems(p, k))

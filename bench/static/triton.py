@@ -55,6 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
     "hardware e4m3": dict.fromkeys(("sm_89", "sm_90", "sm_100"), "cvt e4m3"),
     "ex2": dict.fromkeys(common.CHIPS, "ex2"),
 }
+ANY = ""  # among the kernels of a case's needs: each that it does not name
 MAY_SERIALIZE = "may serialize"  # among a kernel's needs: its wgmma may be serialized
 
 
@@ -156,7 +157,7 @@ def _add(rows: dict[str, Row], case: Case, arch: str, index: int, launch: Launch
     row = rows.setdefault(key, new)
     if case.name not in row.cases:
         row.cases.append(case.name)
-    row.needs |= set(case.needs.get(kernel, ()))
+    row.needs |= set(case.needs.get(kernel, case.needs.get(ANY, ())))
     if index == 0 and arch == "sm_90":
         planned = dict(launch.config.constants).get("PER_SM", 1)  # programs of a persistent grid
         row.blocks = max(row.blocks, planned, case.blocks.get(kernel, 1))

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../bind_ops.h"
+#include "../bind.h"
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -139,14 +139,17 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("first_bad_block", &first_bad_block,
         "(row, column, block id) of the first invalid block id.");
 
-#define LF_DEFINE(op, Params)                                                      \
-  lf::bind::define(m, #op, &lf::bind::op, [](const lf::Params& p, const Tensor&) { \
-    refuse(p);                                                                     \
-    const int threads = Torch::num_threads();                                      \
-    py::gil_scoped_release release;                                                \
-    kernels().op(p, threads);                                                      \
+  py::list families;
+#define LF_DEFINE(op, Params)                                                  \
+  families.append(#op);                                                        \
+  lf::define(m, #op, &lf::Params::of, [](const lf::Params& p, const Tensor&) { \
+    refuse(p);                                                                 \
+    const int threads = Torch::num_threads();                                  \
+    py::gil_scoped_release release;                                            \
+    kernels().op(p, threads);                                                  \
   });
   LF_OPS(LF_DEFINE)
+  m.attr("families") = py::tuple(families);
   m.def("pack_weight", &pack_weight,
         "linear.cpp: pack into the layout that linear streams fastest.");
   m.def("decode_weight", &decode_weight, "linear.cpp: decode e4m3 or packed bf16 to bf16 [N, K].");

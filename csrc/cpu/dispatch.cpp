@@ -4,13 +4,13 @@
 namespace lf {
 namespace {
 
-// In the order of Kernels' members.
-#define LF_TABLE(isa)                                                                             \
-  [] {                                                                                            \
-    using namespace isa;                                                                          \
-    return Kernels{#isa, LF_OPS(LF_ENTRY) pack_weight, decode_weight, read_memory, multiply_add}; \
-  }()
 #define LF_ENTRY(op, Params) op,
+#define LF_OTHER_ENTRY(Result, name, arguments) name,
+#define LF_TABLE(isa)                                                 \
+  [] {                                                                \
+    using namespace isa;                                              \
+    return Kernels{#isa, LF_OPS(LF_ENTRY) LF_OTHERS(LF_OTHER_ENTRY)}; \
+  }()
 
 constexpr Kernels kGeneric = LF_TABLE(generic);
 #if defined(LF_X86)

@@ -9,7 +9,8 @@
 //   round_to<T>      the value that T would store
 //   round_exponent   x, or x * factor, to the nearest integer n, ties to even; |n| < 2^21
 //   ldexp            x / kLdexpUnit * 2^n (+ addend), overflowing to Inf; n in [-150, 128] or, if
-//                    kLdexpUnit is 2, [-126, 128], with 0 at -126: the result is never denormal
+//                    kLdexpUnit is 2, [-126, 128], with 0 at -126: the result is never denormal.
+//                    AVX-512 has instructions; the others, bits_shifted_left_23 for this header's
 //   Pair             two vectors of a row; kEvenOdd<T>: elements with even and with odd indices
 //   store2, round2_to  of a Pair to bf16 may lose a NaN whose lower 16 bits are not all clear.
 //                    16-bit inputs and arithmetic give no such NaN; plain_nan clears the bits.
@@ -31,6 +32,22 @@
 #endif
 
 namespace lf::LF_ISA {
+
+#if !defined(LF_AVX512)
+// `biased` holds n + 126 in its lowest bits: shifted into the exponent they are 2^(n - 1).
+struct Exponent {
+  Vec n, biased;
+};
+inline constexpr float kLdexpUnit = 2.0f;
+inline Exponent round_biased(Vec x) { return {x - broadcast(0x1.8p23f + 126.0f), x}; }
+inline Exponent round_exponent(Vec x) { return round_biased(x + broadcast(0x1.8p23f + 126.0f)); }
+inline Exponent round_exponent(Vec x, float factor) {
+  return round_biased(fma(x, broadcast(factor), broadcast(0x1.8p23f + 126.0f)));
+}
+inline Vec half_exp2(Exponent e) { return bits_shifted_left_23(e.biased); }
+inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
+inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
+#endif
 
 #if !defined(LF_AVX512) && !defined(LF_AVX2)
 struct Pair {

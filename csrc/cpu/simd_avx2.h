@@ -130,21 +130,9 @@ inline bool any_nan(Vec a) {
 }
 inline Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 
-// `biased` holds n + 126 in its lowest bits: shifted into the exponent they are 2^(n - 1).
-struct Exponent {
-  Vec n, biased;
-};
-inline constexpr float kLdexpUnit = 2.0f;
-inline Exponent round_biased(Vec x) { return {x - broadcast(0x1.8p23f + 126.0f), x}; }
-inline Exponent round_exponent(Vec x) { return round_biased(x + broadcast(0x1.8p23f + 126.0f)); }
-inline Exponent round_exponent(Vec x, float factor) {
-  return round_biased(fma(x, broadcast(factor), broadcast(0x1.8p23f + 126.0f)));
+inline Vec bits_shifted_left_23(Vec a) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23))};
 }
-inline Vec half_exp2(Exponent e) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(e.biased.v), 23))};
-}
-inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
-inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
 
 // Two vectors at a time. For bf16, a holds the even elements and b the odd ones: a shift and a
 // mask, where widening 8 takes a shuffle, and no packing on the way back.

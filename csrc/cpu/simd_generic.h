@@ -87,22 +87,10 @@ inline bool any_nan(Vec a) {
   LF_EACH nan |= a.v[i] != a.v[i];
   return nan;
 }
-// `biased` holds n + 126 in its lowest bits: shifted into the exponent they are 2^(n - 1).
-struct Exponent {
-  Vec n, biased;
-};
-inline constexpr float kLdexpUnit = 2.0f;
-inline Exponent round_biased(Vec x) { return {x - broadcast(0x1.8p23f + 126.0f), x}; }
-inline Exponent round_exponent(Vec x) { return round_biased(x + broadcast(0x1.8p23f + 126.0f)); }
-inline Exponent round_exponent(Vec x, float factor) {
-  return round_biased(fma(x, broadcast(factor), broadcast(0x1.8p23f + 126.0f)));
+inline Vec bits_shifted_left_23(Vec a) {
+  LF_EACH a.v[i] = bits_float(float_bits(a.v[i]) << 23);
+  return a;
 }
-inline Vec half_exp2(Exponent e) {
-  LF_EACH e.biased.v[i] = bits_float(float_bits(e.biased.v[i]) << 23);
-  return e.biased;
-}
-inline Vec ldexp(Vec x, Exponent e) { return x * half_exp2(e); }
-inline Vec ldexp(Vec x, Exponent e, Vec addend) { return fma(x, half_exp2(e), addend); }
 inline Vec swap_pairs(Vec a) {
   Vec r;
   LF_EACH r.v[i] = a.v[i ^ 1];

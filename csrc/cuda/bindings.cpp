@@ -1,6 +1,6 @@
 // The functions of llama_fast._cuda. Compiled with LF_CUDA_EMULATOR, those of the module that runs
 // the same kernels on a CPU for tests (tests/cuda_emulator).
-#include "../bind_ops.h"
+#include "../bind.h"
 #include "kernels.h"
 
 namespace {
@@ -69,14 +69,14 @@ PYBIND11_MODULE(_cuda_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
   lf::Torch::load();
-#define LF_DEFINE(op, Params)                                                          \
-  lf::bind::define(m, #op, &lf::bind::op, [](const lf::Params& p, const Tensor& out) { \
-    const lf::cuda::Where on = where(out);                                             \
-    py::gil_scoped_release release;                                                    \
-    lf::cuda::op(p, on);                                                               \
+#define LF_DEFINE(op, Params)                                                      \
+  lf::define(m, #op, &lf::Params::of, [](const lf::Params& p, const Tensor& out) { \
+    const lf::cuda::Where on = where(out);                                         \
+    py::gil_scoped_release release;                                                \
+    lf::cuda::op(p, on);                                                           \
   });
   LF_OPS(LF_DEFINE)
-  define_split(m, &lf::bind::decode_attention);
+  define_split(m, &DecodeAttentionParams::of);
   m.def("decode_attention_splits", &decode_attention_splits,
         "Partial results per query head; 1: decode_attention needs no workspace.");
 }

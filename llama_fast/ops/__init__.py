@@ -9,3 +9,12 @@ tensors of a call share one device. Rows may have any stride; the last dimension
 Wrong types and dtypes raise TypeError; wrong shapes, strides, devices and ranges raise ValueError.
 Zero tokens give empty outputs. The ops are for inference only: none has a backward.
 """
+
+from importlib import import_module
+
+from .. import _cpu
+from ..dispatch import read_environment
+
+for _family in _cpu.families:
+    import_module(f"{__name__}.{_family}")
+read_environment()

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama_fast import cuda
-from llama_fast.dispatch import FAMILIES
+from llama_fast import _cpu, cuda
 
 SEEDS = (0, 1, 2)
 
@@ -23,5 +22,5 @@ def emulated() -> SimpleNamespace:
         pytest.skip("needs LLAMA_FAST_CUDA_EMULATOR=1")
     module = importlib.import_module("llama_fast._cuda_emulated")
     module.set_seed(0)
-    families = {family: getattr(cuda, family) for family in FAMILIES}
+    families = {family: getattr(cuda, family) for family in _cpu.families}
     return SimpleNamespace(**families, set_seed=module.set_seed, module=module)

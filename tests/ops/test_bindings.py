@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import llama_fast as lf
-from llama_fast import _cpu, reference
+from llama_fast import _cpu, reference, triton_backend
 
 
 class Subclass(Tensor):
@@ -77,3 +79,21 @@ def test_no_elements_and_no_dimensions() -> None:
     assert _cpu.first_outside(torch.tensor(7), 0, 6) == 0
     assert _cpu.first_outside(torch.tensor([3, 2**32 + 3]), 0, 6) == 1  # the upper half counts
     assert _cpu.first_outside(torch.empty(0, dtype=torch.int32), 0, 6) == -1
+
+
+# ---- signatures ----
+
+
+def kind(annotation: str) -> tuple[bool, bool]:
+    """Return whether a parameter is a tensor and whether it may be None. The other types' names
+    depend on pybind11's version."""
+    return "Tensor" in annotation, "None" in annotation or "Optional" in annotation
+
+
+@pytest.mark.parametrize("family", _cpu.families)
+def test_a_familys_arguments_are_the_same_in_cpp_and_triton(family: str) -> None:
+    """Compare csrc/params.h, which serves CPU and CUDA, with kernels/<family>.py."""
+    compiled = re.findall(r"arg\d+: ([^,)]+)", getattr(_cpu, family).__doc__)
+    parameters = inspect.signature(getattr(triton_backend, family)).parameters.values()
+    launcher = [p.annotation for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert [*map(kind, compiled)] == [*map(kind, launcher)]

@@ -18,6 +18,8 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import _cpu
 
+from .op_examples import OPS, example
+
 FP8 = torch.float8_e4m3fn
 _libc = ctypes.CDLL(None, use_errno=True)
 _kept: list[Any] = []
@@ -80,6 +82,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor], dict[str, Any
             yield "linear", [x(m, k), lf.pack_weight(weight)], {}
             packed = lf.pack_weight(weight.to(FP8))
             yield "fp8_linear", [x(m, k), packed, torch.ones(64, 1)], {}
+    for op in OPS:
+        given = example(op)
+        if dtype == torch.float32:
+            yield op, [], {n: guarded(v) if isinstance(v, Tensor) else v for n, v in given.items()}
 
 
 def main() -> None:

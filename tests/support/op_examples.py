@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +12,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import ops
-from llama_fast.dispatch import FAMILIES
+from llama_fast import dispatch, ops, tune
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
@@ -19,7 +20,7 @@ T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
 
 def watch_kernels(monkeypatch: pytest.MonkeyPatch, look: Callable[..., Any]) -> None:
     """Replace dispatch.kernels, which every op asks for its backend, by look."""
-    for family in FAMILIES:
+    for family in {*dispatch.OPS.values()}:
         monkeypatch.setattr(getattr(ops, family), "kernels", look)
 
 
@@ -33,6 +34,25 @@ def i32(*values: int) -> Tensor:
 
 def fp8(*shape: int) -> Tensor:
     return torch.randn(shape).to(FP8)
+
+
+def tuned_example(op: str) -> dict[str, Any]:
+    """Return the arguments of the first call of op in tune.py, in small shapes and fp32."""
+    config = dataclasses.replace(
+        lf.LlamaConfig.llama_3_1_8b(),
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN,
+        num_attention_heads=H,
+        num_key_value_heads=HKV,
+        head_dim=D,
+        rope_scaling=None,
+    )
+    for _, call in tune.calls(config, torch.device("cpu"), (T,), ((2, 16),), T, torch.float32):
+        if call.func.__name__ == op:
+            bound = inspect.signature(call.func).bind(*call.args, **call.keywords)
+            bound.apply_defaults()
+            return bound.arguments
+    raise LookupError(f"tune.calls has no call of {op}")
 
 
 def example(op: str) -> dict[str, Any]:
@@ -104,7 +124,7 @@ def example(op: str) -> dict[str, Any]:
         },
         "linear": lambda: {"x": x(T, K), "weight": x(N, K), "bias": x(N)},
         "pack_weight": lambda: {"weight": x(N, K)},
-    }[op]()
+    }.get(op, lambda: tuned_example(op))()
 
 
 OPS = list(lf.backends())
