@@ -23,6 +23,7 @@ import llama_fast as lf
 from llama_fast import cuda, dispatch
 from llama_fast.kernels import common
 
+from ..support import decode_attention
 from . import interpreter
 from .other_device import OtherDevice
 
@@ -58,7 +59,10 @@ SANITIZED = {
         "128-float32",
     ),
     "test_attention.py::test_f09_lengths_that_no_block_divides": ("257x257-bfloat16",),
-    "test_attention.py::test_f10_packed_sequences_with_empty_ones": ("tma-True", "pointers-True"),
+    "test_attention_masks.py::test_f10_packed_sequences_with_empty_ones": (
+        "tma-True",
+        "pointers-True",
+    ),
     "test_decode_attention.py::test_f09_lengths_that_no_block_divides": (
         "contiguous-bfloat16",
         "paged-bfloat16",
@@ -70,7 +74,7 @@ SANITIZED = {
     "test_decode_attention.py::test_f13_f31_forced_splits_of_strided_queries": (
         "torch.bfloat16-7",
     ),
-    "test_decode_attention.py::test_fp8_cache": ("torch.bfloat16-1", "torch.bfloat16-20"),
+    "test_fp8_cache.py::test_fp8_cache": ("torch.bfloat16-1", "torch.bfloat16-20"),
     "test_fp8_gemm.py::test_on_every_chip": ("at hand-33", "at hand-65"),
     "test_fp8_gemm.py::test_integers_are_exact": (
         "17-257-129-row-row",
@@ -135,6 +139,26 @@ def gpu_backend(request: pytest.FixtureRequest) -> Iterator[None]:
     with lf.use_backend(BACKEND), here:
         yield
     give_back()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory from torch.empty with NaN: outputs and workspaces."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def lengths(device: torch.device) -> Any:
+    """Return a function that makes int32 tensors on the device."""
+    return lambda *n: torch.tensor(n, dtype=torch.int32, device=device)
+
+
+@pytest.fixture
+def make(device: torch.device) -> Any:
+    """Return support.decode_attention.make for the device."""
+    return lambda *arguments: tuple(t.to(device) for t in decode_attention.make(*arguments))
 
 
 def launcher(op: str) -> Any:

@@ -1,85 +1,33 @@
-"""Tests of the Triton attention against fp64, and of what a prefill must not do on a GPU."""
+"""Tests of the attention kernels against fp64: values, memory, configurations."""
 
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference
 from llama_fast.kernels import attention as kernel
 from llama_fast.kernels import common
 
-from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp, ulps
+from ..support.tolerances import ulps
+from .attention import (
+    DTYPES,
+    NAN,
+    check,
+    cu_seqlens,
+    dtypes,
+    framed,
+    heads_first,
+    launch,
+    qkv,
+    two_dtypes,
+)
 from .conftest import BACKEND, launcher
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-# fp16 takes the code paths of bf16. Where the values do not matter, two dtypes are enough.
-two_dtypes = pytest.mark.parametrize("dtype", DTYPES[::2], ids=["bfloat16", "float32"])
-paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
-NAN, INF = float("nan"), float("inf")
-
-
-def qkv(
-    device: torch.device,
-    lengths: tuple[int, int],
-    heads: tuple[int, int],
-    d: int,
-    dtype: torch.dtype,
-    batch: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. v has a mean, as activations do."""
-    (sq, sk), (h, hkv) = lengths, heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
-    v = torch.randn(batch, sk, hkv, d) + 0.25
-    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    actual = lf.attention(q, k, v, **options)
-    exact = reference.attention(q.double(), k.double(), v.double(), **options)
-    allowed = 0.0
-    if q.dtype == torch.float32 and v.numel():
-        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
-    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
-    return actual
-
-
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    causal: bool = True,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    tma: bool = True,
-) -> Tensor:
-    """Launch the backend's kernel into an output full of NaN. tma=False avoids the TMA unit, in
-    CUDA by tensors that it cannot address."""
-    out = torch.full(q.shape, NAN, dtype=q.dtype, device=q.device)
-    options: dict[str, Any] = {}
-    if not tma and BACKEND == "triton":
-        options["tma"] = False
-    elif not tma:
-        q, k, v = map(_framed, (q, k, v))
-    launcher("attention").attention(
-        out, q, k, v, causal, q.shape[-1] ** -0.5, cu_q, cu_k, **options
-    )
-    return out
-
-
-def cu_seqlens(device: torch.device, lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-
 
 # ---- against fp64 ----
 
@@ -148,186 +96,7 @@ def test_f39_fp32_products_are_not_tf32(device: torch.device) -> None:
     assert dots and all('input_precision="ieee"' in dot for dot in dots)
 
 
-# ---- masks ----
-
-
-@two_dtypes
-@pytest.mark.parametrize("lengths", [(5, 3), (150, 90), (40, 0), (129, 1)])
-def test_f07_rows_that_see_nothing_give_zeros(
-    device: torch.device, dtype: torch.dtype, lengths: tuple[int, int]
-) -> None:
-    q, k, v = qkv(device, lengths, (2, 1), 64, dtype)
-    out = check(q, k, v)
-    assert not out[:, : lengths[0] - lengths[1]].any()
-
-
-def test_f10_no_keys_and_no_mask_give_zeros(device: torch.device) -> None:
-    q, k, v = qkv(device, (3, 0), (2, 1), 16, torch.float32)
-    assert torch.equal(lf.attention(q, k, v, causal=False), torch.zeros_like(q))
-
-
-@dtypes
-@pytest.mark.parametrize("d", [16, 64])
-def test_scores_that_are_all_minus_infinity_stay_nan(
-    device: torch.device, dtype: torch.dtype, d: int
-) -> None:
-    q, k, v = qkv(device, (3, 5), (1, 1), d, dtype)
-    q[:], k[:, :4] = 1.0, -INF
-    out = launch(q, k, v)  # the last query also sees the finite key, the others see none
-    assert out[:, :2].isnan().all()
-    assert torch.equal(out[:, 2], v[:, 4])
-
-
-def test_a_tile_of_minus_infinity_contributes_nothing(device: torch.device) -> None:
-    q, k, v = qkv(device, (3, 200), (1, 1), 16, torch.bfloat16)
-    q[:], k[:, :150] = 1.0, -INF
-    out = launch(q, k, v, causal=False)
-    assert torch.equal(out, launch(q, k[:, 150:], v[:, 150:], causal=False))
-
-
-@two_dtypes
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("key", [20, 131, 199])
-def test_f08_a_masked_key_never_counts(
-    device: torch.device, dtype: torch.dtype, bad: float, key: int
-) -> None:
-    q, k, v = qkv(device, (200, 200), (1, 1), 40, dtype)
-    clean = lf.attention(q, k, v)
-    k[:, key] = bad
-    out = lf.attention(q, k, v)
-    assert torch.equal(out[:, :key], clean[:, :key])
-    assert not out[:, key:].isfinite().any()
-
-
-@two_dtypes
-@pytest.mark.parametrize("keys", [64, 128, 200])
-def test_a_row_that_misses_only_its_last_key(
-    device: torch.device, dtype: torch.dtype, keys: int
-) -> None:
-    """Give the first of two rows all of a tile but its last key, whose weight would be largest."""
-    q, k, v = qkv(device, (2, keys), (1, 1), 64, dtype)
-    clean = lf.attention(q, k, v)
-    k[:, -1], v[:, -1] = 8 * q[:, 0], 1e4
-    assert torch.equal(lf.attention(q, k, v)[:, 0], clean[:, 0])
-
-
-@paths
-@pytest.mark.parametrize("bad", [NAN, INF])
-def test_f08_a_value_past_the_diagonal_tiles_never_counts(
-    device: torch.device, bad: float, tma: bool
-) -> None:
-    q, k, v = qkv(device, (300, 300), (1, 1), 64, torch.bfloat16)
-    clean = launch(q, k, v, tma=tma)
-    v[:, 260] = bad
-    out = launch(q, k, v, tma=tma)
-    assert torch.equal(out[:, :256], clean[:, :256])  # BLOCK_M is 128
-    assert not out[:, 260:].isfinite().any()
-
-
-@paths
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("causal", [True, False])
-def test_f08_packed_neighbors_never_count(
-    device: torch.device, causal: bool, bad: float, tma: bool
-) -> None:
-    lengths = [25, 150, 25]
-    q, k, v = (t[0] for t in qkv(device, (200, 200), (2, 1), 64, torch.bfloat16))
-    cu = cu_seqlens(device, lengths)
-    clean = launch(q, k, v, causal, cu, cu, tma)
-    for t in (q, k, v):
-        t[:25], t[175:] = bad, bad
-    out = launch(q, k, v, causal, cu, cu, tma)
-    assert torch.equal(out[25:175], clean[25:175])
-    assert out[25:175].isfinite().all()
-
-
-@two_dtypes
-def test_a_nan_query_spoils_its_own_row_only(device: torch.device, dtype: torch.dtype) -> None:
-    q, k, v = qkv(device, (40, 140), (2, 1), 64, dtype)
-    clean = lf.attention(q, k, v)
-    q[0, 11, 1, 5] = NAN
-    out = lf.attention(q, k, v)
-    assert out[0, 11, 1].isnan().all()
-    out[0, 11, 1] = clean[0, 11, 1]
-    assert torch.equal(out, clean)
-
-
-def test_huge_scores_stay_finite(device: torch.device) -> None:
-    q, k, v = qkv(device, (50, 150), (2, 1), 128, torch.float32)
-    out = lf.attention(q * 1e4, k * 1e4, v)
-    assert out.isfinite().all()
-    assert out.abs().max() <= v.abs().max() * (1 + 1e-5)
-
-
-# ---- packed sequences ----
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "tma"),
-    [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)],
-    ids=["tma", "pointers", "float32"],
-)
-def test_f10_packed_sequences_with_empty_ones(
-    device: torch.device, dtype: torch.dtype, causal: bool, tma: bool
-) -> None:
-    lengths_q, lengths_k = [0, 5, 0, 130, 1, 9, 0], [0, 5, 7, 200, 1, 0, 0]
-    q, k, v = qkv(device, (sum(lengths_q), sum(lengths_k)), (2, 1), 32, dtype)
-    cu_q, cu_k = cu_seqlens(device, lengths_q), cu_seqlens(device, lengths_k)
-    out = launch(q[0], k[0], v[0], causal, cu_q, cu_k, tma)
-    for (a, b), (c, e) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        if a == b:
-            continue
-        alone = launch(q[:, a:b], k[:, c:e], v[:, c:e], causal, tma=tma)
-        assert torch.equal(out[None, a:b], alone)
-        if c == e:
-            assert not alone.any()
-
-
-def test_many_short_sequences_find_their_tiles(device: torch.device) -> None:
-    lengths = [3, 0, 0, 1, 129, 2, 0, 128, 4, 0, 1, 1, 127, 0]
-    q, k, v = (t[0] for t in qkv(device, (sum(lengths),) * 2, (1, 1), 16, torch.bfloat16))
-    cu = cu_seqlens(device, lengths)
-    check(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
-
-
-@pytest.mark.parametrize(
-    "cu",
-    [[0, 90, 30, 60], [0, 20, 40, 2**31 - 1], [-(2**31), 20, 40, 60], [50, 60, -5, 2**31 - 1]],
-    ids=str,
-)
-def test_wrong_cu_seqlens_stay_inside(device: torch.device, cu: list[int]) -> None:
-    """Pass offsets that no GPU op checks. NaN around the tensors is neither read nor written."""
-    q, k, v = (_framed(t[0]) for t in qkv(device, (60, 60), (1, 1), 16, torch.bfloat16))
-    out = _framed(torch.zeros_like(q))
-    wrong = torch.tensor(cu, dtype=torch.int32, device=device)
-    launcher("attention").attention(out, q, k, v, True, 0.25, wrong, wrong)
-    assert out.isfinite().all()
-    assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
-
-
-def test_f11_no_queries_then_a_normal_call(device: torch.device) -> None:
-    q, k, v = qkv(device, (4, 4), (2, 1), 16, torch.bfloat16)
-    for empty in (q[:, :0], q[:0]):
-        batch = empty.shape[0]
-        assert lf.attention(empty, k[:batch], v[:batch]).shape == empty.shape
-    cu = cu_seqlens(device, [])
-    assert lf.attention(q[0, :0], k[0, :0], v[0, :0], cu_seqlens_q=cu, cu_seqlens_k=cu).numel() == 0
-    check(q, k, v)
-
-
 # ---- memory ----
-
-
-def _framed(t: Tensor) -> Tensor:
-    """Return t inside a larger tensor full of NaN."""
-    buffer = torch.full([n + 2 for n in t.shape], NAN, dtype=t.dtype, device=t.device)
-    inside = buffer[tuple(slice(1, -1) for _ in t.shape)]
-    return inside.copy_(t)
-
-
-def _heads_first(t: Tensor) -> Tensor:
-    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @two_dtypes
@@ -338,8 +107,8 @@ def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtyp
     v = v[:, :, :2]
     expected = lf.attention(q.contiguous(), k.contiguous(), v.contiguous())
     assert torch.equal(lf.attention(q, k, v), expected)
-    assert torch.equal(lf.attention(_heads_first(q), k, _heads_first(v)), expected)
-    assert torch.equal(lf.attention(q.contiguous(), _heads_first(k), v), expected)
+    assert torch.equal(lf.attention(heads_first(q), k, heads_first(v)), expected)
+    assert torch.equal(lf.attention(q.contiguous(), heads_first(k), v), expected)
     shared = k[:1].expand(2, -1, -1, -1)  # a stride of zero
     assert torch.equal(lf.attention(q, shared, v), lf.attention(q, shared.contiguous(), v))
 
@@ -349,10 +118,8 @@ def test_f31_views_of_a_fused_projection(device: torch.device, dtype: torch.dtyp
 def test_f29_touches_nothing_outside(device: torch.device, dtype: torch.dtype, d: int) -> None:
     """Frame every tensor in NaN. Rows start at addresses that no vector load is aligned to."""
     q, k, v = qkv(device, (37, 141), (2, 1), d, dtype, batch=2)
-    out = _framed(torch.zeros_like(q))
-    launcher("attention").attention(
-        out, _framed(q), _framed(k), _framed(v), True, d**-0.5, None, None
-    )
+    out = framed(torch.zeros_like(q))
+    launcher("attention").attention(out, framed(q), framed(k), framed(v), True, d**-0.5, None, None)
     assert torch.equal(out, lf.attention(q, k, v))
     assert out._base is not None and int((~out._base.isnan()).sum()) == out.numel()
 
@@ -361,9 +128,9 @@ def test_tma_descriptors(device: torch.device) -> None:
     t = torch.zeros(2, 70, 3, 64, dtype=torch.bfloat16, device=device)
     assert kernel._descriptor(t, 64, 64) is not None
     assert kernel._descriptor(t[:, 1:, :2], 64, 64) is not None
-    assert kernel._descriptor(_heads_first(t), 64, 64) is not None
+    assert kernel._descriptor(heads_first(t), 64, 64) is not None
     assert kernel._descriptor(t[..., 1:], 64, 64) is None  # address
-    assert kernel._descriptor(_framed(t), 64, 64) is None  # strides
+    assert kernel._descriptor(framed(t), 64, 64) is None  # strides
     assert kernel._descriptor(t[:1].expand(2, -1, -1, -1), 64, 64) is None  # a stride of zero
     assert kernel._descriptor(t[:, :0], 64, 64) is None
 
@@ -432,13 +199,6 @@ def test_f33_each_configuration_alone(
         assert torch.equal(check(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k), packed)
         assert torch.equal(launch(q, k, v, True, cu_q, cu_k, tma=False), packed)
         check(q[None], k[None], v[None], causal=False)
-
-
-def test_every_chip_is_offered_something() -> None:
-    for chip in common.CHIPS.values():
-        for dtype in ("bfloat16", "float16", "float32"):
-            for d in range(8, 257, 8):
-                assert kernel._configs(chip, dtype, d)
 
 
 @pytest.mark.triton

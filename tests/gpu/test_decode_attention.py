@@ -1,8 +1,7 @@
-"""Tests of kernels/decode_attention.py against fp64, and of keys that it must not see."""
+"""Tests of the attention_with_kvcache kernels against fp64, and of keys that they must not see."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,58 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import llama_fast as lf
 from llama_fast import reference
 from llama_fast.kernels import common, decode_plan
 from llama_fast.kernels.decode_tile import splits_of
 
-from ..support.decode_attention import DTYPES, dtypes, page, poison, queries
-from ..support.decode_attention import make as make_on_cpu
-from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support.decode_attention import DTYPES, dtypes, poison, queries
 from .conftest import launcher
+from .decode_attention import BF16, FP8, attend, check, paged
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NAN, INF = float("nan"), float("inf")
-BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
-attend = lf.attention_with_kvcache
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Fill memory from torch.empty with NaN: outputs and workspaces."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def lengths(device: torch.device) -> Any:
-    return lambda *n: torch.tensor(n, dtype=torch.int32, device=device)
-
-
-@pytest.fixture
-def make(device: torch.device) -> Any:
-    return lambda *arguments: tuple(t.to(device) for t in make_on_cpu(*arguments))
-
-
-def paged(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, ...]:
-    """Return page()'s result on the device of k."""
-    return tuple(t.to(k.device) for t in page(k.cpu(), v.cpu(), block_size))
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, **options: Any) -> Tensor:
-    actual = attend(q, k, v, seqlens, **options)
-    eager = reference.attention_with_kvcache(q, k, v, seqlens, **options)
-    wide = (k, v) if k.dtype == FP8 else (k.double(), v.double())
-    exact = reference.attention_with_kvcache(q.double(), *wide, seqlens, **options)
-    allowed = 0.0
-    if q.dtype == torch.float32:
-        largest = v.float().nan_to_num(0, 0, 0).abs().max()
-        if k.dtype == FP8:
-            largest = largest * options["v_scale"].max()
-        allowed = ATTENTION_VALUE_ULPS * ulp(largest, q.dtype).item()
-    assert_close_to_eager(actual, eager, exact, allowed)
-    return actual
-
 
 # ---- against fp64 ----
 
@@ -363,73 +321,6 @@ def test_f19_f22_blocks_that_do_not_exist_are_not_seen(
             assert torch.equal(now.view(torch.int16), then.view(torch.int16))
 
 
-# ---- FP8 caches ----
-
-
-@pytest.mark.parametrize(
-    ("dtype", "sq"),
-    [(BF16, 1), (BF16, 3), (BF16, 20), (torch.float16, 20), (torch.float32, 1)],
-    ids=str,
-)
-def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None:
-    q, k, v = make(3, sq, 140, (8, 2), 64, dtype)
-    k, v = k.to(FP8), v.to(FP8)
-    one, two = torch.tensor([0.37], device=q.device), torch.tensor([1.7, 0.02], device=q.device)
-    seqlens = lengths(140, 0, 97)
-    check(q, k, v, seqlens, k_scale=two, v_scale=one)
-    table = paged(k, v, 16)
-    options = {"k_scale": one, "v_scale": two, "block_table": table[2]}
-    check(q, *table[:2], seqlens, num_splits=3 if sq < 20 else 1, **options)
-
-
-@queries(1, 20)
-def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
-    """Use negative, zero and tiny scales. The kernel finds the largest score before it scales."""
-    q, k, v = make(1, sq, 140, (8, 2), 64, BF16)
-    k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
-    for value in (-0.7, 0.0, 1e-44):
-        check(q, k, v, lengths(131), k_scale=value * one, v_scale=one)
-
-
-@dtypes
-def test_every_e4m3_value_comes_back(
-    device: torch.device, lengths: Any, dtype: torch.dtype
-) -> None:
-    """Attend to one key: the result is its values times v_scale."""
-    codes = torch.arange(256, dtype=torch.uint8, device=device).view(FP8).view(1, 1, 2, 128)
-    q = torch.randn(1, 1, 2, 128).to(device, dtype)
-    scales = {"k_scale": torch.ones(1, device=device), "v_scale": torch.ones(1, device=device) / 4}
-    out = attend(q, torch.zeros_like(codes), codes, lengths(1), **scales)
-    assert torch.equal(out.float().nan_to_num(1e9), (codes.float() / 4).nan_to_num(1e9))
-    keys = codes.view(1, 256, 1, 1).repeat(1, 1, 1, 8)  # the codes as keys: their scores
-    keys = torch.where(keys.view(torch.uint8) % 128 == 127, 0, keys.view(torch.uint8)).view(FP8)
-    check(q[..., :8], keys, keys, lengths(256), softmax_scale=1e-3, **scales)
-
-
-@pytest.mark.parametrize("power", [-100, -60, 40, 126])
-def test_fp8_cache_queries_of_any_size(make: Any, lengths: Any, power: int) -> None:
-    """Scale bf16 queries by powers of two. As fp16 they give the same bits at any size."""
-    q, k, v = make(1, 1, 100, (4, 2), 32, BF16)
-    q = q / q.abs().max() * 3.5  # 2^126 times that is finite and has the largest exponent
-    q[0, 0, 1] = 0.0
-    k, v, one = k.to(FP8), v.to(FP8), torch.ones(1, device=q.device)
-    want = attend(q, k, v, lengths(100), k_scale=one, v_scale=one)
-    scaled = q * 2.0**power, one * 2.0**-power
-    out = attend(scaled[0], k, v, lengths(100), k_scale=scaled[1], v_scale=one)
-    assert torch.equal(out, want)
-
-
-def test_fp8_cache_past_the_lengths(make: Any, lengths: Any) -> None:
-    q, k, v = make(3, 1, 100, (4, 2), 32, BF16)
-    k, v, seqlens = k.to(FP8), v.to(FP8), lengths(100, 33, 0)
-    scale = torch.ones(1, device=q.device)
-    clean = attend(q, k, v, seqlens, k_scale=scale, v_scale=scale)
-    for t in (k, v):
-        for i, n in enumerate(seqlens.tolist()):
-            t.view(torch.uint8)[i, n:] = 0x7F
-    assert torch.equal(attend(q, k, v, seqlens, k_scale=scale, v_scale=scale), clean)
-
-
 # ---- what a result may depend on ----
 
 
@@ -482,16 +373,6 @@ def test_f33_each_configuration_alone(
         with common.force("attention_with_kvcache", config):
             for splits in (1, 2) if rows == 16 else (1,):
                 check(q, k, v, lengths(191), block_table=table, num_splits=splits, **options)
-
-
-def test_splits_fill_the_chip() -> None:
-    """Fill 264 slots from 8 key/value heads: 32 splits are 97 % of a wave, 33 are two waves."""
-    assert decode_plan.most_splits(8, 264) == 32
-    assert decode_plan.most_splits(1, 264) == 251
-    assert decode_plan.most_splits(128, 132) == 1
-    for programs in range(1, 600):
-        splits = decode_plan.most_splits(programs, 264)
-        assert splits >= 1 and (splits == 1 or programs * splits <= 4 * 264)
 
 
 @triton.jit
