@@ -35,7 +35,8 @@ def prefers_fp8_activations(x: Tensor) -> bool:
 
 if missing() is None:
     _module = importlib.import_module(_MODULE)
-    globals().update({family: getattr(_module, family) for family in _cpu.families})
+    # Each module is built apart, so this one may be older and lack a family.
+    globals().update({f: getattr(_module, f) for f in _cpu.families if hasattr(_module, f)})
 
 
 def decode_attention(out: Tensor, q: Tensor, k_cache: Tensor, *rest: Any) -> None:

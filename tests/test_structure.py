@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from llama_fast import _cpu
+from llama_fast.dispatch import OPS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama_fast"
@@ -105,3 +107,46 @@ def test_a_family_has_one_name_and_a_short_walk(family: str) -> None:
     }
     for path, leads in {**walk, **others}.items():
         assert leads in path.read_text(), f"{path.name}: {leads}"
+
+
+MOST_FILES = 12  # that a new family touches
+# Files that serve every family and name none, except where one differs from the others.
+DERIVED = (
+    "llama_fast/_cpu.pyi",
+    "llama_fast/cpu.py",
+    "llama_fast/cuda.py",
+    "llama_fast/dispatch.py",
+    "llama_fast/triton_backend.py",
+    "csrc/bind.h",
+    "csrc/cpu/bindings.cpp",
+    "csrc/cpu/dispatch.cpp",
+    "csrc/cpu/kernels.h",
+    "csrc/cuda/bindings.cpp",
+    "csrc/cuda/kernels.h",
+    "CMakeLists.txt",
+    "Makefile",
+)
+# Those that are treated apart there: a workspace, classes of shapes, no FP8 cache, AMX.
+APART = {"attention", "decode_attention", "linear", "pack_weight", "fp8_gemm", "fp8_linear"}
+APART |= {"attention_with_kvcache", "apply_rope_and_append"}
+
+
+def guide(family: str) -> list[Path]:
+    """Return the files that docs/adding_a_kernel.md lists for a family."""
+    table = (ROOT / "docs" / "adding_a_kernel.md").read_text().split("| what it gets |")[1]
+    return [
+        ROOT / name.replace("<op>", family)
+        for name in re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    ]
+
+
+def test_a_new_family_touches_few_files() -> None:
+    """Look for rms_norm in the files that the guide lists, and for any family in those that it
+    does not list."""
+    assert len(guide("rms_norm")) == len({*guide("rms_norm")}) <= MOST_FILES
+    for path in guide("rms_norm"):
+        assert "rms_norm" in path.read_text(), path
+    names = {*OPS, *OPS.values()} - APART
+    for name in DERIVED:
+        code = re.sub(r'"""(?:.|\n)*?"""|#.*|//.*', "", (ROOT / name).read_text())
+        assert not {n for n in names if re.search(rf"\b{n}\b", code)}, name

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import llama_fast as lf
-from llama_fast import _cpu, reference, triton_backend
+from llama_fast import _cpu, cuda, reference, triton_backend
 
 
 class Subclass(Tensor):
@@ -97,3 +97,4 @@ def test_a_familys_arguments_are_the_same_in_cpp_and_triton(family: str) -> None
     parameters = inspect.signature(getattr(triton_backend, family)).parameters.values()
     launcher = [p.annotation for p in parameters if p.kind is not p.KEYWORD_ONLY]
     assert [*map(kind, compiled)] == [*map(kind, launcher)]
+    assert hasattr(cuda, family) or cuda.missing(), "llama_fast._cuda is older: build it again"
