@@ -33,7 +33,7 @@ OP_TESTS = $(wildcard $(patsubst csrc/cpu/%.cpp,tests/ops/test_%.py,$(wildcard c
 EMULATED = $(filter-out %/test_emulator.py,$(wildcard tests/cuda_emulator/test_*.py))
 # Configure and build a preset of CMakePresets.json with .venv's tools.
 build = "$(BIN)/cmake" --preset $(1) -DCMAKE_MAKE_PROGRAM="$(BIN)/ninja" -DPython_EXECUTABLE="$(BIN)/python" \
-    $(2) >/dev/null && "$(BIN)/cmake" --build --preset $(1) >/dev/null
+    $(2) >/dev/null && "$(BIN)/cmake" --build --preset $(1) -- --quiet
 say = { echo "error: $(1)" >&2; exit 1; }
 # Runs test files in parallel, the longest first (tests/conftest.py). Threads sleep while they wait,
 # or they would occupy the other processes' cores. Byte code is written whatever the environment

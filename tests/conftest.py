@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from llama_fast import Llama, _cpu
-from llama_fast.generation import decode, generate
+from llama_fast.generation import generate, graphs
 
 from .support.recorded_graph import RecordedGraph
 
@@ -71,8 +71,8 @@ def one_thread() -> Iterator[None]:
 def ahead(monkeypatch: pytest.MonkeyPatch, model: Llama) -> None:
     """Send CPU tensors of the file's `model` along the path of a GPU, with graphs that record."""
     monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
-    monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
-    monkeypatch.setattr(decode, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(graphs, "cannot_capture", lambda device: None)
+    monkeypatch.setattr(graphs, "CudaGraph", RecordedGraph)
     model.decoders.clear()
     RecordedGraph.made.clear()
 

@@ -12,7 +12,6 @@ namespace lf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostThreads = 1024;
 
 // e^-g. For 16-bit types 2^(-g log2(e)): rounding that exponent costs up to 100 ulp of fp32 near g
 // = -88, which changes a bf16 or fp16 result only at a rare tie.
@@ -67,46 +66,16 @@ __global__ void __launch_bounds__(kThreads)
   store_vector<aligned>(out, at, p.width, product<T, aligned>(gate, at, p.width));
 }
 
-// Each block takes one row. vectors: how many a thread keeps; 0: none, they are computed twice.
-template <class T, bool aligned, int vectors>
+// Each block takes one row.
+template <class T, bool aligned, int held>
 __global__ void __launch_bounds__(kMostThreads, 1)
     silu_and_mul_fp8_kernel(const ActivationParams p) {
   LF_DYNAMIC_SHARED(memory);
-  constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
+  const int64_t row = blockIdx.x;
   const T* gate = static_cast<const T*>(p.gate_up) + row * p.gate_up_stride;
-  uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.width;
-
-  float amax = 0;
-  // Products past the row's end are zero, because zeros are loaded there.
-  const auto enlarge = [&](const Vector<T>& v) { amax = MaxMagnitude{}(amax, largest(v.at)); };
-  Vector<T> v[held];
-  if constexpr (vectors > 0) {
-#pragma unroll
-    for (int k = 0; k < vectors; ++k) {
-      v[k] = product<T, aligned>(gate, first + k * step, p.width);
-      enlarge(v[k]);
-    }
-  } else {
-    for (int64_t at = first; at < p.width; at += step)
-      enlarge(product<T, aligned>(gate, at, p.width));
-  }
-  amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
-  const float scale = fp8_scale(amax, p.scale_ub);
-  if (threadIdx.x == 0) p.scale[row] = scale;
-  const Fp8Divisor by(scale, amax);
-  const auto quantize = [&](const Vector<T>& x, int64_t at) {
-    store_e4m3<aligned>(out, at, p.width, x.at, by);
-  };
-  if constexpr (vectors > 0) {
-#pragma unroll
-    for (int k = 0; k < vectors; ++k)
-      quantize(v[k], int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size + k * step);
-  } else {
-    for (int64_t at = first; at < p.width; at += step)
-      quantize(product<T, aligned>(gate, at, p.width), at);
-  }
+  const auto load = [&](int64_t at) { return product<T, aligned>(gate, at, p.width); };
+  quantize_row<aligned, held>(load, p.width, p.scale_ub, p.scale + row,
+                              static_cast<uint8_t*>(p.out) + row * p.width, memory);
 }
 
 template <class T, bool aligned>
@@ -118,17 +87,16 @@ void run(const ActivationParams& p, const Where& where) {
     return launch(where, {"silu_and_mul", {p.rows, 2 * p.width}, grid, dim3(kThreads)},
                   silu_and_mul_kernel<T, aligned>, p, Divider<uint32_t>(pieces));
   }
-  constexpr bool four = !std::is_same_v<T, __half>;  // fp16 would spill a register on sm_89
-  const int64_t per_thread = all <= 2 * kMostThreads ? 2 : four && all <= 4 * kMostThreads ? 4 : 0;
-  const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : kMostThreads;
+  constexpr int most = std::is_same_v<T, __half> ? 2 : 4;  // four would spill on sm_89
+  const RowShape row(all, most);
   const LaunchShape shape{"silu_and_mul_fp8",
                           {p.rows, 2 * p.width},
                           dim3(static_cast<unsigned>(p.rows)),
-                          dim3(static_cast<unsigned>((wanted + 31) / 32 * 32)),
+                          dim3(static_cast<unsigned>(row.threads)),
                           32 * sizeof(float)};
-  if (per_thread == 2) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 2>, p);
-  if constexpr (four)
-    if (per_thread == 4) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 4>, p);
+  if (row.held == 2) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 2>, p);
+  if constexpr (most == 4)
+    if (row.held == 4) return launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 4>, p);
   launch(where, shape, silu_and_mul_fp8_kernel<T, aligned, 0>, p);
 }
 

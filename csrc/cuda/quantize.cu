@@ -9,7 +9,6 @@ namespace lf::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostThreads = 1024;
 constexpr int kBlock = 128;  // columns that share a scale
 
 template <class T>
@@ -20,37 +19,14 @@ LF_DEVICE uint8_t* codes_of(const QuantizeParams& p, int64_t row) {
   return static_cast<uint8_t*>(p.q) + row * p.cols;
 }
 
-// Each block takes one row. vectors: how many a thread keeps; 0: the row is read twice.
-template <class T, bool aligned, int vectors>
+// Each block takes one row.
+template <class T, bool aligned, int held>
 __global__ void __launch_bounds__(kMostThreads, 1) by_row_kernel(const QuantizeParams p) {
   LF_DYNAMIC_SHARED(memory);
-  constexpr int size = Vector<T>::size, held = vectors ? vectors : 1;
-  const int64_t row = blockIdx.x, step = static_cast<int64_t>(blockDim.x) * size;
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
+  const int64_t row = blockIdx.x;
   const T* x = row_of<T>(p, row);
-  float amax = 0;
-  Vector<T> v[held];
-  if constexpr (vectors > 0) {
-#pragma unroll
-    for (int k = 0; k < vectors; ++k) v[k] = load_vector<aligned>(x, first + k * step, p.cols);
-#pragma unroll
-    for (int k = 0; k < vectors; ++k) amax = MaxMagnitude{}(amax, largest(v[k].at));
-  } else {
-    for (int64_t at = first; at < p.cols; at += step)
-      amax = MaxMagnitude{}(amax, largest(load_vector<aligned>(x, at, p.cols).at));
-  }
-  amax = reduce_block(amax, reinterpret_cast<float*>(memory), MaxMagnitude{});
-  const float scale = fp8_scale(amax, p.scale_ub);
-  const Fp8Divisor by(scale, amax);
-  if (threadIdx.x == 0) p.scale[row] = scale;
-  if constexpr (vectors > 0) {
-#pragma unroll
-    for (int k = 0; k < vectors; ++k)
-      store_e4m3<aligned>(codes_of(p, row), first + k * step, p.cols, v[k].at, by);
-  } else {
-    for (int64_t at = first; at < p.cols; at += step)
-      store_e4m3<aligned>(codes_of(p, row), at, p.cols, load_vector<aligned>(x, at, p.cols).at, by);
-  }
+  const auto load = [&](int64_t at) { return load_vector<aligned>(x, at, p.cols); };
+  quantize_row<aligned, held>(load, p.cols, p.scale_ub, p.scale + row, codes_of(p, row), memory);
 }
 
 // 128 columns of a row are 16 bytes per lane of half a warp, or of a whole warp in fp32.
@@ -136,11 +112,10 @@ void run(const QuantizeParams& p, const Where& where) {
                        shared};
   };
   if (p.granularity == Scale::row) {
-    const int64_t per_thread = all <= 2 * kMostThreads ? 2 : all <= 4 * kMostThreads ? 4 : 0;
-    const int64_t wanted = per_thread ? (all + per_thread - 1) / per_thread : kMostThreads;
-    const LaunchShape s = shape(p.rows, (wanted + 31) / 32 * 32, scratch);
-    if (per_thread == 2) return launch(where, s, by_row_kernel<T, aligned, 2>, p);
-    if (per_thread == 4) return launch(where, s, by_row_kernel<T, aligned, 4>, p);
+    const RowShape row(all, 4);
+    const LaunchShape s = shape(p.rows, row.threads, scratch);
+    if (row.held == 2) return launch(where, s, by_row_kernel<T, aligned, 2>, p);
+    if (row.held == 4) return launch(where, s, by_row_kernel<T, aligned, 4>, p);
     return launch(where, s, by_row_kernel<T, aligned, 0>, p);
   }
   const int64_t blocks = (p.cols + kBlock - 1) / kBlock;

@@ -23,13 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import asked_for, choose
 from . import sampling
 from .cache import BLOCK_SIZE, Append, KVCache, upload
+from .graphs import CudaGraph, Graphs
 from .protocol import Model
 
 AHEAD = 1  # steps queued behind the one awaited, to hide the host's work on a step's tokens
-MOST_GRAPHS = 64  # of a decoder: new settings in each call would add graphs without end
 PREFILL_CHUNK = 8192  # tokens: bounds activations (8B: 0.5 GB for gate and up)
 
 
@@ -39,57 +38,6 @@ class Settings(NamedTuple):
     temperature: float
     top_p: float
     top_k: int
-
-
-# ---- graphs ----
-
-
-class CudaGraph:
-    """The kernels of a function of fixed tensors, replayed as one launch."""
-
-    def __init__(self, shared: Any) -> None:
-        self._stream, self._pool = shared
-        self._graph = torch.cuda.CUDAGraph()
-
-    @staticmethod
-    def new_shared(device: torch.device) -> Any:
-        """Return what graphs that run one at a time share: the capture's stream, with the workspace
-        that cuBLAS keeps for it, and the memory pool."""
-        return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-
-    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
-        """Call function on the capture's stream. This compiles kernels and allocates the workspaces
-        of libraries, neither of which may happen during a capture."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = function()
-        current.wait_stream(self._stream)
-        result.record_stream(current)
-        return result
-
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        """Record a call without computing it. replay() computes it into the returned tensor."""
-        with torch.cuda.graph(
-            self._graph,
-            pool=self._pool,
-            stream=self._stream,
-            capture_error_mode="thread_local",  # other threads may allocate meanwhile
-        ):
-            return function()
-
-    def replay(self) -> None:
-        self._graph.replay()
-
-
-def cannot_capture(device: torch.device) -> str | None:
-    """Return why a step cannot be captured now, or None."""
-    if device.type != "cuda":
-        return f"the model is on {device}, and CUDA graphs need a CUDA device"
-    for op in ("attention_with_kvcache", "apply_rope_and_append"):
-        if choose(op, device) == "reference":
-            return f"{op} runs in eager PyTorch here, which waits for the device"
-    return None
 
 
 def bucket(rows: int) -> int:
@@ -168,9 +116,7 @@ class Decoder:
         # -1, 0 and 0: it writes nothing and attends to nothing.
         self._state = torch.zeros(4, size.rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(size.rows, size.width, dtype=torch.int32, device=device)
-        self._warm: dict[Any, CudaGraph] = {}
-        self._captured: dict[Any, tuple[CudaGraph, Tensor]] = {}
-        self._shared: Any = None
+        self._graphs = Graphs(device)
 
     @torch.inference_mode()
     def begin(self, lengths: Sequence[int], settings: Settings, u: Tensor | None) -> None:
@@ -178,8 +124,7 @@ class Decoder:
         fp64 on the host: the numbers with which each sequence draws its tokens."""
         if self._free is not None:
             torch.cuda.current_stream().wait_event(self._free)
-        if len(self._captured) > MOST_GRAPHS:
-            self._captured.clear()
+        self._graphs.limit()
         self._settings = settings
         self._u = None if u is None else upload(u.t().contiguous(), self._tokens.device)
         self.cache.clear()
@@ -229,9 +174,9 @@ class Decoder:
         size = bucket(len(self.rows))
         if self._u is not None:
             torch.index_select(self._u[self._sampled], 0, self._order, out=self._draws[:size])
-        logits = self._run(size, lambda: self._forward(model, size), graphs)
+        logits = self._graphs.run(size, lambda: self._forward(model, size), graphs)
         way = size, self._settings
-        ids = self._run(way, lambda: self._sample(logits), graphs)
+        ids = self._graphs.run(way, lambda: self._sample(logits), graphs)
         self._sampled += 1
         return Read(ids, self.rows)
 
@@ -250,28 +195,6 @@ class Decoder:
         ids = sampling.sample_rows(logits, self._draws[:size], *self._settings)
         self._tokens[:size, 0] = ids.clamp(min=0)
         return ids
-
-    def _run(self, what: Any, step: Callable[[], Tensor], graphs: type[CudaGraph] | None) -> Tensor:
-        """Run step(), from the third call on by a graph: the first call warms up, the second
-        captures and replays. what: all that its kernels depend on, besides the backends."""
-        if graphs is None:
-            return step()
-        key = what, asked_for()
-        if key not in self._captured:
-            if key not in self._warm:
-                self._shared = self._shared or graphs.new_shared(self._tokens.device)
-                graph = graphs(self._shared)
-                result = graph.warm_up(step)
-                self._warm[key] = graph  # only now: a call that fails is not a warm-up
-                return result
-            graph = self._warm.pop(key)
-            # A capture creates tensors for torch's random numbers, which others change: they must
-            # not be inference tensors.
-            with torch.inference_mode(False):
-                self._captured[key] = graph, graph.capture(torch.inference_mode()(step))
-        graph, result = self._captured[key]
-        graph.replay()
-        return result
 
     def end(self) -> None:
         """Record the end of the last step, for which a generation on another stream waits."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import decode, sampling
+from . import graphs as cuda_graphs
 from . import speculate as speculation
 from .cache import KVCache
 from .protocol import Model
@@ -60,7 +61,7 @@ def generate(
     sampling.check(temperature, top_p, top_k)
     if graphs is not None and not isinstance(graphs, bool):
         raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
-    cannot = decode.cannot_capture(model.device)
+    cannot = cuda_graphs.cannot_capture(model.device)
     if graphs and cannot:
         raise ValueError(f"graphs: got True, but {cannot}")
     speculation.check(model, speculate, draft_tokens)
@@ -93,7 +94,7 @@ def generate(
             u = torch.stack(
                 [torch.rand(max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
             )
-        capture = None if graphs is False or cannot else decode.CudaGraph
+        capture = None if graphs is False or cannot else cuda_graphs.CudaGraph
         decode.run(model, checked, max_new_tokens, settings, u, emit, capture)
         return new
 

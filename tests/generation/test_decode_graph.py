@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 from llama_fast import Llama
-from llama_fast.generation import decode
+from llama_fast.generation import decode, graphs
 from llama_fast.generation.decode import Decoder, Settings, Size, bucket
 
 from ..support.generation import CONFIG, OPTIONS, plainly, prompts
@@ -76,12 +76,12 @@ def test_another_backend_has_graphs_of_its_own(model: Llama) -> None:
 def test_new_settings_in_each_call_do_not_pile_up(
     model: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
     for i in range(7):
         options = {"temperature": 1 + i / 10, "seed": 1, "stop_ids": ()}
         batch = prompts(5)
         assert model.generate(batch, 5, **options) == plainly(model, batch, 5, **options)
-        assert len(model.decoders[0]._captured) <= 3 + 2
+        assert len(model.decoders[0]._graphs) <= 3 + 2
 
 
 def test_a_failed_warm_up_is_repeated(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

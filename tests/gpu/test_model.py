@@ -15,7 +15,7 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import KVCache, Llama, LlamaConfig
 from llama_fast.checkpoint.weights import Linear
-from llama_fast.generation import decode, generate
+from llama_fast.generation import generate, graphs
 from llama_fast.ops import linear as products
 from llama_fast.reference import unpack_weight
 
@@ -61,8 +61,8 @@ def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterato
     """Make generate() take a GPU's path: on the GPU, or on CPU tensors with recorded graphs."""
     if device.type == "cpu":
         monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
-        monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
-        monkeypatch.setattr(decode, "CudaGraph", RecordedGraph)
+        monkeypatch.setattr(graphs, "cannot_capture", lambda device: None)
+        monkeypatch.setattr(graphs, "CudaGraph", RecordedGraph)
     yield
 
 

@@ -15,7 +15,7 @@ _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzer
 
 
 class RecordedGraph:
-    """Replace decode.CudaGraph. capture() records every op with its tensors and leaves no trace in
+    """Replace graphs.CudaGraph. capture() records every op with its tensors and leaves no trace in
     memory. replay() runs those ops on the same tensors without the captured function's Python. A
     function that makes a new tensor instead of using a fixed one, or that lets the host decide,
     gives stale results here, as on a GPU."""

@@ -138,4 +138,51 @@ LF_DEVICE void store_e4m3(uint8_t* row, int64_t first, int64_t n, const T (&x)[c
   }
 }
 
+// Most threads of a block that quantizes a row.
+constexpr int kMostThreads = 1024;
+
+// Threads for a row of `all` vectors, and how many of these a thread keeps in registers, at most
+// `most` (2 or 4); 0: none.
+struct RowShape {
+  int64_t held, threads;
+  RowShape(int64_t all, int64_t most)
+      : held(all <= 2 * kMostThreads      ? 2
+             : all <= most * kMostThreads ? most
+                                          : 0),
+        threads(held ? ((all + held - 1) / held + 31) / 32 * 32 : kMostThreads) {}
+};
+
+// Quantizes a row of n by the whole block. load(at) gives a thread's vector from column `at` on,
+// with zeros past the end. held: how many it keeps; 0: none, each is loaded twice.
+template <bool aligned, int held, class Load>
+LF_DEVICE void quantize_row(const Load& load, int64_t n, float scale_ub, float* scale, uint8_t* q,
+                            unsigned char* scratch) {
+  using Loaded = decltype(load(int64_t{0}));
+  constexpr int size = Loaded::size;
+  const int64_t step = static_cast<int64_t>(blockDim.x) * size;
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * size;
+  float amax = 0;
+  Loaded v[held ? held : 1];
+  if constexpr (held > 0) {
+#pragma unroll
+    for (int k = 0; k < held; ++k) v[k] = load(first + k * step);
+#pragma unroll
+    for (int k = 0; k < held; ++k) amax = MaxMagnitude{}(amax, largest(v[k].at));
+  } else {
+    for (int64_t at = first; at < n; at += step) amax = MaxMagnitude{}(amax, largest(load(at).at));
+  }
+  amax = reduce_block(amax, reinterpret_cast<float*>(scratch), MaxMagnitude{});
+  const float s = fp8_scale(amax, scale_ub);
+  if (threadIdx.x == 0) *scale = s;
+  const Fp8Divisor by(s, amax);
+  if constexpr (held > 0) {
+    // Recomputed, so that a vector's place takes no registers during the reduction.
+    const int64_t again = int64_t{ptx::opaque(static_cast<int>(threadIdx.x))} * size;
+#pragma unroll
+    for (int k = 0; k < held; ++k) store_e4m3<aligned>(q, again + k * step, n, v[k].at, by);
+  } else {
+    for (int64_t at = first; at < n; at += step) store_e4m3<aligned>(q, at, n, load(at).at, by);
+  }
+}
+
 }  // namespace lf::cuda
