@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _cpu, amx, cpu, cuda
 
-# op -> family, which is the name of its files and kernels. ops/common.py adds each op.
+# op -> family, which is the name of its files and kernels. ops/__init__.py adds all of them.
 OPS: dict[str, str] = {}
 
 # (family, chip, class of shapes) -> (backend, folder of bench/results whose report shows it right

@@ -12,9 +12,14 @@ Zero tokens give empty outputs. The ops are for inference only: none has a backw
 
 from importlib import import_module
 
-from .. import _cpu
-from ..dispatch import read_environment
+import torch
+
+from .. import _cpu, reference
+from ..dispatch import OPS, read_environment
 
 for _family in _cpu.families:
-    import_module(f"{__name__}.{_family}")
+    _module = import_module(f"{__name__}.{_family}")
+    for _name in vars(_module):  # an op has an eager twin of its name and is registered
+        if hasattr(reference, _name) and hasattr(torch.ops.llama_fast, _name):
+            OPS[_name] = _family
 read_environment()
