@@ -55,6 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
     "hardware e4m3": dict.fromkeys(("sm_89", "sm_90", "sm_100"), "cvt e4m3"),
     "ex2": dict.fromkeys(common.CHIPS, "ex2"),
 }
+ANY = ""  # among the kernels of a case's needs: each that it does not name
 MAY_SERIALIZE = "may serialize"  # among a kernel's needs: its wgmma may be serialized
 
 
@@ -92,22 +93,12 @@ class Row:
     facts: Facts | None = None
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def shared_limit(self) -> int:
-        return common.CHIPS[self.arch].shared_memory
-
-    @property
-    def occupancy(self) -> Occupancy:
-        f = self.facts
-        assert f
-        return occupancy(self.arch, f.registers, f.shared, f.threads, f.tensor_memory)
-
     def __str__(self) -> str:
         text = f"{self.kernel:<28}{self.arch:<8}{self.config:<52}"
         if f := self.facts:
-            o = self.occupancy
-            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{self.shared_limit:<7}"
-            text += f"{o.blocks:>3} x {o.warps // max(o.blocks, 1):<3} {', '.join(f.instructions)}"
+            limit = common.CHIPS[self.arch].shared_memory
+            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{limit:<7} "
+            text += f"{resident(self.arch, f)} {', '.join(f.instructions)}"
         return text + "".join(f"  WRONG: {problem}" for problem in self.problems)
 
 
@@ -156,7 +147,7 @@ def _add(rows: dict[str, Row], case: Case, arch: str, index: int, launch: Launch
     row = rows.setdefault(key, new)
     if case.name not in row.cases:
         row.cases.append(case.name)
-    row.needs |= set(case.needs.get(kernel, ()))
+    row.needs |= set(case.needs.get(kernel, case.needs.get(ANY, ())))
     if index == 0 and arch == "sm_90":
         planned = dict(launch.config.constants).get("PER_SM", 1)  # programs of a persistent grid
         row.blocks = max(row.blocks, planned, case.blocks.get(kernel, 1))
@@ -208,20 +199,20 @@ def run(rows: list[Row], processes: int, tick: Callable[[Row], object] = lambda 
 # ---- the rules ----
 
 
+def resident(arch: str, f: Facts) -> Occupancy:
+    return occupancy(arch, f.registers, f.shared, f.threads, f.tensor_memory)
+
+
 def problems(arch: str, facts: Facts, needs: Iterable[str], blocks: int) -> list[str]:
     """List what is wrong with a kernel."""
-    limit = common.CHIPS[arch].shared_memory
-    resident = occupancy(arch, facts.registers, facts.shared, facts.threads, facts.tensor_memory)
+    limit, fits = common.CHIPS[arch].shared_memory, resident(arch, facts)
     rules = [
         (facts.stack, f"{facts.stack} bytes of local memory a thread: spills, or an array"),
         (facts.shared > limit, f"{facts.shared} bytes of shared memory, the chip has {limit}"),
         (facts.serialized and MAY_SERIALIZE not in needs, "wgmma is serialized"),
         ("tf32" in facts.instructions, "tf32"),
         *((True, lost) for lost in _lost(arch, facts, needs)),
-        (
-            resident.blocks < blocks,
-            f"{resident.blocks} blocks a multiprocessor, limited by {resident.limit}",
-        ),
+        (fits.blocks < blocks, f"{fits.blocks} blocks a multiprocessor, limited by {fits.limit}"),
     ]
     return [text for broken, text in rules if broken]
 

@@ -16,6 +16,7 @@ from llama_fast import reference
 from llama_fast.bench.model import models, scaling
 from llama_fast.bench.model.fit import fit, linear_memory
 from llama_fast.bench.results import plot
+from llama_fast.bench.results.files import Record
 
 CPU = torch.device("cpu")
 SIZES = [2**i for i in range(7, 18)]  # 128 to 131,072
@@ -91,9 +92,9 @@ def narrow(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "FIRST_PROMPT", 64)
 
 
-def test_curves(narrow: None, tmp_path: Path) -> None:
-    lines_printed: list[str] = []
-    found = scaling.run(CPU, "quick", lines_printed.append)
+def test_curves(narrow: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = scaling.run(CPU, "quick", Record())
+    lines_printed = capsys.readouterr().out.splitlines()
     assert found["wrong"] == []
     curves = {c["name"]: c for c in found["curves"]}
     assert list(curves) == [
@@ -130,7 +131,7 @@ ENVIRONMENT: dict[str, Any] = {"cpu": "a CPU", "threads": 2, "isa": "avx2", "tor
 def only_attention(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     curves = scaling._curves
     monkeypatch.setattr(scaling, "_curves", lambda *a: [next(curves(*a))])
-    return scaling.run(CPU, "quick", lambda line: None)
+    return scaling.run(CPU, "quick", Record())
 
 
 def test_quadratic_memory_is_noticed(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +152,7 @@ def test_wrong_result_is_noticed(
     narrow: None, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lf, "attention", lambda q, k, v: reference.attention(q, k, v) * factor)
-    monkeypatch.setitem(scaling.LEVELS, "quick", replace(TINY, tokens=512))
+    monkeypatch.setitem(scaling.LEVELS, "quick", TINY._replace(tokens=512))
     monkeypatch.setattr(scaling, "FIRST_TOKENS", 256)
     lines = only_attention(monkeypatch)["wrong"]
     assert [line.split(":")[0] for line in lines] == [
