@@ -37,19 +37,12 @@ _RC = {
     "svg.hashsalt": "llama_fast",  # equal figures give equal bytes
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
-    "text.color": INK,
-    "axes.edgecolor": FAINT,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 9.5,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "legend.frameon": False,
 }
 OURS = ("ours", "FP8")

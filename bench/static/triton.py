@@ -85,7 +85,6 @@ class Row:
     kernel: str
     arch: str
     config: str = ""
-    config_index: int = 0
     cases: list[str] = field(default_factory=list)
     needs: set[str] = field(default_factory=set)
     blocks: int = 1  # that must fit on a multiprocessor
@@ -130,7 +129,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
                     for launch in recording.launches:
                         _add(rows, case, arch, index, launch)
                 except Exception as error:  # a row of its own, so that the others stay
-                    row = Row(case.op, case.op, arch, "", index, [case.name])
+                    row = Row(case.op, case.op, arch, cases=[case.name])
                     row.problems.append(_brief(error))
                     rows[f"{arch} {case.op} {case.name}"] = row
                     break
@@ -143,7 +142,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
 def _add(rows: dict[str, Row], case: Case, arch: str, index: int, launch: Launch) -> None:
     key, compiler = specialize(launch, common.CHIPS[arch])
     kernel = launch.kernel.__name__
-    new = Row(case.op, kernel, arch, str(launch.config), index, compile=compiler)
+    new = Row(case.op, kernel, arch, str(launch.config), compile=compiler)
     row = rows.setdefault(key, new)
     if case.name not in row.cases:
         row.cases.append(case.name)
@@ -243,7 +242,7 @@ def compare(cases: Iterable[Case], rows: Iterable[Row]) -> None:
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:
-    kept = ("op", "kernel", "arch", "config", "config_index", "cases", "problems")
+    kept = ("op", "kernel", "arch", "config", "cases", "problems")
     found = [
         {**{k: getattr(row, k) for k in kept}, "facts": row.facts and asdict(row.facts)}
         for row in rows
