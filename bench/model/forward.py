@@ -113,7 +113,10 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
             # Before the jobs: memory that they keep, such as a cache, would not be counted.
             most = max(job.tokens for job in sizes.jobs if job.kind == "pp")
             found["memory"] = dict(lineup.each("memory", partial(lineup.memory, most)).values())
-            lineup.measure_limits()
+            for name in ("limit",) if device.type == "cpu" else ("limit", "limit FP8"):
+                fp8 = name.endswith("FP8")
+                limit = limits.compute(torch.bfloat16, device, asked.speed, fp8)
+                lineup.limits[name] = limit
             within = ALL - (time.perf_counter() - begun)
             if asked.level == "full" or device.type != "cpu":
                 within = float("inf")
@@ -182,12 +185,6 @@ class Lineup:
             model.extend(prompt[:, :0], prompt)(0)
         gib = {"weights_gib": model.weight_bytes() / 2**30, "prompt_gib": peak.bytes / 2**30}
         return part(model.label, lambda _: None, n)[0], gib
-
-    def measure_limits(self) -> None:
-        asked, half = self.asked, torch.bfloat16
-        self.limits = {"limit": limits.compute(half, asked.device, asked.speed)}
-        if asked.device.type != "cpu":
-            self.limits["limit FP8"] = limits.compute(half, asked.device, asked.speed, fp8=True)
 
     def runs(self, job: Job) -> dict[str, Run]:
         """Make the runs of every model and the limits; a model reads a job's context here."""

@@ -215,9 +215,13 @@ def _measured(
         "name": curve.name,
         "what": curve.what,
         "axis": curve.axis,
-        "lines": {n: {"points": p, **_fits(p)} for n, p in lines.items()},
+        "lines": {name: {"points": points} for name, points in lines.items()},
         "left_out": out,
     }
+    for line in curve_found["lines"].values():
+        for what in ("seconds", "bytes"):
+            if found := fit([(p["size"], p[what]) for p in line["points"]]):
+                line[f"{what}_fit"] = found
     memory = linear_memory([(p["size"], p["bytes"]) for p in lines["ours"]])
     if curve.linear and memory:
         curve_found["linear_memory"] = memory
@@ -258,11 +262,6 @@ def _figures(point: Point, runs: dict[str, Run], device: torch.device) -> dict[s
     for figures in found.values():
         figures["seconds"] /= point.steps
     return found
-
-
-def _fits(points: list[dict[str, Any]]) -> dict[str, Any]:
-    fits = {what: fit([(p["size"], p[what]) for p in points]) for what in ("seconds", "bytes")}
-    return {f"{what}_fit": found for what, found in fits.items() if found}
 
 
 def fitted(curve: dict[str, Any]) -> list[str]:
