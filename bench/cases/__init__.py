@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from llama_fast import dispatch
 
-from ..timing import CPU, machine
+from ..timing import CPU, UNBOUND, Speed
 from . import attention, elementwise, linear
 from .case import Case, Plan, Spec, relative_error
 from .shapes import fitted, layer_shapes, sweep
 
 __all__ = ["BASELINES", "OPS", "Case", "Plan", "Spec", "plan", "relative_error", "spec"]
 
-GROUPS: tuple[Callable[[Spec], Iterator[Plan]], ...] = (
-    elementwise.norms,
-    elementwise.rope,
-    elementwise.activations,
-    attention.plans,
-    linear.plans,
-)
+GROUPS = (elementwise.plans, attention.plans, linear.plans)
 OPS = tuple(op for op in dispatch.OPS if op != "pack_weight")  # runs once, at load
 # Ops for GPUs: a CPU runs them only if they are named, or in a full run.
 FOR_GPUS = ("rms_norm_fp8", "apply_rope_and_append", "silu_and_mul_fp8", "fp8_gemm")
 
 # PyTorch's implementations: the names that --baseline takes.
 BASELINES = (
-    "eager",
-    "torch.compile",
-    "F.rms_norm",
-    "SDPA",
-    *attention.SDPA,
-    "SDPA, one by one",
-    "F.linear",
-    "bf16 F.linear",
-    "torch._scaled_mm",
-    "torch._scaled_mm + quantizing",
-    "transformers",
-    "transformers eager",
+    *("eager", "torch.compile", "F.rms_norm", "SDPA", *attention.SDPA, "SDPA, one by one"),
+    *("F.linear", "bf16 F.linear", "torch._scaled_mm", "torch._scaled_mm + quantizing"),
+    *("transformers", "transformers eager"),
     *(f"{name} fp32" for name in ("eager", "SDPA", "F.linear", "transformers")),
 )
 
@@ -50,7 +35,7 @@ def spec(
     device: torch.device = CPU,
     level: str = "default",
     tp: int = 1,
-    speed: machine.Speed = machine.UNBOUND,
+    speed: Speed = UNBOUND,
 ) -> Spec:
     """Return the Spec of a run. Sizes that would take too long at that speed are halved, except in
     a full run."""

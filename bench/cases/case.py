@@ -15,7 +15,8 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ from torch import Tensor
 import llama_fast as lf
 from llama_fast import _cpu, reference
 
-from ..timing import CPU, Run, limits, machine
-from ..timing.limits import Limit
+from ..timing import CPU, UNBOUND, Limit, Run, Speed, limits
 from .shapes import Shapes, Sweep
 
 CACHE_BYTES = 96 << 20  # more than the last-level caches of the machines this was tried on
@@ -34,6 +34,7 @@ CHECKED_ROWS = 32  # from each end of an output: the exact result in fp64 is slo
 PARTS = 8  # a slow baseline does at least an eighth of the work
 
 Arguments = Callable[[int], tuple[Any, ...]]  # round -> an op's arguments, by its public signature
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Spec:
     sweep: Sweep
     dtype: torch.dtype
     device: torch.device = CPU
-    speed: machine.Speed = machine.UNBOUND
+    speed: Speed = UNBOUND
 
     @property
     def fp32_too(self) -> bool:
@@ -59,16 +60,16 @@ class Spec:
     def size(self) -> int:
         return self.dtype.itemsize
 
+    def either(self, cpu: T, gpu: T) -> T:
+        return gpu if self.on_gpu else cpu
+
     def randn(self, *shape: int, cache: bool = False) -> Tensor:
-        """Draw in fp32 and round, so that every dtype has the same values. Draw in slices, since
-        the fp32 numbers of a large weight may not fit beside it. cache: ask for huge pages, as
-        KVCache does."""
+        """Draw in fp32 and round, so that every dtype has the same values, in slices, since a large
+        weight's fp32 numbers may not fit beside it. cache: ask for huge pages, as KVCache does."""
         out = torch.empty(*shape, dtype=self.dtype, device=self.device)
         if cache and out.is_cpu:
             _cpu.advise_huge_pages(out)
-        flat, step = out.view(-1), 1 << 26
-        for i in range(0, flat.numel(), step):
-            part = flat[i : i + step]
+        for part in out.view(-1).split(1 << 26):
             part.copy_(torch.randn(part.numel(), device=self.device))
         return out
 
@@ -96,36 +97,56 @@ _places = random.Random(0)
 
 
 @dataclass(frozen=True)
-class Case:
-    """One op at one shape. A run takes the round's number, by which it rotates buffers."""
+class Plan:
+    """One op at one shape, before its tensors exist."""
 
     op: str
     shape: str
     axes: dict[str, int]  # the sizes that vary, by name, for curves
     bytes: float  # each input read and each output written once
     flops: float
+    memory: float  # bytes that making and running it takes, estimated
+    make: Callable[[], Case]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape}"
+
+    def work(self, limit: Limit) -> float:
+        """Return what the rate counts: bytes, or flops where arithmetic is the limit."""
+        return self.flops if limit.computes else self.bytes
+
+
+def checked(result: Any) -> Tensor:
+    """Return the checked rows of an op's first output."""
+    return ends(result[0] if isinstance(result, tuple) else result)
+
+
+@dataclass
+class Case:
+    """A plan's implementations. A run takes the round's number, by which it rotates buffers."""
+
+    op: str
     arguments: Arguments
-    ours: Run
-    baselines: dict[str, Run]
     limit: Limit
     exact: Callable[[], Tensor]  # the result in fp64
-    value: Callable[[Any], Tensor]  # the part of a run's result that corresponds to exact
+    value: Callable[[Any], Tensor] = checked  # the part of a run's result that exact corresponds to
     options: Mapping[str, Any] = field(default_factory=dict)  # the op's keyword arguments
+    baselines: dict[str, Run] = field(default_factory=dict)
+    # Baselines that can run a part: n -> a run of an nth of the work. `baselines` gets their whole.
+    parts: dict[str, Callable[[int], Run]] = field(default_factory=dict)
+    divides: bool = True  # whether the work divides by PARTS
     inputs: Mapping[str, Any] = field(default_factory=dict)  # by name, for peers; empty: no peers
-    targets: dict[str, float] = field(default_factory=dict)  # baseline or "limit" -> wanted ratio
+    targets: Mapping[str, float] = field(default_factory=dict)  # baseline or "limit" -> ratio
     copies: int = 8  # the most buffers that the runs rotate through
     waits: tuple[str, ...] = ()  # runs that wait for a GPU and so cannot be in a CUDA graph
-    # Baselines that can run a part: n -> a run of an nth of the work.
-    parts: Mapping[str, Callable[[int], Run]] = field(default_factory=dict)
+    packed: Arguments | None = None  # the arguments in the layout that ours reads
 
-    @property
-    def unit(self) -> str:
-        return "TFLOP/s" if self.limit.computes else "GB/s"
+    def __post_init__(self) -> None:
+        self.baselines = {**{name: part(1) for name, part in self.parts.items()}, **self.baselines}
 
-    @property
-    def work(self) -> float:
-        """Return what the rate counts: bytes, or flops where arithmetic is the limit."""
-        return self.flops if self.limit.computes else self.bytes
+    def ours(self, i: int) -> Any:
+        return getattr(lf, self.op)(*(self.packed or self.arguments)(i), **self.options)
 
     def on(self, backend: str) -> Run:
         """Return our run with its op on that backend."""
@@ -141,24 +162,6 @@ class Case:
         return lambda i: function(*self.arguments(i), **self.options)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A case before its tensors exist."""
-
-    op: str
-    shape: str
-    memory: float  # bytes that making and running it takes, estimated
-    make: Callable[[], Case]
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.shape}"
-
-
-def ours(op: str, arguments: Arguments, **options: Any) -> Run:
-    return lambda i: getattr(lf, op)(*arguments(i), **options)
-
-
 def eager(op: str, arguments: Arguments, **options: Any) -> Run:
     twin = getattr(reference, op)
     return lambda i: twin(*arguments(i), **options)
@@ -166,18 +169,16 @@ def eager(op: str, arguments: Arguments, **options: Any) -> Run:
 
 def compiled(op: str, arguments: Arguments) -> Run:
     """Return a run of torch.compile's form of the eager twin, which the first call compiles."""
-    twin: list[Callable[..., Any]] = []
 
-    def run(i: int) -> Any:
-        if not twin:
-            torch._dynamo.reset()  # each case's shapes count against a limit of variants
-            # The cache's key does not hold the instruction set: a graph for AVX-512's vectors,
-            # reused where AVX2 is forced, leaves out half of the elements.
-            torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
-            twin.append(torch.compile(getattr(reference, op), dynamic=False))
-        return twin[0](*arguments(i))
+    @cache
+    def twin() -> Callable[..., Any]:
+        torch._dynamo.reset()  # each case's shapes count against a limit of variants
+        # The cache's key does not hold the instruction set: a graph for AVX-512's vectors, reused
+        # where AVX2 is forced, leaves out half of the elements.
+        torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+        return torch.compile(getattr(reference, op), dynamic=False)
 
-    return run
+    return lambda i: twin()(*arguments(i))
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
@@ -195,13 +196,8 @@ def ends(t: Tensor, rows: int = CHECKED_ROWS) -> Tensor:
     return torch.cat((raw[:rows], raw[-rows:])).view(t.dtype)
 
 
-def checked(result: Any) -> Tensor:
-    """Return the checked rows of an op's first output."""
-    return ends(result[0] if isinstance(result, tuple) else result)
-
-
 def cache_bytes(device: torch.device) -> int:
     """Return the bytes that rotating buffers need; four times a GPU's L2, which is not LRU."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not torch.cuda.is_available():  # or a plan for a GPU that is away
         return CACHE_BYTES
     return 4 * torch.cuda.get_device_properties(device).L2_cache_size

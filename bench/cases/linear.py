@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import llama_fast as lf
 from llama_fast import reference
 
 from ..timing import Run, limits
-from .case import PARTS, Case, Plan, Spec, eager, ends, ours
+from .case import PARTS, Case, Plan, Spec, eager, ends
 
 CHECKED_FEATURES = 512  # from each end, compared with fp64
 FEW = 64  # rows up to which reading the weight limits a GPU
@@ -30,10 +30,6 @@ class Weights:
     packed: list[Tensor]  # the e4m3 weights in our layout
     packed_plain: list[Tensor]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.plain[0].shape[0], self.plain[0].shape[1]
-
 
 kept: dict[tuple[Spec, int, int], Weights] = {}  # the last linear's, which its cases share
 
@@ -44,89 +40,70 @@ def _weights(s: Spec, n: int, k: int) -> Weights:
         count = s.copies(n * k)
         plain = [s.randn(n, k) for _ in range(max(2, count // 2))]
         quantized = [lf.quantize_fp8(plain[i % len(plain)]) for i in range(count)]
-        pack = (lambda w: w) if s.on_gpu else lf.pack_weight  # a layout for CPUs
+        pack = s.either(lf.pack_weight, lambda w: w)  # a layout for CPUs
         packed, packed_plain = [pack(q) for q, _ in quantized], [pack(w) for w in plain]
         kept[s, n, k] = Weights(plain, quantized, packed, packed_plain)
     return kept[s, n, k]
 
 
 def plans(s: Spec) -> Iterator[Plan]:
+    large = [m for m in s.sweep.rows if m > FEW] or s.sweep.rows[-1:]
+    blocks = partial(_fp8_gemm, granularity=("block", "block_2d"))
+    wanted: list[tuple[str, Callable[..., Case], int, str, int]]
+    wanted = [("fp8_gemm", _fp8_gemm, m, "", 1) for m in large]
+    wanted += [("fp8_gemm", blocks, m, "blocks ", 1) for m in large[-1:] if s.sweep.variants]
+    wanted += [("fp8_linear", _fp8_linear, m, "", s.size) for m in s.sweep.rows]
     for name in s.sweep.linears:
         n, k = s.shapes.linears[name]
         count = s.copies(n * k)
-        memory = n * k * (2.0 * count + 3.0 * max(2, count // 2) * s.size)
-        memory += 8.0 * n * k * s.fp32_too
-
-        def planned(op: str, make: Callable[..., Case], m: int, shape: str = "") -> Plan:
-            what = f"{shape}M={m}, {n} x {k}"  # noqa: B023
-            extra = 4.0 * m * (n + k) * s.size  # noqa: B023
-            return Plan(op, what, memory + extra, functools.partial(make, s, n, k, m, what))  # noqa: B023
-
-        large = [m for m in s.sweep.rows if m > FEW] or s.sweep.rows[-1:]
-        for m in large:
-            yield planned("fp8_gemm", _fp8_gemm, m)
-        if s.sweep.variants:
-            blocks = functools.partial(_fp8_gemm, granularity=("block", "block_2d"))
-            yield planned("fp8_gemm", blocks, large[-1], "blocks ")
-        for m in s.sweep.rows:
-            yield planned("fp8_linear", _fp8_linear, m)
-        for m in s.sweep.rows[:1]:
-            yield planned("linear", _linear, m)
+        weights = n * k * (2.0 * count + 3.0 * max(2, count // 2) * s.size)
+        weights += 8.0 * n * k * s.fp32_too
+        for op, make, m, kind, x in [*wanted, ("linear", _linear, s.sweep.rows[0], "", 0)]:
+            # linear, at one row, counts only its weight.
+            moved = 1.0 * n * k + m * (x * k + n * s.size) if x else 1.0 * n * k * s.size
+            work = moved, 2.0 * m * n * k, weights + 4.0 * m * (n + k) * s.size
+            shape, axes = f"{kind}M={m}, {n} x {k}", {"rows": m, "features": n, "inner": k}
+            yield Plan(op, shape, axes, *work, partial(make, s, n, k, m))
 
 
-def _case(op: str, n: int, k: int, m: int, shape: str, size: float, **fields: Any) -> Case:
-    return Case(
-        op=op,
-        shape=shape,
-        axes={"rows": m, "features": n, "inner": k},
-        bytes=size,
-        flops=2.0 * m * n * k,
-        value=lambda out: ends(ends(out).t(), CHECKED_FEATURES).t(),
-        **fields,
-    )
+def _value(out: Tensor) -> Tensor:
+    return ends(ends(out).t(), CHECKED_FEATURES).t()
 
 
 def _exact_product(x: Tensor, w: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return the checked rows and features of x @ w.T in fp64."""
     w = ends(w, CHECKED_FEATURES)
     if scale is not None:
-        scale = ends(scale, CHECKED_FEATURES)
-        return ends(x).double() @ reference.dequantize_fp8(w, scale, dtype=torch.float64).t()
+        w = reference.dequantize_fp8(w, ends(scale, CHECKED_FEATURES), dtype=torch.float64)
     return ends(x).double() @ w.double().t()
 
 
-def _linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
-    w = _weights(s, n, k)
-    x = s.randn(m, k)
-    size = 1.0 * n * k * x.itemsize
+def _linear(s: Spec, n: int, k: int, m: int) -> Case:
+    w, x = _weights(s, n, k), s.randn(m, k)
     baselines: dict[str, Run] = {"F.linear": lambda i: F.linear(x, w.plain[i % len(w.plain)])}
     if s.fp32_too:
         baselines["F.linear fp32"] = _linear_fp32(x, w, 1)
-    return _case(
+    return Case(
         "linear",
-        *(n, k, m, shape, size),
-        arguments=lambda i: (x, w.plain[i % len(w.plain)]),
-        ours=lambda i: lf.linear(x, w.packed_plain[i % len(w.packed_plain)]),
+        lambda i: (x, w.plain[i % len(w.plain)]),
+        limits.read(w.packed_plain, 1.0 * n * k * s.size),
+        lambda: _exact_product(x, w.plain[0]),
+        _value,
+        packed=lambda i: (x, w.packed_plain[i % len(w.packed_plain)]),
         baselines=baselines,
-        limit=limits.read(w.packed_plain, size),
-        exact=lambda: _exact_product(x, w.plain[0]),
         inputs={"x": x, "weights": w.plain},
     )
 
 
 def _linear_fp32(x: Tensor, w: Weights, n: int) -> Run:
     """Return a run with an nth of the weight's rows. One weight is more than caches hold."""
-    wide, weight = x.float(), w.plain[0][: w.shape[0] // n].float()
+    wide, weight = x.float(), w.plain[0][: len(w.plain[0]) // n].float()
     return lambda _: F.linear(wide, weight)
 
 
-def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
-    w = _weights(s, n, k)
-    x = s.randn(m, k)
+def _fp8_linear(s: Spec, n: int, k: int, m: int) -> Case:
+    w, x = _weights(s, n, k), s.randn(m, k)
     streams = m <= FEW if s.on_gpu else m == 1  # bound by reading the weight
-
-    def arguments(i: int) -> tuple[Any, ...]:
-        return (x, *w.quantized[i % len(w.quantized)])
 
     def packed(i: int) -> tuple[Any, ...]:
         i %= len(w.packed)
@@ -144,35 +121,34 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int, shape: str) -> Case:
 
     parts: dict[str, Callable[[int], Run]] = {"bf16 F.linear": plain, "eager": twin}
     if s.fp32_too:
-        parts["F.linear fp32"] = functools.partial(_linear_fp32, x, w)
-        parts["eager fp32"] = functools.partial(twin, x=x.float())
+        parts["F.linear fp32"] = partial(_linear_fp32, x, w)
+        parts["eager fp32"] = partial(twin, x=x.float())
+    baselines = {}
     targets = {1: {"bf16 F.linear": 4.0, "limit": 0.9}, 16: {"bf16 F.linear": 1.7}}.get(m, {})
     if m >= 512:
-        parts["torch._scaled_mm"] = functools.partial(_scaled_mm, x, w)
+        parts["torch._scaled_mm"] = partial(_scaled_mm, x, w)
         targets = {"bf16 F.linear": 0.95, "torch._scaled_mm": 4.5}
-    baselines = {name: part(1) for name, part in parts.items()}
-    if m >= 512 and s.on_gpu:  # there ours quantizes the activations
-        baselines["torch._scaled_mm + quantizing"] = _scaled_mm(x, w, quantize=True)
-    if s.on_gpu:
-        targets = {"limit": 0.85 if streams else 0.8}
-    return _case(
+        if s.on_gpu:  # there ours quantizes the activations
+            baselines["torch._scaled_mm + quantizing"] = _scaled_mm(x, w, quantize=True)
+    return Case(
         "fp8_linear",
-        *(n, k, m, shape, 1.0 * n * k + x.nbytes + m * n * x.itemsize),
-        arguments=arguments,
-        ours=ours("fp8_linear", packed),
+        lambda i: (x, *w.quantized[i % len(w.quantized)]),
+        limits.read(w.packed, 1.0 * n * k) if streams else s.compute(fp8=True),
+        lambda: _exact_product(x, *w.quantized[0]),
+        _value,
+        packed=packed,
         baselines=baselines,
-        limit=limits.read(w.packed, 1.0 * n * k) if streams else s.compute(fp8=True),
-        exact=lambda: _exact_product(x, *w.quantized[0]),
-        inputs={"x": x, "weights": w.plain, "quantized": w.quantized},
-        targets=targets,
-        parts=parts if n % PARTS == 0 else {},
+        parts=parts,
+        divides=n % PARTS == 0,
+        inputs={"x": x, "weights": w.plain},
+        targets=s.either(targets, {"limit": 0.85 if streams else 0.8}),
     )
 
 
 def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantize: bool = False) -> Run:
     """Return a run of torch's FP8 product scaled by row, with a part of the weight's rows.
     quantize: include the quantization of x."""
-    rows = w.shape[0] // part
+    rows = len(w.plain[0]) // part
     scales = [scale[:rows].t().contiguous() for _, scale in w.quantized]
     given = lf.quantize_fp8(x)
 
@@ -186,15 +162,10 @@ def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantize: bool = False) -> 
 
 
 def _fp8_gemm(
-    s: Spec,
-    n: int,
-    k: int,
-    m: int,
-    shape: str,
-    granularity: tuple[str, str] = ("row", "row"),
+    s: Spec, n: int, k: int, m: int, granularity: tuple[str, str] = ("row", "row")
 ) -> Case:
     """Make a case with both operands in FP8, with scales by row or by block."""
-    w = _weights(s, n, k)
+    w, options = _weights(s, n, k), {"out_dtype": s.dtype}
     a, scale_a = reference.quantize_fp8(s.randn(m, k), granularity[0])
     made = [reference.quantize_fp8(t, granularity[1]) for t in w.plain]
     plain = reference.dequantize_fp8(*made[0], dtype=s.dtype)
@@ -207,27 +178,25 @@ def _fp8_gemm(
 
     def scaled_mm(i: int) -> Tensor:
         b, scale_b = made[i % len(made)]
-        if by_row:
-            return torch._scaled_mm(a, b.t(), scale_a, scale_b.t(), out_dtype=s.dtype)
-        columns = scale_a.t().contiguous().t()  # torch wants them column-major
-        return torch._scaled_mm(a, b.t(), columns, scale_b.t(), out_dtype=s.dtype)
+        # torch wants a block's scales column-major.
+        scale = scale_a if by_row else scale_a.t().contiguous().t()
+        return torch._scaled_mm(a, b.t(), scale, scale_b.t(), out_dtype=s.dtype)
 
     def exact() -> Tensor:
-        x = reference.dequantize_fp8(a, scale_a, dtype=torch.float64)
-        return _exact_product(x, reference.dequantize_fp8(*made[0], dtype=torch.float64))
+        x, b = (reference.dequantize_fp8(*t, dtype=torch.float64) for t in ((a, scale_a), made[0]))
+        return _exact_product(x, b)
 
-    return _case(
+    return Case(
         "fp8_gemm",
-        *(n, k, m, shape, 1.0 * (m + n) * k + m * n * s.size),
-        arguments=arguments,
-        options={"out_dtype": s.dtype},
-        ours=ours("fp8_gemm", arguments, out_dtype=s.dtype),
+        arguments,
+        s.compute(fp8=True),
+        exact,
+        _value,
+        options=options,
         baselines={
-            "eager": eager("fp8_gemm", arguments, out_dtype=s.dtype),
+            "eager": eager("fp8_gemm", arguments, **options),
             "torch._scaled_mm": scaled_mm,
             "bf16 F.linear": lambda _: F.linear(wide, plain),
         },
-        limit=s.compute(fp8=True),
-        exact=exact,
-        targets={"limit": 0.85} if s.on_gpu else {},
+        targets=s.either({}, {"limit": 0.85}),
     )

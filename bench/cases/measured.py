@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from ..peers import Peer, Unsupported
-from ..results import report
-from ..timing import Part, Run, Timing, joined, measure, part
+from ..results.files import Record
+from ..timing import Part, Run, Timing, figures, joined, measure, part
 from ..timing.memory import free_memory, trim
 from .case import PARTS, Case, Plan, relative_error
 
@@ -23,6 +22,7 @@ COMPILE_SECONDS = 30.0  # after so much torch.compile leave it out, except in a 
 # Relative error from which a baseline's result is wrong and its time means nothing. The coarsest
 # right one so far has 0.05; a kernel that left out half of the elements had 0.8 or NaN.
 SOMETHING_ELSE = 0.25
+WRONG = 2.0**-7  # added to twice eager's error: an ulp of bf16, for cases where eager is exact
 # Raised where a version, a shape or a chip does not support a baseline.
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
@@ -43,8 +43,7 @@ class Measurer:
     args: argparse.Namespace
     peers: Sequence[Peer]
     passes: int  # of all cases, see timing/clock.py
-    skip: Callable[[str, str], None]  # name of what is left out, reason
-    fail: Callable[[str, str], None]  # name of ours that failed, reason
+    record: Record
     compiling: float = 0.0  # seconds so far
 
     @property
@@ -62,30 +61,24 @@ class Measurer:
             trim()  # give kept memory back
         if plan.memory > free_memory(self.device):
             if not so_far.passes:
-                self.skip(plan.name, f"needs about {plan.memory / 2**30:.3g} GiB of memory")
+                why = f"needs about {plan.memory / 2**30:.3g} GiB of memory"
+                self.record.skip(plan.name, why)
             return None
         case = plan.make()
         runs = self._runs(plan, case, so_far)
         if not so_far.errors:
             so_far.errors = self._errors(plan, case, runs, so_far)
         budget = BUDGETS[self.args.level] / (1 if self.device.type == "cpu" else 4)
-        so_far.passes.append(
-            measure(
-                {**runs, "limit": case.limit.run},
-                budget,
-                self.device,
-                passes=self.passes,
-                copies=case.copies,
-                waits=case.waits,
-            )
-        )
+        runs["limit"] = case.limit.run
+        options: dict[str, Any] = {"copies": case.copies, "waits": case.waits}
+        so_far.passes.append(measure(runs, budget, self.device, passes=self.passes, **options))
         columns = [name for name in self.columns if name in so_far.errors]
-        return report.row(case, joined(so_far.passes), so_far.errors, columns)
+        return row(plan, case, joined(so_far.passes), so_far.errors, columns)
 
     def _runs(self, plan: Plan, case: Case, so_far: Measured) -> dict[str, Run]:
         """Return ours and every other implementation of a case; later passes run those of the first
         one. Columns other than PyTorch's are tried once, and one that fails is left out."""
-        runs = {"ours": case.ours}
+        runs: dict[str, Run] = {"ours": case.ours}
         for name, run in case.baselines.items():
             if not so_far.passes and self.wants(name):
                 so_far.parts[name] = self._part(case, name)
@@ -93,33 +86,27 @@ class Measurer:
             label, run = part(name, case.parts[name](n) if n > 1 else run, n)
             if label in so_far.passes[0] if so_far.passes else name in so_far.parts:
                 runs[label] = run
-        others: dict[str, Callable[[], dict[str, Run]]] = {
-            name: {name: case.on(name)}.copy for name in self.columns
-        }
-        for op, name, function in self.args.kernel:
-            if op == case.op:
-                others[name] = {name: case.user(function)}.copy
+        others = {name: case.on(name) for name in self.columns}
+        others |= {name: case.user(f) for op, name, f in self.args.kernel if op == case.op}
         for peer in self.peers if case.inputs else ():
-            others[peer.name] = functools.partial(peer.ops, case.op, case.inputs)
-        for name, make in others.items():
             try:
-                found = make()
+                others |= peer.ops(case.op, case.inputs)
             except Exception as why:
-                found = {name: functools.partial(_raise, why)}
-            for label, run in found.items():
-                try:
-                    run(0)
-                    runs[label] = run
-                except Exception as why:
-                    self._refused(plan, label, why)
+                self._refused(plan, peer.name, why)
+        for label, run in others.items():
+            try:
+                run(0)
+                runs[label] = run
+            except Exception as why:
+                self._refused(plan, label, why)
         return runs
 
     def _refused(self, plan: Plan, name: str, why: Exception) -> None:
         refused = isinstance(why, Unsupported | NotImplementedError)
         text = ("" if refused else f"{type(why).__name__}: ") + first_line(why)
-        self.skip(f"{plan.name}: {name}", text)
+        self.record.skip(f"{plan.name}: {name}", text)
         if name in self.columns and not refused:
-            self.fail(f"{plan.name} on {name}", text)
+            self.record.fail(f"{plan.name} on {name}", text)
 
     def wants(self, baseline: str) -> bool:
         if self.args.baseline is not None:
@@ -130,7 +117,7 @@ class Measurer:
 
     def _part(self, case: Case, name: str) -> int:
         """Return n such that a call of an nth of the work takes at most a case's budget."""
-        if name not in case.parts or self.device.type != "cpu":
+        if name not in case.parts or not case.divides or self.device.type != "cpu":
             return 1
         least = case.parts[name](PARTS)
         start = time.perf_counter()
@@ -167,7 +154,7 @@ class Measurer:
                 if name == "ours":
                     raise
                 runs.pop(name, None)
-                self.skip(f"{plan.name}: {name}", first_line(why))
+                self.record.skip(f"{plan.name}: {name}", first_line(why))
                 continue
             if name == "torch.compile":
                 self.compiling += time.perf_counter() - start
@@ -180,12 +167,53 @@ class Measurer:
             if name in case.baselines and not errors[name] <= SOMETHING_ELSE:  # NaN as well
                 runs.pop(name, None)
                 wrong = f"its result is wrong: relative error {errors.pop(name):.1e}"
-                self.skip(f"{plan.name}: {name}", wrong)
+                self.record.skip(f"{plan.name}: {name}", wrong)
         return errors
 
 
-def _raise(error: Exception, _: int) -> NoReturn:
-    raise error
+def row(
+    plan: Plan,
+    case: Case,
+    timings: dict[str, Timing],
+    errors: dict[str, float],
+    backends: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return a case's figures. "times": how many times faster ours is than each implementation;
+    "errors": each one's, against fp64. backends: further backends of ours, which are held to the
+    same bound."""
+    mine, work = timings["ours"].median, plan.work(case.limit)
+    limit_rate = case.limit.work / timings["limit"].median
+    times = {n: t.median / mine for n, t in timings.items() if n not in ("ours", "limit")}
+    reached = {"limit": work / mine / limit_rate, **times}
+    targets = {name: wanted for name, wanted in case.targets.items() if name in reached}
+    not_twins = ("ours", *backends)
+    twin = next((n for n in ("eager", *errors) if n in errors and n not in not_twins), None)
+    eager_error = errors[twin] if twin else 0.0
+    bound = 2 * eager_error + WRONG
+    wrong = [n for n in not_twins if n in errors and not errors[n] <= bound]  # NaN is wrong too
+    scale = 1e12 if case.limit.computes else 1e9
+    return {
+        "op": plan.op,
+        "shape": plan.shape,
+        "axes": plan.axes,
+        "unit": "TFLOP/s" if case.limit.computes else "GB/s",
+        "work": work,
+        "bytes": plan.bytes,
+        "flops": plan.flops,
+        "rate": work / mine / scale,
+        "limit": case.limit.name,
+        "limit_rate": limit_rate / scale,
+        "of_limit": reached["limit"],
+        "times": times,
+        "targets": targets,
+        "met": {name: reached[name] >= wanted for name, wanted in targets.items()},
+        "error": errors["ours"],
+        "eager_error": eager_error,
+        "errors": errors,
+        "wrong": bool(wrong),
+        "seconds": figures(timings, "ours"),
+        **({"wrong_backends": wrong} if wrong and backends else {}),
+    }
 
 
 def first_line(error: BaseException) -> str:

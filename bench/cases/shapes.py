@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 import llama_fast as lf
 
-from ..timing import machine
+from ..timing.machine import halved
 
 PRESETS = {
     "8b": lf.LlamaConfig.llama_3_1_8b,
@@ -80,43 +79,43 @@ class Sweep:
 
 
 _ALL = ("gate_up", "down", "qkv", "output")
-_GPU = Sweep(
-    (32768, 1),
-    (16384, 4096),
-    ((32, 4096), (1, 131072), (8, 32768)),
-    (1, 16, 64, 512, 8192),
-    ("up",),
-    (512, 8192),
-    True,
-)
-_GPU_FULL = Sweep(
-    (1, 16, 128, 1024, 8192, 16384, 32768),
-    (128, 1024, 4096, 16384, 65536, 131072),
-    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 4096)),
-    (1, 4, 16, 64, 512, 4096, 16384),
-    _ALL,
-    (512, 8192),
-    True,
-)
-_CPU = Sweep((512,), (2048,), ((1, 8192), (1, 32768)), (1, 16, 512), ("up",))
-_CPU_FULL = Sweep(
-    (1, 16, 128, 512, 4096, 16384),
-    (128, 512, 2048, 8192),
-    ((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 2048), (64, 1024)),
-    (1, 4, 16, 64, 512, 4096),
-    _ALL,
-)
-_TINY = Sweep((8,), (32,), ((1, 64),), (1, 16, 48), ("up",), (4, 64), True)
-_TINY_FULL = Sweep((1, 8), (16, 32), ((1, 64), (2, 32)), (1, 16, 48), ("up", "down"), (4, 64), True)
+_SWEEPS = {
+    ("cuda", False): Sweep(
+        tokens=(32768, 1),
+        prompts=(16384, 4096),
+        caches=((32, 4096), (1, 131072), (8, 32768)),
+        rows=(1, 16, 64, 512, 8192),
+        linears=("up",),
+        chunk=(512, 8192),
+        variants=True,
+    ),
+    ("cuda", True): Sweep(
+        tokens=(1, 16, 128, 1024, 8192, 16384, 32768),
+        prompts=(128, 1024, 4096, 16384, 65536, 131072),
+        caches=((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (32, 4096), (64, 4096)),
+        rows=(1, 4, 16, 64, 512, 4096, 16384),
+        linears=_ALL,
+        chunk=(512, 8192),
+        variants=True,
+    ),
+    ("cpu", False): Sweep((512,), (2048,), ((1, 8192), (1, 32768)), (1, 16, 512), ("up",)),
+    ("cpu", True): Sweep(
+        tokens=(1, 16, 128, 512, 4096, 16384),
+        prompts=(128, 512, 2048, 8192),
+        caches=((1, 2048), (1, 8192), (1, 32768), (1, 131072), (8, 2048), (64, 1024)),
+        rows=(1, 4, 16, 64, 512, 4096),
+        linears=_ALL,
+    ),
+    ("tiny", False): Sweep((8,), (32,), ((1, 64),), (1, 16, 48), ("up",), (4, 64), True),
+    ("tiny", True): Sweep(
+        (1, 8), (16, 32), ((1, 64), (2, 32)), (1, 16, 48), ("up", "down"), (4, 64), True
+    ),
+}
 
 
 def sweep(model: str, device: torch.device, level: str) -> Sweep:
     """Choose the sizes; a GPU's are larger."""
-    if model == "tiny":
-        return _TINY_FULL if level == "full" else _TINY
-    if device.type == "cpu":
-        return _CPU_FULL if level == "full" else _CPU
-    return _GPU_FULL if level == "full" else _GPU
+    return _SWEEPS["tiny" if model == "tiny" else device.type, level == "full"]
 
 
 CALL = 1.0  # seconds that one call of ours may take
@@ -128,16 +127,13 @@ def fitted(sizes: Sweep, layer: Shapes, rate: float) -> Sweep:
     a second."""
 
     def prompt(tokens: int) -> int:
-        work = 2.0 * tokens**2 * layer.heads * layer.head_dim
-        while work > CALL * rate and tokens >= 2 * LEAST_PROMPT:
-            tokens, work = tokens // 2, work / 4
+        while 2.0 * tokens**2 * layer.heads * layer.head_dim > CALL * rate:
+            if tokens < 2 * LEAST_PROMPT:
+                break
+            tokens //= 2
         return tokens
 
-    def rows(m: int) -> int:
-        work = max(2.0 * m * n * k for n, k in (layer.linears[name] for name in sizes.linears))
-        return machine.halved(m, work / rate, CALL, LEAST_ROWS)
-
-    def each(f: Callable[[int], int], given: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(f(size) for size in given))
-
-    return replace(sizes, prompts=each(prompt, sizes.prompts), rows=each(rows, sizes.rows))
+    widest = max(n * k for n, k in (layer.linears[name] for name in sizes.linears))
+    rows = [halved(m, 2.0 * m * widest / rate, CALL, LEAST_ROWS) for m in sizes.rows]
+    prompts = dict.fromkeys(map(prompt, sizes.prompts))
+    return replace(sizes, prompts=tuple(prompts), rows=tuple(dict.fromkeys(rows)))

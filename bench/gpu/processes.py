@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,11 @@ def limited(command: list[str], seconds: float, log: Path, **environment: str) -
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        end = time.monotonic() + seconds
         try:
-            for _ in range(max(1, round(10 * seconds))):
-                if interrupted.is_set():
-                    return None
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(0.1)
-            return None
+            while process.poll() is None and time.monotonic() < end and not interrupted.is_set():
+                time.sleep(0.1)
+            return process.returncode
         finally:
             for number in (signal.SIGINT, signal.SIGKILL):
                 with contextlib.suppress(ProcessLookupError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..results import files
 from ..results.files import commit, read, write
 from . import processes, tests
 from .processes import limited, tail
@@ -41,17 +43,14 @@ SECONDS = {1: 215.0, 2: 450.0}  # per call; 230 and 470 with the stop of the las
 PARTS = [*dict.fromkeys(part for steps in CALLS.values() for parts, _ in steps for part in parts)]
 AN_OP = 60.0  # time limit of an op's process in seconds
 HERE = """
-import importlib.metadata, json, torch
-found = {"torch": torch.__version__, "cuda": torch.version.cuda, "gpu": None, "sm": ""}
-for name in ("triton", "transformers", "pytest", "matplotlib"):
-    try:
-        found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        found[name] = None
-if torch.cuda.is_available():
-    found["gpu"] = torch.cuda.get_device_name()
-    found["sm"] = "sm_" + "".join(map(str, torch.cuda.get_device_capability()))
-print(json.dumps(found))
+import json, torch
+there, sm = torch.cuda.is_available(), "sm_{}{}"
+print(json.dumps({
+    "torch": torch.__version__,
+    "cuda": torch.version.cuda,
+    "gpu": torch.cuda.get_device_name() if there else None,
+    "sm": sm.format(*torch.cuda.get_device_capability()) if there else "",
+}))
 """
 EPILOG = f"""parts, in this order: {" ".join(PARTS)}
 
@@ -84,28 +83,36 @@ def parser(prog: str) -> argparse.ArgumentParser:
     return p
 
 
-def main(argv: list[str], prog: str = "python -m bench") -> int:
-    args = parser(prog).parse_args(argv)
+def prepared(args: argparse.Namespace, prog: str) -> set[str]:
+    """Return the wanted parts. Raises ValueError if the report cannot run."""
     wanted = {part.strip() for part in args.only.split(",") if part.strip()}
     unknown = sorted(wanted - {*PARTS})
     if unknown or not wanted:
         got = ", ".join(unknown) or "nothing"
-        return _refuse(f"--only: got {got}, want any of {', '.join(PARTS)}")
+        raise ValueError(f"--only: got {got}, want any of {', '.join(PARTS)}")
     if args.device == "cpu" and not args.tiny:
-        return _refuse(f"--device cpu: only with --tiny; `{prog}` measures a CPU")
-    args.out = args.out.resolve()
-    fresh = not args.out.exists()
-    log = args.out / "logs" / "versions.log"
-    code = limited([sys.executable, "-c", HERE], 40.0, log)  # in a process, since a driver may hang
-    here = json.loads(tail(log)) if code == 0 else {}
-    if code != 0 or (args.device == "cuda" and not here["sm"]):
-        why = "torch sees no GPU here" if code == 0 else f"torch does not start here: {tail(log)}"
-        if fresh:
-            log.unlink()
-            log.parent.rmdir(), args.out.rmdir()
-        return _refuse(f"{why}; `{prog}` measures this machine's CPU")
-    args.sm = here["sm"]
+        raise ValueError(f"--device cpu: only with --tiny; `{prog}` measures a CPU")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        code = limited([sys.executable, "-c", HERE], 40.0, log)  # a driver may hang
+        said = tail(log)
+    if code != 0:
+        raise ValueError(f"torch does not start here: {said}; `{prog}` measures this machine's CPU")
+    here = json.loads(said)
+    if args.device == "cuda" and not here["sm"]:
+        raise ValueError(f"torch sees no GPU here; `{prog}` measures this machine's CPU")
+    args.out, args.sm = args.out.resolve(), here["sm"]
     print("  ".join(f"{name} {value}" for name, value in {**here, "commit": commit()}.items()))
+    return wanted
+
+
+def main(argv: list[str], prog: str = "python -m bench") -> int:
+    args = parser(prog).parse_args(argv)
+    try:
+        wanted = prepared(args, prog)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     problems: Problems = []
     status = 0
     with processes.interruptible():
@@ -120,15 +127,10 @@ def main(argv: list[str], prog: str = "python -m bench") -> int:
     return status or (1 if problems else 0)
 
 
-def _refuse(message: str) -> int:
-    print(f"bench: {message}", file=sys.stderr)
-    return 2
-
-
 def _run(args: argparse.Namespace, call: int, wanted: set[str]) -> Problems:
     """Run the call's steps until its time is over."""
     steps = [([p for p in parts if p in wanted], most) for parts, most in CALLS[call]]
-    steps = [(parts, most) for parts, most in steps if parts]
+    steps = [step for step in steps if step[0]]
     seconds = args.seconds or SECONDS[call]
     end, problems = time.monotonic() + seconds, []
     for parts, most in steps:
@@ -194,22 +196,21 @@ def _measured(args: argparse.Namespace, name: str, options: list[str], seconds: 
     command += ["--model", "tiny", "--quick", "--peers", "none"] if args.tiny else []
     code = limited([*command, *options, "--json", str(file)], seconds, log)
     print(tail(log, 3 if code else 30), flush=True)
-    found, path = read(file), args.out / "bench.json"
-    if found:
-        write(path, merged(read(path), found))
+    found = read(file) if file.exists() else {"ops": [], "failed": {}}
+    if file.exists():
+        path = args.out / "bench.json"
+        write(path, merged(read(path), found) if path.exists() else found)
     if code is None:
         return [f"{name}: its process had not ended within {seconds:.0f} s"]
     if code not in (0, 1):
         return [f"{name}: its process ended with {code}: {tail(log)}"]
-    wrong = [f"{r['op']} {r['shape']}: WRONG" for r in (found or {})["ops"] if r["wrong"]]
-    return wrong + [f"{case}: {why}" for case, why in (found or {})["failed"].items()]
+    wrong = [f"{files.name(r)}: WRONG" for r in found["ops"] if r["wrong"]]
+    return wrong + [f"{case}: {why}" for case, why in found["failed"].items()]
 
 
-def merged(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Merge two runs of the suite; a later row of a case replaces the earlier one."""
-    if one is None:
-        return other
-    rows = {f"{r['op']} {r['shape']}": r for r in [*one["ops"], *other["ops"]]}
+    rows = {files.name(r): r for r in [*one["ops"], *other["ops"]]}
     both = {**one, **other, "ops": list(rows.values())}
     for key in ("skipped", "failed", "peers"):
         both[key] = {**one[key], **other[key]}

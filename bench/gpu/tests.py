@@ -86,7 +86,7 @@ def run(backend: str, args: argparse.Namespace, seconds: float) -> Problems:
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
 
     def one(name: str, paths: list[Path], marks: str) -> None:
-        content = _pytest(f"{backend}-{name}", backend, paths, marks, end - time.monotonic(), args)
+        content = _pytest(args, f"{backend}-{name}", backend, paths, marks, end - time.monotonic())
         with lock:
             found["files"][name] = content
             write(args.out / f"tests-{backend}.json", found)
@@ -115,31 +115,20 @@ def missing(backend: str, args: argparse.Namespace) -> str | None:
 
 
 def _pytest(
-    name: str,
-    backend: str,
-    files: list[Path],
-    marks: str,
-    seconds: float,
-    args: argparse.Namespace,
+    args: argparse.Namespace, name: str, backend: str, files: list[Path], marks: str, seconds: float
 ) -> dict[str, Any]:
     """Run files' tests; return passed, failed, skipped, and error if pytest failed or timed out."""
-    logs = args.out / "logs"
-    results, log = logs / f"{name}.xml", logs / f"{name}.log"
+    results, log = (args.out / "logs" / f"{name}.{kind}" for kind in ("xml", "log"))
     results.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *map(str, files)]
     command += ["--junitxml", str(results), "-m", marks, "-k", "not compiles_without"]
     command += ["--timeout", TIMEOUTS[backend], "--timeout-method", "thread"]
     command += SIDE_BY_SIDE if importlib.util.find_spec("xdist") and not args.tiny else ()
-    emulated = backend == "cuda" and args.device == "cpu"
-    environment = {"LLAMA_FAST_CUDA_EMULATOR": "1"} if emulated else {}
+    environment = {"LLAMA_FAST_TEST_BACKEND": backend}
+    if backend == "cuda" and args.device == "cpu":
+        environment["LLAMA_FAST_CUDA_EMULATOR"] = "1"
     began = time.monotonic()
-    code = limited(
-        [*command, *map(str, files)],
-        seconds,
-        log,
-        LLAMA_FAST_TEST_BACKEND=backend,
-        **environment,
-    )
+    code = limited(command, seconds, log, **environment)
     content = {**counted(results), "seconds": round(time.monotonic() - began, 1)}
     if code not in (0, 1, NO_TESTS) or not results.exists():  # such as pytest-timeout's
         why = f"not done within {seconds:.0f} s" if code is None else f"pytest ended with {code}"
@@ -150,15 +139,14 @@ def _pytest(
 def counted(results: Path) -> dict[str, Any]:
     """Count a JUnit file's tests; without a file there are none."""
     found: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
+    groups = {"failure": "failed", "error": "failed", "skipped": "skipped"}
     for case in ElementTree.parse(results).iter("testcase") if results.exists() else ():
-        outcome = {child.tag: child for child in case}
-        name = f"{case.get('classname')}::{case.get('name')}"
-        for tag, group in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
-            if tag in outcome:
-                found[group][name] = (outcome[tag].get("message") or "").strip()[:500]
-                break
-        else:
+        outcome = next((child for child in case if child.tag in groups), None)
+        if outcome is None:
             found["passed"] += 1
+        else:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            found[groups[outcome.tag]][name] = (outcome.get("message") or "").strip()[:500]
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass, replace
 
 import llama_fast as lf
 
-from ..timing import machine
+from ..timing import Speed
+from ..timing.machine import halved
 from . import models
 
 ROUNDS = 6  # the least of all passes together
@@ -23,7 +24,7 @@ CHECKED = 64  # tokens whose logits are compared with fp32's
 STREAMED = 3  # estimate: transformers' time for a token, over the time to read its weights
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Job:
     """Tokens processed at once ("pp") or one by one ("tg"), after `depth` others, in each of
     `batch` sequences."""
@@ -39,25 +40,17 @@ class Job:
         return f"{self.kind}{self.tokens}{depth}{batch}"
 
 
+_PROMPT, _DECODE = Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)
 JOBS = {
-    "quick": (Job("pp", models.PREFILL), Job("tg", 8, models.PREFILL)),
-    "default": (Job("pp", models.PREFILL), Job("tg", 16, models.PREFILL)),
+    "quick": (_PROMPT, Job("tg", 8, models.PREFILL)),
+    "default": (_PROMPT, _DECODE),
     "full": (
-        Job("pp", models.PREFILL),
-        Job("tg", 16, models.PREFILL),
-        Job("tg", 128),
-        Job("pp", models.PREFILL, 16384),
-        Job("tg", 16, 16384),
+        *(_PROMPT, _DECODE, Job("tg", 128)),
+        *(Job("pp", models.PREFILL, 16384), Job("tg", 16, 16384)),
     ),
 }
-
-
-_GPU = (
-    *JOBS["default"],
-    Job("pp", 8192),
-    *(Job("tg", 16, 1024, batch) for batch in (8, 32)),
-    Job("tg", 16, 8192),
-)
+_BATCHES = (Job("tg", 16, 1024, 8), Job("tg", 16, 1024, 32))
+_GPU = (_PROMPT, _DECODE, Job("pp", 8192), *_BATCHES, Job("tg", 16, 8192))
 ON_GPU = {
     "quick": JOBS["default"],
     "default": _GPU,
@@ -65,7 +58,7 @@ ON_GPU = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Sizes:
     """The model and the jobs for a machine."""
 
@@ -82,35 +75,30 @@ def on_gpu(level: str, memory: float, bytes_each: float) -> Sizes:
     return Sizes(config, ON_GPU[level])
 
 
-def plan(level: str, speed: machine.Speed) -> Sizes:
+def plan(level: str, speed: Speed) -> Sizes:
     """Plan for a CPU. A full run keeps the jobs' sizes and only lets slow baselines run a part."""
-    jobs, config, slow = JOBS[level], models.shape(), speed.bf16_is_slow
+    jobs, config, slow, rounds = JOBS[level], models.shape(), speed.bf16_is_slow, ROUNDS
     token = models.prefill_flops(config, 1)  # operations; also the bytes of its bf16 weights
-    if level != "full":
-        layers = machine.halved(config.num_hidden_layers, READS * token / speed.read, MAKING, 1)
-        config = dataclasses.replace(config, num_hidden_layers=layers)
-        token = models.prefill_flops(config, 1)
     tokens = longest = max((job.tokens for job in jobs if job.kind == "pp"), default=1)
-    rounds = ROUNDS
     if level != "full":
+        layers = halved(config.num_hidden_layers, READS * token / speed.read, MAKING, 1)
+        config = replace(config, num_hidden_layers=layers)
+        token = models.prefill_flops(config, 1)
         rival = speed.fp32 if slow else speed.bf16
         prompt = token * (2 / speed.ours + 1 / rival)  # seconds per token, all models
         calls = FEW + BESIDE
-        tokens = machine.halved(longest, calls * prompt * longest, PROMPTS, LEAST)
+        tokens = halved(longest, calls * prompt * longest, PROMPTS, LEAST)
         rounds = ROUNDS if (ROUNDS + BESIDE) * prompt * tokens <= PROMPTS else FEW
         decode = token * (0.5 + 1 + STREAMED + 2 * STREAMED * slow) / speed.read
 
         def sized(job: Job) -> Job:
-            depth, least = job.depth * tokens // longest, 2
+            depth = job.depth * tokens // longest
             if job.kind == "pp":
                 return Job("pp", job.tokens * tokens // longest, depth)
-            steps = machine.halved(job.tokens, calls * decode * job.tokens, DECODES, least)
-            return Job("tg", steps, depth)
+            return Job("tg", halved(job.tokens, calls * decode * job.tokens, DECODES, 2), depth)
 
         jobs = tuple(map(sized, jobs))
     if not slow:
         return Sizes(config, jobs, rounds)
-    checked, some = (
-        machine.halved(n, n * token / speed.bf16, PART, LEAST // 4) for n in (CHECKED, tokens)
-    )
+    checked, some = (halved(n, n * token / speed.bf16, PART, LEAST // 4) for n in (CHECKED, tokens))
     return Sizes(config, jobs, rounds, checked, tokens // some)

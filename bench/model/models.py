@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama_fast as lf
 from llama_fast.checkpoint.weights import Linear, assemble, packed, quantized
 
-from ..peers.peer import CHUNK
+from ..peers import CHUNK, ModelPeer
 from ..timing import CPU, Run
 from ..timing.events import captured
 
@@ -21,17 +21,15 @@ PREFILL = 512  # tokens of a job's prompt
 
 
 def shape(layers: int = 4, vocab: int = 32000) -> lf.LlamaConfig:
-    return dataclasses.replace(
-        lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab
-    )
+    return replace(lf.LlamaConfig.llama_3_1_8b(), num_hidden_layers=layers, vocab_size=vocab)
 
 
 def fitting(config: lf.LlamaConfig, memory: float, bytes_each: float) -> lf.LlamaConfig:
     """Keep as many layers as fit; bytes_each: per weight, of all implementations together."""
     c, head = config, config.hidden_size * config.vocab_size
-    per_layer = prefill_flops(dataclasses.replace(c, num_hidden_layers=1), 1) / 2 - head
+    per_layer = prefill_flops(replace(c, num_hidden_layers=1), 1) / 2 - head
     layers = int((memory / bytes_each - 2 * head) // per_layer)
-    return dataclasses.replace(c, num_hidden_layers=max(1, min(layers, c.num_hidden_layers)))
+    return replace(c, num_hidden_layers=max(1, min(layers, c.num_hidden_layers)))
 
 
 class _Unfilled(TorchDispatchMode):
@@ -50,19 +48,9 @@ def transformers_model(
     weights of another model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    hf = LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_theta=config.rope_theta,
-        rms_norm_eps=config.rms_norm_eps,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    fields = {**asdict(config), "bos_token_id": 1, "eos_token_id": 2}
+    del fields["rope_scaling"]
+    hf = LlamaConfig(**fields)
     hf._attn_implementation = "sdpa"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if weights is None else torch.float32)
@@ -83,7 +71,7 @@ def transformers_model(
     return model
 
 
-class Ours:
+class Ours(ModelPeer):
     """llama_fast with weights in bf16 or FP8."""
 
     def __init__(self, label: str, model: lf.Llama) -> None:
@@ -93,22 +81,13 @@ class Ours:
     def logits(self, tokens: Tensor) -> Tensor:
         return self.model(tokens).cpu()
 
-    def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        model, cache = self.model, self._cache(context, tokens.shape[1])
-        held = [context.shape[1]] * context.shape[0]
+    def after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+        on_gpu = context.device.type != "cpu" and tokens.shape[1] == 1
+        return self._after(context, tokens, times, on_gpu)
 
-        def run(_: int) -> Tensor:
-            cache.truncate(held)
-            return model.logits(model.hidden(tokens, cache=cache, last=True)[:, -1])
-
-        return run
-
-    def decode(self, context: Tensor, steps: int) -> Run:
-        return self._decode(context, steps, context.device.type != "cpu")
-
-    def _decode(self, context: Tensor, steps: int, on_gpu: bool) -> Run:
+    def _after(self, context: Tensor, tokens: Tensor, times: int, on_gpu: bool) -> Run:
         """Make the run. On a GPU a step is one CUDA graph, repeated at the same length."""
-        model, cache, token = self.model, self._cache(context, steps), context[:, -1:]
+        model, cache = self.model, self._cache(context, tokens.shape[1] * times)
         held: list[int] = [context.shape[1]] * context.shape[0]
         out: list[Tensor] = []
         used = cache
@@ -119,20 +98,20 @@ class Ours:
             used.advance = lambda count: None  # type: ignore[method-assign]
 
         def step() -> None:
-            out[:] = [model(token, cache=used)]
+            out[:] = [model.logits(model.hidden(tokens, cache=used, last=True)[:, -1])]
 
-        once = captured(step, context.device)
+        once = captured(step, context.device) if on_gpu else step
 
         def run(_: int) -> Tensor:
             cache.truncate(held)
-            for _ in range(steps):
+            for _ in range(times):
                 once()
-            return out[0][:, -1]
+            return out[0]
 
         return run
 
     def _cache(self, context: Tensor, room: int) -> lf.KVCache:
-        """Return a cache that holds the context; jobs on the same context share it."""
+        """Return a cache that holds the context."""
         model, key = self.model, (tuple(context.shape), *context.flatten().tolist())
         batch, length = context.shape
         cache = self._caches.get(key)
@@ -185,11 +164,12 @@ class _Weights:
         return quantized(weight, bound) if fp8 else Linear(packed(weight))
 
 
-def same_weights(hf: Any) -> dict[str, lf.Llama]:
-    """Make our models with transformers' weights, on its device; they share the embedding."""
+def same_weights(hf: Any) -> dict[str, Ours]:
+    """Make ours in bf16 and FP8 with transformers' weights, on its device; they share the
+    embedding."""
     config = lf.LlamaConfig.from_hf(hf.config)
     return {
-        name: lf.Llama(config, assemble(config, _Weights(hf), quantize))
+        name: Ours(name, lf.Llama(config, assemble(config, _Weights(hf), quantize)))
         for name, quantize in (("bf16", None), ("FP8", "fp8"))
     }
 

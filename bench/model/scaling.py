@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import llama_fast as lf
 
-from ..cases import Case, Spec, attention, relative_error
+from ..cases import Spec, attention, relative_error
+from ..cases.measured import WRONG
 from ..cases.shapes import Sweep, layer_shapes
-from ..results.report import WRONG
+from ..results.files import Record
 from ..timing import Run, measure
 from ..timing.memory import peak_memory
 from . import models
@@ -35,8 +35,7 @@ MEMORY = 3 << 30  # bytes that a point may take
 STEPS = 4  # tokens decoded one by one at each context
 
 
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """The largest sizes, which doubling reaches, and the seconds that a point of ours or of another
     implementation may take."""
 
@@ -56,16 +55,14 @@ LEVELS = {
 FIRST_TOKENS, FIRST_CONTEXT, FIRST_PROMPT = 128, 1024, 256
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     name: str
     what: str
     axis: str  # what the sizes count
     linear: bool = False  # whether memory has to be linear in the sizes
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """The runs at one size. check: result -> its error."""
 
     size: int
@@ -74,62 +71,54 @@ class Point:
     steps: int = 1  # in a run; the time of one is reported
 
 
-def run(
-    device: torch.device,
-    level: str,
-    say: Callable[[str], None],
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
-) -> dict[str, Any]:
-    """Measure and fit every curve. "wrong" lists problems. keep: receives the figures after each
-    curve."""
+def run(device: torch.device, level: str, record: Record) -> dict[str, Any]:
+    """Measure and fit every curve. "wrong" lists problems."""
     sizes = LEVELS[level]
     found: dict[str, Any] = {"curves": [], "wrong": []}
     with torch.inference_mode():
         for curve, points in _curves(device, sizes):
-            measured = _measured(curve, points, sizes, device, say)
+            measured = _measured(curve, points, sizes, device, record.say)
             found["curves"].append(measured)
             for line in _problems(measured):
                 found["wrong"].append(line)
-                say(f"WRONG: {line}")
-            keep(found)
+                record.say(f"WRONG: {line}")
+            record.keep(scaling=found)
     return found
 
 
 def _doubling(first: int, last: int) -> tuple[int, ...]:
-    return tuple(first << i for i in range((last // first).bit_length()) if first << i <= last)
+    first = min(first, last)
+    return tuple(first << i for i in range((last // first).bit_length()))
 
 
 def _curves(device: torch.device, sizes: Level) -> Iterator[tuple[Curve, Iterator[Point]]]:
-    cpu = device.type == "cpu"
-    lengths = _doubling(min(FIRST_TOKENS, sizes.tokens), sizes.tokens)
-    contexts = _doubling(min(FIRST_CONTEXT, sizes.context), sizes.context)
-    fixed, batches = contexts[0] * (1 if cpu else 4), _doubling(1, sizes.batch)
-    yield (
-        Curve("prefill attention", _heads(8 if cpu else 1) + ", causal", "tokens", linear=True),
-        _cases(device, 8 if cpu else 1, "tokens", prompts=lengths),
+    tp = 8 if device.type == "cpu" else 1
+    lengths, contexts = (
+        _doubling(first, last)
+        for first, last in ((FIRST_TOKENS, sizes.tokens), (FIRST_CONTEXT, sizes.context))
+    )
+    fixed = contexts[0] * (1 if device.type == "cpu" else 4)
+    some, all_heads = (
+        f"{m.heads}/{m.kv_heads} x {m.head_dim}" for m in (layer_shapes("8b", n) for n in (tp, 1))
     )
     yield (
-        Curve("decode attention, context", _heads(1) + ", 1 query", "context"),
+        Curve("prefill attention", f"{some}, causal", "tokens", linear=True),
+        _cases(device, tp, "tokens", prompts=lengths),
+    )
+    yield (
+        Curve("decode attention, context", f"{all_heads}, 1 query", "context"),
         _cases(device, 1, "context", caches=tuple((1, n) for n in contexts)),
     )
     yield (
-        Curve("decode attention, batch", f"{_heads(1)}, 1 query, {fixed} keys each", "batch"),
-        _cases(device, 1, "batch", caches=tuple((n, fixed) for n in batches)),
+        Curve("decode attention, batch", f"{all_heads}, 1 query, {fixed} keys each", "batch"),
+        _cases(device, 1, "batch", caches=tuple((n, fixed) for n in _doubling(1, sizes.batch))),
     )
     layer = _Layer(device)
-    prompts = _doubling(min(FIRST_PROMPT, sizes.prompt), sizes.prompt)
+    prompts = _doubling(FIRST_PROMPT, sizes.prompt)
     what = f"one 8B layer and a head of {layer.model.config.vocab_size}, FP8"
     chunks = f"{what}, cache included, chunks of {PREFILL_CHUNK}"
-    yield (
-        Curve("prefill", chunks, "tokens", linear=True),
-        (layer.prefill(n) for n in prompts),
-    )
-    yield (Curve("decode", f"{what}, a token", "context"), (layer.decode(n) for n in prompts))
-
-
-def _heads(tp: int) -> str:
-    m = layer_shapes("8b", tp)
-    return f"{m.heads}/{m.kv_heads} x {m.head_dim}"
+    yield Curve("prefill", chunks, "tokens", linear=True), map(layer.prefill, prompts)
+    yield Curve("decode", f"{what}, a token", "context"), map(layer.decode, prompts)
 
 
 def _cases(
@@ -143,15 +132,12 @@ def _cases(
     spec = Spec(layer_shapes("8b", tp), Sweep((), prompts, caches, (), ()), torch.bfloat16, device)
     for plan in attention.plans(spec):
         case = plan.make()
-        runs = {"ours": case.ours, **{n: r for n, r in case.baselines.items() if n in _OTHERS}}
-        yield Point(case.axes[axis], runs, _checker(case))
+        others = {n: r for n, r in case.baselines.items() if n in ("eager", "SDPA")}
 
+        def check(result: Any) -> float:
+            return relative_error(case.value(result), case.exact())  # noqa: B023
 
-_OTHERS = ("eager", "SDPA")
-
-
-def _checker(case: Case) -> Callable[[Any], float]:
-    return lambda result: relative_error(case.value(result), case.exact())
+        yield Point(plan.axes[axis], {"ours": case.ours, **others}, check)
 
 
 class _Layer:
@@ -208,34 +194,40 @@ def _measured(
     out: dict[str, str] = {}  # implementation -> why it left the curve
     say(f"{curve.name}: {curve.what}")
     for point in points:
-        runs = {}
-        for name, run in point.runs.items():
+        for name in point.runs:
             limit = sizes.ours if name == "ours" else sizes.others
-            why = _too_much(lines.get(name, []), point.size, limit)
-            if why:
+            if why := _too_much(lines.get(name, []), point.size, limit):
                 out.setdefault(name, f"{curve.axis} {point.size} on: {why}")
-            if name not in out:
-                runs[name] = run
-        if "ours" not in runs:
+        if "ours" in out:
             break
-        for name, found in _figures(point, runs, device).items():
+        runs = {name: run for name, run in point.runs.items() if name not in out}
+        figures = _figures(point, runs, device)
+        for name, found in figures.items():
             lines.setdefault(name, []).append(found)
-        say("  " + _line(curve, point.size, lines))
+        shown = (
+            f"{name} {1e3 * p['seconds']:.3f} ms, {p['bytes'] / 2**20:.1f} MiB"
+            for name, p in figures.items()
+        )
+        say(f"  {curve.axis} {point.size:>6}   " + "   ".join(shown))
     for name, why in out.items():
         say(f"  without {name} from {why}")
-    found = {
+    curve_found: dict[str, Any] = {
         "name": curve.name,
         "what": curve.what,
         "axis": curve.axis,
-        "lines": {n: {"points": p, **_fits(p)} for n, p in lines.items()},
+        "lines": {name: {"points": points} for name, points in lines.items()},
         "left_out": out,
     }
+    for line in curve_found["lines"].values():
+        for what in ("seconds", "bytes"):
+            if found := fit([(p["size"], p[what]) for p in line["points"]]):
+                line[f"{what}_fit"] = found
     memory = linear_memory([(p["size"], p["bytes"]) for p in lines["ours"]])
     if curve.linear and memory:
-        found["linear_memory"] = memory
-    for line in fitted(found):
+        curve_found["linear_memory"] = memory
+    for line in fitted(curve_found):
         say(f"  {line}")
-    return found
+    return curve_found
 
 
 def _too_much(points: list[dict[str, Any]], size: int, seconds: float) -> str:
@@ -272,20 +264,6 @@ def _figures(point: Point, runs: dict[str, Run], device: torch.device) -> dict[s
     return found
 
 
-def _fits(points: list[dict[str, Any]]) -> dict[str, Any]:
-    fits = {what: fit([(p["size"], p[what]) for p in points]) for what in ("seconds", "bytes")}
-    return {f"{what}_fit": found for what, found in fits.items() if found}
-
-
-def _line(curve: Curve, size: int, lines: dict[str, list[dict[str, Any]]]) -> str:
-    last = {n: p[-1] for n, p in lines.items() if p and p[-1]["size"] == size}
-    figures = (
-        f"{name} {1e3 * p['seconds']:.3f} ms, {p['bytes'] / 2**20:.1f} MiB"
-        for name, p in last.items()
-    )
-    return f"{curve.axis} {size:>6}   " + "   ".join(figures)
-
-
 def fitted(curve: dict[str, Any]) -> list[str]:
     """Describe a curve's exponents and its verdict, one per line."""
     lines = []
@@ -293,9 +271,7 @@ def fitted(curve: dict[str, Any]) -> list[str]:
         for key, what in (("seconds_fit", "time"), ("bytes_fit", "memory")):
             if key in line and (what == "time" or curve["axis"] == "tokens"):
                 lines.append(f"{what}, {name}: {described(line[key])}")
-    if "linear_memory" in curve:
-        lines.append(verdict(curve["linear_memory"]))
-    return lines
+    return lines + [verdict(found) for key, found in curve.items() if key == "linear_memory"]
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -306,16 +282,15 @@ def verdict(found: dict[str, Any]) -> str:
     )
 
 
-def _problems(curve: dict[str, Any]) -> list[str]:
+def _problems(curve: dict[str, Any]) -> Iterator[str]:
     memory = curve.get("linear_memory", {"linear": True})
-    lines = []
     if not memory["linear"]:
-        lines.append(f"{curve['name']}: memory is not linear to {memory['to']} tokens")
-    ours, others = (
-        {p["size"]: p["error"] for n in names for p in curve["lines"][n]["points"] if "error" in p}
-        for names in (["ours"], [n for n in curve["lines"] if n != "ours"])
-    )
-    for size, error in ours.items():
-        if not error <= 2 * others.get(size, 0.0) + WRONG:
-            lines.append(f"{curve['name']}, {curve['axis']} {size}: error {error:.1e}")
-    return lines
+        yield f"{curve['name']}: memory is not linear to {memory['to']} tokens"
+    errors = {
+        name: {p["size"]: p["error"] for p in line["points"] if "error" in p}
+        for name, line in curve["lines"].items()
+    }
+    for size, error in errors.pop("ours").items():
+        other = next((e[size] for e in list(errors.values())[::-1] if size in e), 0.0)
+        if not error <= 2 * other + WRONG:
+            yield f"{curve['name']}, {curve['axis']} {size}: error {error:.1e}"

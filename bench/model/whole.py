@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,32 +18,33 @@ from . import models
 
 def run(say: Callable[[str], None], steps: int = 16, device: torch.device = CPU) -> dict[str, Any]:
     """Measure prefill, decode and peak memory."""
+
+    def timed(f: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
+        start = time.perf_counter()
+        result = f(*args, **options)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - start
+
     config = lf.LlamaConfig.llama_3_1_8b()
-    start = time.perf_counter()
-    model = lf.Llama.from_config(config, quantize="fp8", device=device)
-    made = time.perf_counter() - start
+    model, made = timed(lf.Llama.from_config, config, quantize="fp8", device=device)
     say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
     prompt = models.prompt(config, models.PREFILL).to(device)
     cache = lf.KVCache(config, models.PREFILL + steps + 1, 1, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    start = time.perf_counter()
+    seconds = []
     with torch.inference_mode():
-        logits = model.logits(model.hidden(prompt, cache=cache, last=True))
-        wait()
-        prefill = time.perf_counter() - start
-        seconds = []
+        read = lambda: model.logits(model.hidden(prompt, cache=cache, last=True))  # noqa: E731
+        logits, prefill = timed(read)
         for _ in range(steps):
-            start = time.perf_counter()
-            logits = model(logits[:, -1:].argmax(-1), cache=cache)
-            wait()
-            seconds.append(time.perf_counter() - start)
+            logits, took = timed(model, logits[:, -1:].argmax(-1), cache=cache)
+            seconds.append(took)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
     found = {
         "init_s": made,
         "prefill_tokens_per_s": models.PREFILL / prefill,
-        "decode_tokens_per_s": 1 / sorted(seconds)[steps // 2],
+        "decode_tokens_per_s": 1 / statistics.median_high(seconds),
         "peak_gib": peak,
     }
     say(

@@ -9,35 +9,33 @@ product. Its FP8 has no CPU kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..timing import Run
+from . import ModelPeer, Ops, Unsupported
 from .in_transformers import exchanged
-from .peer import Inputs, ModelPeer, Unsupported
 
 FP8 = "torchao FP8 by row"
 
 
-def fp8_linear(inputs: Inputs) -> dict[str, Run]:
+def fp8_linear(x: Tensor, weights: list[Tensor]) -> dict[str, Run]:
     """Return runs with torchao's own quantization of the bf16 weights."""
-    x, weights = inputs["x"], inputs["weights"]
-    return {name: _over(x, weights, config) for name, config in _configs(x.device).items()}
 
+    def over(config: Callable[[], Any]) -> Run:
+        # Quantized in the first call, so that a failure affects only this column.
+        layers = cache(lambda: [_layer(weight, config()) for weight in weights])
 
-def _over(x: Tensor, weights: list[Tensor], config: Callable[[], Any]) -> Run:
-    """Return a run that quantizes in its first call, so that a failure affects only its column."""
-    layers: list[Any] = []
+        def run(i: int) -> Tensor:
+            with torch.inference_mode():
+                return layers()[i % len(weights)](x)
 
-    def run(i: int) -> Tensor:
-        if not layers:
-            layers.extend(_layer(weight, config()) for weight in weights)
-        with torch.inference_mode():
-            return layers[i % len(layers)](x)
+        return run
 
-    return run
+    return {name: over(config) for name, config in _configs(x.device).items()}
 
 
 def _layer(weight: Tensor, config: Any) -> Any:
@@ -69,8 +67,8 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
         )
     from torchao.quantization import quantize_
 
-    quantize: Callable[[Any], Any] = lambda model: quantize_(model, _configs(device)[FP8]())  # noqa: E731
-    yield exchanged(f"transformers, {FP8}", hf_model, quantize)
+    config = _configs(device)[FP8]()
+    yield exchanged(f"transformers, {FP8}", hf_model, lambda model: quantize_(model, config))
 
 
-OPS = {"fp8_linear": fp8_linear}
+OPS: Ops = {"fp8_linear": fp8_linear}

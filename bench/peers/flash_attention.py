@@ -9,41 +9,39 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..timing import Run
+from . import ModelPeer, Ops
 from .in_transformers import exchanged
-from .peer import Inputs, ModelPeer
 
 
-def _libraries() -> dict[str, ModuleType]:
+def _each(over: Callable[[Any], Run]) -> dict[str, Run]:
     names = {"flash-attn": "flash_attn"}
-    if importlib.util.find_spec("flash_attn_interface") is not None:
+    if importlib.util.find_spec("flash_attn_interface"):
         names["flash-attn 3"] = "flash_attn_interface"
-    return {name: importlib.import_module(module) for name, module in names.items()}
+    return {name: over(importlib.import_module(module)) for name, module in names.items()}
 
 
-def attention(inputs: Inputs) -> dict[str, Run]:
-    q, k, v = (inputs[name] for name in "qkv")
-
-    def over(library: ModuleType) -> Run:
-        return lambda _: library.flash_attn_func(q, k, v, causal=True)
-
-    return {name: over(library) for name, library in _libraries().items()}
+def attention(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Run]:
+    return _each(lambda library: lambda _: library.flash_attn_func(q, k, v, causal=True))
 
 
-def attention_with_kvcache(inputs: Inputs) -> dict[str, Run]:
-    q, ks, vs = inputs["q"], inputs["k_caches"], inputs["v_caches"]
-    options, n = {"cache_seqlens": inputs["cache_seqlens"], "causal": True}, len(ks)
+def attention_with_kvcache(
+    q: Tensor, k_caches: list[Tensor], v_caches: list[Tensor], cache_seqlens: Tensor
+) -> dict[str, Run]:
+    caches = list(zip(k_caches, v_caches, strict=True))
+    options = {"cache_seqlens": cache_seqlens, "causal": True}
 
-    def over(library: ModuleType) -> Run:
-        return lambda i: library.flash_attn_with_kvcache(q, ks[i % n], vs[i % n], **options)
+    def over(library: Any) -> Run:
+        f = library.flash_attn_with_kvcache
+        return lambda i: f(q, *caches[i % len(caches)], **options)
 
-    return {name: over(library) for name, library in _libraries().items()}
+    return _each(over)
 
 
 def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
@@ -55,4 +53,4 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     yield exchanged("transformers, flash-attn", hf_model, change)
 
 
-OPS = {"attention": attention, "attention_with_kvcache": attention_with_kvcache}
+OPS: Ops = {"attention": attention, "attention_with_kvcache": attention_with_kvcache}

@@ -11,24 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llama_fast import LlamaConfig
 from llama_fast.ops.rope import inv_freq
-
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -39,23 +26,20 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 def tensors(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield the file's tensors with their names."""
-    config, model = LlamaConfig.from_hf(hf_model.config), hf_model.model
-    yield "token_embd.weight", model.embed_tokens.weight
-    yield "output_norm.weight", model.norm.weight
-    yield "output.weight", hf_model.lm_head.weight
+    import gguf
+
+    config = LlamaConfig.from_hf(hf_model.config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, t in hf_model.state_dict().items():
+        count = heads.get(name.split(".")[-2])
+        yield names.get_name(name, (".weight",)), interleaved(t, count) if count else t
     if config.rope_scaling is not None:
         # From the configuration, since .bfloat16() rounds a model's own frequencies.
         plain, scaled = (
             inv_freq(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling)
         )
         yield "rope_freqs.weight", plain / scaled  # a divisor of the frequencies
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for i, layer in enumerate(model.layers):
-        for name, path in LAYER.items():
-            weight = layer.get_submodule(path).weight
-            if name in heads:
-                weight = interleaved(weight, heads[name])
-            yield f"blk.{i}.{name}.weight", weight
 
 
 def write(path: Path, hf_model: Any, kind: str) -> int:
@@ -69,7 +53,7 @@ def write(path: Path, hf_model: Any, kind: str) -> int:
 
     config = LlamaConfig.from_hf(hf_model.config)
     matrix = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[matrix]
+    block, _ = gguf.GGML_QUANT_SIZES[matrix]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -88,31 +72,20 @@ def write(path: Path, hf_model: Any, kind: str) -> int:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     streamed = 0
     for name, t in tensors(hf_model):
+        t = t.detach().cpu()
         if t.dim() == 1:
-            writer.add_tensor_info(name, t.shape, np.dtype(np.float32), 4 * t.numel())
+            writer.add_tensor(name, t.float().numpy())
             continue
         if t.shape[1] % block:
             raise ValueError(f"{name}: rows of {t.shape[1]} do not divide into blocks of {block}")
-        row = t.shape[1] // block * size
-        writer.add_tensor_info(
-            name, (t.shape[0], row), np.dtype(np.uint8), t.shape[0] * row, raw_dtype=matrix
-        )
-        streamed += t.shape[0] * row if name != "token_embd.weight" else 0
+        data = q8_0(t) if kind == "Q8_0" else t.bfloat16().contiguous().view(torch.uint8)
+        writer.add_tensor(name, data.numpy(), raw_dtype=matrix)
+        streamed += data.nbytes if name != "token_embd.weight" else 0
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, t in tensors(hf_model):  # one at a time: the file is as large as the model
-        writer.write_tensor_data(_bytes(t.detach().cpu(), matrix))
+    writer.write_tensors_to_file()
     writer.close()
     return streamed
-
-
-def _bytes(t: Tensor, matrix: Any) -> np.ndarray:
-    if t.dim() == 1:
-        return t.float().numpy()
-    if matrix.name == "Q8_0":
-        return q8_0(t).numpy()
-    return t.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
 
 
 def q8_0(t: Tensor) -> Tensor:

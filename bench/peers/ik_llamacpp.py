@@ -15,8 +15,7 @@ import torch
 
 from llama_fast import LlamaConfig
 
-from . import ggml, llamacpp
-from .peer import ModelPeer, Unsupported
+from . import ModelPeer, Unsupported, ggml, llamacpp
 
 _P, _I = ctypes.c_void_p, ctypes.c_int32
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {

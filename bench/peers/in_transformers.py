@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..timing import Run
-from .peer import CHUNK
+from . import CHUNK, ModelPeer
 
 
-class Transformers:
+class Transformers(ModelPeer):
     """A transformers model. around: a context for each computation, for changes that would
     otherwise affect all models."""
 
@@ -30,13 +30,7 @@ class Transformers:
     def logits(self, tokens: Tensor) -> Tensor:
         return self._run(tokens, use_cache=False).float().cpu()
 
-    def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        return self._after(context, tokens, 1)
-
-    def decode(self, context: Tensor, steps: int) -> Run:
-        return self._after(context, context[:, -1:], steps)
-
-    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+    def after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
         past = self._past(context)
 
         def run(_: int) -> Tensor:
@@ -48,8 +42,7 @@ class Transformers:
         return run
 
     def _past(self, context: Tensor) -> Any:
-        """Return a cache that holds the context. Jobs on the same context share it, since a long
-        one takes minutes to read; each of their rounds first rewinds it to the context."""
+        """Return a cache that holds the context; each round first rewinds it to that."""
         from transformers import DynamicCache
 
         key = (tuple(context.shape), *context.flatten().tolist())

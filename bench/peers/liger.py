@@ -8,45 +8,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..timing import Run
+from . import ModelPeer, Ops
 from .in_transformers import exchanged
-from .peer import Inputs, ModelPeer
 
 LABEL = "liger"
 
 
-def rms_norm(inputs: Inputs) -> dict[str, Run]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> dict[str, Run]:
     from liger_kernel.ops import LigerRMSNormFunction as F
 
-    x, weight, eps = (inputs[name] for name in ("x", "weight", "eps"))
     return {LABEL: lambda _: F.apply(x, weight, eps)}
 
 
-def add_rms_norm(inputs: Inputs) -> dict[str, Run]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> dict[str, Run]:
     from liger_kernel.ops import LigerFusedAddRMSNormFunction as F
 
-    x, residual, weight, eps = (inputs[name] for name in ("x", "residual", "weight", "eps"))
     return {LABEL: lambda _: F.apply(x, residual, weight, eps)}
 
 
-def apply_rope(inputs: Inputs) -> dict[str, Run]:
+def apply_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> dict[str, Run]:
     """Return a run in place, on copies that each round rotates further. The lookup of the table's
     rows is not timed, since transformers does it once for all layers. The heads, a view [1, H, T,
     D], stay packed as [T, H, D] in memory."""
     from liger_kernel.ops import LigerRopeFunction as F
 
-    rows = inputs["table"][inputs["positions"]]
-    q, k = (inputs[name].clone()[None].transpose(1, 2) for name in "qk")
-    cos, sin = (torch.cat((half, half), -1)[None].to(q.dtype) for half in rows.chunk(2, -1))
+    q, k = (t.clone()[None].transpose(1, 2) for t in (q, k))
+    halves = table[positions].chunk(2, -1)
+    cos, sin = (torch.cat((half, half), -1)[None].to(q.dtype) for half in halves)
     return {f"{LABEL}, in place": lambda _: F.apply(q, k, cos, sin)}
 
 
-def silu_and_mul(inputs: Inputs) -> dict[str, Run]:
+def silu_and_mul(gate_up: Tensor) -> dict[str, Run]:
     """Return a run on separate gate and up, as Liger's layer has them; the split is not timed."""
     from liger_kernel.ops import LigerSiLUMulFunction as F
 
-    gate, up = (half.contiguous() for half in inputs["gate_up"].chunk(2, -1))
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, -1))
     return {f"{LABEL}, gate and up apart": lambda _: F.apply(gate, up)}
 
 
@@ -66,8 +65,7 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(module, name, value)
+            vars(module).update(before)
 
     def change(model: Any) -> None:
         with kept("LlamaRMSNorm", "LlamaMLP"):
@@ -82,9 +80,4 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     yield exchanged(f"transformers, {LABEL}", hf_model, change, around)
 
 
-OPS = {
-    "rms_norm": rms_norm,
-    "add_rms_norm": add_rms_norm,
-    "apply_rope": apply_rope,
-    "silu_and_mul": silu_and_mul,
-}
+OPS: Ops = {f.__name__: f for f in (rms_norm, add_rms_norm, apply_rope, silu_and_mul)}

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from ..timing import Run
-from . import ggml, gguf_file
-from .peer import CHUNK, ModelPeer, Unsupported
+from . import CHUNK, ModelPeer, Unsupported, ggml, gguf_file
 
 ERROR = 4  # ggml_log_level
-KINDS = {"Q8_0": "Q8_0", "bf16": "BF16"}
 
 
 def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
@@ -34,11 +32,11 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
 
 
 def every_kind(of: type[Model], hf_model: Any) -> Iterator[ModelPeer]:
-    for label, kind in KINDS.items():
+    for label, kind in (("Q8_0", "Q8_0"), ("bf16", "BF16")):
         yield of(f"{of.name} {label}", hf_model, kind)
 
 
-class Model:
+class Model(ModelPeer):
     """One GGUF file in memory. A fork overrides the methods from _bindings on."""
 
     name, package = "llama.cpp", "llama-cpp-python"
@@ -65,36 +63,28 @@ class Model:
     def logits(self, tokens: Tensor) -> Tensor:
         ids = _ids(tokens)
         context = self._context(len(ids), len(ids))
-        every = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
         batch = self._batch(ids, 0)
-        batch.logits = every
+        batch.logits = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
         return self._decode(context, batch, len(ids))[None].clone()
 
-    def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        return self._after(context, tokens, 1)
-
-    def decode(self, context: Tensor, steps: int) -> Run:
-        return self._after(context, context[:, -1:], steps)
-
-    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+    def after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
         length, ids = context.shape[1], _ids(tokens)
         handle = self._filled(context, len(ids) * times, len(ids))
         # Such a batch gives only the last token's logits.
         batches = [self._batch(ids, length + i * len(ids)) for i in range(times)]
 
-        def run(_: int) -> Tensor:
+        def run(_: int, alive: Any = ids) -> Tensor:  # the batches point to the ids
             if not self._rewind(handle, length):
                 raise RuntimeError(f"{self.name} did not rewind its cache")
             for batch in batches:
                 logits = self._decode(handle, batch)
             return logits
 
-        run.keep = ids  # type: ignore[attr-defined]  # the batches point to them
         return run
 
     def _filled(self, context: Tensor, room: int, batch: int) -> Any:
         """Return a cache that holds the context, with room for so many more tokens, up to `batch`
-        at once. Jobs on the same context share it, since a long one takes minutes to read."""
+        at once."""
         ids = _ids(context)
         key, length = tuple(ids), len(ids)
         handle, free, most = self._shared.get(key, (None, 0, 0))
@@ -121,17 +111,11 @@ class Model:
 
     def _context(self, length: int, batch: int) -> Any:
         """Make an empty cache for `length` tokens, up to `batch` of them processed at once."""
-        api, threads = self._api, torch.get_num_threads()
-        params = self._set(
-            api.llama_context_default_params(),
-            n_ctx=length,
-            n_batch=batch,
-            n_ubatch=batch,
-            n_threads=threads,
-            n_threads_batch=threads,
-            **self._attention(),
-        )
-        context = api.llama_init_from_model(self._model, params)
+        sizes = {"n_ctx": length, "n_batch": batch, "n_ubatch": batch}
+        threads = dict.fromkeys(("n_threads", "n_threads_batch"), torch.get_num_threads())
+        params = self._api.llama_context_default_params()
+        params = self._set(params, **sizes, **threads, **self._attention())
+        context = self._api.llama_init_from_model(self._model, params)
         if not context:
             raise Unsupported(f"{self.name} makes no context of {length} tokens")
         self._contexts.append(context)
@@ -140,8 +124,7 @@ class Model:
     def _decode(self, context: Any, batch: Any, rows: int = 1) -> Tensor:
         """Return the logits [rows, vocab] in the library's own memory, valid until the next
         call."""
-        failed = self._api.llama_decode(context, batch)
-        if failed:
+        if failed := self._api.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode: {failed}")
         found = self._api.llama_get_logits(context)  # waits for them
         return torch.from_numpy(np.ctypeslib.as_array(found, shape=(rows, self._vocab)))
@@ -149,9 +132,8 @@ class Model:
     def _set(self, params: Any, **values: Any) -> Any:
         """Set a ctypes structure's fields. Raises Unsupported for one that this version lacks,
         which ctypes would ignore."""
-        names = {name for name, *_ in params._fields_}
         for name, value in values.items():
-            if name not in names:
+            if not hasattr(params, name):
                 raise Unsupported(f"this version of {self.package} has no {name}")
             setattr(params, name, value)
         return params

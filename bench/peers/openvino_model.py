@@ -8,7 +8,7 @@ default of OpenVINO's latency mode, including a u8 cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from llama_fast import LlamaConfig
 from llama_fast.ops.rope import inv_freq
 
 from ..timing import Run
-from .peer import CHUNK, Inputs, ModelPeer
+from . import CHUNK, ModelPeer, Ops
 
-OPS: dict[str, Callable[[Inputs], dict[str, Run]]] = {}
+OPS: Ops = {}
 
 
 def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
@@ -30,14 +30,15 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
         yield _Model(hf_model, int8)
 
 
-class _Model:
+class _Model(ModelPeer):
     def __init__(self, hf_model: Any, int8: bool) -> None:
         import nncf
         import openvino
 
         self.label = f"openvino {'int8' if int8 else 'bf16'}"
-        rows, size = _linears(hf_model)
-        self._weight_bytes = size + 2 * rows if int8 else 2 * size  # a scale is fp16
+        shapes = [m.weight.shape for m in hf_model.modules() if isinstance(m, nn.Linear)]
+        # A scale is fp16.
+        self._weight_bytes = sum(n * k + 2 * n if int8 else 2 * n * k for n, k in shapes)
         model = _convert(hf_model)
         if int8:
             nncf.set_log_level("ERROR")
@@ -54,14 +55,11 @@ class _Model:
         length = tokens.shape[1]
         return _step(self._compiled.create_infer_request(), tokens, 0, np.arange(length)).clone()
 
-    def extend(self, context: Tensor, tokens: Tensor) -> Run:
-        return self._after(context, tokens, 1)
-
-    def decode(self, context: Tensor, steps: int) -> Run:
-        return self._after(context, context[:, -1:], steps)
-
-    def _after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
-        kept = self._kept(context)
+    def after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
+        key = tuple(context.flatten().tolist())
+        if key not in self._contexts:
+            self._contexts[key] = _Context(self._compiled.create_infer_request(), context)
+        kept = self._contexts[key]
         length, size, last = context.shape[1], tokens.shape[1], np.array([tokens.shape[1] - 1])
 
         def run(_: int) -> Tensor:
@@ -73,13 +71,6 @@ class _Model:
 
         run.prepare = kept.rewind  # type: ignore[attr-defined]
         return run
-
-    def _kept(self, context: Tensor) -> _Context:
-        """Return the request for a context; jobs on the same context share it."""
-        key = tuple(context.flatten().tolist())
-        if key not in self._contexts:
-            self._contexts[key] = _Context(self._compiled.create_infer_request(), context)
-        return self._contexts[key]
 
     def weight_bytes(self) -> int:
         return self._weight_bytes
@@ -122,12 +113,6 @@ def _step(request: Any, tokens: Tensor, start: int, rows: np.ndarray) -> Tensor:
     return torch.from_numpy(request.get_output_tensor(0).data)
 
 
-def _linears(hf_model: Any) -> tuple[int, int]:
-    """Count the rows and the elements of all linear layers."""
-    weights = [m.weight for m in hf_model.modules() if isinstance(m, nn.Linear)]
-    return sum(w.shape[0] for w in weights), sum(w.numel() for w in weights)
-
-
 class _Forward(nn.Module):
     """Llama's forward pass with the cache as arguments: k and v [1, Hkv, P, D] of each layer."""
 
@@ -158,9 +143,8 @@ class _Forward(nn.Module):
         caches: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
             normed = self._norm(x, layer.input_layernorm.weight)
-            attended, *grown = self._attend(
-                layer.self_attn, normed, cos, sin, mask, beam, past[2 * i], past[2 * i + 1]
-            )
+            held = [cache.index_select(0, beam) for cache in past[2 * i : 2 * i + 2]]
+            attended, *grown = self._attend(layer.self_attn, normed, (cos, sin), mask, held)
             caches += grown
             x = x + attended
             normed, mlp = self._norm(x, layer.post_attention_layernorm.weight), layer.mlp
@@ -174,24 +158,15 @@ class _Forward(nn.Module):
         return (wide * torch.rsqrt(mean + self.config.rms_norm_eps)).to(x.dtype) * weight
 
     def _attend(
-        self,
-        layer: Any,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor,
-        beam: Tensor,
-        k_past: Tensor,
-        v_past: Tensor,
+        self, layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, held: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         c, length = self.config, x.shape[1]
         q, k, v = (
             project(x).view(1, length, -1, c.head_dim).transpose(1, 2)
             for project in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
-        q, k = (t * cos + _turned(t) * sin for t in (q, k))
-        k = torch.cat((k_past.index_select(0, beam), k), 2)
-        v = torch.cat((v_past.index_select(0, beam), v), 2)
+        q, k = (t * turn[0] + _turned(t) * turn[1] for t in (q, k))
+        k, v = (torch.cat((past, t), 2) for past, t in zip(held, (k, v), strict=True))
         group = c.num_attention_heads // c.num_key_value_heads
         wide = (1, c.num_key_value_heads, group, k.shape[2], c.head_dim)
         all_heads = (1, c.num_attention_heads, k.shape[2], c.head_dim)

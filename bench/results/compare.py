@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import files
 
@@ -23,14 +22,16 @@ TOLERATED = math.log(1.05)
 SIGMAS = 2.5  # of the noise, beyond what is tolerated
 WANTED = math.log(1.2)  # a change that a comparison should not miss
 # These must agree, or a comparison would not show the code's effect.
-SAME = ("cpu", "gpu", "isa", "torch_isa", "onednn_max_isa", "threads")
-SAME_OPTIONS = ("model", "tp", "dtype", "backend", "device", "allocator", "level")
+SAME = {
+    "environment": ("cpu", "gpu", "isa", "torch_isa", "onednn_max_isa", "threads"),
+    "options": ("model", "tp", "dtype", "backend", "device", "allocator", "level"),
+}
+NOISY = "too noisy to tell"
 
 Row = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """slowdown and noise: logarithms; noise is one standard error."""
 
     name: str
@@ -42,7 +43,7 @@ class Change:
         noise = SIGMAS * self.noise
         if abs(self.slowdown) - noise > TOLERATED:
             return "slower" if self.slowdown > 0 else "faster"
-        return "same" if self.slowdown + noise < WANTED else "too noisy to tell"
+        return "same" if self.slowdown + noise < WANTED else NOISY
 
     def __str__(self) -> str:
         by, noise = math.expm1(abs(self.slowdown)), math.expm1(SIGMAS * self.noise)
@@ -53,8 +54,6 @@ class Change:
 def load(path: Path) -> dict[str, Any]:
     """Read a run. Raises ValueError for a file that is not a run of this suite."""
     found = files.read(path)
-    if found is None:
-        raise ValueError(f"{path}: no such file")
     if found.get("schema") != SCHEMA:
         got = found.get("schema")
         raise ValueError(f"{path}: got schema {got}, want {SCHEMA}: a file of `python -m bench`")
@@ -63,15 +62,15 @@ def load(path: Path) -> dict[str, Any]:
 
 def check(old: Row, new: Row) -> None:
     """Raise ValueError if two runs cannot be compared."""
-    for part, names in (("environment", SAME), ("options", SAME_OPTIONS)):
+    for part, names in SAME.items():
         for name in names:
             was, now = old[part].get(name), new[part].get(name)
             if was != now and name in old[part]:  # older files lack some
                 raise ValueError(f"the older run has {name} {was!r}, this one {now!r}")
 
 
-def named(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {f"{r['op']} {r['shape']}": r for r in files.rows(results)}
+def named(results: Row) -> dict[str, dict[str, Any]]:
+    return {files.name(row): row for row in files.rows(results)}
 
 
 def _against(row: Row, other: str) -> tuple[float, float]:
@@ -88,17 +87,15 @@ def _against(row: Row, other: str) -> tuple[float, float]:
 def change(name: str, old: Row, new: Row) -> Change | None:
     """Return the change of a case, None if the runs share no implementation to compare ours with.
     Ours with other weights does not count: a change to the code mostly affects both."""
-    limits = ("limit", f"limit {new['shape']}")
+    limits = ("limit", f"limit {new['shape']}") if old["limit"] == new["limit"] else ()
     ours = {files.own(new), *new.get("siblings", ())}
     shared = [n for n in new["seconds"] if n in old["seconds"] and n not in ours]
-    groups = (
-        [n for n in shared if n in limits and old["limit"] == new["limit"]],
-        [n for n in shared if not n.startswith("limit")],
-    )
     found = []
-    for group in groups:
-        says = [(*_against(old, n), *_against(new, n)) for n in group]
-        if says:
+    for group in (
+        [n for n in shared if n in limits],
+        [n for n in shared if not n.startswith("limit")],
+    ):
+        if says := [(*_against(old, n), *_against(new, n)) for n in group]:
             slowdown = statistics.median(was - now for was, _, now, _ in says)
             noise = statistics.median(math.hypot(before, after) for _, before, _, after in says)
             found.append(Change(name, slowdown, noise))
@@ -110,17 +107,14 @@ def change(name: str, old: Row, new: Row) -> Change | None:
 
 def with_passes(row: Row, more: Row) -> dict[str, Any]:
     """Append more's passes to the row's own, for each implementation in both."""
-    seconds = {
-        name: {**timing, "passes": [*timing["passes"], *more["seconds"][name]["passes"]]}
-        for name, timing in row["seconds"].items()
-        if name in more["seconds"]
-    }
-    return {**row, "seconds": seconds}
+    both = [name for name in row["seconds"] if name in more["seconds"]]
+    joined = {n: [p for r in (row, more) for p in r["seconds"][n]["passes"]] for n in both}
+    return {**row, "seconds": {n: {**row["seconds"][n], "passes": joined[n]} for n in both}}
 
 
 def compare(
-    old: dict[str, Any],
-    new: dict[str, Any],
+    old: Row,
+    new: Row,
     again: Callable[[str], Row | None],
     say: Callable[[str], None] = print,
 ) -> list[Change]:
@@ -129,23 +123,20 @@ def compare(
     before, changes = named(old), []
     for name, row in named(new).items():
         found = change(name, before[name], row) if name in before else None
-        if found and found.verdict in ("slower", "too noisy to tell"):
+        if found and found.verdict in ("slower", NOISY):
             say(f"{found}; measured again")
-            more = again(name)
-            if more is not None:
+            if more := again(name):
                 found = change(name, before[name], with_passes(row, more)) or found
         if found:
             changes.append(found)
     return changes
 
 
-def summary(changes: list[Change], old: dict[str, Any], new: dict[str, Any]) -> str:
+def summary(changes: list[Change], old: Row, new: Row) -> str:
     commit = old["environment"].get("commit")
     lines = [f"against commit {commit}: {len(changes)} cases in both"]
-    for verdict in ("slower", "faster", "too noisy to tell"):
-        lines += [f"  {c}" for c in changes if c.verdict == verdict]
-    same = sum(c.verdict == "same" for c in changes)
-    lines.append(f"  the same within the noise: {same}")
+    lines += [f"  {c}" for v in ("slower", "faster", NOISY) for c in changes if c.verdict == v]
+    lines.append(f"  the same within the noise: {sum(c.verdict == 'same' for c in changes)}")
     before, after = named(old), named(new)
     run = {r["op"] for r in after.values()}
     gone = [name for name, r in before.items() if r["op"] in run and name not in after]

@@ -12,6 +12,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class Record:
+    """A run's figures, which are written to a file, if there is one, whenever some are kept."""
+
+    def __init__(self, path: Path | None = None, **results: Any) -> None:
+        self.path, self.results = path, {"skipped": {}, "failed": {}, **results}
+
+    def keep(self, **found: Any) -> None:
+        self.results.update(found)
+        if self.path:
+            write(self.path, self.results)
+
+    def skip(self, what: str, why: str) -> None:
+        self.results["skipped"][what] = why
+
+    def fail(self, what: str, why: str) -> None:
+        self.results["failed"][what] = why
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+
 def default_folder() -> Path:
     """Return the default folder of runs: bench/out of a checkout, from any working directory, else
     llama_fast_bench in the current folder."""
@@ -26,14 +47,12 @@ def write(path: Path, results: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if there is no file. Raises ValueError that names a broken file."""
+def read(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError that names a file that is absent or broken."""
     try:
-        text = path.read_text()
+        found = json.loads(path.read_text())
     except FileNotFoundError:
-        return None
-    try:
-        found = json.loads(text)
+        raise ValueError(f"{path}: no such file") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); delete it") from None
     if not isinstance(found, dict):
@@ -51,9 +70,13 @@ def commit() -> str | None:
     return described.stdout.strip()
 
 
-def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the ops' rows, then the forward pass's."""
     return [*results.get("ops", ()), *(results.get("end_to_end") or {}).get("rows", ())]
+
+
+def name(row: Mapping[str, Any]) -> str:
+    return f"{row['op']} {row['shape']}"
 
 
 def own(row: Mapping[str, Any]) -> str:

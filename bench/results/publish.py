@@ -6,9 +6,9 @@ neither a new run nor an edited page is missed.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ def machines(root: Path) -> dict[str, dict[str, dict[str, Any]]]:
     found = {}
     for folder in sorted(p for p in (root / "bench" / "results").glob("*") if p.is_dir()):
         order = sorted(folder.glob("*.json"), key=lambda p: (p.stem != "bench", p.stem))
-        runs = {p.stem: run for p in order if "ops" in (run := read(p) or {})}
-        if runs:
+        if runs := {p.stem: run for p in order if "ops" in (run := read(p))}:
             found[folder.name] = runs
     return found
 
@@ -42,8 +41,8 @@ def pages(root: Path) -> dict[Path, str]:
     return {README: readme, RESULTS: page.page(found)}
 
 
-def plots(root: Path) -> dict[Path, Callable[[Path], list[Path]]]:
-    """Return the function that draws each SVG, by path from root."""
+def plots(root: Path) -> dict[Path, Callable[[Sequence[Path]], None]]:
+    """Return the function that draws each SVG, which the pages embed, by path from root."""
     found = {}
     for name, runs in machines(root).items():
         for stem, run in runs.items():
@@ -53,31 +52,20 @@ def plots(root: Path) -> dict[Path, Callable[[Path], list[Path]]]:
 
 
 def main(root: Path = ROOT) -> int:
-    if not (root / "bench" / "results").is_dir():
-        print("bench: --publish: no bench/results here; it needs a checkout", file=sys.stderr)
-        return USAGE
     try:
-        written = pages(root)
+        if not (root / "bench" / "results").is_dir():
+            raise ValueError("no bench/results here; it needs a checkout")
+        written, drawn = pages(root), plots(root)
     except ValueError as error:
         print(f"bench: --publish: {error}", file=sys.stderr)
         return USAGE
     for path, text in written.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
-    print("written: " + "  ".join(str(path) for path in (*written, *_draw(root))))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'llama_fast[bench]'", file=sys.stderr)
+        drawn = {}
+    for path, draw in drawn.items():
+        draw([root / path])
+    print("written: " + "  ".join(map(str, (*written, *drawn))))
     return 0
-
-
-def _draw(root: Path) -> list[Path]:
-    """Draw the SVGs, which the pages embed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        print(f"no plots: {error}; pip install 'llama_fast[bench]'", file=sys.stderr)
-        return []
-    wanted = plots(root)
-    with tempfile.TemporaryDirectory(prefix="llama_fast-plots-") as folder:
-        for path, draw in wanted.items():
-            (svg,) = (f for f in draw(Path(folder) / path.name) if f.suffix == ".svg")
-            (root / path).write_bytes(svg.read_bytes())
-    return list(wanted)

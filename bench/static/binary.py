@@ -5,9 +5,7 @@ The file may be an extension, an object file, a fatbin or a cubin. No GPU is nee
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +15,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..gpu.processes import tool
 
 # Instructions that are searched: name -> pattern of an operation code.
 SASS = {
@@ -100,35 +100,30 @@ def search(patterns: Mapping[str, str], text: str) -> tuple[str, ...]:
     return tuple(name for name, pattern in patterns.items() if re.search(pattern, text))
 
 
-@functools.cache
-def cuobjdump() -> Path:
+def cuobjdump() -> str:
     """Find nvcc's cuobjdump, or Triton's copy of it."""
-    nvcc, triton = shutil.which("nvcc"), importlib.util.find_spec("triton")
-    folders = [Path(nvcc).resolve().parent] if nvcc else []
-    folders += [Path(os.environ[v]) / "bin" for v in ("CUDA_HOME", "CUDA_PATH") if v in os.environ]
-    if triton and triton.origin:
-        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
-    for folder in folders:
-        if (folder / "cuobjdump").exists():
-            return folder / "cuobjdump"
-    looked = ", ".join(map(str, folders))
-    raise ToolError(f"no cuobjdump in {looked}: install the CUDA toolkit, or set CUDA_HOME")
+    triton = importlib.util.find_spec("triton")
+    origin = Path(triton.origin).parent if triton and triton.origin else Path()
+    copy = shutil.which("cuobjdump", path=str(origin / "backends" / "nvidia" / "bin"))
+    if found := tool("cuobjdump") or copy:
+        return found
+    raise ToolError("no cuobjdump: install the CUDA toolkit, or set CUDA_HOME")
 
 
-def _run(tool: Tool, *arguments: str | Path) -> str:
-    done = subprocess.run([tool or cuobjdump(), *arguments], capture_output=True, text=True)
+def _run(program: Tool, *arguments: str | Path) -> str:
+    done = subprocess.run([program or cuobjdump(), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise ToolError(f"cuobjdump {arguments[-1]}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
-def read(binary: Path, arch: str = "", tool: Tool = None) -> list[Kernel]:
+def read(binary: Path, arch: str = "", program: Tool = None) -> list[Kernel]:
     """Return a file's kernels, sorted by file, name, architecture and arguments. arch: a cubin's,
-    which does not name it. tool: another cuobjdump, if the compiler is newer than ours."""
-    usage = resources(binary, arch, tool)
+    which does not name it. program: another cuobjdump, if the compiler is newer than ours."""
+    usage = resources(binary, arch, program)
     archs = sorted({arch for arch, _ in usage})
     with ThreadPoolExecutor(2) as pool:  # each waits for a cuobjdump process
-        dumps = pool.map(lambda arch: _machine_code(binary, arch, tool), archs)
+        dumps = pool.map(lambda arch: _machine_code(binary, arch, program), archs)
         code = {key: fields for dump in dumps for key, fields in dump.items()}
     names = _names([symbol for _, symbol in usage])
     kernels = [
@@ -139,11 +134,11 @@ def read(binary: Path, arch: str = "", tool: Tool = None) -> list[Kernel]:
 
 
 def resources(
-    binary: Path, arch: str = "", tool: Tool = None
+    binary: Path, arch: str = "", program: Tool = None
 ) -> dict[tuple[str, str], tuple[int, int, int]]:
     """Return registers, stack and static shared memory by (arch, symbol)."""
     found = {}
-    for match in _USAGE.finditer(_run(tool, "--dump-resource-usage", binary)):
+    for match in _USAGE.finditer(_run(program, "--dump-resource-usage", binary)):
         arch = match["arch"] or arch
         if symbol := match["symbol"]:
             registers, stack, shared, local = map(int, match.group(3, 4, 5, 6))
@@ -189,10 +184,10 @@ class _Line(NamedTuple):
         return int(match[1], 16) if match else -1
 
 
-def _machine_code(binary: Path, arch: str, tool: Tool) -> dict[tuple[str, str], dict[str, Any]]:
+def _machine_code(binary: Path, arch: str, program: Tool) -> dict[tuple[str, str], dict[str, Any]]:
     """Return the Kernel's fields that machine code shows, by (arch, symbol)."""
     found = {}
-    for block in _run(tool, "--dump-sass", "-arch", arch, binary).split("\t\tFunction : ")[1:]:
+    for block in _run(program, "--dump-sass", "-arch", arch, binary).split("\t\tFunction : ")[1:]:
         lines = (_Line(int(at, 16), *rest) for at, *rest in _LINE.findall(block))
         found[arch, block.split(None, 1)[0]] = _fields(list(lines))
     return found

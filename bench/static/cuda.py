@@ -64,24 +64,16 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
     room = m.shared // (-(-shared // 128) * 128 + m.shared_reserved)
     blocks = max(1, min(plan.of("blocks", a), room))
     copied = kernel.ahead * threads * resident.blocks
+    k = kernel
     rules = [
-        (kernel.stack or "local memory" in kernel.instructions, local),
-        (
-            kernel.shared,
-            f"{kernel.shared} bytes of static shared memory: it is planned as dynamic",
-        ),
+        (k.stack or "local memory" in k.instructions, local),
+        (k.shared, f"{k.shared} bytes of static shared memory: it is planned as dynamic"),
         (shared > limit, f"{shared} bytes of shared memory, the chip has {limit}"),
         (missing, f"no {', '.join(missing)}"),
-        (
-            kernel.serialized,
-            f"wgmma is serialized: {kernel.wgmma_groups} groups of {kernel.wgmmas} instructions",
-        ),
-        *((True, step) for step in (slow_steps(plan, kernel) if plan.streams else ())),
-        (
-            kernel.wide_compares > kernel.wgmmas,
-            f"{kernel.wide_compares} compares of 64 bits in a loop of wgmma",
-        ),
-        (kernel.early_loads, f"{kernel.early_loads} loads before griddepcontrol.wait"),
+        (k.serialized, f"wgmma is serialized: {k.wgmma_groups} groups of {k.wgmmas} instructions"),
+        *((True, step) for step in (slow_steps(plan, k) if plan.streams else ())),
+        (k.wide_compares > k.wgmmas, f"{k.wide_compares} compares of 64 bits in a loop of wgmma"),
+        (k.early_loads, f"{k.early_loads} loads before griddepcontrol.wait"),
         (
             kernel.taken and kernel.released + (groups - 1) * kernel.taken > pool,
             f"setmaxnreg asks for {kernel.released} and {groups - 1} x {kernel.taken} registers of "
@@ -130,11 +122,11 @@ class Row(NamedTuple):
     problems: list[str]
 
     def __str__(self) -> str:
-        k, o = self.kernel, self.occupancy
+        k = self.kernel
         name = f"{k.file}: {k.name}" + (f"<{', '.join(k.arguments)}>" if k.arguments else "")
         return (
             f"{name.replace(BF16, 'bf16').replace(HALF, 'fp16'):<66}{k.arch:<8}"
-            f"{k.registers:>5}{self.shared:>8}  {o.blocks:>2} x {o.warps // max(o.blocks, 1):<10} "
+            f"{k.registers:>5}{self.shared:>8}  {self.occupancy!s:<15} "
             f"{', '.join(k.instructions)}" + "".join(f"  WRONG: {p}" for p in self.problems)
         )
 

@@ -9,11 +9,10 @@ set architecture.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Multiprocessor:
+class Multiprocessor(NamedTuple):
     """One SM, or one of AMD's compute units. Sizes are in bytes."""
 
     warps: int  # the most that are resident
@@ -35,13 +34,15 @@ MULTIPROCESSORS = {
 }
 
 
-@dataclass(frozen=True)
-class Occupancy:
+class Occupancy(NamedTuple):
     """Resident blocks and warps of a multiprocessor."""
 
     blocks: int
     warps: int
     limit: str  # the resource that another block would lack: a key of `blocks` below
+
+    def __str__(self) -> str:
+        return f"{self.blocks:>2} x {self.warps // max(self.blocks, 1):<3}"
 
 
 def occupancy(

@@ -85,7 +85,6 @@ class Row:
     kernel: str
     arch: str
     config: str = ""
-    config_index: int = 0
     cases: list[str] = field(default_factory=list)
     needs: set[str] = field(default_factory=set)
     blocks: int = 1  # that must fit on a multiprocessor
@@ -93,22 +92,12 @@ class Row:
     facts: Facts | None = None
     problems: list[str] = field(default_factory=list)
 
-    @property
-    def shared_limit(self) -> int:
-        return common.CHIPS[self.arch].shared_memory
-
-    @property
-    def occupancy(self) -> Occupancy:
-        f = self.facts
-        assert f
-        return occupancy(self.arch, f.registers, f.shared, f.threads, f.tensor_memory)
-
     def __str__(self) -> str:
         text = f"{self.kernel:<28}{self.arch:<8}{self.config:<52}"
         if f := self.facts:
-            o = self.occupancy
-            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{self.shared_limit:<7}"
-            text += f"{o.blocks:>3} x {o.warps // max(o.blocks, 1):<3} {', '.join(f.instructions)}"
+            limit = common.CHIPS[self.arch].shared_memory
+            text += f"{f.registers:>5}{f.stack:>7}{f.shared:>8}/{limit:<7} "
+            text += f"{resident(self.arch, f)} {', '.join(f.instructions)}"
         return text + "".join(f"  WRONG: {problem}" for problem in self.problems)
 
 
@@ -140,7 +129,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
                     for launch in recording.launches:
                         _add(rows, case, arch, index, launch)
                 except Exception as error:  # a row of its own, so that the others stay
-                    row = Row(case.op, case.op, arch, "", index, [case.name])
+                    row = Row(case.op, case.op, arch, cases=[case.name])
                     row.problems.append(_brief(error))
                     rows[f"{arch} {case.op} {case.name}"] = row
                     break
@@ -153,7 +142,7 @@ def collect(cases: Iterable[Case], chips: Mapping[str, str]) -> list[Row]:
 def _add(rows: dict[str, Row], case: Case, arch: str, index: int, launch: Launch) -> None:
     key, compiler = specialize(launch, common.CHIPS[arch])
     kernel = launch.kernel.__name__
-    new = Row(case.op, kernel, arch, str(launch.config), index, compile=compiler)
+    new = Row(case.op, kernel, arch, str(launch.config), compile=compiler)
     row = rows.setdefault(key, new)
     if case.name not in row.cases:
         row.cases.append(case.name)
@@ -209,20 +198,20 @@ def run(rows: list[Row], processes: int, tick: Callable[[Row], object] = lambda 
 # ---- the rules ----
 
 
+def resident(arch: str, f: Facts) -> Occupancy:
+    return occupancy(arch, f.registers, f.shared, f.threads, f.tensor_memory)
+
+
 def problems(arch: str, facts: Facts, needs: Iterable[str], blocks: int) -> list[str]:
     """List what is wrong with a kernel."""
-    limit = common.CHIPS[arch].shared_memory
-    resident = occupancy(arch, facts.registers, facts.shared, facts.threads, facts.tensor_memory)
+    limit, fits = common.CHIPS[arch].shared_memory, resident(arch, facts)
     rules = [
         (facts.stack, f"{facts.stack} bytes of local memory a thread: spills, or an array"),
         (facts.shared > limit, f"{facts.shared} bytes of shared memory, the chip has {limit}"),
         (facts.serialized and MAY_SERIALIZE not in needs, "wgmma is serialized"),
         ("tf32" in facts.instructions, "tf32"),
         *((True, lost) for lost in _lost(arch, facts, needs)),
-        (
-            resident.blocks < blocks,
-            f"{resident.blocks} blocks a multiprocessor, limited by {resident.limit}",
-        ),
+        (fits.blocks < blocks, f"{fits.blocks} blocks a multiprocessor, limited by {fits.limit}"),
     ]
     return [text for broken, text in rules if broken]
 
@@ -253,7 +242,7 @@ def compare(cases: Iterable[Case], rows: Iterable[Row]) -> None:
 
 
 def to_json(rows: list[Row]) -> dict[str, Any]:
-    kept = ("op", "kernel", "arch", "config", "config_index", "cases", "problems")
+    kept = ("op", "kernel", "arch", "config", "cases", "problems")
     found = [
         {**{k: getattr(row, k) for k in kept}, "facts": row.facts and asdict(row.facts)}
         for row in rows

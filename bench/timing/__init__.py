@@ -7,21 +7,12 @@ from collections.abc import Collection, Mapping
 import torch
 
 from . import clock, events
-from .figures import Part, Ratio, Run, Timing, figures, joined, part, ratio, summarize
+from .figures import Part, Run, Timing, figures, joined, part, ratio
+from .limits import Limit
+from .machine import UNBOUND, Speed
 
-__all__ = [
-    "CPU",
-    "Part",
-    "Ratio",
-    "Run",
-    "Timing",
-    "figures",
-    "joined",
-    "measure",
-    "part",
-    "ratio",
-    "summarize",
-]
+__all__ = ["CPU", "UNBOUND", "Limit", "Part", "Run", "Speed", "Timing"]
+__all__ += ["figures", "joined", "measure", "part", "ratio"]
 
 CPU = torch.device("cpu")
 

@@ -8,12 +8,11 @@ several passes, each with a share of the rounds, and keeps each pass's fast end.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from .figures import Part, Run, Timing, summarize
+from .figures import Part, Run, Timing, uncollected
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 240
 SLOW = 4  # times our time
@@ -52,9 +51,7 @@ def measure(
     }
     # Spent by runs that are not slow.
     spent = sum(sum(seconds[name]) for name in runs if rounds[name] == most)
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         for i in range(most):
             wanted = {n: min(r, least) if spent > budget else r for n, r in rounds.items()}
             turn = [name for name in runs if len(seconds[name]) < wanted[name]]
@@ -65,23 +62,20 @@ def measure(
                 seconds[name].append(_turn(runs[name], i, took[name] < SHORT))
                 if rounds[name] == most:
                     spent += time.perf_counter() - start
-    finally:
-        if collecting:
-            gc.enable()
     parts = {name: run.n if isinstance(run, Part) else 1 for name, run in runs.items()}
-    return {n: summarize([t * parts[n] for t in times]) for n, times in seconds.items()}
+    return {n: Timing(([t * parts[n] for t in times],)) for n, times in seconds.items()}
 
 
 def _warm_up(run: Run, enough: float) -> float:
     """Return the seconds of a call: the second one if the first, which compiles, allocates and
     touches pages, was quick."""
-    start = time.perf_counter()
-    run(0)
-    began = time.perf_counter()
-    if began - start >= enough:
-        return began - start
-    run(1)
-    return time.perf_counter() - began
+    for i in range(2):
+        start = time.perf_counter()
+        run(i)
+        took = time.perf_counter() - start
+        if took >= enough:
+            break
+    return took
 
 
 def _turn(run: Run, i: int, short: bool) -> float:
@@ -96,3 +90,17 @@ def _turn(run: Run, i: int, short: bool) -> float:
     start = time.perf_counter()
     run(i)
     return time.perf_counter() - start
+
+
+def passes(times: int, seconds: float) -> Iterator[tuple[int, bool]]:
+    """Yield the number of each pass, from 1, and whether it is the last one. Another pass begins
+    only if it can end within the seconds, judged by the longest one before."""
+    begun, longest, last = time.perf_counter(), 0.0, False
+    for number in range(1, times + 1):
+        start = time.perf_counter()
+        left = seconds - (start - begun)
+        if last or (number > 1 and longest > left):
+            return
+        last = number == times or 2 * longest > left
+        yield number, last
+        longest = max(longest, time.perf_counter() - start)

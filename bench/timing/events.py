@@ -10,15 +10,14 @@ the next one.
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from .figures import Run, Timing, summarize
+from .figures import Run, Timing, uncollected
 
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 SLOW_ROUNDS = 3  # of a run that takes more than a quarter of the budget each time
@@ -28,8 +27,7 @@ SPIN_HZ = 2e9  # at least the clock that _sleep counts: a longer spin is harmles
 LEAD = 3e-4  # seconds by which the host has to be ahead when a round starts
 
 
-@dataclass(frozen=True)
-class _Sampler:
+class _Sampler(NamedTuple):
     enqueue: Callable[[], object]
     calls: int  # in one enqueue
     seconds: float  # of one enqueue, estimated
@@ -40,63 +38,52 @@ class _Sampler:
 def measure(
     runs: Mapping[str, Run], budget: float, *, copies: int = 1, waits: Collection[str] = ()
 ) -> dict[str, Timing]:
-    """Return the seconds of one call of each run, from about `budget` seconds of rounds.
+    """Return the seconds of one call of each run, from about `budget` seconds of rounds, whose
+    order reverses every other time.
 
     copies: how many buffers a run rotates through. waits: names of runs that wait for the device,
     which are not captured; an attempt would fail and leave the allocator in disorder.
     """
     samplers = {name: _sampler(r, copies, name not in waits) for name, r in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         began = time.perf_counter()
         for i in range(MAX_ROUNDS):
-            _round(samplers, seconds, i, budget)
+            few = i < SLOW_ROUNDS
+            turn = [
+                n for n, s in samplers.items() if few or s.seconds <= max(budget / 4, 4 * SAMPLE)
+            ]
+            torch.cuda._sleep(int(LEAD * SPIN_HZ))
+            pending = {name: _sample(samplers[name]) for name in (turn if i % 2 else turn[::-1])}
+            torch.cuda.synchronize()
+            for name, (start, end) in pending.items():
+                seconds[name].append(start.elapsed_time(end) / 1e3 / samplers[name].calls)
             if i + 1 >= MIN_ROUNDS and time.perf_counter() - began > budget:
                 break
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: summarize(s, mode=samplers[name].mode) for name, s in seconds.items()}
+    return {name: Timing((s,), samplers[name].mode) for name, s in seconds.items()}
 
 
-def _round(
-    samplers: dict[str, _Sampler], seconds: dict[str, list[float]], i: int, budget: float
-) -> None:
-    """Take one sample of each; the order reverses every other round."""
-    pending = []
-    torch.cuda._sleep(int(LEAD * SPIN_HZ))
-    for name in list(samplers) if i % 2 else list(samplers)[::-1]:
-        sampler = samplers[name]
-        if i >= SLOW_ROUNDS and sampler.seconds > max(budget / 4, 4 * SAMPLE):
-            continue
-        if sampler.lead:
-            torch.cuda._sleep(int(sampler.lead * SPIN_HZ))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        sampler.enqueue()
-        end.record()
-        pending.append((name, start, end))
-    torch.cuda.synchronize()
-    for name, start, end in pending:
-        seconds[name].append(start.elapsed_time(end) / 1e3 / samplers[name].calls)
+def _sample(sampler: _Sampler) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    if sampler.lead:
+        torch.cuda._sleep(int(sampler.lead * SPIN_HZ))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    sampler.enqueue()
+    end.record()
+    return start, end
 
 
 def _sampler(run: Run, copies: int, capturable: bool) -> _Sampler:
-    for i in range(2):
-        run(i)
+    _calls(run, 2)
     host, took = _seconds(lambda: _calls(run, copies))
     count = _count(took / copies, copies)
-    if capturable:
-        graph = _capture(run, count)
-        if graph is not None:
+    if capturable and (graph := _capture(run, count)):
+        _, took = _seconds(graph.replay)
+        if took < SAMPLE / 2:  # the estimate was of launches, not of work
+            count = _count(took / count, copies)
+            graph = _capture(run, count) or graph
             _, took = _seconds(graph.replay)
-            if took < SAMPLE / 2:  # the estimate was of launches, not of work
-                count = _count(took / count, copies)
-                graph = _capture(run, count) or graph
-                _, took = _seconds(graph.replay)
-            return _Sampler(graph.replay, count, took, "graph", 0.0)
+        return _Sampler(graph.replay, count, took, "graph", 0.0)
     count = min(count, 20)  # so that the spin stays short
     lead = min(host / copies * count * 1.5, 0.05)
     return _Sampler(lambda: _calls(run, count), count, took / copies * count, "events", lead)
@@ -115,12 +102,9 @@ def _calls(run: Run, count: int) -> None:
 
 def _seconds(f: Callable[[], object]) -> tuple[float, float]:
     """Return the seconds that one call takes the host and the device."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     began = time.perf_counter()
-    start.record()
-    f()
-    end.record()
+    start, end = _sample(_Sampler(f, 1, 0.0, "", 0.0))
     host = time.perf_counter() - began
     torch.cuda.synchronize()
     return host, start.elapsed_time(end) / 1e3

@@ -6,11 +6,13 @@ since a machine that slows down for a while slows both.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 # Takes the round's number, by which it rotates buffers. If it has an attribute `prepare`, that is
@@ -35,61 +37,53 @@ def part(name: str, run: Run, n: int) -> tuple[str, Run]:
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times longer one implementation takes than another, as a logarithm."""
-
-    log: float
-    error: float  # standard error of log
-
-
-@dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds of one call in each pass's rounds, in order."""
 
-    median: float
-    p10: float
-    p90: float
-    rounds: int
+    passes: tuple[Sequence[float], ...]
     mode: str = "clock"  # on a GPU "graph" or "events", see events.py
-    passes: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # of rounds, in order
+
+    @property
+    def median(self) -> float:
+        return statistics.median(itertools.chain(*self.passes))
+
+    @property
+    def rounds(self) -> int:
+        return sum(map(len, self.passes))
+
+    @property
+    def p10(self) -> float:
+        """Return about an undisturbed call's time."""
+        return percentile(itertools.chain(*self.passes), 0.1)
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self) | {"passes": [_low(sorted(seconds)) for seconds in self.passes]}
-        if self.mode == "clock":
-            del found["mode"]
-        return found
+        return {
+            "median": self.median,
+            "p10": self.p10,
+            "p90": percentile(itertools.chain(*self.passes), 0.9),
+            "rounds": self.rounds,
+            **({"mode": self.mode} if self.mode != "clock" else {}),
+            "passes": [percentile(seconds, 0.1) for seconds in self.passes],
+        }
 
 
-def summarize(*passes: Sequence[float], mode: str = "clock") -> Timing:
-    """Summarize each pass's seconds, which are in the order of its rounds."""
-    ordered = sorted(itertools.chain(*passes))
-    return Timing(
-        statistics.median(ordered),
-        _low(ordered),
-        ordered[round(0.9 * (len(ordered) - 1))],
-        len(ordered),
-        mode,
-        tuple(map(tuple, passes)),
-    )
-
-
-def _low(ordered: Sequence[float]) -> float:
-    """Return the tenth percentile, about an undisturbed call's time."""
-    return ordered[round(0.1 * (len(ordered) - 1))]
+def percentile(values: Iterator[float] | Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[round(share * (len(ordered) - 1))]
 
 
 def joined(passes: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
     """Join the passes of each implementation that is in all of them."""
-    names = [name for name in passes[0] if all(name in p for p in passes)]
-    parts = {name: [p[name] for p in passes] for name in names}
     return {
-        name: summarize(*itertools.chain(*(t.passes for t in found)), mode=found[0].mode)
-        for name, found in parts.items()
+        name: Timing(tuple(itertools.chain(*(p[name].passes for p in passes))), first.mode)
+        for name, first in passes[0].items()
+        if all(name in p for p in passes)
     }
 
 
-def ratio(one: Timing, other: Timing) -> Ratio:
-    """Compare the rounds that both took part in.
+def ratio(one: Timing, other: Timing) -> dict[str, float]:
+    """Return how many times longer the other takes in the rounds that both took part in, as a
+    logarithm, and its standard error.
 
     The error is the larger of two estimates: one from the spread of rounds, by order statistics,
     and one from the passes' medians, which show changes that last longer than a round.
@@ -104,7 +98,7 @@ def ratio(one: Timing, other: Timing) -> Ratio:
     if len(passes) > 1:
         medians = [statistics.median(p) for p in passes]
         error = max(error, statistics.stdev(medians) / math.sqrt(len(medians)))
-    return Ratio(statistics.median(ordered), error)
+    return {"log": statistics.median(ordered), "error": error}
 
 
 def figures(timings: Mapping[str, Timing], base: str) -> dict[str, dict[str, Any]]:
@@ -112,5 +106,17 @@ def figures(timings: Mapping[str, Timing], base: str) -> dict[str, dict[str, Any
     found = {name: t.to_json() for name, t in timings.items()}
     for name, t in timings.items():
         if name != base:
-            found[name]["ratio"] = asdict(ratio(timings[base], t))
+            found[name]["ratio"] = ratio(timings[base], t)
     return found
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector from running within the block."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

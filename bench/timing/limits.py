@@ -35,8 +35,7 @@ def copy(tensors: Sequence[Tensor]) -> Limit:
 
 def read(tensors: Sequence[Tensor], work: float | None = None) -> Limit:
     """Make a run that reads a rotating tensor's memory at full speed. work: bytes to count."""
-    size = float(tensors[0].nbytes) if work is None else work
-    n = len(tensors)
+    size, n = float(tensors[0].nbytes) if work is None else work, len(tensors)
     return Limit(lambda i: read_once(tensors[i % n]), size, "read")
 
 
@@ -53,7 +52,14 @@ def compute(dtype: torch.dtype, device: torch.device, speed: Speed, fp8: bool = 
     """Make the fastest arithmetic here: multiply-adds in registers, or a matrix product. fp8: use
     torch's e4m3 product if this GPU has one."""
     if device.type != "cpu":
-        return (_fp8_product(device) if fp8 else None) or _product(dtype, device)
+        if fp8:
+            limit = _product(torch.float8_e4m3fn, device)
+            try:
+                limit.run(0)
+                return limit
+            except RuntimeError:
+                pass
+        return _product(dtype, device)
     how, _ = speed.fastest(dtype)
     if how != "fma":
         return _product(torch.bfloat16 if how == "bf16" else torch.float32, device)
@@ -65,28 +71,15 @@ def compute(dtype: torch.dtype, device: torch.device, speed: Speed, fp8: bool = 
     return Limit(run, run(0), "fma")
 
 
-def _operands(device: torch.device) -> tuple[Tensor, Tensor, float]:
-    m, n, k = (512, 4096, 2048) if device.type == "cpu" else (8192, 8192, 8192)
-    a, b = (torch.randn(rows, k, device=device) for rows in (m, n))
-    return a, b, 2.0 * math.prod((m, n, k))
-
-
 def _product(dtype: torch.dtype, device: torch.device) -> Limit:
-    a, b, flops = _operands(device)
-    a, b = a.to(dtype), b.to(dtype)
-    return Limit(lambda _: a @ b.t(), flops, "matmul")
-
-
-def _fp8_product(device: torch.device) -> Limit | None:
-    a, b, flops = _operands(device)
-    a, b = (t.to(torch.float8_e4m3fn) for t in (a, b))
-    one = torch.ones((), device=device)
+    m, n, k = (512, 4096, 2048) if device.type == "cpu" else (8192, 8192, 8192)
+    a, b = (torch.randn(rows, k, device=device).to(dtype) for rows in (m, n))
+    flops = 2.0 * math.prod((m, n, k))
+    if dtype != torch.float8_e4m3fn:
+        return Limit(lambda _: a @ b.t(), flops, "matmul")
+    one, out = torch.ones((), device=device), torch.bfloat16
 
     def run(_: int) -> Tensor:
-        return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return torch._scaled_mm(a, b.t(), one, one, out_dtype=out, use_fast_accum=True)
 
-    try:
-        run(0)
-    except RuntimeError:
-        return None
     return Limit(run, flops, "FP8 matmul")

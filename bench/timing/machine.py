@@ -1,4 +1,4 @@
-"""Measure in a second or two how fast this machine is.
+"""Describe this machine, and measure in a second or two how fast it is.
 
 Its rates size jobs, rounds and baselines, and the fastest one is the limit of products. Where bf16
 products are no faster than fp32's, the fp32 baselines are measured too.
@@ -6,14 +6,20 @@ products are no faster than fp32's, the fp32 baselines are measured too.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import llama_fast as lf
 from llama_fast import _cpu
 
 PRODUCT = (128, 2048, 2048)  # M, N, K: 0.05 s where bf16 has no instruction (11 GFLOP/s a core)
@@ -105,17 +111,68 @@ def _rate(call: Callable[[], object], work: float, calls: int = CALLS) -> float:
     return work / best
 
 
-def instruction_sets() -> dict[str, Any]:
-    """Return the instruction sets in use: ours, that of PyTorch's kernels, and oneDNN's limit."""
-    return {
-        "isa": _cpu.isa(),
-        "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
-    }
-
-
 def halved(size: int, seconds: float, budget: float, least: int) -> int:
     """Halve size, which takes `seconds`, until it fits the budget or half is less than `least`."""
     while seconds > budget and size // 2 >= least:
         size, seconds = size // 2, seconds / 2
     return size
+
+
+def environment(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """Describe hardware, versions, threads and commit, without the host name, since the file is
+    meant to be shared. device: where the run measures; a GPU adds its driver, clocks and compilers.
+    """
+    return {
+        "cpu": _cpu_name(),
+        "isa": _cpu.isa(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "llama_fast": lf.__version__,
+        "commit": commit,
+        **(_gpu() if device.type == "cuda" else {}),
+    }
+
+
+# nvidia-smi's queries, and the names of the answers. Nothing is ever set.
+_SMI = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_mhz",
+    "clocks.max.sm": "max_sm_mhz",
+    "clocks.mem": "memory_mhz",
+    "power.limit": "power_limit_w",
+    "power.draw": "power_w",
+    "temperature.gpu": "temperature_c",
+    "mig.mode.current": "mig",
+}
+
+
+def _gpu() -> dict[str, Any]:
+    """Describe what figures on a GPU depend on besides its name; without nvidia-smi no clocks."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        answers = [text.strip() for text in asked.stdout.partition("\n")[0].split(",")]
+    except (OSError, subprocess.SubprocessError):
+        answers = []
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    return {
+        "sm": "sm_{}{}".format(*torch.cuda.get_device_capability()),
+        "gpu_memory_gib": round(torch.cuda.get_device_properties().total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **{name: installed.get(name) for name in ("triton", "transformers")},
+        **dict(zip(_SMI.values(), answers, strict=False)),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -15,8 +15,6 @@ import torch
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _NEVER = -3, -1, -1  # of glibc's malloc.h
 _HIGHEST = 32 << 20  # bytes, the most that glibc accepts for _MMAP_THRESHOLD
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
 
 @dataclass
 class Peak:
@@ -37,10 +35,10 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         found.bytes = torch.cuda.max_memory_allocated(device) - before
         return
     trim()
-    _RESET.write_text("5")  # set the peak to what is resident now
-    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # set the peak to what is resident now
+    before = _bytes("self/status", "VmRSS")
     yield found
-    found.bytes = max(0.0, _resident("VmHWM") - before)
+    found.bytes = max(0.0, _bytes("self/status", "VmHWM") - before)
 
 
 def keep_freed() -> bool:
@@ -65,21 +63,19 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _resident(name: str) -> float:
-    for line in _STATUS.read_text().splitlines():
+def _bytes(file: str, name: str) -> float:
+    """Return the bytes on a line of a file of /proc. Raises OSError if there is none."""
+    for line in Path("/proc", file).read_text().splitlines():
         if line.startswith(f"{name}:"):
             return float(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS}: no {name}")
+    raise OSError(f"/proc/{file}: no {name}")
 
 
 def free_memory(device: torch.device) -> float:
     """Return the bytes that can be allocated now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + (
-            torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        )
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return float(line.split()[1]) * 1024
+        return _bytes("meminfo", "MemAvailable")
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -119,8 +119,9 @@ def test_a_failing_peer_costs_its_own_columns(
         def models(self, hf: Any, device: Any) -> list[Any]:
             return [Failing(Transformers("failing", hf), works)]
 
-    skipped: dict[str, str] = {}
-    found = forward.run(Asked("quick", peers=[Peer()], skip=skipped.__setitem__))
+    asked_for = Asked("quick", peers=[Peer()])
+    found = forward.run(asked_for)
+    skipped = asked_for.record.results["skipped"]
     asked = ["logits: failing", "memory: failing", "pp8: failing", "tg2 @ d8: failing"]
     assert asked[works] in skipped and "out of luck" in skipped[asked[works]]
     with_it = [r["op"] for r in found["rows"] if "failing" in r["times"]]
@@ -148,7 +149,7 @@ def test_each_round_decodes_from_the_same_context(implementation: str, one_threa
     hf = models.transformers_model(narrow())
     model: Any = Transformers("transformers", hf)
     if implementation == "ours":
-        model = models.Ours("bf16", models.same_weights(hf)["bf16"])
+        model = models.same_weights(hf)["bf16"]
     prompt = models.prompt(narrow(), 40)
     with torch.inference_mode():
         run = model.extend(prompt[:, :30], prompt[:, 30:])
@@ -165,7 +166,7 @@ def test_each_step_of_a_batch_equals_single_sequences(
     hf = models.transformers_model(narrow())
     model: Any = Transformers("transformers", hf)
     if implementation == "ours":
-        model = models.Ours("bf16", models.same_weights(hf)["bf16"])
+        model = models.same_weights(hf)["bf16"]
     prompts = models.prompt(narrow(), 12, batch=3)
     with torch.inference_mode():
         together = model.decode(prompts, 2)(0)
@@ -176,13 +177,13 @@ def test_each_step_of_a_batch_equals_single_sequences(
 
 def test_a_gpus_step_is_captured_once(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """Treat CPU tensors as a GPU's. Every step has the same length and result."""
-    model = models.Ours("bf16", models.same_weights(models.transformers_model(narrow()))["bf16"])
+    model = models.same_weights(models.transformers_model(narrow()))["bf16"]
     captured: list[Any] = []
     monkeypatch.setattr(models, "captured", lambda step, device: captured.append(step) or step)
     prompt = models.prompt(narrow(), 20)
     with torch.inference_mode():
         want = model.extend(prompt, prompt[:, -1:])(0)
-        run = model._decode(prompt, 3, on_gpu=True)
+        run = model._after(prompt, prompt[:, -1:], 3, on_gpu=True)
         assert torch.equal(run(0), want) and torch.equal(run(1), want)
     assert len(captured) == 1
 

@@ -150,7 +150,7 @@ def test_report_from_end_to_end(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    found = read(tmp_path / "bench.json") or {}
+    found = read(tmp_path / "bench.json")
     assert {r["op"] for r in found["ops"]} == {"rms_norm", "add_rms_norm", "rms_norm_fp8"}
     assert all("reference" in r["times"] for r in found["ops"]) and found["schema"] == 3
     assert "nothing was wrong" in ended.stdout
@@ -335,7 +335,7 @@ def test_an_op_whose_process_dies_is_measured_on_one_backend(
     problems, calls = run_ops(monkeypatch, args, {"rms_norm": code})
     assert calls == ["rms_norm on cpu,reference", "rms_norm on cpu", "attention on cpu,reference"]
     assert len(problems) == 1 and why in problems[0]
-    found = read(args.out / "bench.json") or {}
+    found = read(args.out / "bench.json")
     assert [r["op"] for r in found["ops"]] == ["rms_norm", "attention"]
 
 

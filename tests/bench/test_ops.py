@@ -20,7 +20,7 @@ import torch
 from llama_fast.bench import timing
 from llama_fast.bench.cases import Case, Plan, relative_error
 from llama_fast.bench.cases.linear import kept
-from llama_fast.bench.results.report import WRONG
+from llama_fast.bench.cases.measured import WRONG
 from llama_fast.bench.timing.events import waited
 from llama_fast.bench.timing.memory import free_memory
 
@@ -44,14 +44,6 @@ def errors(case: Case) -> tuple[float, float]:
     return ours, theirs
 
 
-def of_limit(case: Case, seconds: float, device: torch.device) -> tuple[float, float]:
-    """Return our work per second, and its ratio to the limit's."""
-    runs = {"ours": case.ours, "limit": case.limit.run}
-    found = timing.measure(runs, seconds, device, copies=case.copies)
-    rate = case.work / found["ours"].median
-    return rate, rate / (case.limit.work / found["limit"].median)
-
-
 def test_op(plan: Plan, benchmark: Any, timed: bool, pytestconfig: pytest.Config) -> None:
     where = spec(pytestconfig)
     if plan.memory > free_memory(where.device):
@@ -62,13 +54,19 @@ def test_op(plan: Plan, benchmark: Any, timed: bool, pytestconfig: pytest.Config
         case = plan.make()
         error, eager_error = errors(case)
         assert error <= 2 * eager_error + WRONG  # false for NaN too
-        rate, share = of_limit(case, SECONDS if timed else 0.0, where.device)
+        runs = {"ours": case.ours, "limit": case.limit.run}
+        seconds = SECONDS if timed else 0.0
+        found = timing.measure(runs, seconds, where.device, copies=case.copies)
+        rate, limit = (
+            work / found[name].median
+            for name, work in (("ours", plan.work(case.limit)), ("limit", case.limit.work))
+        )
         benchmark.group = plan.op
         benchmark.extra_info.update(
             shape=plan.shape,
-            rate=rate / (1e9 if case.unit == "GB/s" else 1e12),
-            unit=case.unit,
-            of_limit=share,
+            rate=rate / (1e12 if case.limit.computes else 1e9),
+            unit="TFLOP/s" if case.limit.computes else "GB/s",
+            of_limit=rate / limit,
             limit=case.limit.name,
             error=error,
             eager_error=eager_error,

@@ -21,9 +21,8 @@ from torch.testing import assert_close
 import llama_fast as lf
 from llama_fast import reference
 from llama_fast.bench import peers
-from llama_fast.bench.peers import gguf_file, ik_llamacpp, in_transformers, llamacpp
+from llama_fast.bench.peers import Unsupported, gguf_file, ik_llamacpp, in_transformers, llamacpp
 from llama_fast.bench.peers.in_transformers import exchanged
-from llama_fast.bench.peers.peer import Unsupported
 
 CPU = torch.device("cpu")
 CONTEXT, STEPS = 48, 3
@@ -472,7 +471,7 @@ def test_flashinfers_pages_are_the_contiguous_caches(monkeypatch: pytest.MonkeyP
     q, lengths = torch.randn(2, 1, 8, 32), torch.tensor([17, 48], dtype=torch.int32)
     ks, vs = ([torch.randn(2, 48, 2, 32) for _ in range(3)] for _ in "kv")
     inputs = {"q": q, "k_caches": ks, "v_caches": vs, "cache_seqlens": lengths}
-    runs = flash_infer.attention_with_kvcache(inputs)
+    runs = flash_infer.attention_with_kvcache(**inputs)
     assert len(runs) == 2
     for run in runs.values():
         for i in range(4):
@@ -488,12 +487,12 @@ def test_flash_attn_is_called_causal_with_the_rounds_cache(monkeypatch: pytest.M
     library.flash_attn_with_kvcache = reference.attention_with_kvcache  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", library)
     q, k, v = torch.randn(1, 9, 4, 16), torch.randn(1, 9, 2, 16), torch.randn(1, 9, 2, 16)
-    (run,) = flash_attention.attention({"q": q, "k": k, "v": v}).values()
+    (run,) = flash_attention.attention(q, k, v).values()
     assert_close(run(0), reference.attention(q, k, v))
     ks, vs = ([torch.randn(1, 9, 2, 16) for _ in range(2)] for _ in "kv")
     lengths = torch.tensor([7], dtype=torch.int32)
     inputs = {"q": q[:, :1], "k_caches": ks, "v_caches": vs, "cache_seqlens": lengths}
-    (run,) = flash_attention.attention_with_kvcache(inputs).values()
+    (run,) = flash_attention.attention_with_kvcache(**inputs).values()
     for i in range(3):
         want = reference.attention_with_kvcache(q[:, :1], ks[i % 2], vs[i % 2], lengths)
         assert_close(run(i), want)

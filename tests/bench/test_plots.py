@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.bench.results import curves, plot
-from llama_fast.bench.results.style import apart, color, short
+from llama_fast.bench.results import plot
+from llama_fast.bench.results.plot import color, short
 
 from .runs import example
 
@@ -25,8 +25,8 @@ def test_same_figures_same_bytes(tmp_path: Path) -> None:
 
 
 def test_every_kernel_is_on_the_roofline(tmp_path: Path) -> None:
-    _, svg = plot.planned(example())["roofline"](tmp_path / "x.svg")
-    text = svg.read_text()
+    plot.planned(example())["roofline"]([tmp_path / "x.svg"])
+    text = (tmp_path / "x.svg").read_text()
     for label in ("rms_norm 1", "rms_norm 16", "linear M=1, 8 x 4", "copy 5 GB/s", "read 5 GB/s"):
         assert f"<!-- {label} -->" in text, label
 
@@ -64,7 +64,7 @@ def test_shapes_without_their_common_part(shapes: list[str], labels: list[str], 
 
 def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
     rows = example()["end_to_end"]["rows"]
-    found = curves.contexts(rows)
+    found = plot.contexts(rows)
     assert found == {
         "tg": {
             "FP8": ([520.0, 4104.0], [16.0, 16.0]),
@@ -72,12 +72,4 @@ def test_contexts_are_averages_of_what_is_in_the_cache() -> None:
             "transformers": ([520.0, 4104.0], [4.0, 4.0]),
         }
     }
-    assert curves.contexts(rows[:2]) == {}  # one context makes no curve
-
-
-def test_labels_are_pushed_apart() -> None:
-    assert apart({"a": 5.0, "b": 0.0, "c": 6.0}, 4.0) == {
-        "b": 0.0,
-        "a": 5.0,
-        "c": 9.0,
-    }
+    assert plot.contexts(rows[:2]) == {}  # one context makes no curve

@@ -29,7 +29,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the plots in tests of pages: drawing takes a second."""
-    monkeypatch.setattr(publish, "_draw", lambda root: [])
+    monkeypatch.setattr(publish, "plots", lambda root: {})
 
 
 def page(checkout: Path) -> str:

@@ -285,12 +285,10 @@ def test_no_tool_or_file_is_an_error_that_says_so(
     text.write_text("no machine code")
     assert cuda.main(["--binary", str(text)]) == 2
     assert "cuobjdump" in capsys.readouterr().err
-    monkeypatch.setattr(binary, "cuobjdump", binary.cuobjdump.__wrapped__)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(binary, "tool", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cuda.main(["--binary", str(text)]) == 2
-    assert f"no cuobjdump in {tmp_path}/bin" in capsys.readouterr().err
+    assert "no cuobjdump: install the CUDA toolkit" in capsys.readouterr().err
 
 
 def test_every_need_is_an_instruction_that_is_looked_for() -> None:
