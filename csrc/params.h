@@ -130,6 +130,7 @@ struct LinearParams {
   Scale x_granularity, weight_granularity;
   int64_t weight_block_rows;  // block: 1 or 128
   bool packed;
+  bool int16;  // CPU, with an e4m3 weight and wider x: round both to 13 bits where that is faster
 };
 
 // The one list of op families. It generates tables, declarations and bindings. Each entry names a

@@ -19,6 +19,7 @@ rope: Any
 attention: Any
 decode_attention: Any
 linear: Any
+linear_int16: Any
 
 def pack_weight(packed: Tensor, weight: Tensor) -> None: ...
 def decode_weight(out: Tensor, weight: Tensor) -> None: ...

@@ -38,6 +38,7 @@ BASELINES = (
     "bf16 F.linear",
     "torch._scaled_mm",
     "torch._scaled_mm + quantizing",
+    "ours int16",
     "transformers",
     "transformers eager",
     *(f"{name} fp32" for name in ("eager", "SDPA", "F.linear", "transformers")),
