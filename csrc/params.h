@@ -299,6 +299,7 @@ struct LinearParams {
   Scale x_granularity, weight_granularity;
   int64_t weight_block_rows;  // block: 1 or 128
   bool packed;
+  bool int16;  // CPU, with an e4m3 weight and wider x: round both to 13 bits where that is faster
 
   // fp8_gemm (both scales), fp8_linear (weight_scale) and linear (neither).
   static LinearParams of(const Tensor& out, const Tensor& x, const Tensor& weight,

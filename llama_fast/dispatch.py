@@ -157,8 +157,11 @@ def _cannot(backend: str, device: str, index: int | None) -> str | None:
 def _default(op: str, device: str, index: int | None) -> Choice:
     if device == "cpu":
         products = op in ("fp8_gemm", "fp8_linear", "linear")
-        on_amx = amx.why() if amx.enabled and products else ""
-        return Choice("cpu", f"compiled kernels, {_cpu.isa()}{on_amx}")
+        why = amx.why() if amx.enabled and products else ""
+        if cpu.int16 and op == "fp8_linear":
+            rounds = f"rounds from {cpu.INT16_ROWS} rows on"
+            why += f"; LLAMA_FAST_CPU_INT16 {rounds if _cpu.isa() == 'avx2' else 'is for avx2'}"
+        return Choice("cpu", f"compiled kernels, {_cpu.isa()}{why}")
     if device != "cuda":
         return Choice("reference", f"no kernels for {device}: eager PyTorch")
     return _on_gpu(op, index).choice

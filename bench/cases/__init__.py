@@ -24,6 +24,7 @@ FOR_GPUS = ("rms_norm_fp8", "apply_rope_and_append", "silu_and_mul_fp8", "fp8_ge
 BASELINES = (
     *("eager", "torch.compile", "F.rms_norm", "SDPA", *attention.SDPA, "SDPA, one by one"),
     *("F.linear", "bf16 F.linear", "torch._scaled_mm", "torch._scaled_mm + quantizing"),
+    "ours int16",
     *("transformers", "transformers eager"),
     *(f"{name} fp32" for name in ("eager", "SDPA", "F.linear", "transformers")),
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import reference
+from llama_fast import _cpu, cpu, reference
 
 from ..timing import Run, limits
 from .case import PARTS, Case, Plan, Spec, eager, ends
@@ -130,6 +130,8 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int) -> Case:
         targets = {"bf16 F.linear": 0.95, "torch._scaled_mm": 4.5}
         if s.on_gpu:  # there ours quantizes the activations
             baselines["torch._scaled_mm + quantizing"] = _scaled_mm(x, w, quantize=True)
+    if not s.on_gpu and m >= cpu.INT16_ROWS and _cpu.isa() == "avx2":
+        baselines["ours int16"] = _rounding(packed)
     return Case(
         "fp8_linear",
         lambda i: (x, *w.quantized[i % len(w.quantized)]),
@@ -143,6 +145,19 @@ def _fp8_linear(s: Spec, n: int, k: int, m: int) -> Case:
         inputs={"x": x, "weights": w.plain},
         targets=s.either(targets, {"limit": 0.85 if streams else 0.8}),
     )
+
+
+def _rounding(arguments: Callable[[int], tuple[Any, ...]]) -> Run:
+    """Return a run of fp8_linear under LLAMA_FAST_CPU_INT16=on."""
+
+    def run(i: int) -> Tensor:
+        before, cpu.int16 = cpu.int16, True
+        try:
+            return lf.fp8_linear(*arguments(i))
+        finally:
+            cpu.int16 = before
+
+    return run
 
 
 def _scaled_mm(x: Tensor, w: Weights, part: int = 1, quantize: bool = False) -> Run:

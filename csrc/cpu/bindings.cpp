@@ -150,6 +150,12 @@ PYBIND11_MODULE(_cpu, m) {
   });
   LF_OPS(LF_DEFINE)
   m.attr("families") = py::tuple(families);
+  lf::define(m, "linear_int16", &lf::LinearParams::of, [](lf::LinearParams p, const Tensor&) {
+    p.int16 = true;
+    const int threads = Torch::num_threads();
+    py::gil_scoped_release release;
+    kernels().linear(p, threads);
+  });
   m.def("pack_weight", &pack_weight,
         "linear.cpp: pack into the layout that linear streams fastest.");
   m.def("decode_weight", &decode_weight, "linear.cpp: decode e4m3 or packed bf16 to bf16 [N, K].");

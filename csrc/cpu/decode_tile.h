@@ -46,7 +46,6 @@ inline int64_t padded_dim(int64_t head_dim) { return (head_dim + 31) / 32 * 32; 
 
 #if defined(LF_AVX512)
 
-inline void add_product(Vec& sum, Vec a, Vec b) { sum = fma(a, b, sum); }
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   if constexpr (kDistance == 1) return {_mm512_permute_ps(a.v, 0xb1)};
@@ -76,11 +75,6 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #elif defined(LF_AVX2)
 
-// Of FMA's three forms gcc also picks those that overwrite a factor. It then copies registers for
-// that factor, runs out of them and spills sums: 1.5 times the time.
-inline void add_product(Vec& sum, Vec a, Vec b) {
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "xm"(b.v));
-}
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   if constexpr (kDistance == 1) return {_mm256_permute_ps(a.v, 0xb1)};
@@ -103,7 +97,6 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 #else
 
-inline void add_product(Vec& sum, Vec a, Vec b) { sum = fma(a, b, sum); }
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
   Vec r;
@@ -204,7 +197,7 @@ inline void store_weights(bf16* p, Vec a) {
 // each line takes two passes.
 inline constexpr int kValueKeys = kLanes == 16 ? kKeyBlock : 16;
 // Pairs of columns per pass over the keys: R * 2 * kPairs sums fit the registers. Without vector
-// instructions a Vec is two of SSE's 16: more than one pair spilled, 1.7 times the time at one row.
+// instructions a Vec is two of SSE's 16: more than one pair spilled, 1.6 times the time at one row.
 template <int R>
 #if defined(LF_AVX512)
 inline constexpr int kPairs = 2;

@@ -335,6 +335,47 @@ __attribute__((noinline)) bool fma_tile(float* sums, bool fresh, const float* x,
   return found;
 }
 
+#if defined(LF_AVX2)
+
+// One row reads every code once, so what it costs to decode shows, and the prefetch goes to L1
+// alone. A load one byte earlier has the codes of k in the high bytes and saves a shift.
+template <>
+__attribute__((noinline)) inline bool fma_tile<1, e4m3, false>(float* sums, bool fresh,
+                                                               const float* x, const e4m3* w,
+                                                               int64_t pairs, float,
+                                                               const char* next, int64_t stride) {
+  const __m256i bits = _mm256_set1_epi16(short(0x87f0));
+  const __m256i high_half = _mm256_set1_epi32(static_cast<int>(0x87f00000u));
+  Sums<1, 2 * kGroups> sum(sums, fresh);
+  NanSearch nan;
+  const auto step = [&](auto first) __attribute__((always_inline)) {
+    for (int64_t line = 0; line < kPairRow; line += 64) _mm_prefetch(next + line, _MM_HINT_NTA);
+    const Vec x0 = broadcast(x[0]), x1 = broadcast(x[1]);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+      const e4m3* from = w + g * 2 * kGroup;
+      const auto add = [&](__m256i codes, Vec xk) __attribute__((always_inline)) {
+        const __m256i c = _mm256_srai_epi16(codes, 4);
+        const __m256i even = _mm256_slli_epi32(_mm256_and_si256(c, bits), 16);
+        const __m256i odd = _mm256_and_si256(c, high_half);
+        add_product(sum.v[0][2 * g], {_mm256_castsi256_ps(even)}, xk);
+        add_product(sum.v[0][2 * g + 1], {_mm256_castsi256_ps(odd)}, xk);
+      };
+      const __m256i codes = load_bits(from);
+      nan.see(from);
+      add(first ? _mm256_slli_epi16(codes, 8) : load_bits(&from->bits - 1), x0);
+      add(codes, x1);
+    }
+    w += kPairRow, x += 2, next += stride;
+  };
+  step(std::true_type{});  // nothing may lie before the first byte
+  for (int64_t p = 1; p < pairs; ++p) step(std::false_type{});
+  sum.store_to(sums);
+  return nan.found();
+}
+
+#endif
+
 // Decodes the pair rows at w. Returns whether a fast form met a NaN.
 template <class T, bool kExact>
 __attribute__((noinline)) bool decode_block(Decoded* out, const T* w, int64_t pairs, float factor) {

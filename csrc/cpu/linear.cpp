@@ -13,6 +13,7 @@
 #include "kernels.h"
 #include "linear_dot.h"
 #include "linear_fma.h"
+#include "linear_int16.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -36,6 +37,9 @@ void linear(const LinearParams& p, int threads) {
   if (p.x_dtype == DType::e4m3) return choose_math<e4m3, e4m3>(p, threads);
   with_dtype(p.x_dtype, [&](auto* t) {
     using S = std::remove_pointer_t<decltype(t)>;
+#if defined(LF_AVX2)
+    if (p.int16 && p.weight_dtype == DType::e4m3) return run_int16<S>(p, threads);
+#endif
     if (p.weight_dtype == DType::e4m3) return choose_math<S, e4m3>(p, threads);
     choose_math<S, S>(p, threads);
   });

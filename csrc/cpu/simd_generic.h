@@ -36,6 +36,7 @@ inline Vec operator/(Vec a, Vec b) {
 }
 // Rounds twice: without the instruction, a true FMA is a library call.
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline void add_product(Vec& sum, Vec a, Vec b) { sum = fma(a, b, sum); }
 inline Vec abs(Vec a) {
   LF_EACH a.v[i] = bits_float(float_bits(a.v[i]) & 0x7fffffffu);
   return a;
