@@ -15,9 +15,14 @@ FP8_TINY = torch.finfo(torch.float32).tiny  # smallest amax: keeps a zero row's 
 FP8_BLOCK = 128
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return x in fp32; fp64, in which gradients are checked, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalize in fp32, round to x's dtype, multiply by weight in x's dtype."""
-    h = x.float()
+    h = _wide(x)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
 
@@ -61,7 +66,7 @@ def apply_rope(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    h = x.float()
+    h = _wide(x)
     if interleaved:
         a, b = h[..., 0::2], h[..., 1::2]
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -160,7 +165,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     k, v = (t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
-    scores = (q.transpose(1, 2) @ k.transpose(2, 3)).float() * scale  # [B, H, Sq, Sk]
+    scores = _wide(q.transpose(1, 2) @ k.transpose(2, 3)) * scale  # [B, H, Sq, Sk]
     if causal:
         mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(~mask.tril(seqlen_k - seqlen_q), float("-inf"))
