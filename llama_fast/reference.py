@@ -106,6 +106,11 @@ def _raw(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.itemsize == 1 else t
 
 
+def _as(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo _raw. view(dtype) cuts gradients, even if the dtype is the same."""
+    return raw if raw.dtype == dtype else raw.view(dtype)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -148,7 +153,7 @@ def attention_with_kvcache(
         else:
             blocks = block_table[i, : -(-seqlen // k_cache.shape[1])].long()
             k, v = (
-                _raw(c)[blocks].view(c.dtype).flatten(0, 1)[:seqlen] for c in (k_cache, v_cache)
+                _as(_raw(c)[blocks], c.dtype).flatten(0, 1)[:seqlen] for c in (k_cache, v_cache)
             )
         if k_scale is not None and v_scale is not None:  # per key/value head, or [1]
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -171,7 +176,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
         scores = scores.masked_fill(~mask.tril(seqlen_k - seqlen_q), float("-inf"))
     p = torch.softmax(scores, dim=-1)
     if causal and seqlen_q > seqlen_k:
-        p[:, :, : seqlen_q - seqlen_k] = 0.0
+        blind = seqlen_q - seqlen_k
+        p = F.pad(p[:, :, blind:], (0, 0, blind, 0))
     return (p.to(q.dtype) @ v).transpose(1, 2).contiguous()
 
 
@@ -280,15 +286,13 @@ def pack_weight(weight: Tensor) -> Tensor:
     packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
     """
     n, k = weight.shape
-    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    raw = raw.reshape(n // PACK_ROWS, PACK_ROWS, k // 2, 2).transpose(1, 2).contiguous()
-    return raw.view(weight.dtype)
+    panels = _raw(weight).reshape(n // PACK_ROWS, PACK_ROWS, k // 2, 2).transpose(1, 2)
+    return _as(panels.contiguous(), weight.dtype)
 
 
 def unpack_weight(weight: Tensor) -> Tensor:
     """Undo pack_weight; return a plain [N, K] weight unchanged."""
     if weight.dim() == 2:
         return weight
-    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    raw = raw.transpose(1, 2).reshape(weight.shape[0] * PACK_ROWS, weight.shape[1] * 2)
-    return raw.view(weight.dtype)
+    rows = _raw(weight).transpose(1, 2).reshape(weight.shape[0] * PACK_ROWS, weight.shape[1] * 2)
+    return _as(rows, weight.dtype)
