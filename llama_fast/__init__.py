@@ -9,6 +9,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
+from . import nn  # noqa: E402
 from .config import LlamaConfig, RopeScaling  # noqa: E402
 from .dispatch import backends, use_backend  # noqa: E402
 from .generation.cache import KVCache  # noqa: E402
@@ -39,6 +40,7 @@ __all__ = [
     "fp8_gemm",
     "fp8_linear",
     "linear",
+    "nn",
     "pack_weight",
     "quantize_fp8",
     "rms_norm",

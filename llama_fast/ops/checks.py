@@ -46,11 +46,14 @@ def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str)
 
 
 def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> None:
-    """Check that t is on o's device and, unless dtype is False, has o's dtype."""
+    """Check that t is on o's device and, unless dtype is False, has o's dtype. Under autocast any
+    activation's dtype will do: the op casts."""
     is_tensor(name, t)
     if t.device != o.device:
         raise ValueError(f"{name}: got device {t.device}, want {other}'s, {o.device}")
     if dtype and t.dtype != o.dtype:
+        if t.dtype in ACTIVATIONS and torch.is_autocast_enabled(t.device.type):
+            return
         got, want = (str(d).removeprefix("torch.") for d in (t.dtype, o.dtype))
         raise TypeError(f"{name}: got dtype {got}, want {other}'s, {want}")
 

@@ -218,11 +218,52 @@ def _apply_rope_and_append(
     return q_out
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, positions, table, ctx.interleaved = inputs
+    ctx.save_for_backward(positions, table)
+
+
+def _apply_rope_backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
+    """Rotate the gradients by the opposite angles, with a table of one row a token."""
+    if ctx.needs_input_grad[3]:
+        raise NotImplementedError("apply_rope: has no gradient for table; detach it")
+    positions, table = ctx.saved_tensors
+    cos, sin = table[positions.long()].chunk(2, dim=-1)
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    opposite = torch.cat((cos, -sin), dim=-1)
+    turned = _apply_rope_op(of_q.contiguous(), of_k.contiguous(), rows, opposite, ctx.interleaved)
+    return *turned, None, None, None
+
+
+def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Promote q and k to their common dtype: the rotation is in fp32 anyway."""
+    both = torch.promote_types(q.dtype, k.dtype)
+    return q.to(both), k.to(both), *rest
+
+
+def _cast_append(
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    """Cast q, k and v to the cache's dtype, or to autocast's for an FP8 cache."""
+    to = dtype if k_cache.itemsize == 1 else k_cache.dtype
+    return q.to(to), k.to(to), v.to(to), positions, table, k_cache, *rest
+
+
 _apply_rope_op = register(
     "apply_rope(Tensor q, Tensor k, Tensor positions, Tensor table, bool interleaved)"
     " -> (Tensor, Tensor)",
     _apply_rope,
     lambda q, k, positions, table, interleaved: (new(q), new(k)),
+    setup=_setup,
+    backward=_apply_rope_backward,
+    autocast=_cast,
 )
 _apply_rope_and_append_op = register(
     "apply_rope_and_append(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table,"
@@ -230,4 +271,5 @@ _apply_rope_and_append_op = register(
     " Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _apply_rope_and_append,
     lambda q, *_: new(q),
+    autocast=_cast_append,
 )

@@ -1,0 +1,1 @@
+"""Llama in transformers on these kernels. Only this package imports transformers."""
