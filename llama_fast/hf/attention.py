@@ -103,7 +103,7 @@ def _by_kernel(
         return _attend(q, k, v, seqlen_k, scale, causal)
     if is_ranges(mask):
         if torch.compiler.is_compiling():
-            if mask.shape[-1] > 1:
+            if mask.shape[-1] > 1:  # rows may start anywhere
                 return None
             seqlens = mask.reshape(batch)
             return decode_attention.attention_with_kvcache(q, k, v, seqlens, softmax_scale=scale)
@@ -133,18 +133,22 @@ def _attend(
 def _by_ranges(
     q: Tensor, k: Tensor, v: Tensor, ranges: list[list[int]], scale: float | None
 ) -> Tensor:
-    """Attend row by row, or rows of equal range together: [stop] or [first, stop] of each."""
-    if all(r == ranges[0] for r in ranges) and (len(ranges[0]) == 1 or ranges[0][0] == 0):
-        return _attend(q, k, v, ranges[0][-1], scale, True)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # of padding: never used
+    """Attend row by row, or rows of equal ranges together: [total] or [first, stop, total]."""
+    if len(ranges[0]) == 1:
+        return _attend(q, k, v, ranges[0][0], scale, True)
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # of padding on the left: never used
     at, seqlen_q = 0, q.shape[1]
-    for (first, stop), same in itertools.groupby(ranges):
+    for (first, stop, total), same in itertools.groupby(ranges):
         rows = slice(at, at := at + len(list(same)))
-        padding = max(first - (stop - seqlen_q), 0)  # of the queries
-        if padding < seqlen_q:
-            out[rows, padding:] = _attend(
-                q[rows, padding:], k[rows, first:], v[rows, first:], stop - first, scale, True
-            )
+        past = total - seqlen_q
+        keys, values = k[rows, first:stop], v[rows, first:stop]
+        begin = max(first - past, 0)
+        end = max(stop - past, begin)  # beyond are queries of padding on the right
+        for queries, causal in ((slice(begin, end), True), (slice(end, seqlen_q), False)):
+            if queries.start < queries.stop and first < stop:
+                out[rows, queries] = _attend(
+                    q[rows, queries], keys, values, stop - first, scale, causal
+                )
     return out
 
 

@@ -11,38 +11,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.weights import packed
+from ..checkpoint.weights import packable, packed
 from ..nn import FP8Linear
 from ..ops.linear import fp8_linear, linear
 from ..reference import unpack_weight
 
 
-def records(x: Tensor, *weights: Tensor | None) -> bool:
-    """Return whether autograd records an operation on x and the weights."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(w is not None and w.requires_grad for w in weights)
-    )
+def trained(weight: Tensor) -> bool:
+    """Return whether autograd records operations on a weight."""
+    return torch.is_grad_enabled() and weight.requires_grad
 
 
 class PackedLinear(nn.Linear):
     """An nn.Linear whose weight is in the order that a CPU reads fastest.
 
     Made of an nn.Linear by `pack`: the same module and the same Parameter. state_dict() returns the
-    plain order, and load_state_dict() takes it. When autograd records, and in training mode, the
-    Parameter returns to the plain order and stays there: gradients and optimizers see [N, K].
+    plain order, and load_state_dict() takes it. Where autograd records operations on the Parameter,
+    and in training mode, it returns to the plain order and stays there: gradients and optimizers
+    see [N, K]. A frozen one stays packed, and gradients flow through it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if records(x, self.weight, self.bias):
-            if not torch.compiler.is_compiling():
-                self.unpack()
-            return F.linear(x, unpack_weight(self.weight), self.bias)
-        if x.dtype != self.weight.dtype or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, unpack_weight(self.weight), self.bias)
-        return linear(x, self.weight, self.bias)
+        if trained(self.weight):
+            self.unpack()
+        elif x.dtype == self.weight.dtype:
+            return linear(x, self.weight, self.bias)
+        return F.linear(x, unpack_weight(self.weight), self.bias)
 
     def unpack(self) -> None:
-        if self.weight.dim() == 4:
+        if self.weight.dim() == 4 and not torch.compiler.is_compiling():
             _say_once()
             self.weight.data = unpack_weight(self.weight.data)
 
@@ -72,11 +69,22 @@ class PackedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-def pack(module: nn.Linear) -> None:
-    """Make an nn.Linear a PackedLinear, and pack its weight unless it is being trained."""
+def pack(module: nn.Linear, allowed: bool = True) -> None:
+    """Make an nn.Linear a PackedLinear, and pack its weight if that is allowed and it is not
+    trained."""
     module.__class__ = PackedLinear
-    if module.weight.dim() == 2 and not (module.training and module.weight.requires_grad):
+    if not allowed or (module.training and module.weight.requires_grad):
+        return
+    if module.weight.dim() == 2:
         module.weight.data = packed(module.weight.data.contiguous())
+
+
+def packable_together(parts: list[nn.Module]) -> bool:
+    """Return whether all can be packed, so that they can be fused."""
+    return all(
+        isinstance(p, nn.Linear) and packable(p.out_features, p.in_features, p.weight.device)
+        for p in parts
+    )
 
 
 def unpack(module: nn.Linear) -> None:
@@ -150,7 +158,7 @@ class Fused:
 
     def ready(self, owner: nn.Module, x: Tensor) -> bool:
         """Return whether the product stands for the owner's linears on x now: none is replaced or
-        hooked, their weights are still views, and autograd and autocast have no part in it."""
+        hooked, their weights are still views, and none of them is trained."""
         modules = owner._modules
         tracing = torch.compiler.is_compiling()
         for name, part, pointer in self._parts:
@@ -159,15 +167,15 @@ class Fused:
             weight = part._parameters["weight"]
             if not tracing and weight.data_ptr() != pointer:
                 return False
-            if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            if trained(weight):
                 return False
-        dtype = x.dtype if self.scale is not None else self.weight.dtype
-        return x.dtype == dtype and not torch.is_autocast_enabled(x.device.type)
+        return self.scale is not None or x.dtype == self.weight.dtype
 
     def unpack(self) -> None:
         """Return the weights to the plain order, for training, as views of one tensor again."""
         if self.scale is not None or self.weight.dim() == 2:
             return
+        _say_once()
         self.weight = unpack_weight(self.weight)
         parts = self.weight.split(self.out_features)
         for (_, part, _), weight in zip(self._parts, parts, strict=True):

@@ -2,14 +2,13 @@
 
 transformers makes a mask once for a forward pass and hands it to every layer. Ours is one of
 
-    None                the queries are the last of the keys, and the model's causality holds
-    int32 [B, 1, 1, 1]  the number of keys in use, the queries' among them: a static cache
-    int32 [B, 1, 1, 2]  the first key in use as well: left padding
-    bool [B, 1, Sq, Sk] anything else; `packed_seqlens` of it if it separates packed sequences
+    None                 the queries are the last of the keys, and the model's causality holds
+    int32 [B, 1, 1, 1]   total: the queries are the last of `total` keys: a static cache
+    int32 [B, 1, 1, 3]   first, stop, total: of these, first <= key < stop are no padding
+    bool [B, 1, Sq, Sk]  anything else; `packed_seqlens` of it if it separates packed sequences
 
-The integer forms have four dimensions because generate() prepares the masks of static caches ahead
-of the model's forward, which takes what has four dimensions as it is. Padding on the right of the
-queries needs no mask: the causal one hides it from every token that is not padding.
+The integer forms, causal too, have four dimensions because generate() prepares the masks of static
+caches ahead of the model's forward, which takes what has four dimensions as it is.
 """
 
 from __future__ import annotations
@@ -67,19 +66,21 @@ def make_mask(
             total = int(q_offset) + q_length
             static = kv_length > total
             if allow_is_causal_skip or (static and q_length == 1):
-                starts = _left_padding(attention_mask, total, total - q_length)
-                if starts is not None:
-                    return _ranges(starts, total, static, batch_size, device)
+                rows = _unpadded(attention_mask, total)
+                if rows == []:
+                    rows = [[total]] * batch_size if static else None
+                    return None if rows is None else _ranges(rows, device)
+                if rows is not None:
+                    return _ranges([[*row, total] for row in rows], device)
     mask = masking_utils.sdpa_mask(**options)
     if mask is None or tracing:
         return mask
     return _simplified(mask, q_length, kv_length)
 
 
-def _left_padding(attention_mask: Tensor | None, total: int, past: int) -> list[int] | None:
-    """Return each row's number of padding tokens on the left, [] if no row has any; None if there
-    is padding elsewhere that later tokens would see: anywhere but behind the last one, among the
-    new tokens. attention_mask [B, >= total], bool: past tokens, then the new ones."""
+def _unpadded(attention_mask: Tensor | None, total: int) -> list[list[int]] | None:
+    """Return each row's range of tokens that are no padding, [first, stop); [] if there is no
+    padding; None if a row has several ranges. attention_mask: bool [B, >= total]."""
     if attention_mask is None:
         return []
     if attention_mask.shape[-1] < total:
@@ -87,25 +88,17 @@ def _left_padding(attention_mask: Tensor | None, total: int, past: int) -> list[
     valid = attention_mask[:, :total].bool()
     if valid.all():
         return []
+    first = valid.int().argmax(-1)
+    stop = first + valid.sum(-1)
     at = torch.arange(total, device=valid.device)
-    first = valid.int().argmax(-1).masked_fill(~valid.any(-1), total)
-    last = total - 1 - valid.flip(-1).int().argmax(-1)
-    behind = (at > last[:, None]) & (at >= past)
-    if not (valid | (at < first[:, None]) | behind).all():
+    if not (valid == ((at >= first[:, None]) & (at < stop[:, None]))).all():
         return None
-    starts: list[int] = first.tolist()
-    return starts if any(starts) else []
+    rows: list[list[int]] = torch.stack((first, stop), -1).tolist()
+    return rows
 
 
-def _ranges(
-    starts: list[int], total: int, static: bool, batch: int, device: torch.device | str
-) -> Tensor | None:
-    if not starts:
-        if not static:
-            return None
-        return torch.full((batch, 1, 1, 1), total, dtype=torch.int32, device=device)
-    ranges = [[start, total] for start in starts]
-    return torch.tensor(ranges, dtype=torch.int32, device=device)[:, None, None]
+def _ranges(rows: list[list[int]], device: torch.device | str) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=device)[:, None, None]
 
 
 def _simplified(mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
@@ -114,8 +107,10 @@ def _simplified(mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
         return mask
     rows = mask[:, 0]
     if q_length == 1:
-        starts = _left_padding(rows[:, 0], kv_length, kv_length)
-        return mask if starts is None else _ranges(starts, kv_length, False, len(mask), mask.device)
+        unpadded = _unpadded(rows[:, 0], kv_length)
+        if not unpadded:
+            return mask if unpadded is None else None
+        return _ranges([[*row, kv_length] for row in unpadded], mask.device)
     if q_length != kv_length:
         return mask
     # Packed sequences: query i sees the keys from its sequence's start to itself.
@@ -140,8 +135,10 @@ def packed_seqlens(mask: Tensor) -> Tensor | None:
 
 def as_boolean(ranges: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
     """Return the integer forms as bool [B, 1, Sq, Sk]."""
-    first, stop = ranges[..., :-1], ranges[..., -1:]  # [B, 1, 1, 0 or 1], [B, 1, 1, 1]
+    total = ranges[..., -1:]  # [B, 1, 1, 1]
     at = torch.arange(seqlen_k, device=ranges.device)
     queries = torch.arange(seqlen_q, device=ranges.device)[:, None]
-    mask = at <= stop - seqlen_q + queries
-    return mask if ranges.shape[-1] == 1 else mask & (at >= first)
+    mask = at <= total - seqlen_q + queries
+    if ranges.shape[-1] == 1:
+        return mask
+    return mask & (at >= ranges[..., :1]) & (at < ranges[..., 1:2])

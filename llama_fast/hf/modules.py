@@ -1,8 +1,8 @@
 """The modules of an accelerated model: transformers' own, each with a class that derives from its
 class. The names of the class, of submodules, parameters and the state dict stay.
 
-Where autograd records, where autocast is on and wherever a call is not of the common form, the
-original forward runs. It is transformers' own, so gradients are those of the untouched model.
+A call that is not of the common form, and one whose weights are being trained, goes through the
+original forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..ops import activation, rms_norm, rope
 from ..ops.checks import ACTIVATIONS
 from .attention import NAME, attend
-from .linears import Fused, hooked, records
+from .linears import Fused, hooked, trained
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -74,7 +74,7 @@ class Fusing(Swapped):
         fused = self.__dict__.get("_fused")
         if fused is None or fused.ready(self, x):
             return fused
-        if not torch.compiler.is_compiling() and records(x, fused._parts[0][1].weight):
+        if not torch.compiler.is_compiling() and trained(fused._parts[0][1].weight):
             fused.unpack()
         return None
 
@@ -94,7 +94,7 @@ class RMSNorm(Swapped):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not _plain(hidden_states, self.weight):
+        if not _fits(hidden_states, self.weight):
             out: Tensor = super().forward(hidden_states)
             return out
         return rms_norm.rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -184,9 +184,7 @@ class Attention(Fusing):
             else:
                 k, v = cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        out, weights = attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(out.reshape(*shape, -1)), weights
 
 
@@ -197,19 +195,18 @@ class DecoderLayer(Swapped):
     mlp: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        norm = self.post_attention_layernorm
-        if args or hooked(norm) or not _plain(hidden_states, norm.weight):
+        if args:
             return super().forward(hidden_states, *args, **kwargs)
+        norm = self.post_attention_layernorm
         x, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        x, residual = rms_norm.add_rms_norm(x, hidden_states, norm.weight, norm.variance_epsilon)
+        if hooked(norm) or x.dtype != hidden_states.dtype or not _fits(x, norm.weight):
+            residual = hidden_states + x
+            x = norm(residual)
+        else:
+            eps = norm.variance_epsilon
+            x, residual = rms_norm.add_rms_norm(x, hidden_states, norm.weight, eps)
         return residual + self.mlp(x)
 
 
-def _plain(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a kernel of x and weight stands for the original forward now."""
-    return (
-        x.dtype == weight.dtype
-        and x.dtype in ACTIVATIONS
-        and not records(x, weight)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in ACTIVATIONS
