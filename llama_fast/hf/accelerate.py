@@ -70,8 +70,8 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
         raise ValueError(f"quantize: got {quantize!r}, want None, 'fp8', 'fp8_all' or 'fp8_ffn'")
     if quantize and model.training and any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            f"quantize: got {quantize!r} for a model in training mode, whose linear layers it would "
-            "freeze; call model.eval() or model.requires_grad_(False) first"
+            f"quantize: got {quantize!r} for a model in training mode, whose linear layers it "
+            "would freeze; call model.eval() or model.requires_grad_(False) first"
         )
     state = getattr(model, STATE, None)
     if state is None:
@@ -107,7 +107,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
 
 
 def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTrainedModel:
-    """Undo accelerate(), in place, and return the model: its weights are bit for bit what they were.
+    """Undo accelerate(), in place, and return the model, its weights bit for bit as they were.
 
     Weights that were quantized to FP8 are read again from the checkpoint at path, a folder; None:
     the folder that the model was loaded from. Raises ValueError before anything changes if there is
@@ -248,8 +248,8 @@ class _Checkpoint:
         remedy = "pass restore(model, path), or load the model again with from_pretrained"
         if not (path or model.name_or_path) or not folder.is_dir():
             raise ValueError(
-                f"model: its weights were quantized, and {str(folder)!r}, from where it was loaded, "
-                f"is no folder to read them from; {remedy}"
+                f"model: its weights were quantized, and {str(folder)!r}, from where it was "
+                f"loaded, is no folder to read them from; {remedy}"
             )
         self.folder, self.remedy = folder, remedy
         self.shards = Shards(folder)
