@@ -89,7 +89,10 @@ def apply_rope_and_append(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    layer: int | None = None,
 ) -> Tensor:
+    if layer is not None:
+        k_cache, v_cache = k_cache[layer], v_cache[layer]
     q, k = apply_rope(q, k, positions, table, interleaved=interleaved)
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]

@@ -13,6 +13,7 @@ from ..ops.linear import fp8_linear
 from ..ops.quantize import quantize_fp8
 from ..reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8, unpack_weight
 
+_GRANULARITIES = ("tensor", "row", "block")
 _INTEGER = {1: torch.uint8, 4: torch.int32}  # itemsize -> a dtype that no cast of a module touches
 
 
@@ -57,20 +58,14 @@ class FP8Linear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own allocates a weight of 16 or 32 bits
-        shapes = {
-            "row": (out_features, 1),
-            "tensor": (1,),
-            "block": (-(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK)),
-        }
-        if granularity not in shapes:
-            raise ValueError(f"granularity: got {granularity!r}, want one of {tuple(shapes)}")
+        if granularity not in _GRANULARITIES:
+            raise ValueError(f"granularity: got {granularity!r}, want one of {_GRANULARITIES}")
         self.in_features, self.out_features = in_features, out_features
         self.granularity = granularity
         self.quantize_activation, self.scale_ub = quantize_activation, scale_ub
         weight = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed(weight.view(FP8_DTYPE)), requires_grad=False)
-        scale = torch.ones(shapes[granularity], dtype=torch.float32, device=device)
-        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_scale", self.new_scale(device))
         zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
@@ -98,38 +93,61 @@ class FP8Linear(nn.Linear):
             device="meta",
         )
         q, scale = quantize_fp8(weight, "block_2d" if granularity == "block" else granularity)
-        if not scale.is_meta and not scale.isfinite().all():
-            raise ValueError("linear.weight: holds NaN or infinity; such a weight has no FP8 form")
         out.set_weight(q, scale)
         if linear.bias is not None:
             bias = linear.bias.detach().clone()
             out.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
         return out.train(linear.training)
 
+    def new_scale(self, device: torch.device | str | None = None) -> Tensor:
+        """Return ones in the shape of the granularity's scale."""
+        n, k = self.out_features, self.in_features
+        blocks = (-(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+        shape = {"row": (n, 1), "tensor": (1,), "block": blocks}[self.granularity]
+        return torch.ones(shape, dtype=torch.float32, device=device)
+
     def reset_parameters(self) -> None:
         """Do nothing: an FP8 weight comes from a checkpoint or from from_linear."""
 
     def set_weight(self, weight: Tensor, weight_scale: Tensor) -> None:
-        """Replace the weight by e4m3 [N, K], and the scale by fp32 of the granularity's shape. The
-        module then has their device."""
+        """Replace the weight, e4m3 [N, K] or packed, and its scale; the module then has their
+        device. For granularity "row" the scale may also be [N], or one number for all rows.
+
+        Raises TypeError or ValueError for another dtype or shape, and ValueError for a scale that
+        is not finite: it comes from a broken file, or from a weight that holds NaN or infinity.
+        """
         if weight.dtype != FP8_DTYPE:
             raise TypeError(f"weight: got dtype {weight.dtype}, want {FP8_DTYPE}")
-        if tuple(weight.shape) != (self.out_features, self.in_features):
+        if weight.dim() == 2 and tuple(weight.shape) != (self.out_features, self.in_features):
             want = [self.out_features, self.in_features]
             raise ValueError(f"weight: got shape {list(weight.shape)}, want {want}")
-        self.weight_scale = self._fitted(weight_scale)
-        self.weight = nn.Parameter(packed(weight.contiguous()), requires_grad=False)
+        scale = self._fitted(weight_scale)
+        if not scale.is_meta and not scale.isfinite().all():
+            raise ValueError("weight_scale: holds NaN or infinity")
+        weight = packed(weight.contiguous()) if weight.dim() == 2 else weight
+        self.weight, self.weight_scale = nn.Parameter(weight, requires_grad=False), scale
 
     def _fitted(self, scale: Tensor) -> Tensor:
-        """Return a scale in its shape here; checkpoints also hold [N] for [N, 1] and [] for [1]."""
+        """Return a scale of another shape with the same meaning in this module's."""
         want = self.weight_scale.shape
-        if scale.numel() != want.numel():
+        one_for_all = scale.numel() == 1 and self.granularity == "row"
+        if scale.numel() != want.numel() and not one_for_all:
             raise ValueError(f"weight_scale: got shape {list(scale.shape)}, want {list(want)}")
-        return scale.detach().to(torch.float32).reshape(want)
+        flat = scale.detach().to(torch.float32).reshape(-1)
+        return flat.expand(want.numel()).reshape(want).contiguous()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return weight * weight_scale, [out_features, in_features]."""
         return dequantize_fp8(unpack_weight(self.weight.detach()), self.weight_scale, dtype)
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """Return the nn.Linear with the dequantized weight."""
+        n, k = self.out_features, self.in_features
+        out = nn.Linear(k, n, self.bias is not None, device="meta", dtype=dtype)
+        out.weight = nn.Parameter(self.dequantize(dtype))
+        if self.bias is not None:
+            out.bias = nn.Parameter(self.bias.detach().to(dtype))
+        return out.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ (weight * weight_scale)^T + bias: [..., in_features] -> [..., out_features].
@@ -195,7 +213,7 @@ class FP8Linear(nn.Linear):
         shape = (self.out_features, self.in_features)
         if isinstance(weight, Tensor) and weight.shape == shape and self.weight.dim() == 4:
             state_dict[name] = packed(weight.to("cpu").contiguous())
-        if isinstance(scale, Tensor) and scale.numel() == self.weight_scale.numel():
+        if isinstance(scale, Tensor) and scale.numel() in (1, self.weight_scale.numel()):
             state_dict[scale_name] = self._fitted(scale)
         super()._load_from_state_dict(
             state_dict,

@@ -94,6 +94,14 @@ def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None
         )
 
 
+def index(name: str, value: Any, n: int) -> None:
+    """Check for an int from 0 to n - 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want an int")
+    if not 0 <= value < n:
+        raise ValueError(f"{name}: got {value}, want 0 to {n - 1}")
+
+
 def bound(name: str, value: Any) -> None:
     """Check for None or a positive bound."""
     if value is not None:
@@ -142,7 +150,7 @@ def cache_scales(
             )
         has_dtype(scale_name, scale, FP32)
         like(scale_name, scale, "q", q, dtype=False)
-        kv_heads = cache.shape[2] if cache.dim() == 4 else 1
+        kv_heads = cache.shape[-2] if cache.dim() >= 4 else 1
         if scale.dim() != 1 or scale.shape[0] not in (1, kv_heads):
             raise ValueError(
                 f"{scale_name}: got shape {list(scale.shape)}, want [1] or [Hkv] = [{kv_heads}]"

@@ -202,7 +202,7 @@ def test_harmless_extras_are_ignored(folder: Path) -> None:
 
 
 def test_excluded_modules_match_whole_components() -> None:
-    form = Format("weight_scale", False, ("model.layers.1", "lm_head", "re:.*gate.*"))
+    form = Format(("weight_scale",), False, ("model.layers.1", "lm_head", "re:.*gate.*"))
     assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
     assert form.excludes("model.layers.3.mlp.gate_proj")
     assert not form.excludes("model.layers.12.mlp.up_proj")
@@ -211,7 +211,9 @@ def test_excluded_modules_match_whole_components() -> None:
 
 def test_excluded_by_a_regex_of_the_beginning() -> None:
     """Match at the start of the name, not necessarily to its end, as compressed-tensors does."""
-    form = Format("weight_scale", False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$"))
+    form = Format(
+        ("weight_scale",), False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$")
+    )
     assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
     assert not form.excludes("model.layers.2.mlp.up_proj")
     assert not form.excludes("model.layers.1.self_attn.q_proj")

@@ -1,0 +1,324 @@
+"""FP8 weights in transformers, on CPUs and GPUs: quantize while loading, or load FP8 checkpoints.
+
+    from_pretrained(path, quantization_config=LlamaFastFP8Config())
+
+gives FP8Linear for the linear layers. transformers itself refuses fbgemm_fp8 without an H100, and
+dequantizes fp8 and compressed-tensors on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoint.formats import IGNORED, Format, describe, parse
+from ..checkpoint.quantize import RECIPES, is_quantized
+from ..checkpoint.shards import Shards
+from ..checkpoint.weights import ACTIVATION_BOUND
+from ..nn import FP8Linear
+
+METHOD = "llama_fast_fp8"
+_GRANULARITIES = ("row", "block")
+
+
+@register_quantization_config(METHOD)
+class LlamaFastFP8Config(QuantizationConfigMixin):
+    """Quantize a model's linear layers to FP8 while it is loaded, or load its FP8 checkpoint.
+
+    recipe: "fp8" for all linear layers but the head; "fp8_ffn" for Meta's 405B recipe, the
+    feed-forward ones of all but the first and the last layer, with activations bounded by 1200.
+    granularity: a scale per "row" or per 128 x 128 "block". modules_to_not_convert: further modules
+    to leave, by whole components of their names, or "re:" and a regular expression. A checkpoint
+    that is in FP8 already (fbgemm_fp8, fp8, compressed-tensors float-quantized) decides these
+    itself. quantize_activation: as for fp8_linear.
+
+    save_pretrained writes one of those three formats, which vLLM, transformers and
+    llama_fast.Llama load; with `import llama_fast.hf`, from_pretrained then returns FP8Linear again
+    without this config.
+    """
+
+    def __init__(
+        self,
+        recipe: str = "fp8",
+        *,
+        granularity: str = "row",
+        modules_to_not_convert: Iterable[str] = (),
+        quantize_activation: bool | None = None,
+    ) -> None:
+        for name, got, wanted in (
+            ("recipe", recipe, RECIPES),
+            ("granularity", granularity, _GRANULARITIES),
+        ):
+            if got not in wanted:
+                raise ValueError(f"{name}: got {got!r}, want one of {', '.join(wanted)}")
+        bound = ACTIVATION_BOUND if recipe == "fp8_ffn" else None
+        if granularity == "block" and bound is not None:
+            raise ValueError("granularity: got 'block', want 'row' for the recipe fp8_ffn")
+        self.quant_method = METHOD
+        self.recipe = recipe
+        self.quantize_activation = quantize_activation
+        names = tuple(modules_to_not_convert)
+        self.format = Format(_scale_names(granularity), granularity == "block", names, bound)
+        self.left: list[str] = []  # linear layers that the loaded model has in 16 or 32 bits
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read a checkpoint's quantization_config. Raises ValueError for a format not listed."""
+        form = parse(config_dict)
+        if form is None:
+            raise ValueError("quantization_config: got None, want an object")
+        config = cls(quantize_activation=kwargs.pop("quantize_activation", None))
+        config.format = form
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the quantization_config that save_pretrained writes."""
+        form = self.format
+        described = describe(
+            self.left or list(form.excluded),
+            block=form.block,
+            activation_bound=form.activation_bound,
+        )
+        return {**described, METHOD: True}  # others ignore a key that they do not know
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def _scale_names(granularity: str) -> tuple[str]:
+    """Return the name of a weight's scale in the format that describe() chooses."""
+    return ("weight_scale_inv",) if granularity == "block" else ("weight_scale",)
+
+
+_merge_configs = AutoHfQuantizer.merge_quantization_configs
+
+
+def _merged(
+    of_checkpoint: dict[str, Any] | QuantizationConfigMixin, argument: Any
+) -> QuantizationConfigMixin:
+    """transformers raises if a checkpoint's quantization has another class than the argument. Here
+    the argument says what runs it."""
+    held = of_checkpoint if isinstance(of_checkpoint, dict) else of_checkpoint.to_dict()
+    ours = isinstance(argument, LlamaFastFP8Config)
+    if ours or (argument is None and held.get(METHOD)):
+        activation = argument.quantize_activation if ours else None
+        return LlamaFastFP8Config.from_dict(held, quantize_activation=activation)
+    return _merge_configs(of_checkpoint, argument)
+
+
+AutoHfQuantizer.merge_quantization_configs = staticmethod(_merged)
+
+
+@register_quantizer(METHOD)
+class LlamaFastFP8Quantizer(HfQuantizer):
+    """Replace linear layers by FP8Linear before transformers loads their tensors."""
+
+    requires_parameters_quantization = True  # transformers 4: calls create_quantized_param
+    quantization_config: LlamaFastFP8Config
+    _chosen: frozenset[str] | set[str] = frozenset()  # the modules to quantize
+    _dtype: torch.dtype | None = None  # the model's, set aside while transformers 4 loads it
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters; the weights are frozen
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        model.config.quantization_config = self.quantization_config
+        ignored = model._keys_to_ignore_on_load_unexpected
+        kind = set if isinstance(ignored, set) else list  # transformers 5, 4
+        model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), IGNORED.pattern])
+        if not self.pre_quantized:
+            config, layers = self.quantization_config, model.config.num_hidden_layers
+            self._chosen = {
+                name
+                for name, module in model.named_modules()
+                if is_quantized(name, config.recipe, layers)
+                and _is_linear(module)
+                and not config.format.excludes(name)
+            }
+        elif checkpoint_files:
+            entries = Shards(Path(checkpoint_files[0]).parent).entries
+            self._replace_stored(model, entries)
+            for name, entry in entries.items():
+                module = _submodule(model, name.removesuffix(".weight"))
+                if entry.dtype == "F8_E4M3" and _is_linear(module):
+                    raise ValueError(f"{entry.file}: {name}: is FP8, but has no scale")
+        return model
+
+    def update_expected_keys(
+        self, model: Any, expected_keys: list[str], loaded_keys: list[str]
+    ) -> list[str]:
+        """transformers 4 names the checkpoint's tensors only here."""
+        if self.pre_quantized:
+            self._replace_stored(model, loaded_keys)
+        if self._dtype is None:
+            # It would cast tensors to this dtype before they reach a module: fp32 scales to bf16,
+            # and fp32 weights to bf16, which rounds twice.
+            self._dtype = model.config._pre_quantization_dtype
+            model.config._pre_quantization_dtype = None
+        return list(model.state_dict())
+
+    def _replace_stored(self, model: Any, names: Iterable[str]) -> None:
+        """Replace the modules whose scale is among the checkpoint's names."""
+        form = self.quantization_config.format
+        for name in names:
+            module, _, parameter = name.rpartition(".")
+            if parameter in form.scale_names:
+                if form.excludes(module):
+                    raise ValueError(
+                        f"{name}: is in the checkpoint, but quantization_config says that the "
+                        "module is not converted"
+                    )
+                self._replace(model, module, parameter)
+
+    def _replace(self, model: Any, name: str, scale_name: str) -> None:
+        linear = _submodule(model, name)
+        if not _is_linear(linear):
+            return  # of a layer that this model lacks
+        form = self.quantization_config.format
+        made = FP8Linear(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            granularity="block" if form.block else "row",
+            quantize_activation=self.quantization_config.quantize_activation,
+            scale_ub=form.activation_bound,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        made._buffers[scale_name] = made._buffers.pop("weight_scale")  # as in the file
+        model.set_submodule(_own_name(model, name), made)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Return whether this class, not transformers, puts the tensor into the model: a weight to
+        quantize, or (transformers 4) a stored scale."""
+        path, _, name = param_name.rpartition(".")
+        if self.pre_quantized:
+            module = model.get_submodule(path)
+            return isinstance(module, FP8Linear) and name in module._buffers
+        return name == "weight" and path in self._chosen
+
+    def create_quantized_param(
+        self, model: Any, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
+    ) -> None:
+        """transformers 4's way to load what param_needs_quantization() returns True for."""
+        path, _, name = param_name.rpartition(".")
+        if self.pre_quantized:
+            model.get_submodule(path)._buffers[name] = param_value.to(target_device)
+        else:
+            self.quantize(model, path, param_value.to(target_device))
+
+    def quantize(self, model: Any, name: str, weight: Tensor) -> None:
+        """Replace a linear layer whose weight has just been read."""
+        linear, form = model.get_submodule(name), self.quantization_config.format
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        try:
+            made = FP8Linear.from_linear(
+                linear,
+                "block" if form.block else "row",
+                quantize_activation=self.quantization_config.quantize_activation,
+                scale_ub=form.activation_bound,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        vars(made)["_is_hf_initialized"] = (
+            True  # or transformers would initialize it as an nn.Linear
+        )
+        model.set_submodule(name, made)
+
+    def get_quantize_ops(self) -> Any:
+        return _quantize_op()(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if not isinstance(module, FP8Linear) or not self.pre_quantized:
+                continue
+            (scale,) = module._buffers.values()
+            module._buffers.clear()
+            module.register_buffer("weight_scale", module.new_scale("meta"))
+            try:
+                assert scale is not None
+                module.set_weight(module.weight.detach(), scale)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+        if self._dtype is not None:
+            model.config._pre_quantization_dtype = self._dtype
+            model.to(self._dtype)
+        self.quantization_config.left = [n for n, m in model.named_modules() if _is_linear(m)]
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: Any, safe_serialization: bool = True
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        (scale_name,) = _scale_names("block" if self.quantization_config.format.block else "row")
+        renamed = {
+            f"{name}.weight_scale": f"{name}.{scale_name}"
+            for name, module in model.named_modules()
+            if isinstance(module, FP8Linear)
+        }
+        return {renamed.get(name, name): t for name, t in model.state_dict().items()}, {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FP8Linear):
+                model.set_submodule(name, module.to_linear(dtype or model.dtype))
+        return model
+
+
+@functools.cache
+def _quantize_op() -> Any:
+    """Return transformers 5's operation for a weight that is quantized while it is loaded."""
+    from transformers.core_model_loading import ConversionOps
+
+    class QuantizeFP8(ConversionOps):
+        def __init__(self, quantizer: LlamaFastFP8Quantizer) -> None:
+            self.quantizer = quantizer
+
+        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
+            ((name, weight),) = input_dict.items()
+            weight = weight[0] if isinstance(weight, list) else weight
+            self.quantizer.quantize(kwargs["model"], name.removesuffix(".weight"), weight)
+            kwargs["missing_keys"].discard(name)
+            return {}  # nothing is left for transformers to put into the model
+
+    return QuantizeFP8
+
+
+def _is_linear(module: Any) -> bool:
+    return type(module) is nn.Linear
+
+
+def _own_name(model: Any, name: str) -> str:
+    """Return the module's name in the model, which may be the checkpoint's inner or outer one."""
+    prefix = f"{model.base_model_prefix}."
+    if name.startswith(prefix) and not hasattr(model, model.base_model_prefix):
+        return name.removeprefix(prefix)
+    if hasattr(model, model.base_model_prefix) and name.startswith("layers."):
+        return prefix + name
+    return name
+
+
+def _submodule(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(_own_name(model, name))
+    except AttributeError:
+        return None
