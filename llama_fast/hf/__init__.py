@@ -7,11 +7,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .accelerate import accelerate, restore
 from .attention import NAME, attend
+from .fp8 import LlamaFastFP8Config
 from .kernelize import kernel_mapping
 from .masks import make_mask
 from .report import Report, report
 
-__all__ = ["Report", "accelerate", "kernel_mapping", "report", "restore"]
+__all__ = ["LlamaFastFP8Config", "Report", "accelerate", "kernel_mapping", "report", "restore"]
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)

@@ -12,22 +12,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.shards import Shards
 from ..checkpoint.weights import ACTIVATION_BOUND
 from ..nn import FP8Linear
+from ..ops.checks import ACTIVATIONS
 from ..ops.quantize import quantize_fp8
 from ..reference import unpack_weight
 from . import linears, modules
 from .attention import NAME
+from .fp8 import LlamaFastFP8Config, LlamaFastFP8Quantizer
+from .linears import PackedLinear
 
 QUANTIZE = (None, "fp8", "fp8_all", "fp8_ffn")
 # The architectures whose layers are Llama's, and the classes of theirs that have our forms.
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-_FORMS = {
+_FORMS: dict[str, Any] = {
     "RMSNorm": modules.RMSNorm,
     "RotaryEmbedding": modules.RotaryEmbedding,
     "MLP": modules.MLP,
@@ -36,6 +38,7 @@ _FORMS = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FFN = ("gate_proj", "up_proj", "down_proj")
+_DECLARED = ("hf_quantizer", "is_quantized", "quantization_method")  # attributes of a model
 STATE = "_llama_fast"  # an attribute of an accelerated model
 
 
@@ -46,6 +49,7 @@ class State:
     config: Any  # before accelerate()
     quantize: str | None
     left: dict[str, str] = field(default_factory=dict)  # module's name -> why it is untouched
+    quantized: set[str] = field(default_factory=set)  # names of linears
 
 
 def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTrainedModel:
@@ -80,8 +84,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
         _use_config(model, model.config, _with_attention(model))
     state.quantize = quantize or state.quantize
     state.left = {}
-    shared = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    layers = [n for n, m in model.named_modules() if _form(m) == "DecoderLayer"]
+    taker = _Taker(model, state, quantize)
     for name, module in list(model.named_modules()):
         form = _form(module)
         if form is None:
@@ -90,8 +93,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
             state.left[name] = "its forward is replaced"
             continue
         if form in ("Attention", "MLP"):
-            inside = 0 < layers.index(name.rpartition(".")[0]) < len(layers) - 1
-            _take_linears(module, name, form, state, shared, inside, quantize)
+            taker.take_layer_part(module, name, form)
         if form == "MLP" and not _is_silu(module):
             state.left[name] = "its activation is not SiLU"
             continue
@@ -99,8 +101,11 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
             modules.swap(module, _FORMS[form])
         if isinstance(module, modules.Fusing) and (why := module.fuse()) is not None:
             state.left[f"{name}.{'|'.join(module.together)}"] = f"not fused: {why}"
-    _take_head(model, state, shared, quantize)
-    if not layers:
+    if "lm_head" in model._modules:
+        taker.take(model, "lm_head", fp8=quantize == "fp8_all")
+    if state.quantized:
+        _declare_fp8(model, state)
+    if not taker.layers:
         state.left[""] = f"{type(model).__name__} is none of {', '.join(FAMILIES.values())}"
         warnings.warn(f"llama_fast: nothing to accelerate: {state.left['']}", stacklevel=2)
     return model
@@ -116,20 +121,24 @@ def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTraine
     state = getattr(model, STATE, None)
     if state is None:
         return model
-    quantized = {n: m for n, m in model.named_modules() if type(m) is FP8Linear}
-    source = _Checkpoint(model, state, path) if quantized else None
-    if source is not None:
-        for name, module in quantized.items():
-            source.check(name, module)
+    source = _Checkpoint(model, path) if state.quantized else None
+    for name in sorted(state.quantized):
+        assert source is not None
+        source.check(name, model.get_submodule(name))
     for name, module in list(model.named_modules()):
-        if source is not None and name in quantized:
-            _replace(model, name, source.linear(name, quantized[name]))
-        elif type(module) is linears.PackedLinear:
+        if source is not None and name in state.quantized:
+            model.set_submodule(name, source.linear(name, module))
+        elif type(module) is FP8Linear:
+            module.weight.data = module.weight.data.clone()  # it may be a view of a fused one
+        elif type(module) is PackedLinear:
             linears.unpack(module)
         elif (base := modules.original(module)) is not None:
             module.__dict__.pop("_fused", None)
             module.__class__ = base
     _use_config(model, model.config, state.config)
+    if state.quantized:
+        for name in _DECLARED:
+            model.__dict__.pop(name, None)
     delattr(model, STATE)
     return model
 
@@ -171,79 +180,82 @@ def _use_config(model: nn.Module, old: Any, new: Any) -> None:
             module.config = new
 
 
-def _take_linears(
-    module: nn.Module,
-    name: str,
-    form: str,
-    state: State,
-    shared: Counter[int],
-    inside: bool,
-    quantize: str | None,
-) -> None:
-    """Pack or quantize the linears of an attention or an MLP."""
-    bound = ACTIVATION_BOUND if quantize == "fp8_ffn" else None
-    fp8 = quantize in ("fp8", "fp8_all") or (quantize == "fp8_ffn" and form == "MLP" and inside)
-    together = modules.Attention.together if form == "Attention" else modules.MLP.together
-    packable = linears.packable_together([module._modules[part] for part in together])
-    for part in _ATTENTION if form == "Attention" else _FFN:
-        allowed = packable or part not in together
-        why = _take(module, part, shared, fp8=fp8, bound=bound, packable=allowed)
-        if why is not None:
-            state.left[f"{name}.{part}"] = why
+class _Taker:
+    """Packs or quantizes linears one by one."""
 
+    def __init__(self, model: PreTrainedModel, state: State, quantize: str | None) -> None:
+        self.state, self.quantize = state, quantize
+        self.layers = [n for n, m in model.named_modules() if _form(m) == "DecoderLayer"]
+        self.owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
 
-def _take(
-    owner: nn.Module,
-    name: str,
-    shared: Counter[int],
-    *,
-    fp8: bool,
-    bound: float | None = None,
-    packable: bool = True,
-) -> str | None:
-    """Pack the linear owner.name, or replace it by an FP8 one. Return why not, if so."""
-    linear = owner._modules[name]
-    if type(linear) is FP8Linear:
+    def take_layer_part(self, module: nn.Module, name: str, form: str) -> None:
+        """Take the linears of an attention or an MLP."""
+        ffn = form == "MLP"
+        at = self.layers.index(name.rpartition(".")[0])
+        recipe_ffn = self.quantize == "fp8_ffn" and ffn and 0 < at < len(self.layers) - 1
+        fp8 = self.quantize in ("fp8", "fp8_all") or recipe_ffn
+        together = _FORMS[form].together
+        packable = linears.packable_together([getattr(module, part) for part in together])
+        for part in _FFN if ffn else _ATTENTION:
+            allowed = packable or part not in together
+            bound = ACTIVATION_BOUND if recipe_ffn else None
+            self.take(module, f"{name}.{part}", fp8=fp8, bound=bound, packable=allowed)
+
+    def take(
+        self,
+        owner: nn.Module,
+        name: str,
+        *,
+        fp8: bool,
+        bound: float | None = None,
+        packable: bool = True,
+    ) -> None:
+        """Pack the owner's linear, or replace it by an FP8 one, or note why not."""
+        last = name.rpartition(".")[2]
+        linear: Any = getattr(owner, last)
+        if type(linear) is FP8Linear:
+            return
+        if why := self._why_not(linear, fp8):
+            self.state.left[name] = why
+        elif not fp8:
+            linears.pack(linear, packable)
+        else:
+            if linear.weight.dim() == 4:
+                linear.weight.data = unpack_weight(linear.weight.data)
+            setattr(owner, last, FP8Linear.from_linear(linear, scale_ub=bound))
+            self.state.quantized.add(name)
+
+    def _why_not(self, linear: nn.Module, fp8: bool) -> str | None:
+        if type(linear) not in (nn.Linear, PackedLinear):
+            return f"it is {type(linear).__module__}.{type(linear).__qualname__}"
+        if linears.hooked(linear):
+            return "it has hooks"
+        weight = linear._parameters["weight"]
+        if weight is None or weight.dtype not in ACTIVATIONS:
+            return f"its weight is {None if weight is None else weight.dtype}"
+        if weight.is_meta:
+            return "its weight is on the meta device"
+        if not fp8 and self.owners[id(weight)] > 1:
+            return "another module has the same weight"
         return None
-    if type(linear) not in (nn.Linear, linears.PackedLinear):
-        return f"it is {type(linear).__module__}.{type(linear).__qualname__}"
-    if linears.hooked(linear):
-        return "it has hooks"
-    if linear.weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"its weight is {linear.weight.dtype}"
-    if linear.weight.is_meta:
-        return "its weight is on the meta device"
-    if not fp8 and shared[id(linear.weight)] > 1:
-        return "another module has the same weight"
-    if not fp8:
-        linears.pack(linear, packable)
-        return None
-    if linear.weight.dim() == 4:
-        linear.weight.data = unpack_weight(linear.weight.data)
-    setattr(owner, name, FP8Linear.from_linear(linear, scale_ub=bound))
-    return None
 
 
-def _take_head(
-    model: PreTrainedModel, state: State, shared: Counter[int], quantize: str | None
-) -> None:
-    """Pack or quantize the output projection, if the model has one under its usual name."""
-    if "lm_head" not in model._modules:
-        return
-    why = _take(model, "lm_head", shared, fp8=quantize == "fp8_all")
-    if why is not None:
-        state.left["lm_head"] = why
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(model.get_submodule(owner), last, module)
+def _declare_fp8(model: PreTrainedModel, state: State) -> None:
+    """Tell transformers of the FP8 weights: save_pretrained then writes what from_pretrained reads,
+    and the Trainer wants adapters."""
+    config = LlamaFastFP8Config("fp8_ffn" if state.quantize == "fp8_ffn" else "fp8")
+    config.left = [n for n, m in model.named_modules() if type(m) in (nn.Linear, PackedLinear)]
+    declared = (LlamaFastFP8Quantizer(config), True, config.quant_method)
+    model.__dict__.update(zip(_DECLARED, declared, strict=True))
+    model.config.quantization_config = config
+    if "lm_head" in state.quantized:  # no longer the embedding's weight
+        model.config.tie_word_embeddings = False
 
 
 class _Checkpoint:
     """The weights that FP8 ones were made of, in a folder of safetensors."""
 
-    def __init__(self, model: PreTrainedModel, state: State, path: str | Path | None) -> None:
+    def __init__(self, model: PreTrainedModel, path: str | Path | None) -> None:
         folder = Path(path or model.name_or_path or "")
         remedy = "pass restore(model, path), or load the model again with from_pretrained"
         if not (path or model.name_or_path) or not folder.is_dir():
@@ -254,7 +266,7 @@ class _Checkpoint:
         self.folder, self.remedy = folder, remedy
         self.shards = Shards(folder)
         self.prefix = model.base_model_prefix
-        self.dtype = next(p.dtype for p in model.parameters() if p.dtype != torch.float8_e4m3fn)
+        self.dtype = next(p.dtype for p in model.parameters() if p.dtype in ACTIVATIONS)
 
     def read(self, name: str) -> Tensor:
         for key in self._keys(name):
