@@ -5,12 +5,13 @@ Importing it registers attn_implementation="llama_fast".
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .accelerate import accelerate, restore
+from .apply import accelerate
 from .attention import NAME, attend
+from .describe import Report, report
 from .fp8 import LlamaFastFP8Config
 from .kernelize import kernel_mapping
 from .masks import make_mask
-from .report import Report, report
+from .undo import restore
 
 __all__ = ["LlamaFastFP8Config", "Report", "accelerate", "kernel_mapping", "report", "restore"]
 

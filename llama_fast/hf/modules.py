@@ -26,7 +26,8 @@ else:
 
 def swap(module: nn.Module, mixin: type) -> None:
     """Give a module of transformers' a class derived from mixin and its own."""
-    module.__class__ = _derived(mixin, type(module))
+    base: Any = type(module)
+    module.__class__ = _derived(mixin, base)
 
 
 def original(module: nn.Module) -> type | None:
@@ -65,8 +66,8 @@ class Fusing(Swapped):
     def fuse(self) -> str | None:
         """Fuse the linears, or return why not."""
         parts = {name: self._modules[name] for name in self.together}
-        why = Fused.why_not(parts)  # type: ignore[arg-type]
-        self._fused = Fused(parts) if why is None else None  # type: ignore[arg-type]
+        why = Fused.why_not(parts)
+        self._fused = Fused(parts) if why is None else None
         return why
 
     def fused(self, x: Tensor) -> Fused | None:
@@ -147,6 +148,8 @@ class Attention(Fusing):
     attention_dropout: float
     config: Any
     o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         qkv = self.fused(hidden_states)
@@ -171,7 +174,8 @@ class Attention(Fusing):
         if isinstance(rotations, Rotations):
             table, positions = rotations.table, rotations.positions
         else:
-            table, positions = _table(*rotations, shape[0])
+            cos, sin = rotations
+            table, positions = _table(cos, sin, shape[0])
         q, k = rope.apply_rope(q, k, positions, table)
         # Named as the cache and the attention functions have them: [B, heads, S, D].
         q, k, v = (t.view(*shape, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..dispatch import choose
 from ..nn import FP8Linear
 from . import linears, modules
-from .accelerate import STATE, State
+from .apply import STATE, State
 from .attention import NAME
 
 _OPS = {
