@@ -80,10 +80,9 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
     state.quantize = quantize or state.quantize
     state.left = {}
     taker = _Taker(model, state, quantize)
-    for name, module in list(model.named_modules()):
-        form = _form(module)
-        if form is None:
-            continue
+    # A list of every module would keep those that are replaced, a second copy of the weights.
+    formed = [(n, m, f) for n, m in model.named_modules() if (f := _form(m)) is not None]
+    for name, module, form in formed:
         if linears.hooked(module) and "forward" in module.__dict__:
             state.left[name] = "its forward is replaced"
             continue

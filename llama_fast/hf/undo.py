@@ -33,7 +33,8 @@ def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTraine
     for name in sorted(state.quantized):
         assert source is not None
         source.check(name, model.get_submodule(name))
-    for name, module in list(model.named_modules()):
+    for name in [name for name, _ in model.named_modules()]:
+        module = model.get_submodule(name)
         if source is not None and name in state.quantized:
             model.set_submodule(name, source.linear(name, module))
         elif type(module) is FP8Linear:
