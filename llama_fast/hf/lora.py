@@ -36,6 +36,7 @@ class LoraFP8Linear(Linear):
                     f"adapter {name}: only plain LoRA without lora_bias can be merged into FP8"
                 )
             base = self.get_base_layer()
+            assert isinstance(base, FP8Linear)
             before = base.weight.data, base.weight_scale
             base.quantize(base.dequantize() + self.get_delta_weight(name).float())
             self._before = self._before or before
@@ -43,6 +44,8 @@ class LoraFP8Linear(Linear):
 
     def unmerge(self) -> None:
         if self._before is not None:
-            self.get_base_layer().set_weight(*self._before)
+            base = self.get_base_layer()
+            assert isinstance(base, FP8Linear)
+            base.set_weight(*self._before)
             self._before = None
             self.merged_adapters.clear()
