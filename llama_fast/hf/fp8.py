@@ -64,10 +64,13 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         elif checkpoint_files:
             entries = Shards(Path(checkpoint_files[0]).parent).entries
             self._replace_stored(model, entries)
-            for name, entry in entries.items():
+            for name, entry in entries.items():  # transformers would cast between the two
                 module = _submodule(model, name.removesuffix(".weight"))
-                if entry.dtype == "F8_E4M3" and _is_linear(module):
-                    raise ValueError(f"{entry.file}: {name}: is FP8, but has no scale")
+                fp8 = entry.dtype == "F8_E4M3"
+                if fp8 != isinstance(module, FP8Linear) and (fp8 or name.endswith(".weight")):
+                    if isinstance(module, nn.Linear):
+                        has = "no scale" if fp8 else "a scale of FP8"
+                        raise ValueError(f"{entry.file}: {name}: is {entry.dtype}, but has {has}")
         return model
 
     def update_expected_keys(
@@ -156,6 +159,8 @@ class LlamaFastFP8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
+            if _is_linear(module) and module.weight.dtype == FP8_DTYPE:
+                raise ValueError(f"{name}.weight: is FP8, but has no scale")
             if not isinstance(module, FP8Linear) or not self.pre_quantized:
                 continue
             (scale,) = module._buffers.values()
