@@ -64,13 +64,13 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         elif checkpoint_files:
             entries = Shards(Path(checkpoint_files[0]).parent).entries
             self._replace_stored(model, entries)
-            for name, entry in entries.items():  # transformers would cast between the two
-                module = _submodule(model, name.removesuffix(".weight"))
-                fp8 = entry.dtype == "F8_E4M3"
-                if fp8 != isinstance(module, FP8Linear) and (fp8 or name.endswith(".weight")):
-                    if isinstance(module, nn.Linear):
-                        has = "no scale" if fp8 else "a scale of FP8"
-                        raise ValueError(f"{entry.file}: {name}: is {entry.dtype}, but has {has}")
+            for name, entry in entries.items():  # transformers would cast from one to the other
+                module, fp8 = _submodule(model, name.removesuffix(".weight")), "F8_E4M3"
+                if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
+                    continue
+                if (entry.dtype == fp8) != isinstance(module, FP8Linear):
+                    has = "no scale" if entry.dtype == fp8 else "a scale of FP8"
+                    raise ValueError(f"{entry.file}: {name}: is {entry.dtype}, but has {has}")
         return model
 
     def update_expected_keys(
