@@ -18,7 +18,8 @@ from ..ops.checks import ACTIVATIONS
 from ..reference import unpack_weight
 from . import linears, modules
 from .attention import NAME
-from .fp8 import LlamaFastFP8Config, LlamaFastFP8Quantizer
+from .fp8 import LlamaFastFP8Quantizer
+from .fp8_config import LlamaFastFP8Config
 from .linears import PackedLinear
 
 QUANTIZE = (None, "fp8", "fp8_all", "fp8_ffn")
