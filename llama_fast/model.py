@@ -92,7 +92,9 @@ class Llama:
         projection and FFN for all the others."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
-        with torch.inference_mode():  # decoding is 10 % faster than under no_grad (256 wide, 1 core)
+        with (
+            torch.inference_mode()
+        ):  # decoding is 10 % faster than under no_grad (256 wide, 1 core)
             append = None if cache is None else cache.append(seqlen)
             if positions is not None:
                 positions = positions.expand(batch, seqlen).flatten()
