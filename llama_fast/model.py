@@ -92,9 +92,7 @@ class Llama:
         projection and FFN for all the others."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
-        with (
-            torch.inference_mode()
-        ):  # decoding is 10 % faster than under no_grad (256 wide, 1 core)
+        with torch.inference_mode():  # no_grad costs 22 us a layer (Zen 4)
             append = None if cache is None else cache.append(seqlen)
             if positions is not None:
                 positions = positions.expand(batch, seqlen).flatten()
