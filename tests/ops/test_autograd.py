@@ -157,6 +157,16 @@ def test_long_sums_in_bf16_keep_their_accuracy(name: str) -> None:
         assert (a.double() - b).abs().max() <= 2.0**-7 * b.abs().max()
 
 
+@pytest.mark.parametrize("seqlen_q", [1024, 1000])
+def test_attention_stores_no_scores(seqlen_q: int) -> None:
+    """Allocate no [H, Sq, Sk] in fp32, 32 MB here; a mask [Sq, Sk] is 4 MB."""
+    q, k, v = leaves([(1, seqlen_q, 8, 8), (1, 1024, 2, 8), (1, 1024, 2, 8)])
+    out = lf.attention(q, k, v).sum()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out.backward()
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) <= 8 << 20
+
+
 # ---- no gradient is missing silently ----
 
 
