@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _cpu
 
@@ -56,6 +57,8 @@ def register(
         _lib.impl(name, _without_backward(name, no_grad), "Autograd")
 
     def op(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
@@ -63,6 +66,13 @@ def register(
         return no_grad(*args)
 
     return op
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise if forward-mode differentiation is under way: PyTorch would return no tangent, or 0."""
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{name}: has no forward-mode derivative")
 
 
 def _casting(

@@ -197,6 +197,19 @@ def test_no_gradient_is_missing_silently(op: str, name: str) -> None:
     assert wanted.grad.isfinite().all() and wanted.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("op", ["rms_norm", "quantize_fp8"])
+def test_forward_mode_is_refused(op: str) -> None:
+    arguments = example(op)
+    x, call = arguments.pop("x"), lambda x: getattr(lf, op)(x, **arguments)
+    with pytest.raises(NotImplementedError, match=f"{op}: has no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        call(x)
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=op):
+            call(dual)
+
+
 class _Ops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
