@@ -141,7 +141,7 @@ mapped = {
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
-subpackages = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "ops")]
+subpackages = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "hf", "nn", "ops")]
 
 setup(
     packages=["llama_fast", *subpackages, *mapped],

@@ -15,9 +15,14 @@ FP8_TINY = torch.finfo(torch.float32).tiny  # smallest amax: keeps a zero row's 
 FP8_BLOCK = 128
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return x in fp32; fp64, in which gradients are checked, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalize in fp32, round to x's dtype, multiply by weight in x's dtype."""
-    h = x.float()
+    h = _wide(x)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
     return weight * h.to(x.dtype)
 
@@ -61,7 +66,7 @@ def apply_rope(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    h = x.float()
+    h = _wide(x)
     if interleaved:
         a, b = h[..., 0::2], h[..., 1::2]
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -84,7 +89,10 @@ def apply_rope_and_append(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    layer: int | None = None,
 ) -> Tensor:
+    if layer is not None:
+        k_cache, v_cache = k_cache[layer], v_cache[layer]
     q, k = apply_rope(q, k, positions, table, interleaved=interleaved)
     kept = slots >= 0
     block, offset = slots[kept] // k_cache.shape[1], slots[kept] % k_cache.shape[1]
@@ -99,6 +107,11 @@ def apply_rope_and_append(
 def _raw(t: Tensor) -> Tensor:
     """Return an FP8 tensor's bytes, which every device can index; other tensors unchanged."""
     return t.view(torch.uint8) if t.itemsize == 1 else t
+
+
+def _as(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo _raw. view(dtype) cuts gradients, even if the dtype is the same."""
+    return raw if raw.dtype == dtype else raw.view(dtype)
 
 
 def attention(
@@ -143,7 +156,7 @@ def attention_with_kvcache(
         else:
             blocks = block_table[i, : -(-seqlen // k_cache.shape[1])].long()
             k, v = (
-                _raw(c)[blocks].view(c.dtype).flatten(0, 1)[:seqlen] for c in (k_cache, v_cache)
+                _as(_raw(c)[blocks], c.dtype).flatten(0, 1)[:seqlen] for c in (k_cache, v_cache)
             )
         if k_scale is not None and v_scale is not None:  # per key/value head, or [1]
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -160,13 +173,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
     seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // max(k.shape[2], 1)
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     k, v = (t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
-    scores = (q.transpose(1, 2) @ k.transpose(2, 3)).float() * scale  # [B, H, Sq, Sk]
+    scores = _wide(q.transpose(1, 2) @ k.transpose(2, 3)) * scale  # [B, H, Sq, Sk]
     if causal:
         mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(~mask.tril(seqlen_k - seqlen_q), float("-inf"))
     p = torch.softmax(scores, dim=-1)
     if causal and seqlen_q > seqlen_k:
-        p[:, :, : seqlen_q - seqlen_k] = 0.0
+        blind = seqlen_q - seqlen_k
+        p = F.pad(p[:, :, blind:], (0, 0, blind, 0))
     return (p.to(q.dtype) @ v).transpose(1, 2).contiguous()
 
 
@@ -275,15 +289,13 @@ def pack_weight(weight: Tensor) -> Tensor:
     packed[n // 64, k // 2, n % 64, k % 2] = weight[n, k].
     """
     n, k = weight.shape
-    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    raw = raw.reshape(n // PACK_ROWS, PACK_ROWS, k // 2, 2).transpose(1, 2).contiguous()
-    return raw.view(weight.dtype)
+    panels = _raw(weight).reshape(n // PACK_ROWS, PACK_ROWS, k // 2, 2).transpose(1, 2)
+    return _as(panels.contiguous(), weight.dtype)
 
 
 def unpack_weight(weight: Tensor) -> Tensor:
     """Undo pack_weight; return a plain [N, K] weight unchanged."""
     if weight.dim() == 2:
         return weight
-    raw = weight.view(torch.uint8) if weight.itemsize == 1 else weight
-    raw = raw.transpose(1, 2).reshape(weight.shape[0] * PACK_ROWS, weight.shape[1] * 2)
-    return raw.view(weight.dtype)
+    rows = _raw(weight).transpose(1, 2).reshape(weight.shape[0] * PACK_ROWS, weight.shape[1] * 2)
+    return _as(rows, weight.dtype)

@@ -32,6 +32,7 @@ CASES = {
     ),
     "custom_loop.py": (["DIR", "Once upon", "The sea", "--new-tokens", "6"], "Once upon"),
     "drop_in_kernels.py": (["--tokens", "24", "--hidden", "256"], "relative difference"),
+    "lora_on_fp8.py": (["DIR", "--text", "It hums.", "--steps", "6", "--output", "OUT"], "step 0"),
     "fp8_linear.py": (["--features", "256", "512"], "0.2 MiB -> 0.1 MiB\nrelative difference 0.0"),
 }
 
@@ -46,9 +47,10 @@ def test_runs(
     checkpoint: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     arguments, begins = CASES[script]
-    argv = [checkpoint if a == "DIR" else a for a in arguments]
+    argv = [{"DIR": checkpoint, "OUT": str(tmp_path)}.get(a, a) for a in arguments]
     monkeypatch.setattr(sys, "argv", [script, *argv])
     capsys.readouterr()
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")

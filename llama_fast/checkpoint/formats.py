@@ -2,15 +2,17 @@
 
 quant_method         weight e4m3 [N, K] and
 fbgemm_fp8           weight_scale [N, 1]; activations bounded by activation_scale_ub
-compressed-tensors   weight_scale [N, 1] or [1] (format float-quantized); a static input_scale is
-                     ignored: activations get a scale per row instead
-fp8                  weight_scale_inv, one per 128 x 128 block
+compressed-tensors   weight_scale [N, 1] or [1] (format float-quantized)
+fp8                  weight_scale_inv, one per 128 x 128 block; without weight_block_size one per
+                     tensor, named weight_scale_inv or weight_scale
+
+A static scale of activations (input_scale, activation_scale) is ignored: they get a scale per row.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +24,15 @@ IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|input_scale|input_scale_ub|acti
 
 @dataclass(frozen=True)
 class Format:
-    scale_name: str  # the name of a weight's scale
+    scale_names: tuple[str, ...]  # of a weight's scale: one of them
     block: bool  # a scale per 128 x 128 block, else per row or tensor
     excluded: tuple[str, ...]  # modules that are not quantized
     activation_bound: float | None = None
+
+    def scale(self, module: str, names: Container[str]) -> str:
+        """Return the full name of a module's scale, the one of names if there is any."""
+        candidates = [f"{module}.{name}" for name in self.scale_names]
+        return next((name for name in candidates if name in names), candidates[0])
 
     def excludes(self, module: str) -> bool:
         """Compare names by whole components: layers.1 is not layers.12."""
@@ -53,21 +60,62 @@ def parse(quantization: Any) -> Format | None:
     if method == "fbgemm_fp8":
         bound = quantization.get("activation_scale_ub")
         excluded = _modules(quantization, "modules_to_not_convert")
-        return Format("weight_scale", False, excluded, None if bound is None else float(bound))
+        return Format(("weight_scale",), False, excluded, None if bound is None else float(bound))
     if method == "fp8":
         block = quantization.get("weight_block_size")
-        if block != [FP8_BLOCK, FP8_BLOCK]:
+        if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
             raise ValueError(
-                f"quantization_config.weight_block_size: got {block!r}, want [128, 128]"
+                f"quantization_config.weight_block_size: got {block!r}, want [128, 128] or null"
             )
-        return Format("weight_scale_inv", True, _modules(quantization, "modules_to_not_convert"))
+        names = ("weight_scale_inv",) if block else ("weight_scale_inv", "weight_scale")
+        # AutoFP8 and vLLM write ignored_layers.
+        keys = ("modules_to_not_convert", "ignored_layers")
+        return Format(names, bool(block), sum((_modules(quantization, key) for key in keys), ()))
     if method == "compressed-tensors":
         _check_compressed_tensors(quantization)
-        return Format("weight_scale", False, _modules(quantization, "ignore"))
+        return Format(("weight_scale",), False, _modules(quantization, "ignore"))
     raise ValueError(
         f"quantization_config.quant_method: got {method!r}, "
         "want 'fbgemm_fp8', 'compressed-tensors' or 'fp8'"
     )
+
+
+def describe(
+    excluded: list[str], *, block: bool = False, activation_bound: float | None = None
+) -> dict[str, Any]:
+    """Return the quantization_config of a checkpoint whose linear layers, but the excluded ones,
+    hold e4m3 with a scale per row, or per block; readers then quantize activations by token, or in
+    blocks. Only one format stores a bound on activations, and only one stores blocks."""
+    if block:
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            "modules_to_not_convert": excluded,
+        }
+    if activation_bound is not None:
+        return {
+            "quant_method": "fbgemm_fp8",
+            "activation_scale_ub": activation_bound,
+            "modules_to_not_convert": excluded,
+        }
+    e4m3 = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**e4m3, "strategy": "channel", "dynamic": False},
+                "input_activations": {**e4m3, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            }
+        },
+        "ignore": excluded,
+        "kv_cache_scheme": None,
+    }
 
 
 def _modules(quantization: Mapping[str, Any], key: str) -> tuple[str, ...]:

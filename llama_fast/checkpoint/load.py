@@ -109,7 +109,7 @@ class _Checkpoint:
 
     def _scale(self, name: str) -> Tensor:
         assert self._format is not None
-        full = f"{name}.{self._format.scale_name}"
+        full = self._format.scale(name, self._shards.entries)
         scale = self._shards.read(full).to(self._device, torch.float32, copy=True)
         if not bool(torch.isfinite(scale).all()):
             raise ValueError(f"{self._shards.entries[full].file}: {full}: holds NaN or infinity")
@@ -142,8 +142,8 @@ class _Inventory:
         if self._format.excludes(name):
             raise ValueError(f"{at}: is FP8, but quantization_config says it is not converted")
         blocks = (math.ceil(n / FP8_BLOCK), math.ceil(k / FP8_BLOCK))
-        shapes = (blocks,) if self._format.block else ((n, 1), (n,), (1,), ())
-        self._want(f"{name}.{self._format.scale_name}", shapes, _FLOATS)
+        shapes = (blocks,) if self._format.block else ((n, 1), (n,), (1,), (1, 1), ())
+        self._want(self._format.scale(name, self._entries), shapes, _FLOATS)
 
     def _want(
         self, name: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from ..config import LlamaConfig, read_json
 from ..ops.quantize import quantize_fp8
+from .formats import describe
 from .shards import Shards
 
 RECIPES = ("fp8", "fp8_ffn")
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
 _FLOATS = ("BF16", "F16", "F32")  # safetensors' names
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
-_LINEAR = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
+_LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _INDEX = "model.safetensors.index.json"
 
@@ -94,7 +95,9 @@ def quantize_checkpoint(
             weight_map = {n: file for file, held in plan.items() for t in held for n in t.stored()}
             index = {"metadata": {"total_size": after}, "weight_map": weight_map}
             _write_json(folder / _INDEX, index)
-        config["quantization_config"] = _quantization_config(tensors)
+        modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
+        ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
+        config["quantization_config"] = describe(ignore)
         _write_json(folder / "config.json", config)
         _copy_companions(source, folder)
     return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
@@ -107,7 +110,8 @@ def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]
     for name, (file, dtype, shape) in sorted(shards.entries.items()):
         if dtype not in _FLOATS:
             raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
-        quantized = _is_quantized(name, recipe, layers)
+        module, _, parameter = name.rpartition(".")
+        quantized = parameter == "weight" and is_quantized(module, recipe, layers)
         if quantized and len(shape) != 2:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, want a matrix")
         plan.setdefault(file.name, []).append(_Tensor(name, dtype, shape, quantized))
@@ -116,10 +120,10 @@ def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]
     return plan
 
 
-def _is_quantized(name: str, recipe: str, layers: int) -> bool:
-    module, _, parameter = name.rpartition(".")
+def is_quantized(module: str, recipe: str, layers: int) -> bool:
+    """Return whether the recipe quantizes a module of a Llama with that many layers."""
     match = _LINEAR.fullmatch(module)
-    if match is None or parameter != "weight":
+    if match is None:
         return False
     return recipe == "fp8" or (match[2] == "mlp" and 0 < int(match[1]) < layers - 1)
 
@@ -174,28 +178,6 @@ def _write_at(out: BinaryIO, offset: int, tensor: Tensor) -> int:
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return _ITEMSIZE[dtype] * torch.Size(shape).numel()
-
-
-def _quantization_config(tensors: list[_Tensor]) -> dict[str, Any]:
-    """Return compressed-tensors' description: every Linear except the modules named in ignore."""
-    modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
-    ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
-    e4m3 = {"num_bits": 8, "type": "float", "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**e4m3, "strategy": "channel", "dynamic": False},
-                "input_activations": {**e4m3, "strategy": "token", "dynamic": True},
-                "output_activations": None,
-            }
-        },
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-    }
 
 
 @contextmanager

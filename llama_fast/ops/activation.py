@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..dispatch import kernels
 from ..reference import FP8_DTYPE
 from . import checks
-from .common import as_rows, new_scale, register, with_huge_pages
+from .common import as_rows, new_scale, register, wide, with_huge_pages
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -63,7 +66,27 @@ def _fake_silu_and_mul_fp8(gate_up: Tensor, scale_ub: float | None) -> tuple[Ten
     return gate_up.new_empty(shape, dtype=FP8_DTYPE), new_scale(gate_up)
 
 
-_silu_and_mul_op = register("silu_and_mul(Tensor gate_up) -> Tensor", _silu_and_mul, _half)
+def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _silu_and_mul_backward(ctx: Any, grad: Tensor) -> Tensor:
+    """Return gate_up's gradient, computed in fp32 and rounded once. With s = sigmoid(gate): gate's
+    is grad * up * (s + gate * s * (1 - s)), up's is grad * gate * s."""
+    (gate_up,) = ctx.saved_tensors
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    g, s = wide(grad), gate.sigmoid()
+    silu = gate * s
+    return torch.cat((g * up * (s + silu * (1 - s)), g * silu), dim=-1).to(gate_up.dtype)
+
+
+_silu_and_mul_op = register(
+    "silu_and_mul(Tensor gate_up) -> Tensor",
+    _silu_and_mul,
+    _half,
+    setup=_setup,
+    backward=_silu_and_mul_backward,
+)
 _silu_and_mul_fp8_op = register(
     "silu_and_mul_fp8(Tensor gate_up, float? scale_ub) -> (Tensor, Tensor)",
     _silu_and_mul_fp8,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -96,9 +100,89 @@ def _attention(
     return out
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, ctx.causal, ctx.softmax_scale, cu_seqlens_q, cu_seqlens_k = inputs
+    ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, *cu_seqlens = ctx.saved_tensors
+    gradients = _gradients_op(grad, q, k, v, ctx.causal, ctx.softmax_scale, *cu_seqlens)
+    return *gradients, None, None, None, None
+
+
+def _gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v: PyTorch's own attention, forward again and backward, in
+    linear memory but for a mask [Sq, Sk] where Sq < Sk. An op of its own, because it loops over
+    sequences, which torch.compile cannot trace."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return _sdpa_gradients(grad, q, k, v, causal, softmax_scale)
+    out = new(q), new(k), new(v)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        rows, keys = slice(*starts_q[i : i + 2]), slice(*starts_k[i : i + 2])
+        parts = _sdpa_gradients(
+            grad[None, rows], q[None, rows], k[None, keys], v[None, keys], causal, softmax_scale
+        )
+        for whole, at, part in zip(out, (rows, keys, keys), parts, strict=True):
+            whole[at] = part[0]
+    return out
+
+
+def _sdpa_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q [B, Sq, H, D], k and v [B, Sk, Hkv, D]."""
+    of_q, of_k, of_v = (new(t).zero_() for t in (q, k, v))
+    seqlen_q, seqlen_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    if causal:  # the first queries may see no key
+        seeing = min(seqlen_q, seqlen_k)
+        grad, q = grad[:, seqlen_q - seeing :], q[:, seqlen_q - seeing :]
+    if not q.numel() or not k.numel():
+        return of_q, of_k, of_v
+    mask = None
+    if causal and seqlen_q < seqlen_k:
+        mask = q.new_ones((seqlen_q, seqlen_k), dtype=torch.bool).tril(seqlen_k - seqlen_q)
+    with torch.enable_grad():
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+        result = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2).repeat_interleave(group, dim=1),
+            v.transpose(1, 2).repeat_interleave(group, dim=1),
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=softmax_scale,
+        )
+    of_seeing, of_k, of_v = torch.autograd.grad(result, (q, k, v), grad.transpose(1, 2))
+    of_q[:, seqlen_q - q.shape[1] :] = of_seeing
+    return of_q, of_k.contiguous(), of_v.contiguous()
+
+
+def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return q.to(dtype), k.to(dtype), v.to(dtype), *rest
+
+
+_gradients_op = register(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, bool causal,"
+    " float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> (Tensor, Tensor, Tensor)",
+    _gradients,
+    lambda grad, q, k, v, *_: (new(q), new(k), new(v)),
+)
 _attention_op = register(
     "attention(Tensor q, Tensor k, Tensor v, bool causal, float softmax_scale,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k) -> Tensor",
     _attention,
     lambda q, *_: new(q),
+    setup=_setup,
+    backward=_attention_backward,
+    autocast=_cast,
 )

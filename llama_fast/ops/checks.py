@@ -46,11 +46,14 @@ def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str)
 
 
 def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> None:
-    """Check that t is on o's device and, unless dtype is False, has o's dtype."""
+    """Check that t is on o's device and, unless dtype is False, has o's dtype. Under autocast any
+    activation's dtype will do: the op casts."""
     is_tensor(name, t)
     if t.device != o.device:
         raise ValueError(f"{name}: got device {t.device}, want {other}'s, {o.device}")
     if dtype and t.dtype != o.dtype:
+        if t.dtype in ACTIVATIONS and torch.is_autocast_enabled(t.device.type):
+            return
         got, want = (str(d).removeprefix("torch.") for d in (t.dtype, o.dtype))
         raise TypeError(f"{name}: got dtype {got}, want {other}'s, {want}")
 
@@ -81,7 +84,9 @@ def vector(name: str, t: Tensor, n: int, other: str, o: Tensor) -> None:
 
 def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None:
     """Check for a finite real number >= low (> low when not inclusive)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))
+    ):
         raise TypeError(f"{name}: got {type(value).__name__}, want a float")
     # Comparisons only: torch.compile traces a SymFloat through them, not through math.isfinite.
     bad = not low <= value <= _LARGEST or (value == low and not inclusive)
@@ -89,6 +94,14 @@ def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None
         raise ValueError(
             f"{name}: got {value}, want a finite number {'>=' if inclusive else '>'} {low}"
         )
+
+
+def index(name: str, value: Any, n: int) -> None:
+    """Check for an int from 0 to n - 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, want an int")
+    if not 0 <= value < n:
+        raise ValueError(f"{name}: got {value}, want 0 to {n - 1}")
 
 
 def bound(name: str, value: Any) -> None:
@@ -139,7 +152,7 @@ def cache_scales(
             )
         has_dtype(scale_name, scale, FP32)
         like(scale_name, scale, "q", q, dtype=False)
-        kv_heads = cache.shape[2] if cache.dim() == 4 else 1
+        kv_heads = cache.shape[-2] if cache.dim() >= 4 else 1
         if scale.dim() != 1 or scale.shape[0] not in (1, kv_heads):
             raise ValueError(
                 f"{scale_name}: got shape {list(scale.shape)}, want [1] or [Hkv] = [{kv_heads}]"

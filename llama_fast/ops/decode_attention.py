@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import _cpu, reference
@@ -127,10 +130,16 @@ def _attention_with_kvcache(
     return out
 
 
+def _cast(dtype: torch.dtype, q: Tensor, k_cache: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Cast q to the cache's dtype, or to autocast's for an FP8 cache."""
+    return q.to(dtype if k_cache.itemsize == 1 else k_cache.dtype), k_cache, *rest
+
+
 _attention_with_kvcache_op = register(
     "attention_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,"
     " Tensor? block_table, bool causal, float softmax_scale, int num_splits,"
     " Tensor? k_scale, Tensor? v_scale) -> Tensor",
     _attention_with_kvcache,
     lambda q, *_: new(q),
+    autocast=_cast,
 )

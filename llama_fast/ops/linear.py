@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from .. import cpu, reference
 from ..dispatch import kernels
 from ..reference import FP8_BLOCK, PACK_ROWS
 from . import checks
-from .common import as_rows, register, with_huge_pages
+from .common import as_rows, register, wide, with_huge_pages
 from .quantize import quantize
 
 
@@ -249,6 +251,73 @@ def _fake_pack_weight(weight: Tensor) -> Tensor:
     return weight.new_empty((n // PACK_ROWS, k // 2, PACK_ROWS, 2))
 
 
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """x's is grad @ weight, weight's grad^T @ x (packed like the weight), bias's grad's sum."""
+    x, weight = ctx.saved_tensors
+    rows = as_rows(grad)
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = (rows @ reference.unpack_weight(weight)).view(x.shape)
+    if ctx.needs_input_grad[1]:
+        of_weight = rows.t() @ as_rows(x)
+        if weight.dim() == 4:
+            of_weight = reference.pack_weight(of_weight)
+    if ctx.needs_input_grad[2]:
+        of_bias = wide(rows).sum(0).to(grad.dtype)
+    return of_x, of_weight, of_bias
+
+
+def _setup_fp8_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _fp8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """x's is grad @ (weight * weight_scale), whether x was quantized or not; bias's grad's sum."""
+    weight, scale = ctx.saved_tensors
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise NotImplementedError(
+            "fp8_linear: an FP8 weight has no gradient; freeze it and its scale by "
+            "requires_grad_(False), or train a 16- or 32-bit weight"
+        )
+    rows = as_rows(grad)
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = reference.dequantize_fp8(reference.unpack_weight(weight), scale, grad.dtype)
+        of_x = (rows @ dense).view(*grad.shape[:-1], dense.shape[1])
+    if ctx.needs_input_grad[3]:
+        of_bias = wide(rows).sum(0).to(grad.dtype)
+    return of_x, None, None, of_bias, None, None
+
+
+def _setup_pack(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    pass
+
+
+def _pack_weight_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return reference.unpack_weight(grad)
+
+
+def _cast_linear(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Any, ...]:
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _cast_fp8_linear(
+    dtype: torch.dtype,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    return x.to(dtype), weight, weight_scale, None if bias is None else bias.to(dtype), *rest
+
+
 _fp8_gemm_op = register(
     "fp8_gemm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias,"
     " ScalarType out_dtype) -> Tensor",
@@ -260,10 +329,22 @@ _fp8_linear_op = register(
     " bool? quantize_activation, float? scale_ub) -> Tensor",
     _fp8_linear,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], out_features(weight))),
+    setup=_setup_fp8_linear,
+    backward=_fp8_linear_backward,
+    autocast=_cast_fp8_linear,
 )
 _linear_op = register(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     _linear,
     lambda x, weight, bias: x.new_empty((*x.shape[:-1], out_features(weight))),
+    setup=_setup_linear,
+    backward=_linear_backward,
+    autocast=_cast_linear,
 )
-_pack_weight_op = register("pack_weight(Tensor weight) -> Tensor", _pack_weight, _fake_pack_weight)
+_pack_weight_op = register(
+    "pack_weight(Tensor weight) -> Tensor",
+    _pack_weight,
+    _fake_pack_weight,
+    setup=_setup_pack,
+    backward=_pack_weight_backward,
+)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..dispatch import kernels
@@ -117,6 +118,7 @@ def apply_rope_and_append(
     interleaved: bool = False,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    layer: int | None = None,
 ) -> Tensor:
     """Rotate q and k as apply_rope does and write k and v into a KV cache. Returns the rotated q.
 
@@ -125,23 +127,31 @@ def apply_rope_and_append(
     token; -1 skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and
     v_scale, fp32 [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), where k is rotated
     and rounded to its dtype first; caches of q's dtype take no scales.
+
+    layer: the caches are pools [layers, blocks, block_size, Hkv, D], and this layer is written.
+    Under torch.compile with dynamic shapes pass pools and layer: with pool[layer], Inductor of
+    PyTorch 2.13 would write to the pool's start, so that form raises NotImplementedError there.
     """
     _check(q, k, positions, table, interleaved)
     checks.like("v", v, "q", q)
     checks.has_shape("v", v, tuple(k.shape), "k's shape")
     checks.rows_contiguous("v", v)
     checks.cache_scales(q, k_cache, v_cache, k_scale, v_scale)
+    shape: tuple[int | None, ...] = (None, None, k.shape[1], k.shape[2])
+    spelled = "[blocks, block_size, Hkv, D]"
+    if layer is not None:
+        shape, spelled = (None, *shape), f"[layers, {spelled[1:]}"
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.has_shape(
-            name, cache, (None, None, k.shape[1], k.shape[2]), "[blocks, block_size, Hkv, D]"
-        )
+        checks.has_shape(name, cache, shape, spelled)
         checks.rows_contiguous(name, cache)
+    if layer is not None:
+        checks.index("layer", layer, k_cache.shape[0])
     checks.has_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's shape")
     checks.has_dtype("slots", slots, checks.INDICES)
     checks.like("slots", slots, "q", q, dtype=False)
     checks.has_shape("slots", slots, (q.shape[0],), "[T]")
     return _apply_rope_and_append_op(
-        q, k, v, positions, table, k_cache, v_cache, slots, interleaved, k_scale, v_scale
+        q, k, v, positions, table, k_cache, v_cache, slots, interleaved, k_scale, v_scale, layer
     )
 
 
@@ -192,7 +202,10 @@ def _apply_rope_and_append(
     interleaved: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    layer: int | None,
 ) -> Tensor:
+    if layer is not None:
+        k_cache, v_cache = k_cache[layer], v_cache[layer]
     positions, slots = positions.contiguous(), slots.contiguous()
     check_range("positions", positions, 0, table.shape[0] - 1)
     check_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
@@ -215,7 +228,64 @@ def _apply_rope_and_append(
     if positions.numel():
         caches = (v, k_cache, v_cache, slots, k_scale, v_scale)
         on.rope(q_out, None, q, k, positions, table, interleaved, *caches)
+        increment_version((k_cache, v_cache))
     return q_out
+
+
+def _fake_append(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    """Refuse caches that a compiled graph takes out of a pool, unless Inductor keeps their offset:
+    without a lowering for sym_storage_offset it writes to the pool's start (PyTorch issue 198068).
+    A graph's own input has a plain symbol as its offset, which is right."""
+    for name, cache in zip(("k_cache", "v_cache"), rest[2:4], strict=True):
+        offset = cache.storage_offset()
+        if isinstance(offset, torch.SymInt) and not offset.node.expr.is_symbol:
+            from torch._inductor.lowering import fallbacks, lowerings
+
+            reads = torch.ops.aten.sym_storage_offset.default
+            if reads not in lowerings or reads in fallbacks:
+                raise NotImplementedError(
+                    f"{name}: got a view at the dynamic offset {offset}, where this PyTorch's "
+                    f"Inductor would write elsewhere; pass the whole pool and layer="
+                )
+    return new(q)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, positions, table, ctx.interleaved = inputs
+    ctx.save_for_backward(positions, table)
+
+
+def _apply_rope_backward(ctx: Any, of_q: Tensor, of_k: Tensor) -> tuple[Tensor | None, ...]:
+    """Rotate the gradients by the opposite angles, with a table of one row a token."""
+    if ctx.needs_input_grad[3]:
+        raise NotImplementedError("apply_rope: has no gradient for table; detach it")
+    positions, table = ctx.saved_tensors
+    cos, sin = table[positions.long()].chunk(2, dim=-1)
+    rows = torch.arange(positions.shape[0], device=positions.device)
+    opposite = torch.cat((cos, -sin), dim=-1)
+    turned = _apply_rope_op(of_q.contiguous(), of_k.contiguous(), rows, opposite, ctx.interleaved)
+    return *turned, None, None, None
+
+
+def _cast(dtype: torch.dtype, q: Tensor, k: Tensor, *rest: Any) -> tuple[Any, ...]:
+    """Promote q and k to their common dtype: the rotation is in fp32 anyway."""
+    both = torch.promote_types(q.dtype, k.dtype)
+    return q.to(both), k.to(both), *rest
+
+
+def _cast_append(
+    dtype: torch.dtype,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    *rest: Any,
+) -> tuple[Any, ...]:
+    """Cast q, k and v to the cache's dtype, or to autocast's for an FP8 cache."""
+    to = dtype if k_cache.itemsize == 1 else k_cache.dtype
+    return q.to(to), k.to(to), v.to(to), positions, table, k_cache, *rest
 
 
 _apply_rope_op = register(
@@ -223,11 +293,15 @@ _apply_rope_op = register(
     " -> (Tensor, Tensor)",
     _apply_rope,
     lambda q, k, positions, table, interleaved: (new(q), new(k)),
+    setup=_setup,
+    backward=_apply_rope_backward,
+    autocast=_cast,
 )
 _apply_rope_and_append_op = register(
     "apply_rope_and_append(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor table,"
     " Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, bool interleaved,"
-    " Tensor? k_scale, Tensor? v_scale) -> Tensor",
+    " Tensor? k_scale, Tensor? v_scale, SymInt? layer) -> Tensor",
     _apply_rope_and_append,
-    lambda q, *_: new(q),
+    _fake_append,
+    autocast=_cast_append,
 )

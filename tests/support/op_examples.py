@@ -86,6 +86,7 @@ def example(op: str) -> dict[str, Any]:
             "interleaved": False,
             "k_scale": None,
             "v_scale": None,
+            "layer": None,
         },
         "attention": lambda: {
             "q": x(2, 5, H, D),
