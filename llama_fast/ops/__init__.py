@@ -20,7 +20,10 @@ from ..dispatch import OPS, read_environment
 
 for _family in _cpu.families:
     _module = import_module(f"{__name__}.{_family}")
-    for _name in vars(_module):  # an op has an eager twin of its name and is registered
-        if hasattr(reference, _name) and hasattr(torch.ops.llama_fast, _name):
+    for _name, _value in vars(_module).items():
+        # An op is a function of the module that is registered and has an eager twin of its name.
+        if getattr(_value, "__module__", "") == _module.__name__ and (
+            hasattr(reference, _name) and hasattr(torch.ops.llama_fast, _name)
+        ):
             OPS[_name] = _family
 read_environment()
