@@ -264,10 +264,6 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, of_weight, of_bias
 
 
-def _setup_pack(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    pass
-
-
 def _pack_weight_backward(ctx: Any, grad: Tensor) -> Tensor:
     return reference.unpack_weight(grad)
 
@@ -314,6 +310,5 @@ _pack_weight_op = register(
     "pack_weight(Tensor weight) -> Tensor",
     _pack_weight,
     _fake_pack_weight,
-    setup=_setup_pack,
     backward=_pack_weight_backward,
 )
