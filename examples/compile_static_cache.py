@@ -30,11 +30,12 @@ def step(input_ids: torch.Tensor, **options: object) -> object:
 
 
 model.forward = step
+before = counters["stats"]["unique_graphs"]
 out = model.generate(
     **tokenizer(args.prompt, return_tensors="pt"),
     max_new_tokens=args.max_new_tokens,
     do_sample=False,
     cache_implementation="static",
 )
-print(tokenizer.decode(out[0]))
-print(f"compiled graphs: {counters['stats']['unique_graphs']}")
+print(tokenizer.decode(out[0], skip_special_tokens=True))
+print(f"compiled graphs: {counters['stats']['unique_graphs'] - before}")
