@@ -25,6 +25,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 # script -> its arguments (DIR: the checkpoint), and the start of its output
 CASES = {
+    "accelerate_transformers.py": (["DIR", "--max-new-tokens", "6"], "transformers: "),
+    "compile_static_cache.py": (
+        ["DIR", "--max-new-tokens", "6", "--backend", "aot_eager"],
+        "The sea is",
+    ),
+    "fp8_transformers.py": (["DIR", "OUT"], "0.8 MiB -> "),
     "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
     "speculate.py": (
         ["DIR", "--max-new-tokens", "6", "--rounds", "1"],

@@ -128,16 +128,18 @@ class RotaryEmbedding(Swapped):
         # The parent rounds to the dtype of its argument.
         cos, sin = super().forward(x.new_empty((0,), dtype=torch.float32), position_ids)
         out = Rotations((cos.to(x.dtype), sin.to(x.dtype)))
-        out.table, out.positions = _table(cos, sin, x.shape[0])
+        out.table, out.positions = rotations_table(cos, sin, x.shape[0])
         return out
 
 
-def _table(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def rotations_table(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Return rope_table's form of cos and sin [B or 1, S, D], and B * S positions in it."""
     half = cos.shape[-1] // 2
     table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).float().flatten(0, 1)
     positions = torch.arange(table.shape[0], device=table.device)
-    return table, positions if cos.shape[0] == batch else positions.repeat(batch)
+    if cos.shape[0] == batch:
+        return table, positions
+    return table, positions.expand(batch, -1).flatten()
 
 
 class Attention(Fusing):
@@ -175,7 +177,7 @@ class Attention(Fusing):
             table, positions = rotations.table, rotations.positions
         else:
             cos, sin = rotations
-            table, positions = _table(cos, sin, shape[0])
+            table, positions = rotations_table(cos, sin, shape[0])
         q, k = rope.apply_rope(q, k, positions, table)
         # Named as the cache and the attention functions have them: [B, heads, S, D].
         q, k, v = (t.view(*shape, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
