@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from ..checkpoint.formats import IGNORED, Format
+from ..checkpoint.formats import IGNORED
 from ..checkpoint.quantize import is_quantized
 from ..checkpoint.shards import Shards
 from ..nn import FP8Linear
@@ -199,48 +199,6 @@ class LlamaFastFP8Quantizer(HfQuantizer):
             if isinstance(module, FP8Linear):
                 model.set_submodule(name, module.to_linear(dtype or model.dtype))
         return model
-
-
-def adopted(module: nn.Module) -> FP8Linear | None:
-    """Return FP8Linear for a layer that transformers or compressed-tensors loaded in FP8, sharing
-    its bias; None for any other module. Raises ValueError for blocks other than 128 x 128."""
-    weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
-    scale = getattr(module, "weight_scale_inv", None) if scale is None else scale
-    if isinstance(module, FP8Linear) or not isinstance(weight, Tensor) or weight.dim() != 2:
-        return None
-    if weight.dtype != FP8_DTYPE or not isinstance(scale, Tensor):
-        return None
-    n, k = weight.shape
-    by_row = scale.numel() == 1 or scale.shape[0] == n
-    bound = getattr(module, "input_scale_ub", None)  # of transformers' FbgemmFp8Linear
-    made = FP8Linear(
-        k,
-        n,
-        bias=False,
-        granularity="row" if by_row else "block",
-        scale_ub=None if bound is None else float(bound),
-        device="meta",
-    )
-    made.set_weight(weight.detach(), scale)
-    made.register_parameter("bias", getattr(module, "bias", None))
-    return made.train(module.training)
-
-
-def attach(model: Any) -> None:
-    """Make save_pretrained write a model that holds FP8Linear as an FP8 checkpoint.
-
-    Raises ValueError if its layers differ in granularity or bound: no format stores that.
-    """
-    layers = [m for m in model.modules() if isinstance(m, FP8Linear)]
-    kinds = {(m.granularity == "block", m.scale_ub) for m in layers}
-    if len(kinds) != 1:
-        raise ValueError(f"model: its FP8 layers are of {len(kinds)} kinds, want one")
-    ((block, bound),) = kinds
-    config = LlamaFastFP8Config()
-    config.format = Format(scale_names("block" if block else "row"), block, (), bound)
-    model.hf_quantizer = LlamaFastFP8Quantizer(config, pre_quantized=True)
-    model.config.quantization_config = config
-    model.is_quantized, model.quantization_method = True, METHOD
 
 
 @functools.cache

@@ -19,7 +19,6 @@ import llama_fast as lf
 from llama_fast import reference
 from llama_fast.checkpoint.quantize import quantize_checkpoint
 from llama_fast.hf import LlamaFastFP8Config
-from llama_fast.hf.fp8 import adopted, attach
 from llama_fast.nn import FP8Linear
 
 from ..support.checkpoints import (
@@ -330,38 +329,6 @@ def test_wrong_settings_are_named() -> None:
         LlamaFastFP8Config(granularity="tensor")
     with pytest.raises(ValueError, match="want 'row' for the recipe fp8_ffn"):
         LlamaFastFP8Config("fp8_ffn", granularity="block")
-
-
-# ---- models that are in memory already ----
-
-
-@pytest.mark.parametrize("granularity", ["row", "tensor", "block_2d"])
-def test_adopts_fp8_layers_of_others(granularity: str) -> None:
-    """Take layers as transformers and compressed-tensors hold them: their scales are parameters."""
-    name = "weight_scale_inv" if granularity == "block_2d" else "weight_scale"
-    linear = nn.Linear(256, 192)
-    assert adopted(linear) is None and adopted(nn.LayerNorm(8)) is None
-    q, scale = reference.quantize_fp8(linear.weight.detach(), granularity)
-    linear.weight = nn.Parameter(q, requires_grad=False)
-    linear.register_parameter(name, nn.Parameter(scale, requires_grad=False))
-    linear.input_scale_ub = torch.tensor([1200.0])
-    layer = adopted(linear)
-    assert layer is not None and layer.scale_ub == 1200.0 and layer.bias is linear.bias
-    assert torch.equal(layer.dequantize(), reference.dequantize_fp8(q, scale))
-    assert adopted(layer) is None
-
-
-def test_a_model_of_fp8_layers_can_be_saved(plain: Path, tmp_path: Path) -> None:
-    model = load(plain)
-    for name in ("mlp.up_proj", "self_attn.o_proj"):
-        for layer in model.model.layers:
-            layer.set_submodule(name, FP8Linear.from_linear(layer.get_submodule(name), "block"))
-    attach(model)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(hf_logits(load(tmp_path), TOKENS), hf_logits(model, TOKENS))
-    layer.mlp.gate_proj = FP8Linear.from_linear(layer.mlp.gate_proj, "row")
-    with pytest.raises(ValueError, match="of 2 kinds"):
-        attach(model)
 
 
 # ---- memory ----
