@@ -72,7 +72,7 @@ def fp8_linear(
     and of more. On a CPU with AMX and bf16 x, see linear.
 
     LLAMA_FAST_CPU_INT16=on lets None round x and the weight to 13 bits from 32 rows on, on CPUs
-    with AVX2 and no AVX-512: 1.2 to 1.5 times as fast, with a relative error of about 5e-4, where
+    with AVX2 and no AVX-512: 1.2 to 1.5 times as fast, with a relative error of about 2e-4, where
     e4m3 weights have 2.6e-2. Then a row's bits differ between calls of up to 31 rows and of more.
     torch.use_deterministic_algorithms prevents it.
     """

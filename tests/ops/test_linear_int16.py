@@ -59,12 +59,14 @@ def test_error(n: int, k: int, granularity: str, dtype: torch.dtype) -> None:
 
 
 def test_relative_error_is_far_below_the_weights_own() -> None:
+    """Normal values: the largest of 64 is 2.4 sigma, so x is off by 2.4 / 4369 / sqrt(12) = 1.6e-4
+    of its norm, the weight by at most as much, together by at most 2.3e-4; e4m3 by 2.6e-2."""
     x, weight = torch.randn(64, 4096), torch.randn(256, 4096)
     q, scale = reference.quantize_fp8(weight, "row")
     exact = x.double() @ reference.dequantize_fp8(q, scale).double().t()
     own = (exact - x.double() @ weight.double().t()).norm() / exact.norm()
     rounded = (lf.fp8_linear(x, q, scale).double() - exact).norm() / exact.norm()
-    assert own > 0.02 and rounded < own / 40
+    assert own > 0.02 and rounded < own / 100
 
 
 def test_integers_are_exact() -> None:
