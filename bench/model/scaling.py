@@ -220,8 +220,8 @@ def _measured(
     }
     for line in curve_found["lines"].values():
         for what in ("seconds", "bytes"):
-            if fitting := fit([(p["size"], p[what]) for p in line["points"]]):
-                line[f"{what}_fit"] = fitting
+            if power := fit([(p["size"], p[what]) for p in line["points"]]):
+                line[f"{what}_fit"] = power
     memory = linear_memory([(p["size"], p["bytes"]) for p in lines["ours"]])
     if curve.linear and memory:
         curve_found["linear_memory"] = memory
