@@ -161,7 +161,7 @@ void run_dot(const LinearParams& p, int threads) {
     }
     using Task = DotTask<T>;
     if (const int streams = Task::streams(p); streams > 1) {
-      parallel_for((panels + streams - 1) / streams, threads, [&](int64_t i) {
+      parallel_chunks((panels + streams - 1) / streams, 1, threads, [&](int64_t i, int64_t) {
         const int64_t first = i * streams, left = panels - first;
         Task::run_streams(p, x, x_stride, first, left < streams ? left : streams);
       });
@@ -169,7 +169,8 @@ void run_dot(const LinearParams& p, int threads) {
     }
     const int64_t splits = row_splits(rows, panels, threads, kTileRows);
     const int64_t share = (rows + splits - 1) / splits;
-    parallel_for(panels * splits, threads, [&](int64_t item) {
+    // A thread takes neighboring panels, so that what one prefetches past its end is the next.
+    parallel_chunks(panels * splits, 1, threads, [&](int64_t item, int64_t) {
       const int64_t begin = item % splits * share;
       const int64_t count = rows - begin < share ? rows - begin : share;
       if (count > 0)

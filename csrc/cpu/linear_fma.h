@@ -68,7 +68,7 @@ class FmaTask {
  public:
   // x: this share's. scaled: by the inverse of the weights' factor, except for `unscale`.
   FmaTask(const LinearParams& p, const FmaPlan& plan, const float* x, bool scaled, float unscale,
-          int64_t m0, int64_t rows, int64_t panel, int threads)
+          int64_t m0, int64_t rows, int64_t panel)
       : p_(p),
         plan_(plan),
         x_(x),
@@ -77,7 +77,6 @@ class FmaTask {
         m0_(m0),
         rows_(rows),
         panel_(panel),
-        threads_(threads),
         sums_(workspace().acc.get<float>(static_cast<size_t>(rows * kPanel))) {}
 
   void run() {
@@ -145,9 +144,9 @@ class FmaTask {
     const QuadRows rows(panel_features(p_, panel_), p_.weight_stride);
     const e4m3* w = static_cast<const e4m3*>(p_.weight) + panel_ * kPanel * p_.weight_stride + k0;
     pack_quads(quads, w, rows);
-    // The next columns, or the start of the panel that this thread probably takes next.
+    // The next columns, or the start of the next panel.
     const e4m3* next = w + kQuadColumns;
-    if (p_.k - k0 < 2 * kQuadColumns) next = w - k0 + threads_ * kPanel * p_.weight_stride;
+    if (p_.k - k0 < 2 * kQuadColumns) next = w - k0 + kPanel * p_.weight_stride;
     return fma_quads(sums_, k0 == 0, x_ + k0, quads, next, rows);
   }
 #endif
@@ -184,7 +183,7 @@ class FmaTask {
   const float* x_;
   bool scaled_;
   float unscale_;
-  int64_t m0_, rows_, panel_, threads_;
+  int64_t m0_, rows_, panel_;
   float* sums_;  // [rows][64] running sums, in the order of Weights
 };
 
@@ -226,11 +225,12 @@ void run_fma(const LinearParams& p, int threads) {
     };
     bool scaled = kScales;
     if (!pack(up) && kScales) scaled = false, pack(1.0f);
-    parallel_for(panels * splits, threads, [&](int64_t item) {
+    // A thread takes neighboring panels, so that what one prefetches past its end is the next.
+    parallel_chunks(panels * splits, 1, threads, [&](int64_t item, int64_t) {
       const int64_t s = item % splits, count = share_rows(s);
       if (count > 0)
         FmaTask<T>(p, plan, x + s * share * plan.stride, scaled, scaled ? unscale : 1.0f,
-                   m0 + s * share, count, item / splits, threads)
+                   m0 + s * share, count, item / splits)
             .run();
     });
   }

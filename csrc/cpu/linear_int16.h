@@ -244,7 +244,7 @@ void run_int16(const LinearParams& p, int threads) {
       fits[row] = round_row(plan, x + first * plan.pairs, scales + first * plan.chunks,
                             share_rows(row / share), row - first, from + row * p.x_stride);
     });
-    parallel_for(panels * splits, threads, [&](int64_t item) {
+    parallel_chunks(panels * splits, 1, threads, [&](int64_t item, int64_t) {
       const int64_t s = item % splits, count = share_rows(s);
       if (count > 0)
         int16_panel(p, plan, x + s * share * plan.pairs, scales + s * share * plan.chunks,
