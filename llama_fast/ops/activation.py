@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..dispatch import kernels
 from ..reference import FP8_DTYPE
 from . import checks
-from .common import as_rows, new_scale, register, wide, with_huge_pages
+from .common import as_rows, new_scale, register, with_huge_pages
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
@@ -71,13 +72,12 @@ def _setup(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _silu_and_mul_backward(ctx: Any, grad: Tensor) -> Tensor:
-    """Return gate_up's gradient, computed in fp32 and rounded once. With s = sigmoid(gate): gate's
-    is grad * up * (s + gate * s * (1 - s)), up's is grad * gate * s."""
+    """Return gate_up's gradient, of eager PyTorch's bits: silu'(gate) * (grad * up) and
+    silu(gate) * grad. In fp32 throughout it took 4 times as long."""
     (gate_up,) = ctx.saved_tensors
-    gate, up = wide(gate_up).chunk(2, dim=-1)
-    g, s = wide(grad), gate.sigmoid()
-    silu = gate * s
-    return torch.cat((g * up * (s + silu * (1 - s)), g * silu), dim=-1).to(gate_up.dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    of_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat((of_gate, grad * F.silu(gate)), dim=-1)
 
 
 _silu_and_mul_op = register(

@@ -286,10 +286,6 @@ def _fp8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, None, None, of_bias, None, None
 
 
-def _setup_pack(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    pass
-
-
 def _pack_weight_backward(ctx: Any, grad: Tensor) -> Tensor:
     return reference.unpack_weight(grad)
 
@@ -338,6 +334,5 @@ _pack_weight_op = register(
     "pack_weight(Tensor weight) -> Tensor",
     _pack_weight,
     _fake_pack_weight,
-    setup=_setup_pack,
     backward=_pack_weight_backward,
 )
