@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_fast import Llama, reference
-from llama_fast.checkpoint.formats import Format
+from llama_fast.checkpoint.formats import Format, parse
 from llama_fast.checkpoint.shards import Shards
 
 from ..support.checkpoints import (
@@ -108,6 +108,8 @@ def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
 def test_reads_fp8_by_tensor(wide: Path, name: str) -> None:
     """Read the fp8 format without blocks: transformers' name, and AutoFP8's, with static scales."""
     config = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    form = parse(config)
+    assert form is not None and form.excludes("lm_head")
     meant = write_fp8(wide, "tensor", name, lambda n: n != "lm_head.weight", **config)
     held = tensors(wide)
     held["model.layers.0.mlp.up_proj.activation_scale"] = torch.ones(())

@@ -177,6 +177,7 @@ def test_loads_its_state_dict_from_any_device(granularity: str, assign: bool) ->
     options: dict[str, Any] = {"granularity": granularity}
     on_meta = FP8Linear(160, 192, device="meta", **options)
     assert on_meta.weight.shape == (192, 160)  # packing is for CPUs
+    assert copy.deepcopy(module).to("meta").weight.shape == (192, 160)
     emptied = module.__class__(160, 192, **options).to("meta").to_empty(device="cpu")
     for other in (FP8Linear(160, 192, **options), emptied, *([on_meta] if assign else [])):
         other.load_state_dict(module.state_dict(), assign=assign)
@@ -246,6 +247,16 @@ def test_input_gradient_is_the_dequantized_weights(
     for got, expected in zip(*grads, strict=True):
         assert relative_error(got, expected) < FP32
     assert module.weight.grad is None
+
+
+def test_compiles_with_its_gradient(granularity: str) -> None:
+    module, grads, outs = made(granularity), [], []
+    for m in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        x = torch.linspace(-1, 1, 480).view(3, 160).requires_grad_()
+        outs.append(m(x))
+        outs[-1].square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*outs) and relative_error(*grads) < FP32
 
 
 def test_a_gradient_of_the_weight_is_an_error() -> None:
