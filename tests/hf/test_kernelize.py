@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 
 import llama_fast as lf
@@ -18,6 +20,8 @@ from .conftest import close, prompt, tiny
 kernels = pytest.importorskip("kernels")
 if not hasattr(kernels, "kernelize"):
     pytest.skip("the package kernels is not installed", allow_module_level=True)
+if Version(importlib.metadata.version("kernels")) < Version("0.11"):
+    pytest.skip("kernels before 0.11 knows no CPU", allow_module_level=True)
 
 
 @pytest.fixture
