@@ -90,9 +90,8 @@ def generate(
         settings = decode.Settings(temperature, top_p, top_k)
         u = None
         if temperature:
-            u = torch.stack(
-                [torch.rand(max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
-            )
+            kind: Any = {"dtype": torch.float64, "device": "cpu"}
+            u = torch.stack([torch.rand(max_new_tokens, generator=g, **kind) for g in generators])
         capture = None if graphs is False or cannot else decode.CudaGraph
         decode.run(model, checked, max_new_tokens, settings, u, emit, capture)
         return new
@@ -178,7 +177,7 @@ def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Genera
     """Return a host generator per prompt, so that a seed means the same on every device. Without a
     seed, torch's generator draws one, so that torch.manual_seed applies."""
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     _check_count("seed", seed)
     seen: Counter[tuple[int, ...]] = Counter()
     generators = []
