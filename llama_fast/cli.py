@@ -208,6 +208,7 @@ def _stdin() -> str:
 
 def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace) -> int:
     """Print text to stdout as it comes, then a line of figures to stderr."""
+    from .chat import stop_ids
     from .text import TextStreamer
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # for every locale
@@ -237,6 +238,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             top_p=args.top_p,
             top_k=args.top_k,
             seed=args.seed,
+            stop_ids=stop_ids(model.config, tokenizer),
             on_token=on_token,
             graphs=False if args.no_graphs else None,
             speculate=args.speculate,
