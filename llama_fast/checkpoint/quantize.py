@@ -22,12 +22,13 @@ from torch import Tensor
 from ..config import LlamaConfig, read_json
 from ..ops.quantize import quantize_fp8
 from .formats import describe
+from .load import check
 from .shards import Shards
 
 RECIPES = ("fp8", "fp8_ffn")
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
-_FLOATS = ("BF16", "F16", "F32")  # safetensors' names
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+_FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1}
 _LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _INDEX = "model.safetensors.index.json"
@@ -79,6 +80,7 @@ def quantize_checkpoint(
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
     shards = Shards(source)
+    check(LlamaConfig.from_pretrained(source), shards, None)
     plan = _plan(source, shards, recipe)
     tensors = [t for held in plan.values() for t in held]
     total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
@@ -107,7 +109,7 @@ def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]
     """Return each file's tensors, and whether each is to be quantized."""
     layers = LlamaConfig.from_pretrained(source).num_hidden_layers
     plan: dict[str, list[_Tensor]] = {}
-    for name, (file, dtype, shape) in sorted(shards.entries.items()):
+    for name, (file, dtype, shape, _) in sorted(shards.entries.items()):
         if dtype not in _FLOATS:
             raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
         module, _, parameter = name.rpartition(".")
@@ -162,8 +164,8 @@ def _write_quantized(
     at, scale_at = offset[name], offset[f"{name}_scale"]
     rows = max(1, _PIECE_BYTES // max(1, weight.shape[1] * weight.itemsize))
     for piece in weight.split(rows):
-        q, scale = quantize_fp8(piece)
-        if not scale.isfinite().all():
+        q, scale = quantize_fp8(piece.float() if piece.dtype == torch.float64 else piece)
+        if not (scale.isfinite() & (scale > 0)).all():
             raise ValueError(f"{name}: holds NaN or infinity; such a weight has no FP8 form")
         at, scale_at = _write_at(out, at, q), _write_at(out, scale_at, scale)
         yield piece.nbytes

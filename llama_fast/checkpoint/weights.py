@@ -76,6 +76,8 @@ class Weights:
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
     head: Linear  # [vocab, hidden]
+    k_scale: Tensor | None = None  # fp32 [layers, 1 or Hkv]: the checkpoint's for an FP8 KVCache
+    v_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +200,7 @@ class RandomSource:
             weight = torch.empty(shape, dtype=self._dtype, device=self._device)
             return Linear(weight.normal_(std=1 / math.sqrt(k), generator=self._generator))
         weight, rms = self._random_e4m3(shape)
-        scale = torch.empty(n, 1, device=self._device)
+        scale = torch.empty(n, 1, dtype=torch.float32, device=self._device)
         scale.uniform_(0.75, 1.25, generator=self._generator).div_(rms * math.sqrt(k))
         return Linear(weight, scale, scale_ub=bound)
 
@@ -208,6 +210,6 @@ class RandomSource:
         words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=self._device)
         words.random_(-(2**63), None, generator=self._generator)
         words.bitwise_and_(-0x4040404040404041)  # ~0x40 in each byte
-        codes = torch.arange(64, dtype=torch.uint8).view(FP8_DTYPE).float()
+        codes = torch.arange(64, dtype=torch.uint8, device="cpu").view(FP8_DTYPE).float()
         weight = words.view(FP8_DTYPE)[: math.prod(shape)].view(shape)
         return weight, float(codes.pow(2).mean().sqrt())

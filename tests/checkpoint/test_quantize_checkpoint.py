@@ -225,6 +225,43 @@ def test_refuses_weights_that_have_no_fp8_form(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_zero_weights_under_flush_to_zero(tmp_path: Path) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    held = tensors(folder)
+    held["model.layers.1.mlp.up_proj.weight"].zero_()
+    write(folder, held)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU has no flush-to-zero mode")
+    try:
+        quantize_checkpoint(folder, tmp_path / "out")
+        scale = all_tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight_scale"]
+        assert (scale >= torch.finfo(torch.float32).tiny).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
+def test_no_scale_is_written_that_is_no_positive_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    monkeypatch.setattr(
+        module, "quantize_fp8", lambda x: (quantize_fp8(x)[0], torch.full((len(x), 1), wrong))
+    )
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        quantize_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    held = tensors(folder)
+    del held["model.norm.weight"]
+    write(folder, held)
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
+        quantize_checkpoint(folder, tmp_path / "out")
+
+
 def test_refuses_a_recipe_that_would_change_nothing(tmp_path: Path) -> None:
     folder = save(hf_model(num_hidden_layers=2), tmp_path / "in")
     with pytest.raises(ValueError, match="leaves all of its 2 layers"):
