@@ -41,10 +41,10 @@ class Llama:
     ) -> Llama:
         """Load a folder in Hugging Face's format: config.json and safetensors.
 
-        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer, "fp8_ffn" for
-        Meta's 405B recipe; weights that the checkpoint holds in FP8 stay as they are. progress:
-        whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError or ValueError
-        that names the fault in the files.
+        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
+        "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
+        in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
+        terminal. Raises OSError or ValueError that names the fault in the files.
         """
         config = LlamaConfig.from_pretrained(path)
         dtype, device = _checked(dtype, device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,14 +22,14 @@ from ..config import LlamaConfig, read_json
 from ..ops.quantize import quantize_fp8
 from .formats import describe
 from .shards import Shards
+from .weights import RECIPES, is_quantized
 
-RECIPES = ("fp8", "fp8_ffn")
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
 _FLOATS = ("BF16", "F16", "F32")  # safetensors' names
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
-_LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _INDEX = "model.safetensors.index.json"
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 class Summary(NamedTuple):
@@ -45,6 +44,7 @@ class _Tensor(NamedTuple):
     dtype: str  # of the source, as safetensors spells it
     shape: tuple[int, ...]
     quantized: bool
+    source: str  # the tensor to read
 
     def stored(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Return the output's tensors for it: name -> dtype, shape."""
@@ -65,9 +65,10 @@ def quantize_checkpoint(
 ) -> Summary:
     """Write source's checkpoint to the new folder target with weights in e4m3, a scale per row.
 
-    recipe: "fp8" quantizes every linear layer but lm_head; "fp8_ffn", Meta's recipe for the 405B,
-    the feed-forward layers without the first and the last. Readers of the format quantize
-    activations by token; it cannot store the 405B recipe's bound of 1200 on them.
+    recipe: as quantize of Llama.from_pretrained (weights.is_quantized). With "fp8_all" and tied
+    embeddings, the head is written beside the embedding, and config.json unties them. Readers of
+    the format quantize activations by token; it cannot store the 405B recipe's bound of 1200 on
+    them.
 
     on_bytes(done, total) reports progress in bytes read. An error or an interrupt leaves no target
     behind. Raises ValueError or OSError that names the file.
@@ -78,8 +79,8 @@ def quantize_checkpoint(
     config = read_json(source / "config.json")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
-    shards = Shards(source)
-    plan = _plan(source, shards, recipe)
+    shards, layers = Shards(source), LlamaConfig.from_pretrained(source).num_hidden_layers
+    plan = _plan(source, shards, recipe, layers)
     tensors = [t for held in plan.values() for t in held]
     total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
     after = sum(_nbytes(*entry) for t in tensors for entry in t.stored().values())
@@ -96,36 +97,34 @@ def quantize_checkpoint(
             index = {"metadata": {"total_size": after}, "weight_map": weight_map}
             _write_json(folder / _INDEX, index)
         modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
-        ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
+        ignore = [m for m in modules if is_quantized(m, "fp8", layers)]
+        if recipe == "fp8_all":
+            config["tie_word_embeddings"] = False
+        else:
+            ignore.insert(0, "lm_head")
         config["quantization_config"] = describe(ignore)
         _write_json(folder / "config.json", config)
         _copy_companions(source, folder)
     return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
 
 
-def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]:
+def _plan(source: Path, shards: Shards, recipe: str, layers: int) -> dict[str, list[_Tensor]]:
     """Return each file's tensors, and whether each is to be quantized."""
-    layers = LlamaConfig.from_pretrained(source).num_hidden_layers
     plan: dict[str, list[_Tensor]] = {}
-    for name, (file, dtype, shape) in sorted(shards.entries.items()):
+    entries = {name: (name, entry) for name, entry in shards.entries.items()}
+    if recipe == "fp8_all" and _EMBEDDING in entries:  # the head of tied embeddings
+        entries.setdefault("lm_head.weight", entries[_EMBEDDING])
+    for name, (read, (file, dtype, shape)) in sorted(entries.items()):
         if dtype not in _FLOATS:
             raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
         module, _, parameter = name.rpartition(".")
         quantized = parameter == "weight" and is_quantized(module, recipe, layers)
         if quantized and len(shape) != 2:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, want a matrix")
-        plan.setdefault(file.name, []).append(_Tensor(name, dtype, shape, quantized))
+        plan.setdefault(file.name, []).append(_Tensor(name, dtype, shape, quantized, read))
     if not any(t.quantized for tensors in plan.values() for t in tensors):
         raise ValueError(f"{source}: recipe {recipe} leaves all of its {layers} layers as they are")
     return plan
-
-
-def is_quantized(module: str, recipe: str, layers: int) -> bool:
-    """Return whether the recipe quantizes a module of a Llama with that many layers."""
-    match = _LINEAR.fullmatch(module)
-    if match is None:
-        return False
-    return recipe == "fp8" or (match[2] == "mlp" and 0 < int(match[1]) < layers - 1)
 
 
 def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterator[int]:
@@ -146,7 +145,7 @@ def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterat
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + end)
         for t in tensors:
-            values = shards.read(t.name)
+            values = shards.read(t.source)
             if t.quantized:
                 yield from _write_quantized(out, t.name, values, offset)
             else:
