@@ -18,6 +18,7 @@ from .config import LlamaConfig
 from .generation.cache import Append, KVCache
 from .generation.decode import Decoder
 from .generation.generate import generate
+from .generation.logprobs import logprobs
 from .ops import activation, attention, decode_attention, rms_norm, rope
 from .reference import FP8_DTYPE
 
@@ -143,6 +144,7 @@ class Llama:
         return self.weights.head(hidden).float()
 
     generate = generate
+    logprobs = logprobs
 
     def _plain_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor
