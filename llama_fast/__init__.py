@@ -1,6 +1,8 @@
 """Custom kernels for Llama 3.1 behind one small functional API."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 import torch as _torch  # noqa: F401  first: _cpu shares the OpenMP runtime that it loads
 
@@ -24,6 +26,10 @@ from .ops.rope import apply_rope, apply_rope_and_append, rope_table  # noqa: E40
 from .rope_scaling import RopeScaling  # noqa: E402
 from .text import TextStreamer  # noqa: E402
 
+if TYPE_CHECKING:
+    from . import hf
+    from .hf import accelerate, report, restore
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -32,6 +38,7 @@ __all__ = [
     "LlamaConfig",
     "RopeScaling",
     "TextStreamer",
+    "accelerate",
     "add_rms_norm",
     "apply_rope",
     "apply_rope_and_append",
@@ -40,10 +47,13 @@ __all__ = [
     "backends",
     "fp8_gemm",
     "fp8_linear",
+    "hf",
     "linear",
     "nn",
     "pack_weight",
     "quantize_fp8",
+    "report",
+    "restore",
     "rms_norm",
     "rms_norm_fp8",
     "rope_table",
@@ -51,3 +61,11 @@ __all__ = [
     "silu_and_mul_fp8",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers when it is first used."""
+    if name not in ("hf", "accelerate", "report", "restore"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    package = _import_module(f"{__name__}.hf")
+    return package if name == "hf" else getattr(package, name)

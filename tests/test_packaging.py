@@ -350,6 +350,7 @@ def test_make_installs_once(checkout: Path, tmp_path: Path) -> None:
     stamp = tmp_path / "venv" / ".ready"
     stamp.parent.mkdir()
     stamp.touch()
+    stamp.with_name(".weights").touch()
     plan = ("make", "--dry-run", "test", f"VENV={stamp.parent}")
     assert "pip install" not in succeed(*plan, cwd=checkout)
     os.utime(stamp, (0, 0))

@@ -19,7 +19,7 @@ def run(say: Callable[[str], None], steps: int = 16, device: torch.device = CPU)
     """Measure prefill, decode and peak memory."""
     config = lf.LlamaConfig.llama_3_1_8b()
     start = time.perf_counter()
-    model = lf.Llama.from_config(config, quantize="fp8", device=device)
+    model = lf.Llama.from_config(config, quantize="fp8_all", device=device)
     made = time.perf_counter() - start
     say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
     prompt = models.prompt(config, models.PREFILL).to(device)

@@ -20,9 +20,8 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.formats import IGNORED, Format, describe, parse
-from ..checkpoint.quantize import RECIPES, is_quantized
 from ..checkpoint.shards import Shards
-from ..checkpoint.weights import ACTIVATION_BOUND
+from ..checkpoint.weights import ACTIVATION_BOUND, RECIPES, is_quantized
 from ..nn import FP8Linear
 
 METHOD = "llama_fast_fp8"
@@ -33,12 +32,13 @@ _GRANULARITIES = ("row", "block")
 class LlamaFastFP8Config(QuantizationConfigMixin):
     """Quantize a model's linear layers to FP8 while it is loaded, or load its FP8 checkpoint.
 
-    recipe: "fp8" for all linear layers but the head; "fp8_ffn" for Meta's 405B recipe, the
-    feed-forward ones of all but the first and the last layer, with activations bounded by 1200.
-    granularity: a scale per "row" or per 128 x 128 "block". modules_to_not_convert: further modules
-    to leave, by whole components of their names, or "re:" and a regular expression. A checkpoint
-    that is in FP8 already (fbgemm_fp8, fp8, compressed-tensors float-quantized) decides these
-    itself. quantize_activation: as for fp8_linear.
+    recipe: "fp8" for all linear layers but the head; "fp8_all" for the head too, unless it is tied
+    to the embedding; "fp8_ffn" for Meta's 405B recipe, the feed-forward ones of all but the first
+    and the last layer, with activations bounded by 1200. granularity: a scale per "row" or per
+    128 x 128 "block". modules_to_not_convert: further modules to leave, by whole components of
+    their names, or "re:" and a regular expression. A checkpoint that is in FP8 already (fbgemm_fp8,
+    fp8, compressed-tensors float-quantized) decides these itself. quantize_activation: as for
+    fp8_linear.
 
     save_pretrained writes one of those three formats, which vLLM, transformers and
     llama_fast.Llama load; with `import llama_fast.hf`, from_pretrained then returns FP8Linear again
@@ -148,6 +148,11 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), IGNORED.pattern])
         if not self.pre_quantized:
             config, layers = self.quantization_config, model.config.num_hidden_layers
+            if config.recipe == "fp8_all" and model.config.tie_word_embeddings:
+                raise ValueError(
+                    "recipe: got 'fp8_all', want another for a head that is tied to the embedding; "
+                    "`llama-fast quantize --recipe fp8_all` writes an untied checkpoint"
+                )
             self._chosen = {
                 name
                 for name, module in model.named_modules()
