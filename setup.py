@@ -141,10 +141,12 @@ mapped = {
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
-subpackages = [f"llama_fast.{name}" for name in ("checkpoint", "generation", "hf", "nn", "ops")]
+subpackages = [
+    f"llama_fast.{name}" for name in ("checkpoint", "cli", "generation", "hf", "nn", "ops")
+]
 
 setup(
-    packages=["llama_fast", *subpackages, *mapped],
+    packages=["llama_fast", *(f"llama_fast.{name}" for name in subpackages), *mapped],
     package_dir={"llama_fast": "llama_fast", **mapped},
     ext_modules=[Extension("llama_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

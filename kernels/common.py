@@ -47,7 +47,7 @@ __all__ = [
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)
-FP8_TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # fp32's smallest normal number
+FP8_TINY: tl.constexpr = tl.constexpr(5.266214691683848e-36)  # its scale is the smallest normal one
 
 cdiv = triton.cdiv
 next_power_of_2 = triton.next_power_of_2

@@ -12,7 +12,7 @@ if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
 from . import nn  # noqa: E402
-from .config import LlamaConfig, RopeScaling  # noqa: E402
+from .config import LlamaConfig  # noqa: E402
 from .dispatch import backends, use_backend  # noqa: E402
 from .generation.cache import KVCache  # noqa: E402
 from .model import Llama  # noqa: E402
@@ -23,6 +23,7 @@ from .ops.linear import fp8_gemm, fp8_linear, linear, pack_weight  # noqa: E402
 from .ops.quantize import quantize_fp8  # noqa: E402
 from .ops.rms_norm import add_rms_norm, rms_norm, rms_norm_fp8  # noqa: E402
 from .ops.rope import apply_rope, apply_rope_and_append, rope_table  # noqa: E402
+from .rope_scaling import RopeScaling  # noqa: E402
 from .text import TextStreamer  # noqa: E402
 
 if TYPE_CHECKING:

@@ -113,7 +113,7 @@ def first_rows(dtype: torch.dtype, packed: bool, threads: int) -> float:
     dtype and layout; infinity if it never is. Takes 0.2 s on 2 cores, once a process."""
     weight = torch.randn((1024, 2048), dtype=torch.bfloat16).to(dtype)
     weight = reference.pack_weight(weight) if packed else weight
-    scale = torch.ones(1) if dtype == torch.float8_e4m3fn else None
+    scale = torch.ones(1, dtype=torch.float32) if dtype == torch.float8_e4m3fn else None
 
     def seconds(op: Callable[..., None], rows: int) -> float:
         x = torch.randn((rows, 2048), dtype=torch.bfloat16)

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .config import LlamaConfig, check_folder, is_gguf
+
 
 def load_tokenizer(path: str | Path) -> Any:
     """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
@@ -23,8 +25,17 @@ def load_tokenizer(path: str | Path) -> Any:
     except ImportError:
         raise ImportError("text needs transformers: pip install 'llama_fast[hf]'") from None
     folder = Path(path)
+    if is_gguf(folder):
+        file, folder = folder, folder.parent
+        if not (folder / "tokenizer.json").exists():
+            raise ValueError(
+                f"{file}: text needs the model's tokenizer.json and tokenizer_config.json; copy "
+                f"them from the original checkpoint into {folder}"
+            )
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
+    if folder == Path(path):
+        check_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -44,28 +55,58 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Encode messages of {"role", "content"} by the chat template, up to the assistant's answer.
 
-    Only the template's own text becomes control tokens. Each content passes through the template
-    between two random marks; the text between them is then encoded as plain characters, special
-    tokens included. Contents are stripped first, as in Meta's format. Raises ValueError for a
-    template that fails, tries to reach Python, or splits a content.
+    Gives the tokens of the rendered text, as transformers does, unless a content would add control
+    tokens to the template's own. Then the text between these is encoded with split_special_tokens,
+    as plain characters. Raises ValueError for a template that fails or tries to reach Python, and
+    for control tokens in a message that the tokenizer or the template cannot keep inert.
     """
     mark = secrets.token_hex(16)
-    opened, closed = f"[{mark}", f"{mark}]"
-    marked = [{**m, "content": f"{opened}{_utf8(m['content']).strip()}{closed}"} for m in messages]
+    marked = [{**m, "content": f"[{mark}{_utf8(m['content'])}{mark}]"} for m in messages]
+    control = {*tokenizer.all_special_ids} | {
+        i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    control.discard(tokenizer.unk_token_id)  # unknown characters give it too
+    ids = _encode(tokenizer, _render(tokenizer, messages))
+    own = _render(tokenizer, [{**m, "content": m["content"] and mark} for m in messages])
+    wanted = [i for i in _encode(tokenizer, own) if i in control]
+    if [i for i in ids if i in control] == wanted:
+        return ids
+    names = sorted(map(tokenizer.convert_ids_to_tokens, control), key=len, reverse=True)
+    contents, controls = rf"\[{mark}.*?{mark}\]", "|".join(map(re.escape, names))
+    ids, plain = [], ""
+    # Odd pieces are contents or the template's control tokens.
+    for piece in re.split(f"({contents}|{controls})", _render(tokenizer, marked), flags=re.DOTALL):
+        if piece in names:
+            ids += _encode(tokenizer, plain, split_special_tokens=True)
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+            plain = ""
+        else:
+            plain += piece.removeprefix(f"[{mark}").removesuffix(f"{mark}]")
+    ids += _encode(tokenizer, plain, split_special_tokens=True)
+    if mark in plain or [i for i in ids if i in control] != wanted:
+        raise ValueError("prompt: control tokens in a message, which cannot be kept inert here")
+    return ids
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
     try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
     except ImportError:
         raise ImportError("chat templates need jinja2: pip install 'llama_fast[hf]'") from None
     except Exception as error:  # a template is a program and may raise anything
         raise ValueError(f"chat template: {type(error).__name__}: {error}") from None
-    ids: list[int] = []
-    # Odd pieces are contents. A template that splits one leaves a mark in another piece.
-    pieces = re.split(re.escape(opened) + "(.*?)" + re.escape(closed), text, flags=re.DOTALL)
-    for i, piece in enumerate(pieces):
-        if mark in piece:
-            raise ValueError("chat template: splits messages, so their text cannot be found")
-        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=i % 2 == 1).input_ids
-    return ids
+
+
+def _encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, **options).input_ids if text else []
+
+
+def stop_ids(config: LlamaConfig, tokenizer: Any) -> list[int]:
+    """Return the ids that end a text: the config's, and the tokenizer's own."""
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    return sorted({*config.eos_token_id, *own})
 
 
 def _utf8(text: str) -> str:

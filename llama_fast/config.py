@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .rope_scaling import RopeFunction, RopeScaling, count, is_int, positive, read_scaling
+
 _MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _count(name: str, value: Any) -> None:
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, want a positive integer")
-
-
-def _positive(name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}: got {value!r}, want a positive number")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of rotary wavelengths beyond the original context length."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _positive(f"rope_scaling.{name}", getattr(self, name))
-        _count(
-            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings
-        )
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"rope_scaling.high_freq_factor: got {self.high_freq_factor}, "
-                f"want more than low_freq_factor, {self.low_freq_factor}"
-            )
 
 
 @dataclass(frozen=True)
@@ -62,7 +26,7 @@ class LlamaConfig:
     head_dim: int
     max_position_embeddings: int = 131072
     rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | RopeFunction | None = None
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 128000
@@ -79,21 +43,21 @@ class LlamaConfig:
             "head_dim",
             "max_position_embeddings",
         ):
-            _count(name, getattr(self, name))
-        _positive("rope_theta", self.rope_theta)
-        _positive("rms_norm_eps", self.rms_norm_eps)
+            count(name, getattr(self, name))
+        positive("rope_theta", self.rope_theta)
+        positive("rms_norm_eps", self.rms_norm_eps)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: got {self.num_key_value_heads}, want a divisor of "
                 f"num_attention_heads, {self.num_attention_heads}"
             )
-        if self.head_dim % 8 or self.head_dim > _MAX_HEAD_DIM:
+        if self.head_dim % 4 or not 8 <= self.head_dim <= _MAX_HEAD_DIM:
             raise ValueError(
-                f"head_dim: got {self.head_dim}, want a multiple of 8 up to {_MAX_HEAD_DIM}"
+                f"head_dim: got {self.head_dim}, want a multiple of 4 from 8 to {_MAX_HEAD_DIM}"
             )
-        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+        if not isinstance(self.rope_scaling, (RopeScaling, RopeFunction, type(None))):
             got = type(self.rope_scaling).__name__
-            raise ValueError(f"rope_scaling: got {got}, want a RopeScaling or None")
+            raise ValueError(f"rope_scaling: got {got}, want a RopeScaling, RopeFunction or None")
         for name, ids in (
             ("bos_token_id", (self.bos_token_id,)),
             ("eos_token_id", self.eos_token_id),
@@ -101,7 +65,7 @@ class LlamaConfig:
             if not isinstance(ids, tuple):
                 raise ValueError(f"{name}: got {type(ids).__name__}, want a tuple of token ids")
             for token in ids:
-                if token is not None and (not _is_int(token) or token < 0):
+                if token is not None and (not is_int(token) or token < 0):
                     raise ValueError(f"{name}: got {token!r}, want a token id")
 
     @classmethod
@@ -118,7 +82,13 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
-        """Read path/config.json, and the stop ids of path/generation_config.json if it exists."""
+        """Read path/config.json, and the stop ids of path/generation_config.json if it exists; or
+        the metadata of a GGUF file."""
+        if is_gguf(path):
+            from .checkpoint.gguf_file import read_config
+
+            return cls.from_hf(read_config(Path(path)))
+        check_folder(Path(path))
         fields = read_json(Path(path) / "config.json")
         generation = Path(path) / "generation_config.json"
         if generation.exists():
@@ -140,9 +110,10 @@ class LlamaConfig:
         for name in ("vocab_size", "hidden_size", "num_attention_heads"):
             if name not in hf:
                 raise ValueError(f"{name}: missing from the model's config")
-            _count(name, hf[name])
+            count(name, hf[name])
         heads = hf["num_attention_heads"]
-        theta, scaling = _rope(hf)
+        positions = hf.get("max_position_embeddings", 2048)
+        theta, scaling = read_scaling(hf, positions)
         eos = _or(hf.get("eos_token_id"), ())
         return cls(
             vocab_size=hf["vocab_size"],
@@ -152,7 +123,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=_or(hf.get("num_key_value_heads"), heads),
             head_dim=_or(hf.get("head_dim"), hf["hidden_size"] // heads),
-            max_position_embeddings=hf.get("max_position_embeddings", 2048),
+            max_position_embeddings=positions,
             rope_theta=theta,
             rope_scaling=scaling,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -185,33 +156,34 @@ def _llama_3_1(hidden: int, intermediate: int, layers: int, heads: int) -> dict[
     }
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return theta and scaling. transformers 5 writes rope_parameters, which contains theta; 4.x
-    writes rope_theta and rope_scaling."""
-    rope = _or(hf.get("rope_parameters"), _or(hf.get("rope_scaling"), {}))
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_parameters: got {type(rope).__name__}, want an object")
-    theta = rope.get("rope_theta", _or(hf.get("rope_theta"), 10000.0))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        got = rope["partial_rotary_factor"]
-        raise ValueError(f"rope_parameters.partial_rotary_factor: got {got!r}, want 1.0")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise ValueError(f"rope_parameters.rope_type: got {kind!r}, want 'llama3' or 'default'")
-    fields = tuple(RopeScaling.__dataclass_fields__)
-    missing = [name for name in fields if name not in rope]
-    if missing:
-        raise ValueError(f"rope_parameters.{missing[0]}: missing from the model's config")
-    return theta, RopeScaling(**{name: rope[name] for name in fields})
+def is_gguf(path: str | Path) -> bool:
+    return Path(path).suffix == ".gguf" and Path(path).is_file()
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError for a checkpoint in another format, with the way to load it."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return
+    if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):
+        raise ValueError(f"{folder}: {META}")
+    if named := sorted(folder.glob("*.gguf")):
+        raise ValueError(f"{folder}: has no config.json, but GGUF files; name one, as {named[0]}")
+
+
+# The script is in transformers' repository, not in its wheel.
+META = (
+    "holds weights in Meta's format (consolidated.*.pth, params.json), pickles that run code when "
+    "opened; convert them where you trust them with transformers' "
+    "src/transformers/models/llama/convert_llama_weights_to_hf.py: python "
+    "convert_llama_weights_to_hf.py --input_dir IN --output_dir OUT --llama_version 3.1"
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises OSError or ValueError that names the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"{path}: no such file; want a folder in Hugging Face's format"
         ) from None

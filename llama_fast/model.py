@@ -18,6 +18,7 @@ from .config import LlamaConfig
 from .generation.cache import Append, KVCache
 from .generation.decode import Decoder
 from .generation.generate import generate
+from .generation.logprobs import logprobs
 from .ops import activation, attention, decode_attention, rms_norm, rope
 from .reference import FP8_DTYPE
 
@@ -41,10 +42,10 @@ class Llama:
     ) -> Llama:
         """Load a folder in Hugging Face's format: config.json and safetensors.
 
-        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer, "fp8_ffn" for
-        Meta's 405B recipe; weights that the checkpoint holds in FP8 stay as they are. progress:
-        whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError or ValueError
-        that names the fault in the files.
+        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
+        "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
+        in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
+        terminal. Raises OSError or ValueError that names the fault in the files.
         """
         config = LlamaConfig.from_pretrained(path)
         dtype, device = _checked(dtype, device)
@@ -144,6 +145,7 @@ class Llama:
         return self.weights.head(hidden).float()
 
     generate = generate
+    logprobs = logprobs
 
     def _plain_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor

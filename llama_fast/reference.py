@@ -11,7 +11,8 @@ from torch import Tensor
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
-FP8_TINY = torch.finfo(torch.float32).tiny  # smallest amax: keeps a zero row's scale above zero
+# The smallest amax. A zero row's scale is then a normal number, which flush-to-zero leaves.
+FP8_TINY = FP8_MAX * torch.finfo(torch.float32).tiny
 FP8_BLOCK = 128
 
 

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from llama_fast import Llama, _cpu
 from llama_fast.generation import generate, graphs
 
-from .support import smollm2 as smollm2_wheel
+from .support import smollm2
 from .support.recorded_graph import RecordedGraph
 
 # pytest-xdist starts these first (make test): a long file that starts last keeps one core busy
@@ -58,6 +58,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def real_checkpoint(request: pytest.FixtureRequest) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct, bf16, or skip the test."""
+    return smollm2.converted(request.config.cache)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Use one thread for tiny models. With two, on a busy machine, each small op waits a
@@ -84,15 +90,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with SmolLM2-135M-Instruct: real weights of Llama's architecture, in fp32."""
-    gguf = smollm2_wheel.gguf_file()
-    if gguf is None:
-        pytest.skip(f"needs real weights: {smollm2_wheel.INSTALL}")
-    return smollm2_wheel.convert(gguf, tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture

@@ -65,7 +65,9 @@ def generate(checkpoint: Path, *options: str) -> int:
     return main([*argv, *options])
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["quantize"], ["tune"], ["env"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["perplexity"], ["quantize"], ["tune"], ["env"]], ids=str
+)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
@@ -247,10 +249,22 @@ def test_f54_hostile_chat_template(
 def test_chat_template_that_cuts_messages_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refuse a template that cuts messages: control tokens could be the user's."""
+    """Refuse control tokens that cannot be told from the template's own."""
     folder = with_template(tmp_path, "{{ messages[0]['content'][:-1] }}")
-    assert generate(folder, "--chat", "--prompt", "<|eot_id|>") == 1
-    assert "splits messages" in failure(capsys)
+    assert generate(folder, "--chat", "--prompt", "<|eot_id|>x") == 1
+    assert "control tokens in a message" in failure(capsys)
+
+
+def test_stops_where_only_the_tokenizer_says(
+    tmp_path: Path, says: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_tokenizer()
+    folder = save(hf_model(eos_token_id=3), tmp_path)
+    (folder / "generation_config.json").unlink()
+    tokenizer.save_pretrained(folder)
+    says(tokenizer.encode("Hi<|eot_id|>Ho", add_special_tokens=False))
+    assert generate(folder, "--prompt", "x") == 0
+    assert capsys.readouterr().out == "Hi\n"
 
 
 def test_no_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,8 +246,9 @@ def test_command(installed: Path, tmp_path: Path) -> None:
             "error: LLAMA_FAST_CUDA=on: nvcc is not on PATH",
         ),
         ({"LLAMA_FAST_CUDA": "yes"}, "error: LLAMA_FAST_CUDA: got 'yes', want auto, on or off"),
+        ({"CXXFLAGS": "-O2 -ffast-math"}, "-ffast-math in CXXFLAGS, LDFLAGS or CUDAFLAGS"),
     ],
-    ids=["compiler missing", "CUDA demanded", "CUDA misspelt"],
+    ids=["compiler missing", "CUDA demanded", "CUDA misspelt", "fast math"],
 )
 def test_install_fails_clearly(
     checkout: Path, tmp_path: Path, env: dict[str, str], message: str
@@ -349,6 +350,7 @@ def test_make_installs_once(checkout: Path, tmp_path: Path) -> None:
     stamp = tmp_path / "venv" / ".ready"
     stamp.parent.mkdir()
     stamp.touch()
+    stamp.with_name(".weights").touch()
     plan = ("make", "--dry-run", "test", f"VENV={stamp.parent}")
     assert "pip install" not in succeed(*plan, cwd=checkout)
     os.utime(stamp, (0, 0))

@@ -170,7 +170,7 @@ def same_weights(hf: Any) -> dict[str, Ours]:
     config = lf.LlamaConfig.from_hf(hf.config)
     return {
         name: Ours(name, lf.Llama(config, assemble(config, _Weights(hf), quantize)))
-        for name, quantize in (("bf16", None), ("FP8", "fp8"))
+        for name, quantize in (("bf16", None), ("FP8", "fp8_all"))
     }
 
 

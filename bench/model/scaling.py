@@ -145,7 +145,7 @@ class _Layer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.model = lf.Llama.from_config(models.shape(layers=1), quantize="fp8", device=device)
+        self.model = lf.Llama.from_config(models.shape(layers=1), quantize="fp8_all", device=device)
         self.prefill(FIRST_PROMPT).runs["ours"](0)  # first-call costs, such as the weights' pages
 
     def prefill(self, tokens: int) -> Point:

@@ -27,7 +27,7 @@ def run(say: Callable[[str], None], steps: int = 16, device: torch.device = CPU)
         return result, time.perf_counter() - start
 
     config = lf.LlamaConfig.llama_3_1_8b()
-    model, made = timed(lf.Llama.from_config, config, quantize="fp8", device=device)
+    model, made = timed(lf.Llama.from_config, config, quantize="fp8_all", device=device)
     say(f"8B preset, {config.num_hidden_layers} layers, FP8 random weights made in {made:.0f} s")
     prompt = models.prompt(config, models.PREFILL).to(device)
     cache = lf.KVCache(config, models.PREFILL + steps + 1, 1, device=device)

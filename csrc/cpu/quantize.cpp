@@ -49,7 +49,6 @@ struct Quantizer {
 
   void by_tensor() const {
     constexpr int64_t kMaxParts = 64;
-    const KeepDenormals keep;           // the scale of a zero tensor is denormal
     float largest[kMaxParts + 1] = {};  // [0]: the overall maximum
     const int64_t part = (p.rows + kMaxParts - 1) / kMaxParts;
     const int64_t grain = part > kGrain / p.cols ? part : kGrain / p.cols;

@@ -36,7 +36,8 @@ inline float max_amax(float a, float b) { return a != a || a > b ? a : b; }
 inline float fp8_scale(float amax, float scale_ub) {
   if (amax != amax) return amax;
   if (amax > scale_ub) amax = scale_ub;
-  const float tiny = std::numeric_limits<float>::min();
+  // Its scale is the smallest normal number, which flush-to-zero leaves.
+  constexpr float tiny = kFp8Max * std::numeric_limits<float>::min();
   return (amax > tiny ? amax : tiny) / kFp8Max;
 }
 

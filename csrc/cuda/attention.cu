@@ -368,6 +368,7 @@ void run(const AttentionParams& p, const Where& where) {
 
 void attention(const AttentionParams& p, const Where& where) {
   if (p.batch == 0) return;  // packed tokens that belong to no sequence
+  if (p.head_dim % 8) throw std::runtime_error("attention: cuda wants head_dim a multiple of 8");
   if (attention_sm90(p, where)) return;
   with_dtype(p.dtype, "attention", [&](auto t) {
     using T = decltype(t);

@@ -391,6 +391,8 @@ int64_t decode_attention_splits(const DecodeAttentionParams& p, const Where& whe
 void decode_attention(const DecodeAttentionParams& p, const Where& where) {
   if (p.cache_dtype == DType::e4m3 && !(p.k_scale && p.v_scale))
     throw std::runtime_error("attention_with_kvcache: an FP8 cache needs k_scale and v_scale");
+  if (p.head_dim % 8)
+    throw std::runtime_error("attention_with_kvcache: cuda wants head_dim a multiple of 8");
   with_kernel(
       p, where,
       [&](const DecodePlan& plan, int per_block, int threads, size_t shared, auto&& kernel) {

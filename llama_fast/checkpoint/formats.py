@@ -1,25 +1,65 @@
 """The FP8 formats of checkpoints, recognized by config.json's quantization_config.
 
-quant_method         weight e4m3 [N, K] and
-fbgemm_fp8           weight_scale [N, 1]; activations bounded by activation_scale_ub
-compressed-tensors   weight_scale [N, 1] or [1] (format float-quantized)
-fp8                  weight_scale_inv, one per 128 x 128 block; without weight_block_size one per
-                     tensor, named weight_scale_inv or weight_scale
+quant_method         the scale of a weight e4m3 [N, K]
+fbgemm_fp8           weight_scale by row; activations bounded by activation_scale_ub
+compressed-tensors   weight_scale by tensor, row, 1 x 128 group or 128 x 128 block
+                     (float-quantized, naive-quantized)
+fp8                  weight_scale_inv by block; or, without weight_block_size (AutoFP8),
+                     weight_scale or weight_scale_inv by tensor
+modelopt             weight_scale by tensor, row or block; may be in hf_quant_config.json instead
 
-A static scale of activations (input_scale, activation_scale) is ignored: they get a scale per row.
+They multiply: weight = e4m3 * scale. The scale's own shape tells its granularity (scale_shapes). A
+static scale of activations (input_scale, activation_scale) is ignored: they get a scale per row.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ..config import read_json
 from ..reference import FP8_BLOCK
 
 # Tensors that a checkpoint may contain and this model does not use.
-IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|input_scale|input_scale_ub|activation_scale)")
+IGNORED = re.compile(
+    r"(?:.*\.)?(?:inv_freq|original_inv_freq|cos_cached|sin_cached|rope\.freqs"
+    r"|activation_scale|(?:input|output|[qkv]|kv|prob)_scale|input_scale_ub|[a-z]+_zero_point)"
+)
+# The names in a layer's self_attn of the scale of K (V) in an FP8 KV cache; {} is k (v).
+KV_SCALES = (
+    "{}_scale",  # compressed-tensors
+    "{0}_proj.{0}_scale",  # ModelOpt
+    "{}_proj.output_scale",  # AutoFP8, older compressed-tensors and ModelOpt
+    "attn.{}_scale",  # vLLM
+    "kv_scale",  # the first AutoFP8: one for both
+)
+
+# The keys of quantization_config that list the modules which are not quantized.
+_EXCLUDED = {
+    "fbgemm_fp8": ("modules_to_not_convert",),
+    "fp8": ("modules_to_not_convert", "ignored_layers"),
+    "compressed-tensors": ("ignore",),
+    "modelopt": ("ignore", "exclude_modules"),
+}
+_BLOCK = [FP8_BLOCK, FP8_BLOCK]
+# What a method's settings may be; the first is the default.
+_SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fp8": {"weight_block_size": (None, _BLOCK)},
+    "compressed-tensors": {"format": ("float-quantized", "naive-quantized")},
+    "modelopt": {"quant_algo": ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO")},
+}
+_WEIGHTS: dict[str, tuple[Any, ...]] = {  # of a group in config_groups
+    "num_bits": (8,),
+    "type": ("float",),
+    "symmetric": (True,),
+    "strategy": ("tensor", "channel", "block", "group"),
+    "block_structure": (None, _BLOCK),
+    "group_size": (None, FP8_BLOCK),
+}
 
 
 @dataclass(frozen=True)
@@ -35,11 +75,16 @@ class Format:
         return next((name for name in candidates if name in names), candidates[0])
 
     def excludes(self, module: str) -> bool:
-        """Compare names by whole components: layers.1 is not layers.12."""
+        """Compare names by whole components, layers.1 is not layers.12; or by a wildcard
+        (ModelOpt), or a regular expression."""
         path = module.split(".")
         for pattern in self.excluded:
             if pattern.startswith("re:"):
                 if re.match(pattern[3:], module):
+                    return True
+                continue
+            if "*" in pattern:
+                if fnmatch.fnmatchcase(module, pattern):
                     return True
                 continue
             parts = pattern.split(".")
@@ -47,6 +92,24 @@ class Format:
             if any(path[i : i + len(parts)] == parts for i in starts):
                 return True
         return False
+
+
+def scale_shapes(n: int, k: int) -> dict[tuple[int, ...], tuple[int, int]]:
+    """Return the shapes in which formats store the scale of a weight [n, k], each with the one that
+    the kernels take: [1, 1], [n, 1], [n, ceil(k / 128)] or one per 128 x 128 block."""
+    down, across = -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)
+    used = ((1, 1), (n, 1), (n, across), (down, across))
+    others = {(): (1, 1), (1,): (1, 1), (n,): (n, 1), (down, 1, across, 1): (down, across)}
+    return {**others, **{shape: shape for shape in used}}
+
+
+def read_format(folder: Path) -> Format | None:
+    """Return the format of a checkpoint's weights, or None if its configs name no quantization."""
+    held = read_json(folder / "config.json").get("quantization_config")
+    if held is None and (folder / "hf_quant_config.json").exists():
+        held = read_json(folder / "hf_quant_config.json").get("quantization")
+        held = {**held, "quant_method": "modelopt"} if isinstance(held, Mapping) else held
+    return parse(held)
 
 
 def parse(quantization: Any) -> Format | None:
@@ -57,27 +120,24 @@ def parse(quantization: Any) -> Format | None:
         got = type(quantization).__name__
         raise ValueError(f"quantization_config: got {got}, want an object")
     method = quantization.get("quant_method")
-    if method == "fbgemm_fp8":
-        bound = quantization.get("activation_scale_ub")
-        excluded = _modules(quantization, "modules_to_not_convert")
-        return Format(("weight_scale",), False, excluded, None if bound is None else float(bound))
-    if method == "fp8":
-        block = quantization.get("weight_block_size")
-        if block not in (None, [FP8_BLOCK, FP8_BLOCK]):
-            raise ValueError(
-                f"quantization_config.weight_block_size: got {block!r}, want [128, 128] or null"
-            )
-        names = ("weight_scale_inv",) if block else ("weight_scale_inv", "weight_scale")
-        # AutoFP8 and vLLM write ignored_layers.
-        keys = ("modules_to_not_convert", "ignored_layers")
-        return Format(names, bool(block), sum((_modules(quantization, key) for key in keys), ()))
-    if method == "compressed-tensors":
-        _check_compressed_tensors(quantization)
-        return Format(("weight_scale",), False, _modules(quantization, "ignore"))
-    raise ValueError(
-        f"quantization_config.quant_method: got {method!r}, "
-        "want 'fbgemm_fp8', 'compressed-tensors' or 'fp8'"
-    )
+    if method not in _EXCLUDED:
+        raise ValueError(
+            f"quantization_config.quant_method: got {method!r}, want one of {', '.join(_EXCLUDED)}"
+        )
+    _check("quantization_config", quantization, _SUPPORTED.get(method, {}))
+    block = quantization.get("weight_block_size") is not None
+    block = block or quantization.get("quant_algo") == "FP8_PB_WO"
+    groups = quantization.get("config_groups") if method == "compressed-tensors" else None
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"quantization_config.config_groups.{name}.weights: missing")
+        _check(f"quantization_config.config_groups.{name}.weights", weights, _WEIGHTS)
+        block = block or weights.get("strategy") == "block"
+    names = ("weight_scale_inv", "weight_scale") if method == "fp8" else ("weight_scale",)
+    excluded = sum((_modules(quantization, key) for key in _EXCLUDED[method]), ())
+    bound = quantization.get("activation_scale_ub")
+    return Format(names, block, excluded, None if bound is None else float(bound))
 
 
 def describe(
@@ -131,23 +191,7 @@ def _modules(quantization: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_compressed_tensors(quantization: Mapping[str, Any]) -> None:
-    if quantization.get("format") != "float-quantized":
-        got = quantization.get("format")
-        raise ValueError(f"quantization_config.format: got {got!r}, want 'float-quantized'")
-    groups = quantization.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            raise ValueError(f"quantization_config.config_groups.{name}.weights: missing")
-        for key, wanted in (
-            ("num_bits", (8,)),
-            ("type", ("float",)),
-            ("strategy", ("channel", "tensor")),
-            ("symmetric", (True,)),
-        ):
-            if weights.get(key, wanted[0]) not in wanted:
-                raise ValueError(
-                    f"quantization_config.config_groups.{name}.weights.{key}: "
-                    f"got {weights[key]!r}, want one of {wanted}"
-                )
+def _check(at: str, settings: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+    for key, wanted in supported.items():
+        if settings.get(key, wanted[0]) not in wanted:
+            raise ValueError(f"{at}.{key}: got {settings[key]!r}, want one of {list(wanted)}")

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import LlamaConfig, read_json
+from ..config import LlamaConfig, is_gguf
 from ..ops.quantize import quantize_fp8
 from ..reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8
-from .formats import IGNORED, Format, parse
+from .formats import IGNORED, KV_SCALES, Format, read_format, scale_shapes
 from .shards import Entry, Shards
 from .weights import Linear, Weights, assemble, packed
 
 _FP8 = "F8_E4M3"
-_FLOATS = ("BF16", "F16", "F32")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def load(
@@ -41,13 +43,43 @@ def load(
     progress: whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError for a
     missing file and ValueError for one that does not match the config, naming the tensor.
     """
-    shards = Shards(path)
-    form = parse(read_json(Path(path) / "config.json").get("quantization_config"))
+    shards, form = Shards(path), None if is_gguf(path) else read_format(Path(path))
+    config = check(config, shards, form)
+    checkpoint = _Checkpoint(shards, form, dtype, device)
+    with _bar(config.num_hidden_layers + 2, progress) as advance:
+        weights = assemble(config, checkpoint, quantize, advance)
+    heads = range(config.num_hidden_layers), config.num_key_value_heads
+    k_scale, v_scale = (checkpoint.kv_scale(which, *heads) for which in "kv")
+    return replace(weights, k_scale=k_scale, v_scale=v_scale)
+
+
+def check(config: LlamaConfig, shards: Shards, form: Format | None) -> LlamaConfig:
+    """Check names, shapes and dtypes of all tensors, and return the config that they mean.
+
+    Weights that the config ties count as tied if the file holds one of them, or two that are equal;
+    an lm_head of its own is used, with a warning, as in transformers and vLLM.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_word_embeddings:
+        held = [name for name in (embedding, head) if name in shards.entries]
+        if len(held) == 2 and not _equal(*map(shards.read, held)):
+            warnings.warn(
+                f"{shards.entries[head].file}: tie_word_embeddings is true, but {head} differs "
+                f"from {embedding}; used as stored",
+                stacklevel=3,
+            )
+            config = replace(config, tie_word_embeddings=False)
+        elif held:
+            shards.entries[embedding] = shards.entries[held[0]]
+            shards.entries.pop(head, None)
     inventory = _Inventory(shards, form)
     assemble(config, inventory, None)
-    inventory.finish(tied=config.tie_word_embeddings)
-    with _bar(config.num_hidden_layers + 2, progress) as advance:
-        return assemble(config, _Checkpoint(shards, form, dtype, device), quantize, advance)
+    inventory.finish()
+    return config
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 class _Checkpoint:
@@ -72,7 +104,7 @@ class _Checkpoint:
                 part.copy_(self._plain(name))
             return Linear(packed(weight))
         q = torch.empty(sum(rows), k, dtype=FP8_DTYPE, device=self._device)
-        scale = torch.empty(sum(rows), 1, device=self._device)
+        scale = torch.empty(sum(rows), 1, dtype=torch.float32, device=self._device)
         pieces = zip(q.split(rows), scale.split(rows), parts, strict=True)
         for q_part, scale_part, name in pieces:
             # From the file's dtype: rounding to the model's dtype first would round twice.
@@ -81,39 +113,64 @@ class _Checkpoint:
         return Linear(packed(q), scale, scale_ub=bound)
 
     def _stored_fp8(self, parts: dict[str, int], k: int) -> Linear:
-        """Return weights as stored, with a tensor's scale repeated for its rows. If a block would
-        straddle two parts, requantize them by row."""
+        """Return weights as stored, without loss, with a scale that all of them can have."""
         assert self._format is not None  # the inventory rejects FP8 without a format
         rows = list(parts.values())
-        straddles = self._format.block and any(n % FP8_BLOCK for n in rows[:-1])
         q = torch.empty(sum(rows), k, dtype=FP8_DTYPE, device=self._device)
-        scales = []
         for part, name in zip(q.split(rows), parts, strict=True):
-            if straddles:
-                values, scale = quantize_fp8(self._plain(name), "row")
-            else:
-                values, scale = self._shards.read(f"{name}.weight"), self._scale(name)
-                if not self._format.block:
-                    scale = scale.reshape(-1, 1).expand(part.shape[0], 1)
-            part.copy_(values)
-            scales.append(scale)
-        return Linear(packed(q), torch.cat(scales), scale_ub=self._format.activation_bound)
+            part.copy_(self._shards.read(f"{name}.weight"))
+        scale = _joined([self._scale(name) for name in parts], rows, k)
+        return Linear(packed(q), scale, scale_ub=self._format.activation_bound)
+
+    def kv_scale(self, which: str, layers: range, heads: int) -> Tensor | None:
+        """Return K's ("k") or V's ("v") scales for an FP8 KV cache, fp32 [layers, 1 or Hkv]; None
+        if a layer lacks them."""
+        scales = []
+        for layer in layers:
+            names = (f"model.layers.{layer}.self_attn.{n.format(which)}" for n in KV_SCALES)
+            name = next((n for n in names if n in self._shards.entries), None)
+            if name is None or math.prod(self._shards.entries[name].shape) not in (1, heads):
+                return None
+            scales.append(self._read_scale(name).reshape(-1))
+        return torch.stack(scales) if len({len(s) for s in scales}) == 1 else None
 
     def _is_fp8(self, name: str) -> bool:
         return self._shards.entries[f"{name}.weight"].dtype == _FP8
 
     def _plain(self, name: str) -> Tensor:
-        """Return a weight in the file's 16 or 32 bits, or in fp32 if the file holds FP8."""
+        """Return a weight in the file's 16 or 32 bits, or in fp32 if the file holds others."""
         weight = self._shards.read(f"{name}.weight").to(self._device)
-        return dequantize_fp8(weight, self._scale(name)) if self._is_fp8(name) else weight
+        if self._is_fp8(name):
+            return dequantize_fp8(weight, self._scale(name))
+        return weight.float() if weight.dtype == torch.float64 else weight
 
     def _scale(self, name: str) -> Tensor:
+        """Return a weight's scale as scale_shapes says."""
         assert self._format is not None
-        full = self._format.scale(name, self._shards.entries)
-        scale = self._shards.read(full).to(self._device, torch.float32, copy=True)
+        scale = self._read_scale(self._format.scale(name, self._shards.entries))
+        used = scale_shapes(*self._shards.entries[f"{name}.weight"].shape)
+        return scale.reshape(used[tuple(scale.shape)])
+
+    def _read_scale(self, name: str) -> Tensor:
+        scale = self._shards.read(name).to(self._device, torch.float32, copy=True)
         if not bool(torch.isfinite(scale).all()):
-            raise ValueError(f"{self._shards.entries[full].file}: {full}: holds NaN or infinity")
+            raise ValueError(f"{self._shards.entries[name].file}: {name}: holds NaN or infinity")
         return scale
+
+
+def _joined(scales: list[Tensor], rows: list[int], k: int) -> Tensor:
+    """Join the scales of weights [rows[i], k] that are stacked: by block if all are, and no block
+    would hold rows of two weights; else by row, [sum(rows), 1] or [sum(rows), ceil(k / 128)]."""
+    across = -(-k // FP8_BLOCK)
+    blocks = [(-(-n // FP8_BLOCK), across) for n in rows]
+    if [tuple(s.shape) for s in scales] == blocks and not any(n % FP8_BLOCK for n in rows[:-1]):
+        return torch.cat(scales)
+    spread = []
+    for n, scale in zip(rows, scales, strict=True):
+        repeats = {1: n, n: 1}.get(len(scale), FP8_BLOCK)
+        by_row = scale.repeat_interleave(repeats, dim=0)[:n]
+        spread.append(by_row.expand(n, max(s.shape[1] for s in scales)))
+    return torch.cat(spread)
 
 
 class _Inventory:
@@ -141,9 +198,8 @@ class _Inventory:
             raise ValueError(f"{at}: is FP8, but config.json has no quantization_config")
         if self._format.excludes(name):
             raise ValueError(f"{at}: is FP8, but quantization_config says it is not converted")
-        blocks = (math.ceil(n / FP8_BLOCK), math.ceil(k / FP8_BLOCK))
-        shapes = (blocks,) if self._format.block else ((n, 1), (n,), (1,), (1, 1), ())
-        self._want(self._format.scale(name, self._entries), shapes, _FLOATS)
+        shapes = tuple(scale_shapes(n, k))
+        self._want(self._format.scale(name, self._entries), shapes, (*_FLOATS, "F8_E8M0"))
 
     def _want(
         self, name: str, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]
@@ -162,11 +218,9 @@ class _Inventory:
             )
         return entry
 
-    def finish(self, *, tied: bool) -> None:
+    def finish(self) -> None:
         if self._missing:
             raise ValueError(_listed("the checkpoint lacks", self._missing))
-        if tied:
-            self._seen.add("lm_head.weight")
         extra = [n for n in self._entries if n not in self._seen and not IGNORED.fullmatch(n)]
         if extra:
             raise ValueError(_listed("the checkpoint holds what the config does not want:", extra))

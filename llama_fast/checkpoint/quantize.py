@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,16 @@ from torch import Tensor
 from ..config import LlamaConfig, read_json
 from ..ops.quantize import quantize_fp8
 from .formats import describe
+from .load import check
 from .shards import Shards
+from .weights import RECIPES, is_quantized
 
-RECIPES = ("fp8", "fp8_ffn")
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
-_FLOATS = ("BF16", "F16", "F32")  # safetensors' names
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
-_LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
+_FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names
+_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1}
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 _INDEX = "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Summary(NamedTuple):
@@ -65,9 +65,10 @@ def quantize_checkpoint(
 ) -> Summary:
     """Write source's checkpoint to the new folder target with weights in e4m3, a scale per row.
 
-    recipe: "fp8" quantizes every linear layer but lm_head; "fp8_ffn", Meta's recipe for the 405B,
-    the feed-forward layers without the first and the last. Readers of the format quantize
-    activations by token; it cannot store the 405B recipe's bound of 1200 on them.
+    recipe: as quantize of Llama.from_pretrained (weights.is_quantized). With "fp8_all" and tied
+    embeddings, the head is written beside the embedding, and config.json unties them. Readers of
+    the format quantize activations by token; it cannot store the 405B recipe's bound of 1200 on
+    them.
 
     on_bytes(done, total) reports progress in bytes read. An error or an interrupt leaves no target
     behind. Raises ValueError or OSError that names the file.
@@ -79,7 +80,11 @@ def quantize_checkpoint(
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
     shards = Shards(source)
-    plan = _plan(source, shards, recipe)
+    meant = check(LlamaConfig.from_pretrained(source), shards, None)
+    layers, tied = meant.num_hidden_layers, meant.tie_word_embeddings and recipe != "fp8_all"
+    if meant.tie_word_embeddings and not tied:
+        shards.entries[_HEAD] = shards.entries[_EMBEDDING]
+    plan = _plan(source, shards, recipe, layers)
     tensors = [t for held in plan.values() for t in held]
     total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
     after = sum(_nbytes(*entry) for t in tensors for entry in t.stored().values())
@@ -96,18 +101,21 @@ def quantize_checkpoint(
             index = {"metadata": {"total_size": after}, "weight_map": weight_map}
             _write_json(folder / _INDEX, index)
         modules = (t.name.removesuffix(".weight") for t in tensors if not t.quantized)
-        ignore = ["lm_head", *filter(_LINEAR.fullmatch, modules)]
+        ignore = [m for m in modules if is_quantized(m, "fp8", layers)]
+        if recipe != "fp8_all":
+            ignore.insert(0, "lm_head")
+        if config.get("tie_word_embeddings"):
+            config["tie_word_embeddings"] = tied
         config["quantization_config"] = describe(ignore)
         _write_json(folder / "config.json", config)
         _copy_companions(source, folder)
     return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
 
 
-def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]:
+def _plan(source: Path, shards: Shards, recipe: str, layers: int) -> dict[str, list[_Tensor]]:
     """Return each file's tensors, and whether each is to be quantized."""
-    layers = LlamaConfig.from_pretrained(source).num_hidden_layers
     plan: dict[str, list[_Tensor]] = {}
-    for name, (file, dtype, shape) in sorted(shards.entries.items()):
+    for name, (file, dtype, shape, _) in sorted(shards.entries.items()):
         if dtype not in _FLOATS:
             raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
         module, _, parameter = name.rpartition(".")
@@ -118,14 +126,6 @@ def _plan(source: Path, shards: Shards, recipe: str) -> dict[str, list[_Tensor]]
     if not any(t.quantized for tensors in plan.values() for t in tensors):
         raise ValueError(f"{source}: recipe {recipe} leaves all of its {layers} layers as they are")
     return plan
-
-
-def is_quantized(module: str, recipe: str, layers: int) -> bool:
-    """Return whether the recipe quantizes a module of a Llama with that many layers."""
-    match = _LINEAR.fullmatch(module)
-    if match is None:
-        return False
-    return recipe == "fp8" or (match[2] == "mlp" and 0 < int(match[1]) < layers - 1)
 
 
 def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterator[int]:
@@ -162,8 +162,8 @@ def _write_quantized(
     at, scale_at = offset[name], offset[f"{name}_scale"]
     rows = max(1, _PIECE_BYTES // max(1, weight.shape[1] * weight.itemsize))
     for piece in weight.split(rows):
-        q, scale = quantize_fp8(piece)
-        if not scale.isfinite().all():
+        q, scale = quantize_fp8(piece.float() if piece.dtype == torch.float64 else piece)
+        if not (scale.isfinite() & (scale > 0)).all():
             raise ValueError(f"{name}: holds NaN or infinity; such a weight has no FP8 form")
         at, scale_at = _write_at(out, at, q), _write_at(out, scale_at, scale)
         yield piece.nbytes

@@ -7,43 +7,78 @@ index may not point outside the folder. Pickles run code when opened, so none is
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import read_json
+from ..config import META, check_folder, is_gguf, read_json
+from .gguf_file import GGUF
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
 _CONVERT = (
     "pickles run code when they are opened, so only safetensors are read; convert where you trust "
     "the file: transformers' AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
 )
+# DistributedDataParallel and torch.compile add components to names; a model saved without its head
+# has no "model.".
+_WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
+_BARE = re.compile(r"^(?=(?:embed_tokens|layers|norm)\.)")
 
 
 class Entry(NamedTuple):
     file: Path
     dtype: str  # as safetensors spells it: BF16, F8_E4M3, ...
     shape: tuple[int, ...]
+    stored: str  # its name in the file
 
 
 class Shards:
     def __init__(self, path: str | Path) -> None:
-        """Read the headers in path: a folder with model.safetensors, or with shards and index."""
+        """Read the headers in path: a folder with model.safetensors, or with shards and index.
+
+        The files decide what the checkpoint holds. The index names the files, and says which of two
+        tensors of one name counts. Beside a model.safetensors that it does not name it is left over
+        from other weights: transformers ignores it too. Or path is a GGUF file. entries: by Hugging
+        Face's names.
+        """
         folder = Path(path)
+        self.entries: dict[str, Entry] = {}
+        self._gguf = GGUF(folder) if is_gguf(folder) else None
+        if self._gguf is not None:
+            shapes = self._gguf.shapes.items()
+            self.entries = {name: Entry(folder, "F32", shape, name) for name, shape in shapes}
+            return
         if not folder.is_dir():
             if folder.suffix in _PICKLES and folder.exists():
-                raise ValueError(f"{folder}: {_CONVERT}")
+                raise ValueError(f"{folder}: {_why_not(folder)}")
             raise NotADirectoryError(f"{folder}: not a folder; want one in Hugging Face's format")
-        self.entries = _sharded(folder) or _single(folder)
+        check_folder(folder)
+        weight_map = _weight_map(folder)
+        for file in sorted(set(weight_map.values())) or [_single(folder)]:
+            for stored, entry in _header(folder / file).items():
+                name = _BARE.sub("model.", _WRAPPERS.sub("", stored))
+                other = self.entries.setdefault(name, entry)
+                if other is entry or weight_map.get(other.stored) == other.file.name:
+                    continue
+                if weight_map.get(stored) != file:
+                    raise ValueError(f"{entry.file}: {stored}: is in {other.file.name} too")
+                self.entries[name] = entry
 
     def read(self, name: str) -> Tensor:
         """Return the tensor, memory-mapped by itself (0.1 ms): freeing it frees its pages."""
-        with _opened(self.entries[name].file) as f:
-            return f.get_tensor(name)
+        entry = self.entries[name]
+        with torch.device("cpu"):
+            if self._gguf is not None:
+                return self._gguf.read(entry.stored)
+            with _opened(entry.file) as f:
+                return f.get_tensor(entry.stored)
 
 
 @contextmanager
@@ -63,12 +98,14 @@ def _header(file: Path) -> dict[str, Entry]:
     with _opened(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  not a dict
         return {
-            name: Entry(file, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()
+            name: Entry(file, s.get_dtype(), tuple(s.get_shape()), name)
+            for name, s in slices.items()
         }
 
 
-def _sharded(folder: Path) -> dict[str, Entry]:
-    index = folder / "model.safetensors.index.json"
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the index, tensor -> file; {} if there is none that counts."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.exists():
         return {}
     weight_map = read_json(index).get("weight_map")
@@ -80,21 +117,27 @@ def _sharded(folder: Path) -> dict[str, Entry]:
             raise ValueError(
                 f"{index}: {name}: got {file!r}, want the name of a file in the folder"
             )
-    headers = {file: _header(folder / file) for file in sorted(set(weight_map.values()))}
-    for name, file in weight_map.items():
-        if name not in headers[file]:
-            raise ValueError(f"{folder / file}: holds no {name}, though the index says so")
-    stray = {n for file, held in headers.items() for n in held if weight_map.get(n) != file}
-    if stray:
-        raise ValueError(f"{index}: {min(stray)}: in a shard, but not listed there")
-    return {name: headers[file][name] for name, file in weight_map.items()}
+    if single.exists() and single.name not in weight_map.values():
+        warnings.warn(
+            f"{folder}: holds {single.name} and an index of other files; read {single.name}, as "
+            "transformers does. Remove what is left over from other weights.",
+            stacklevel=2,
+        )
+        return {}
+    return weight_map
 
 
-def _single(folder: Path) -> dict[str, Entry]:
+def _why_not(pickle: Path) -> str:
+    return META if pickle.name.startswith("consolidated.") else _CONVERT
+
+
+def _single(folder: Path) -> str:
     file = folder / "model.safetensors"
-    if file.exists():
-        return _header(file)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise ValueError(f"{folder / pickles[0]}: {_CONVERT}")
-    raise FileNotFoundError(f"{file}: no such file, and no model.safetensors.index.json beside it")
+    if pickles and not file.exists():
+        raise ValueError(f"{folder / pickles[0]}: {_why_not(folder / pickles[0])}")
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{file}: no such file, and no model.safetensors.index.json beside it"
+        )
+    return file.name

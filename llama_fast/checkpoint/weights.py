@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -15,8 +16,9 @@ from ..ops import linear, quantize
 from ..reference import FP8_DTYPE, PACK_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUANTIZE = (None, "fp8", "fp8_ffn")
+RECIPES = ("fp8", "fp8_all", "fp8_ffn")
 ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
+_LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 
 
 class Quantized(NamedTuple):
@@ -76,6 +78,8 @@ class Weights:
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
     head: Linear  # [vocab, hidden]
+    k_scale: Tensor | None = None  # fp32 [layers, 1 or Hkv]: the checkpoint's for an FP8 KVCache
+    v_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,57 +109,61 @@ def assemble(
 ) -> Weights:
     """Get every weight of a Llama from source, by Hugging Face's names, in the order of their use.
 
-    quantize: "fp8" for all linear layers, the head included; "fp8_ffn" for Meta's recipe, the
-    feed-forward linears of all but the first and the last layer. progress is called after each
-    layer.
+    quantize: see is_quantized. progress is called after each layer.
     """
-    if quantize not in QUANTIZE:
-        raise ValueError(f"quantize: got {quantize!r}, want None, 'fp8' or 'fp8_ffn'")
+    if quantize not in (None, *RECIPES):
+        raise ValueError(f"quantize: got {quantize!r}, want None or one of {', '.join(RECIPES)}")
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows = config.num_attention_heads * config.head_dim
     kv_rows = config.num_key_value_heads * config.head_dim
-    every = quantize == "fp8"
+    bound = ACTIVATION_BOUND if quantize == "fp8_ffn" else None
+
+    def linear(parts: dict[str, int], k: int) -> Linear:
+        fp8 = all(is_quantized(name, quantize, config.num_hidden_layers) for name in parts)
+        return source.linear(parts, k, fp8=fp8, bound=bound)
+
     embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
     progress()
     layers = []
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}"
-        inside = 0 < i < config.num_hidden_layers - 1
-        ffn_fp8 = every or (quantize == "fp8_ffn" and inside)
-        bound = ACTIVATION_BOUND if quantize == "fp8_ffn" else None
         qkv = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
         layers.append(
             LayerWeights(
                 attention_norm=source.tensor(f"{at}.input_layernorm.weight", (hidden,)),
-                qkv=source.linear(
-                    {f"{at}.self_attn.{name}": rows for name, rows in qkv.items()},
-                    hidden,
-                    fp8=every,
-                    bound=None,
-                ),
-                output=source.linear(
-                    {f"{at}.self_attn.o_proj": hidden}, q_rows, fp8=every, bound=None
-                ),
+                qkv=linear({f"{at}.self_attn.{name}": rows for name, rows in qkv.items()}, hidden),
+                output=linear({f"{at}.self_attn.o_proj": hidden}, q_rows),
                 ffn_norm=source.tensor(f"{at}.post_attention_layernorm.weight", (hidden,)),
-                gate_up=source.linear(
-                    {f"{at}.mlp.gate_proj": inner, f"{at}.mlp.up_proj": inner},
-                    hidden,
-                    fp8=ffn_fp8,
-                    bound=bound,
-                ),
-                down=source.linear(
-                    {f"{at}.mlp.down_proj": hidden}, inner, fp8=ffn_fp8, bound=bound
-                ),
+                gate_up=linear({f"{at}.mlp.gate_proj": inner, f"{at}.mlp.up_proj": inner}, hidden),
+                down=linear({f"{at}.mlp.down_proj": hidden}, inner),
             )
         )
         progress()
     norm = source.tensor("model.norm.weight", (hidden,))
     if config.tie_word_embeddings:
-        head = quantized(embedding) if every else Linear(embedding)
+        head = quantized(embedding) if quantize == "fp8_all" else Linear(embedding)
     else:
-        head = source.linear({"lm_head": config.vocab_size}, hidden, fp8=every, bound=None)
+        head = linear({"lm_head": config.vocab_size}, hidden)
     progress()
     return Weights(embedding, layers, norm, head)
+
+
+def is_quantized(module: str, quantize: str | None, num_layers: int) -> bool:
+    """Return whether a recipe has the module of that name, in Hugging Face's files, in FP8.
+
+    "fp8": every linear layer but the head, as compressed-tensors, FBGEMM and vLLM have it by
+    default. "fp8_all": the head too, which costs more accuracy than all other layers together
+    (docs/model.md). "fp8_ffn", Meta's recipe for the 405B: the feed-forward layers, but not the
+    first and the last.
+    """
+    if quantize is None:
+        return False
+    if module == "lm_head":
+        return quantize == "fp8_all"
+    match = _LINEAR.fullmatch(module)
+    if match is None:
+        return False
+    return quantize != "fp8_ffn" or (match[2] == "mlp" and 0 < int(match[1]) < num_layers - 1)
 
 
 def packable(n: int, k: int, device: torch.device) -> bool:
@@ -198,7 +206,7 @@ class RandomSource:
             weight = torch.empty(shape, dtype=self._dtype, device=self._device)
             return Linear(weight.normal_(std=1 / math.sqrt(k), generator=self._generator))
         weight, rms = self._random_e4m3(shape)
-        scale = torch.empty(n, 1, device=self._device)
+        scale = torch.empty(n, 1, dtype=torch.float32, device=self._device)
         scale.uniform_(0.75, 1.25, generator=self._generator).div_(rms * math.sqrt(k))
         return Linear(weight, scale, scale_ub=bound)
 
@@ -208,6 +216,6 @@ class RandomSource:
         words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=self._device)
         words.random_(-(2**63), None, generator=self._generator)
         words.bitwise_and_(-0x4040404040404041)  # ~0x40 in each byte
-        codes = torch.arange(64, dtype=torch.uint8).view(FP8_DTYPE).float()
+        codes = torch.arange(64, dtype=torch.uint8, device="cpu").view(FP8_DTYPE).float()
         weight = words.view(FP8_DTYPE)[: math.prod(shape)].view(shape)
         return weight, float(codes.pow(2).mean().sqrt())

@@ -33,6 +33,11 @@ class _Sequence:
         self.row, self.length, self.blocks = row, 0, 0
 
 
+def host(integers: Any) -> Tensor:
+    """Return int64 on the host, whatever torch's default device is."""
+    return torch.tensor(integers, dtype=torch.int64, device="cpu")
+
+
 def upload(t: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device without waiting for the device."""
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
@@ -107,7 +112,7 @@ class KVCache:
         self.v_scale = _scales("v_scale", v_scale, self.v)
         self._free = list(range(blocks))[::-1]
         # On the host, so that reading it never waits for a GPU.
-        self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32)
+        self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32, device="cpu")
         self._sequences = [_Sequence(row) for row in range(len(lengths))]
 
     def __len__(self) -> int:
@@ -195,8 +200,8 @@ class KVCache:
         totals = [s.length + n for s, n in zip(self._sequences, counts, strict=True)]
         self.reserve(totals)
         table = self.block_table[:, : -(-max(totals, default=0) // self.block_size)]
-        rows = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
-        pieces = [torch.arange(t - n, t) for t, n in zip(totals, counts, strict=True)]
+        rows = host(range(len(counts))).repeat_interleave(host(counts))
+        pieces = [host(range(t - n, t)) for t, n in zip(totals, counts, strict=True)]
         positions = torch.cat(pieces) if pieces else rows
         block = table[rows, positions // self.block_size].long()
         slots = block * self.block_size + positions % self.block_size
@@ -205,7 +210,7 @@ class KVCache:
             upload(positions, self.k.device),
             upload(slots, self.k.device),
             upload(table if uniform else table[rows], self.k.device),
-            upload(torch.tensor(totals).int() if uniform else (positions + 1).int(), self.k.device),
+            upload(host(totals).int() if uniform else (positions + 1).int(), self.k.device),
             self._run(table, totals) if uniform else None,
         )
 

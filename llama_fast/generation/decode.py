@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import sampling
-from .cache import BLOCK_SIZE, Append, KVCache, upload
+from .cache import BLOCK_SIZE, Append, KVCache, host, upload
 from .graphs import CudaGraph, Graphs
 from .protocol import Model
 
@@ -80,7 +80,7 @@ class Read:
         self._sequences = tuple(sequences)
         self._there: torch.cuda.Event | None = None
         # Copy on every device: the next step overwrites ids.
-        self._ids = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
+        self._ids = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=ids.is_cuda)
         self._ids.copy_(ids, non_blocking=True)
         if ids.is_cuda:
             self._there = torch.cuda.Event()
@@ -138,7 +138,7 @@ class Decoder:
         """Fill one sequence's part of the cache, and sample its first token."""
         cache = self.cache.select([index])
         for start in range(0, len(prompt), PREFILL_CHUNK):
-            chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]])
+            chunk = host([prompt[start : start + PREFILL_CHUNK]])
             hidden = model.hidden(upload(chunk, self._tokens.device), cache=cache, last=True)
         self._sampled = 1
         u = None if self._u is None else self._u[0, index : index + 1]
@@ -153,19 +153,19 @@ class Decoder:
         size = bucket(len(sequences))
         empty = size - len(sequences)
         rows = [self.rows.index(i) for i in sequences] + [0] * empty
-        self._tokens[:size] = self._tokens[upload(torch.tensor(rows), device)]
+        self._tokens[:size] = self._tokens[upload(host(rows), device)]
         cache = self.cache.select(sequences)
         positions = [length + self._sampled - 1 for length in cache.seqlens]
-        table = torch.zeros(size, width, dtype=torch.int32)
+        table = torch.zeros(size, width, dtype=torch.int32, device="cpu")
         table[: len(sequences)] = cache.block_table
-        state = torch.tensor([[0], [-1], [0], [0]], dtype=torch.int32).repeat(1, size)
+        state = host([[0], [-1], [0], [0]]).int().repeat(1, size)
         for row, position in enumerate(positions):
             block = int(table[row, position // BLOCK_SIZE])
             slot = block * BLOCK_SIZE + position % BLOCK_SIZE
-            state[:, row] = torch.tensor([position, slot, position + 1, 1])
+            state[:, row] = host([position, slot, position + 1, 1])
         self._state[:, :size] = upload(state, device)
         self._table[:size] = upload(table, device)
-        self._order = upload(torch.tensor([*sequences, *[0] * empty]), device)
+        self._order = upload(host([*sequences, *[0] * empty]), device)
         self.rows = list(sequences)
 
     @torch.inference_mode()

@@ -67,9 +67,8 @@ def generate(
     speculation.check(model, speculate, draft_tokens)
     if graphs and speculate is not None:
         raise ValueError("graphs: got True, but speculate launches each kernel on its own")
-    vocab = model.config.vocab_size
     stops = frozenset(_ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids))
-    checked = [_prompt(i, prompt, vocab, max_new_tokens, model) for i, prompt in enumerate(prompts)]
+    checked = [check_prompt(i, prompt, model, max_new_tokens) for i, prompt in enumerate(prompts)]
     new: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
         return new
@@ -91,9 +90,8 @@ def generate(
         settings = decode.Settings(temperature, top_p, top_k)
         u = None
         if temperature:
-            u = torch.stack(
-                [torch.rand(max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
-            )
+            kind: Any = {"dtype": torch.float64, "device": "cpu"}
+            u = torch.stack([torch.rand(max_new_tokens, generator=g, **kind) for g in generators])
         capture = None if graphs is False or cannot else cuda_graphs.CudaGraph
         decode.run(model, checked, max_new_tokens, settings, u, emit, capture)
         return new
@@ -179,7 +177,7 @@ def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Genera
     """Return a host generator per prompt, so that a seed means the same on every device. Without a
     seed, torch's generator draws one, so that torch.manual_seed applies."""
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
     _check_count("seed", seed)
     seen: Counter[tuple[int, ...]] = Counter()
     generators = []
@@ -192,8 +190,9 @@ def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Genera
     return generators
 
 
-def _prompt(index: int, prompt: Any, vocab: int, max_new_tokens: int, model: Model) -> list[int]:
-    ids = _ids(f"prompt {index}", prompt)
+def check_prompt(index: int, prompt: Any, model: Model, max_new_tokens: int = 0) -> list[int]:
+    """Return a prompt's ids. Raises TypeError or ValueError if they don't fit the model."""
+    ids, vocab = _ids(f"prompt {index}", prompt), model.config.vocab_size
     if not ids:
         raise ValueError(f"prompt {index}: is empty; want at least one token id, such as BOS")
     for token in ids:
@@ -201,9 +200,9 @@ def _prompt(index: int, prompt: Any, vocab: int, max_new_tokens: int, model: Mod
             raise ValueError(f"prompt {index}: got id {token}, want 0 to {vocab - 1}")
     limit = model.config.max_position_embeddings
     if len(ids) + max_new_tokens > limit:
+        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
         raise ValueError(
-            f"prompt {index}: {len(ids)} tokens and max_new_tokens={max_new_tokens} exceed the "
-            f"model's {limit} positions"
+            f"prompt {index}: {len(ids)} tokens{new} exceed the model's {limit} positions"
         )
     return ids
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import sampling
-from .cache import KVCache, upload
+from .cache import KVCache, host, upload
 from .protocol import Model
 
 MOST_DRAFT_TOKENS = 16
@@ -76,7 +76,7 @@ def extend(model: Model, cache: KVCache, runs: Sequence[Sequence[int]]) -> Tenso
     the pass takes the same time.
     """
     counts = [len(run) for run in runs]
-    tokens = torch.tensor([[token] for run in runs for token in run])
+    tokens = host([[token] for run in runs for token in run])
     tokens = upload(tokens, model.device)
     if len(tokens) == len(runs):
         return model(tokens, cache=cache)[:, 0]
@@ -164,7 +164,7 @@ class Draft:
         draws = {i: _copy(self._generators[i]) for i in wanted}
         while runs:
             logits = extend(self._model, self._cache.select(list(runs)), list(runs.values()))
-            last = torch.tensor([len(run) for run in runs.values()]).cumsum(0) - 1
+            last = host([len(run) for run in runs.values()]).cumsum(0) - 1
             going = {}
             for i, row in zip(runs, logits[last.to(logits.device)], strict=True):
                 try:
@@ -189,7 +189,7 @@ class Draft:
         cache.truncate([min(cache.seqlens[0], right, len(text) - 1)])
         while len(text) - cache.seqlens[0] > MOST_DRAFT_TOKENS:
             start = cache.seqlens[0]
-            chunk = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
+            chunk = host([text[start : min(start + CHUNK, len(text) - 1)]])
             self._model.hidden(upload(chunk, self._model.device), cache=cache, last=True)
         return text[cache.seqlens[0] :]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from ..checkpoint.formats import IGNORED
-from ..checkpoint.quantize import is_quantized
 from ..checkpoint.shards import Shards
+from ..checkpoint.weights import is_quantized
 from ..nn import FP8Linear
 from ..reference import FP8_DTYPE
 from .fp8_config import METHOD, LlamaFastFP8Config, scale_names
@@ -54,6 +54,11 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), IGNORED.pattern])
         if not self.pre_quantized:
             config, layers = self.quantization_config, model.config.num_hidden_layers
+            if config.recipe == "fp8_all" and model.config.tie_word_embeddings:
+                raise ValueError(
+                    "recipe: got 'fp8_all', want another for a head that is tied to the embedding; "
+                    "`llama-fast quantize --recipe fp8_all` writes an untied checkpoint"
+                )
             self._chosen = {
                 name
                 for name, module in model.named_modules()

@@ -10,8 +10,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.formats import Format, describe, parse
-from ..checkpoint.quantize import RECIPES
-from ..checkpoint.weights import ACTIVATION_BOUND
+from ..checkpoint.weights import ACTIVATION_BOUND, RECIPES
 
 METHOD = "llama_fast_fp8"
 _GRANULARITIES = ("row", "block")
@@ -21,12 +20,13 @@ _GRANULARITIES = ("row", "block")
 class LlamaFastFP8Config(QuantizationConfigMixin):
     """Quantize a model's linear layers to FP8 while it is loaded, or load its FP8 checkpoint.
 
-    recipe: "fp8" for all linear layers but the head; "fp8_ffn" for Meta's 405B recipe, the
-    feed-forward ones of all but the first and the last layer, with activations bounded by 1200.
-    granularity: a scale per "row" or per 128 x 128 "block". modules_to_not_convert: further modules
-    to leave, by whole components of their names, or "re:" and a regular expression. A checkpoint
-    that is in FP8 already (fbgemm_fp8, fp8, compressed-tensors float-quantized) decides these
-    itself. quantize_activation: as for fp8_linear.
+    recipe: "fp8" for all linear layers but the head; "fp8_all" for the head too, unless it is tied
+    to the embedding; "fp8_ffn" for Meta's 405B recipe, the feed-forward ones of all but the first
+    and the last layer, with activations bounded by 1200. granularity: a scale per "row" or per
+    128 x 128 "block". modules_to_not_convert: further modules to leave, by whole components of
+    their names, or "re:" and a regular expression. A checkpoint that is in FP8 already (fbgemm_fp8,
+    fp8, compressed-tensors float-quantized) decides these itself. quantize_activation: as for
+    fp8_linear.
 
     save_pretrained writes one of those three formats, which vLLM, transformers and
     llama_fast.Llama load; with `import llama_fast.hf`, from_pretrained then returns FP8Linear again

@@ -123,8 +123,8 @@ def heads(q_heads: int, kv_heads: int) -> None:
 
 
 def head_dim(d: int) -> None:
-    if d < 8 or d > 256 or d % 8:
-        raise ValueError(f"q: got head_dim {d}, want a multiple of 8 from 8 to 256")
+    if d < 8 or d > 256 or d % 4:
+        raise ValueError(f"q: got head_dim {d}, want a multiple of 4 from 8 to 256")
 
 
 def cache_scales(

@@ -34,7 +34,8 @@ def inv_freq(theta: float, head_dim: int, scaling: Scaling | None = None) -> Ten
     Llama 3.1 divides frequencies with wavelengths above context / low_freq_factor by `factor`,
     keeps those below context / high_freq_factor, and interpolates between.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    steps = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu")
+    exponents = steps.float() / head_dim
     freqs = 1.0 / theta**exponents
     if scaling is None:
         return freqs
@@ -53,15 +54,15 @@ def rope_table(
     max_positions: int,
     *,
     head_dim: int | None = None,
-    scaling: Scaling | None = None,
+    scaling: Any = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Return fp32 [max_positions, head_dim]: cosines, then sines, head_dim / 2 each.
 
     Takes a LlamaConfig, which has theta, head_dim and scaling, or theta with head_dim and, for
-    Llama 3.1, a RopeScaling. Angles are position times frequency in fp32, as in Meta's code and
-    transformers: the model was trained with them. Keep the table in fp32 for every model dtype: in
-    bf16, positions past 256 would collapse.
+    Llama 3.1, a RopeScaling; for other types, a RopeFunction. Angles are position times frequency
+    in fp32, as in Meta's code and transformers: the model was trained with them. Keep the table in
+    fp32 for every model dtype: in bf16, positions past 256 would collapse.
     """
     if hasattr(config_or_theta, "rope_theta"):
         theta = float(config_or_theta.rope_theta)
@@ -82,13 +83,16 @@ def rope_table(
         raise ValueError("head_dim: got None, want it when theta is given as a number")
     if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim!r}, want an even number")
-    if scaling is not None and not all(
-        hasattr(scaling, f) for f in ("factor", "low_freq_factor", "high_freq_factor")
-    ):
+    factor = 1.0
+    if hasattr(scaling, "frequencies"):
+        freqs, factor = scaling.frequencies(theta, head_dim, max_positions)
+    elif scaling is None or hasattr(scaling, "low_freq_factor"):
+        freqs = inv_freq(theta, head_dim, scaling)
+    else:
         raise TypeError(f"scaling: got {type(scaling).__name__}, want a RopeScaling")
-    freqs = inv_freq(theta, head_dim, scaling)
-    angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * freqs
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * freqs
+    table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
+    return table.to(torch.get_default_device() if device is None else device)
 
 
 def apply_rope(

@@ -7,34 +7,35 @@ import pickle
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama_fast import Llama, reference
-from llama_fast.checkpoint.formats import Format, parse
+from llama_fast import Llama, LlamaConfig, reference
+from llama_fast.chat import load_tokenizer
+from llama_fast.checkpoint.quantize import quantize_checkpoint
 from llama_fast.checkpoint.shards import Shards
 
 from ..support.checkpoints import (
     LINEARS,
+    LOGITS,
     edit_json,
     hf_logits,
     hf_model,
+    quantized,
     relative_error,
     save,
     tensors,
     write,
-    write_fp8,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-LOGITS = 2e-5  # of the largest, fp32, as in test_model.py: FP8 weights are exact in fp32
-ALL_FP8_FFN = {"gate_proj", "up_proj", "down_proj"}
 
 
 @pytest.fixture
@@ -42,22 +43,6 @@ def folder(tmp_path: Path) -> Path:
     return save(hf_model(), tmp_path)
 
 
-def check_means(folder: Path, meant: dict[str, Tensor], tolerance: float = LOGITS) -> Llama:
-    """Compare the loaded model with transformers on the dequantized weights."""
-    hf = hf_model(**LAYOUT)
-    hf.load_state_dict(meant, strict=False)
-    tokens = torch.randint(320, (2, 19))
-    model = Llama.from_pretrained(folder, torch.float32)
-    assert relative_error(model(tokens), hf_logits(hf, tokens)) <= tolerance
-    return model
-
-
-# Blocks of 128 rows fit q, k and v here, and gate and up.
-LAYOUT: dict[str, Any] = {
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "intermediate_size": 256,
-}
 FBGEMM = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
@@ -72,81 +57,8 @@ COMPRESSED = {
 BLOCK = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
-@pytest.fixture
-def wide(tmp_path: Path) -> Path:
-    return save(hf_model(**LAYOUT), tmp_path)
-
-
-def test_reads_fbgemm_fp8(wide: Path) -> None:
-    skipped = ["model.layers.0", "self_attn", "lm_head"]
-    meant = write_fp8(
-        wide,
-        "row",
-        "weight_scale",
-        lambda name: name.split(".")[-2] in ALL_FP8_FFN and ".layers.0." not in name,
-        **FBGEMM,
-        modules_to_not_convert=skipped,
-    )
-    layers = check_means(wide, meant).weights.layers
-    assert [layer.down.scale is None for layer in layers] == [True, False, False]
-    assert layers[1].gate_up.scale_ub == 1200.0 and layers[1].qkv.scale is None
-
-
-@pytest.mark.parametrize("granularity", ["row", "tensor"])
-def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
-    meant = write_fp8(
-        wide, granularity, "weight_scale", lambda n: n != "lm_head.weight", **COMPRESSED
-    )
-    held = tensors(wide)
-    held["model.layers.0.mlp.up_proj.input_scale"] = torch.ones(1)
-    write(wide, held)
-    weights = check_means(wide, meant).weights
-    assert weights.layers[0].qkv.scale is not None and weights.head.scale is None
-
-
-@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
-def test_reads_fp8_by_tensor(wide: Path, name: str) -> None:
-    """Read the fp8 format without blocks: transformers' name, and AutoFP8's, with static scales."""
-    config = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
-    form = parse(config)
-    assert form is not None and form.excludes("lm_head")
-    meant = write_fp8(wide, "tensor", name, lambda n: n != "lm_head.weight", **config)
-    held = tensors(wide)
-    held["model.layers.0.mlp.up_proj.activation_scale"] = torch.ones(())
-    held[f"model.layers.0.mlp.up_proj.{name}"] = held[f"model.layers.0.mlp.up_proj.{name}"][0]
-    write(wide, held)
-    weights = check_means(wide, meant).weights
-    assert weights.layers[0].qkv.scale is not None and weights.head.scale is None
-
-
-def test_reads_fine_grained_fp8(wide: Path) -> None:
-    meant = write_fp8(
-        wide, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
-    )
-    scale = check_means(wide, meant).weights.layers[0].qkv.scale
-    assert scale is not None and tuple(scale.shape) == (4, 1)  # as stored: 512 rows, 128 columns
-
-
-def test_blocks_that_straddle_fused_parts_are_quantized_by_row(folder: Path) -> None:
-    """Give k 32 rows, so that its block's scale would also cover rows of v."""
-    meant = write_fp8(
-        folder, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
-    )
-    layer = Llama.from_pretrained(folder, torch.float32).weights.layers[0]
-    parts = [meant[f"model.layers.0.self_attn.{x}_proj.weight"] for x in "qkv"]
-    expected = reference.dequantize_fp8(*reference.quantize_fp8(torch.cat(parts)))
-    assert layer.qkv.scale is not None and tuple(layer.qkv.scale.shape) == (192, 1)
-    plain = reference.dequantize_fp8(reference.unpack_weight(layer.qkv.weight), layer.qkv.scale)
-    assert torch.equal(plain, expected)
-
-
-def test_a_fused_weight_of_mixed_formats_is_dequantized(wide: Path) -> None:
-    meant = write_fp8(wide, "row", "weight_scale", lambda name: "q_proj" in name, **FBGEMM)
-    assert check_means(wide, meant).weights.layers[0].qkv.scale is None
-
-
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("quantize", ["fp8", "fp8_ffn"])
+@pytest.mark.parametrize("quantize", ["fp8", "fp8_all", "fp8_ffn"])
 def test_quantizes_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
     hf = hf_model(tie_word_embeddings=tied)
     model = Llama.from_pretrained(save(hf, tmp_path), torch.float32, quantize)
@@ -155,7 +67,7 @@ def test_quantizes_on_load(tmp_path: Path, quantize: str, tied: bool) -> None:
             if name.split(".")[-1] not in LINEARS:
                 continue
             inside = ".layers.1.mlp." in f".{name}"
-            if quantize == "fp8" or inside:
+            if inside or (quantize == "fp8" and name != "lm_head") or quantize == "fp8_all":
                 q = reference.dequantize_fp8(*reference.quantize_fp8(linear.weight))
                 linear.weight = torch.nn.Parameter(q)  # a tied embedding keeps its own
     tokens = torch.randint(320, (2, 19))
@@ -191,29 +103,39 @@ def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
-def test_harmless_extras_are_ignored(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["model.layers.0.self_attn.rotary_emb.", "model.rotary_emb.", ""]
+)
+def test_harmless_extras_are_ignored(folder: Path, prefix: str) -> None:
     held = tensors(folder)
-    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    for name in ("inv_freq", "cos_cached", "sin_cached"):
+        held[prefix + name] = torch.ones(8)
     write(folder, held)
     Llama.from_pretrained(folder)
 
 
-def test_excluded_modules_match_whole_components() -> None:
-    form = Format(("weight_scale",), False, ("model.layers.1", "lm_head", "re:.*gate.*"))
-    assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
-    assert form.excludes("model.layers.3.mlp.gate_proj")
-    assert not form.excludes("model.layers.12.mlp.up_proj")
-    assert not form.excludes("model.layers.3.mlp.up_proj")
+def test_a_head_of_its_own_despite_tied_embeddings(tmp_path: Path) -> None:
+    """Use it, with a warning, as transformers 5 and vLLM do."""
+    folder = save(hf_model(), tmp_path)
+    hf, tokens = hf_model(), torch.randint(320, (1, 9))
+    write(folder, hf.state_dict())
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head.weight differs from model.embed_tokens.weight"):
+        model = Llama.from_pretrained(folder, torch.float32)
+    assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative_error(hf_logits(theirs, tokens), hf_logits(hf, tokens)) <= LOGITS
 
 
-def test_excluded_by_a_regex_of_the_beginning() -> None:
-    """Match at the start of the name, not necessarily to its end, as compressed-tensors does."""
-    form = Format(
-        ("weight_scale",), False, (r"re:model\.layers\.[01]\.mlp", "re:mlp", "re:lm_head$")
-    )
-    assert form.excludes("model.layers.1.mlp.up_proj") and form.excludes("lm_head")
-    assert not form.excludes("model.layers.2.mlp.up_proj")
-    assert not form.excludes("model.layers.1.self_attn.q_proj")
+def test_tied_embeddings_stored_as_the_head_alone(tmp_path: Path) -> None:
+    hf, tokens = hf_model(tie_word_embeddings=True), torch.randint(320, (1, 9))
+    folder = save(hf, tmp_path)
+    held = tensors(folder)
+    held["lm_head.weight"] = held.pop("model.embed_tokens.weight")
+    write(folder, held)
+    model = Llama.from_pretrained(folder, torch.float32)
+    assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
+    assert model.weights.nbytes == sum(t.nbytes for t in held.values())
 
 
 PEAK = """
@@ -259,12 +181,21 @@ class Boom:
 def test_f55_pickles_are_refused(folder: Path, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Boom(folder / "ran")))
+    how = "convert_llama_weights_to_hf" if name.startswith("consolidated") else "save_pretrained"
     for path in (folder, folder / name):
-        with pytest.raises(ValueError, match=f"{name}: pickles run code .*save_pretrained"):
+        with pytest.raises(ValueError, match=f"{name}: .*{how}"):
             Shards(path)
-    with pytest.raises(ValueError, match="save_pretrained"):
+    with pytest.raises(ValueError, match=how):
         Llama.from_pretrained(folder)
     assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "params.json"])
+def test_metas_format_names_its_converter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    for read in (Llama.from_pretrained, LlamaConfig.from_pretrained, load_tokenizer, Shards):
+        with pytest.raises(ValueError, match="convert_llama_weights_to_hf.py --input_dir"):
+            read(tmp_path)
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -351,31 +282,79 @@ def test_f56_index_stays_in_the_folder(tmp_path: Path, target: Any) -> None:
         Llama.from_pretrained(folder)
 
 
-def test_f56_shards_and_index_must_agree(tmp_path: Path) -> None:
+def test_f56_the_files_decide_and_the_index_breaks_ties(tmp_path: Path) -> None:
     folder = save(hf_model(), tmp_path, max_shard_size="100KB")
     index = folder / "model.safetensors.index.json"
+    tokens = torch.randint(320, (1, 9))
+    expected = Llama.from_pretrained(folder, torch.float32)(tokens)
     weight_map = json.loads(index.read_text())["weight_map"]
     other = next(file for file in weight_map.values() if file != weight_map[NORM])
-    for changed, message in (
-        (weight_map | {NORM: other}, f"{other}: holds no {NORM}"),
-        ({n: f for n, f in weight_map.items() if n != NORM}, f"{NORM}: in a shard, but not listed"),
-        ({}, "weight_map: missing"),
-        ([], "weight_map: missing"),
+    for changed in (
+        weight_map | {NORM: other},  # it is in another shard
+        {n: f for n, f in weight_map.items() if n != NORM},  # the index lacks it
+        weight_map | {"lm_head.bias": other},  # no shard holds it
     ):
         edit_json(index, weight_map=changed)
-        with pytest.raises(ValueError, match=message):
+        assert torch.equal(Llama.from_pretrained(folder, torch.float32)(tokens), expected)
+    for changed in ({}, []):
+        edit_json(index, weight_map=changed)
+        with pytest.raises(ValueError, match="weight_map: missing"):
             Llama.from_pretrained(folder)
     edit_json(index, weight_map=weight_map)
     whole = (folder / other).read_bytes()
-    twice = load_file(folder / other) | {NORM: load_file(folder / weight_map[NORM])[NORM]}
-    save_file(twice, folder / other, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"{NORM}: in a shard, but not listed"):
+    save_file(load_file(folder / other) | {NORM: torch.zeros(128)}, folder / other)
+    assert torch.equal(Llama.from_pretrained(folder, torch.float32)(tokens), expected)
+    edit_json(index, weight_map={n: f for n, f in weight_map.items() if n != NORM})
+    with pytest.raises(ValueError, match=f"{NORM}: is in .* too"):
         Llama.from_pretrained(folder)
+    edit_json(index, weight_map=weight_map)
     (folder / other).write_bytes(whole)
-    Llama.from_pretrained(folder)
     (folder / other).unlink()
     with pytest.raises(OSError, match=other):
         Llama.from_pretrained(folder)
+
+
+def test_an_index_left_over_from_other_weights_is_not_read(tmp_path: Path) -> None:
+    folder = save(hf_model(), tmp_path, max_shard_size="100KB")
+    newer = hf_model()
+    write(folder, newer.state_dict())
+    tokens = torch.randint(320, (1, 9))
+    with pytest.warns(UserWarning, match="read model.safetensors, as transformers does"):
+        model = Llama.from_pretrained(folder, torch.float32)
+    assert relative_error(model(tokens), hf_logits(newer, tokens)) <= LOGITS
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert relative_error(hf_logits(theirs, tokens), hf_logits(newer, tokens)) <= LOGITS
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
+        lambda name: name.removeprefix("model."),
+    ],
+    ids=["ddp", "both", "compiled-layers", "without-the-head"],
+)
+def test_names_that_wrappers_change(folder: Path, renamed: Callable[[str], str]) -> None:
+    tokens, held = torch.randint(320, (1, 9)), tensors(folder)
+    expected = Llama.from_pretrained(folder, torch.float32)(tokens)
+    write(folder, {renamed(name): t for name, t in held.items()})
+    assert torch.equal(Llama.from_pretrained(folder, torch.float32)(tokens), expected)
+    write(folder, {renamed(name): t.clone() for name, t in held.items()} | held)
+    if renamed(NORM) != NORM:
+        with pytest.raises(ValueError, match="is in model.safetensors too"):
+            Llama.from_pretrained(folder)
+
+
+def test_float64_is_rounded_once_it_is_read(folder: Path, tmp_path: Path) -> None:
+    tokens, held = torch.randint(320, (1, 9)), tensors(folder)
+    expected = [Llama.from_pretrained(folder, torch.float32, q)(tokens) for q in (None, "fp8")]
+    write(folder, {name: t.double() for name, t in held.items()})
+    for quantize, want in zip((None, "fp8"), expected, strict=True):
+        assert torch.equal(Llama.from_pretrained(folder, torch.float32, quantize)(tokens), want)
+    quantize_checkpoint(folder, tmp_path / "out")
+    assert Llama.from_pretrained(tmp_path / "out").weights.layers[0].qkv.scale is not None
 
 
 def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
@@ -395,6 +374,7 @@ def test_missing_files_are_named(tmp_path: Path, folder: Path) -> None:
         (COMPRESSED | {"format": "int-quantized"}, "format: got 'int-quantized'"),
         (COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 4}}}}, "num_bits: got 4"),
         (COMPRESSED | {"ignore": ["re:("]}, "ignore: 're:\\('"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "quant_algo: got 'NVFP4'"),
         (FBGEMM | {"modules_to_not_convert": "lm_head"}, "modules_to_not_convert: got 'lm_head'"),
     ],
 )
@@ -404,25 +384,25 @@ def test_other_quantizations_are_refused(folder: Path, config: Any, message: str
         Llama.from_pretrained(folder)
 
 
-def test_fp8_must_agree_with_its_config(wide: Path) -> None:
-    write_fp8(wide, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
+def test_fp8_must_agree_with_its_config(folder: Path) -> None:
+    quantized(folder, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
     edit_json(
-        wide / "config.json", quantization_config=FBGEMM | {"modules_to_not_convert": ["up_proj"]}
+        folder / "config.json", quantization_config=FBGEMM | {"modules_to_not_convert": ["up_proj"]}
     )
     with pytest.raises(ValueError, match="up_proj.weight: is FP8, but quantization_config"):
-        Llama.from_pretrained(wide)
-    edit_json(wide / "config.json", quantization_config=FBGEMM)
-    held = tensors(wide)
+        Llama.from_pretrained(folder)
+    edit_json(folder / "config.json", quantization_config=FBGEMM)
+    held = tensors(folder)
     name = "model.layers.1.mlp.up_proj.weight_scale"
     for scale, message in (
-        (torch.full((256, 1), float("nan")), f"{name}: holds NaN"),
-        (torch.ones(255, 1), f"{name}: got shape"),
+        (torch.full((192, 1), float("nan")), f"{name}: holds NaN"),
+        (torch.ones(191, 1), f"{name}: got shape"),
         (None, f"lacks {name}"),
     ):
         changed = {n: t for n, t in (held | {name: scale}).items() if t is not None}
-        write(wide, changed)
+        write(folder, changed)
         with pytest.raises(ValueError, match=message):
-            Llama.from_pretrained(wide)
+            Llama.from_pretrained(folder)
 
 
 def test_progress_goes_to_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from ..support.checkpoints import (
     write,
 )
 
-RECIPES = ["fp8", "fp8_ffn"]
+RECIPES = ["fp8", "fp8_all", "fp8_ffn"]
 INDEX = "model.safetensors.index.json"
 STAY = {"consolidated.00.pth", "model.gguf", "pytorch_model.bin.index.json", ".gitattributes"}
 TOKENS = torch.arange(3, 40)[None]
@@ -55,9 +55,11 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def expected_fp8(name: str, recipe: str) -> bool:
+    if name == "lm_head.weight":
+        return recipe == "fp8_all"
     if not name.endswith("_proj.weight"):
         return False
-    return recipe == "fp8" or (".mlp." in name and name.split(".")[2] in "12")
+    return recipe != "fp8_ffn" or (".mlp." in name and name.split(".")[2] in "12")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -153,11 +155,26 @@ def test_large_weights_go_piece_by_piece(
         assert torch.equal(tensor.view(torch.uint8), pieces[name].view(torch.uint8)), name
 
 
-def test_one_file_tied_embeddings_and_fp16(tmp_path: Path) -> None:
-    save(hf_model(tie_word_embeddings=True).half(), tmp_path / "in")
-    quantize_checkpoint(tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out" / INDEX).exists()
-    assert torch.isfinite(lf.Llama.from_pretrained(tmp_path / "out")(TOKENS)).all()
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_loading_with_a_recipe_means_what_the_command_writes(
+    tmp_path: Path, recipe: str, tied: bool
+) -> None:
+    """Compare bits of one fp16 file's logits: loaded with the recipe, or written and loaded."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    save(hf_model(tie_word_embeddings=tied).half(), source)
+    summary = quantize_checkpoint(source, out, recipe)
+    assert not (out / INDEX).exists()
+    assert summary.tensors == len(tensors(source)) + (tied and recipe == "fp8_all")
+    written = lf.Llama.from_pretrained(out, torch.float32)
+    loaded = lf.Llama.from_pretrained(source, torch.float32, recipe)
+    for model in (written, loaded):
+        assert (model.weights.head.scale is not None) == (recipe == "fp8_all")
+    assert torch.equal(written(TOKENS), loaded(TOKENS))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    assert relative_error(written(TOKENS), hf_logits(theirs, TOKENS)) < 2e-5
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "an error"])
@@ -223,6 +240,43 @@ def test_refuses_weights_that_have_no_fp8_form(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight: holds NaN"):
         quantize_checkpoint(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_zero_weights_under_flush_to_zero(tmp_path: Path) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    held = tensors(folder)
+    held["model.layers.1.mlp.up_proj.weight"].zero_()
+    write(folder, held)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU has no flush-to-zero mode")
+    try:
+        quantize_checkpoint(folder, tmp_path / "out")
+        scale = all_tensors(tmp_path / "out")["model.layers.1.mlp.up_proj.weight_scale"]
+        assert (scale >= torch.finfo(torch.float32).tiny).all()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("wrong", [0.0, float("nan"), float("inf")])
+def test_no_scale_is_written_that_is_no_positive_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    monkeypatch.setattr(
+        module, "quantize_fp8", lambda x: (quantize_fp8(x)[0], torch.full((len(x), 1), wrong))
+    )
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        quantize_checkpoint(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = save(hf_model(), tmp_path / "in")
+    held = tensors(folder)
+    del held["model.norm.weight"]
+    write(folder, held)
+    with pytest.raises(ValueError, match=r"lacks model\.norm\.weight"):
+        quantize_checkpoint(folder, tmp_path / "out")
 
 
 def test_refuses_a_recipe_that_would_change_nothing(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def runs_ahead(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterato
 # ---- what the interpreter shows too ----
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8"], ids=["plain", "fp8"])
+@pytest.mark.parametrize("quantize", [None, "fp8_all"], ids=["plain", "fp8"])
 def test_logits_equal_the_eager_twin(device: torch.device, quantize: str | None) -> None:
     """Compare logits. Activations are not quantized, so that only the order of sums differs."""
     model = tiny(device, quantize)
@@ -98,7 +98,7 @@ def test_cache_gives_what_no_cache_gives(device: torch.device, finds_runs: bool)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_fused_quantization_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
     """Compare the kernels that also quantize with those that do nothing else."""
-    model = tiny(device, "fp8", dtype)
+    model = tiny(device, "fp8_all", dtype)
     tokens = torch.randint(TINY.vocab_size, (2, 7), device=device)
     if not products.prefers_fp8_activations(model.weights.head.weight):
         pytest.skip("fp8_linear does not quantize on this chip")
@@ -130,7 +130,7 @@ def test_generates_what_the_eager_twin_does_on_a_cpu(
 @pytest.mark.usefixtures("runs_ahead")
 def test_f41_a_sequence_alone_and_in_a_batch(device: torch.device) -> None:
     """Compare FP8 linears, which are Triton kernels. cuBLAS does not promise it."""
-    model = tiny(device, "fp8", torch.bfloat16)
+    model = tiny(device, "fp8_all", torch.bfloat16)
     batch = prompts(5, 130, 30)
     together = model.generate(batch, 3, temperature=0, stop_ids=())
     assert together[1:2] == model.generate(batch[1:2], 3, temperature=0, stop_ids=())
@@ -162,13 +162,13 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def small(quantize: str | None = "fp8", dtype: torch.dtype = torch.bfloat16) -> Llama:
+def small(quantize: str | None = "fp8_all", dtype: torch.dtype = torch.bfloat16) -> Llama:
     return Llama.from_config(SMALL, quantize=quantize, dtype=dtype, device="cuda")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_ffn"], ids=["plain", "fp8", "fp8_ffn"])
+@pytest.mark.parametrize("quantize", [None, "fp8_all", "fp8_ffn"], ids=["plain", "fp8", "fp8_ffn"])
 def test_graphs_give_what_single_launches_give(quantize: str | None, dtype: torch.dtype) -> None:
     """Generate in several calls of other lengths and settings, so that most steps are replays."""
     model = small(quantize, dtype)
@@ -258,7 +258,7 @@ def test_f20_small_then_large_then_small() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("quantize", ["None", "'fp8'"])
+@pytest.mark.parametrize("quantize", ["None", "'fp8_all'"])
 def test_f21_the_first_product_of_a_process_is_captured(
     quantize: str, run_python: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

@@ -185,7 +185,7 @@ def test_bad_arguments(arguments: dict[str, Any], error: Any, message: str) -> N
         Llama.from_config(TINY)(**{"tokens": tokens} | arguments)
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_ffn"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8_all", "fp8_ffn"])
 def test_random_weights_are_repeatable_and_keep_the_variance(quantize: str | None) -> None:
     config = dataclasses.replace(TINY, hidden_size=256, num_attention_heads=16)
     models = [Llama.from_config(config, seed, quantize=quantize) for seed in (0, 0, 1)]
@@ -195,11 +195,11 @@ def test_random_weights_are_repeatable_and_keep_the_variance(quantize: str | Non
     assert 0.5 < float(first.std()) < 2
     layers = models[0].weights.layers
     quantized = [layer.down.scale is not None for layer in layers]
-    assert (
-        quantized
-        == {None: [False] * 3, "fp8": [True] * 3, "fp8_ffn": [False, True, False]}[quantize]
+    assert quantized == {None: [False] * 3, "fp8_ffn": [False, True, False]}.get(
+        quantize, [True] * 3
     )
-    assert (layers[1].qkv.scale is not None) == (quantize == "fp8")
+    assert (layers[1].qkv.scale is not None) == (quantize in ("fp8", "fp8_all"))
+    assert (models[0].weights.head.scale is not None) == (quantize == "fp8_all")
     assert (layers[1].gate_up.scale_ub == 1200.0) == (quantize == "fp8_ffn")
 
 
@@ -215,7 +215,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.big
 def test_8b_layers_take_a_byte_a_parameter() -> None:
     config = dataclasses.replace(LlamaConfig.llama_3_1_8b(), num_hidden_layers=1)
-    model = Llama.from_config(config, quantize="fp8")
+    model = Llama.from_config(config, quantize="fp8_all")
     head, embedding = 128256 * 4096, 2 * 128256 * 4096
     assert model.weights.nbytes < 1.01 * (head + embedding + 218_103_808)
 

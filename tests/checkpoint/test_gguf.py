@@ -1,0 +1,168 @@
+"""Tests of GGUF files, against transformers' reader of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from llama_fast import Llama, LlamaConfig, RopeScaling
+from llama_fast.bench.peers import gguf_file
+from llama_fast.chat import load_tokenizer
+from llama_fast.cli import main
+
+from ..support.checkpoints import LOGITS, hf_logits, hf_model, relative_error
+from ..support.llama3 import byte_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Blocks of 256 columns for Q4_K.
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def encoded(t: Tensor, kind: str) -> np.ndarray:
+    """Return a matrix in GGUF's blocks. The package only reads Q4_K: take random codes."""
+    if kind != "Q4_K":
+        return gguf.quantize(t.numpy(), gguf.GGMLQuantizationType[kind])
+    rng = np.random.default_rng(t.numel())
+    blocks = rng.integers(0, 256, (t.shape[0], t.shape[1] // 256, 144), dtype=np.uint8)
+    scale = rng.uniform(1e-4, 5e-4, (*blocks.shape[:2], 2)).astype(np.float16)
+    blocks[..., :4] = scale.view(np.uint8)  # d and dmin
+    return blocks.reshape(t.shape[0], -1)
+
+
+def write(path: Path, hf: Any, kind: str, **scaling: Any) -> Path:
+    c = LlamaConfig.from_hf(hf.config)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_eot_token_id(5)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+    with torch.no_grad():
+        for name, t in gguf_file.tensors(hf):
+            if c.tie_word_embeddings and name == "output.weight":
+                continue
+            if t.dim() == 1:
+                writer.add_tensor(name, t.float().numpy())
+            else:
+                raw = gguf.GGMLQuantizationType[kind]
+                writer.add_tensor(name, encoded(t.contiguous(), kind), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0", "Q4_0", "Q4_K"])
+def test_reads_gguf(tmp_path: Path, kind: str, tied: bool) -> None:
+    hf = hf_model(**SIZES, tie_word_embeddings=tied, rope_parameters=PLAIN)
+    path = write(tmp_path / "model.gguf", hf, kind)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    )
+    tokens = torch.randint(320, (2, 19))
+    model = Llama.from_pretrained(path, torch.float32)
+    assert relative_error(model(tokens), hf_logits(theirs, tokens)) <= LOGITS
+    assert (model.weights.head.weight is model.weights.embedding) == tied
+    assert model.config.eos_token_id == (2, 5) and model.config.bos_token_id == 1
+    # And with the model before it was written; rows in another order would give an error above 1.
+    if kind in (within := {"F32": 1e-5, "BF16": 0.05, "Q8_0": 0.1}):
+        error = (hf_logits(hf, tokens) - model(tokens)).norm() / hf_logits(hf, tokens).norm()
+        assert error < within[kind]
+    in_fp8 = Llama.from_pretrained(path, quantize="fp8")
+    assert in_fp8.weights.layers[0].qkv.scale is not None
+
+
+def test_llama_3s_frequencies_come_from_their_divisors(tmp_path: Path) -> None:
+    """transformers ignores them: every position past 8192 would be wrong."""
+    hf = hf_model(**SIZES)
+    path = write(tmp_path / "model.gguf", hf, "F32")
+    assert LlamaConfig.from_pretrained(path).rope_scaling == RopeScaling()
+    tokens, positions = torch.randint(320, (1, 9)), torch.arange(20_000, 20_009)
+    ours = Llama.from_pretrained(path, torch.float32)(tokens, positions)
+    assert relative_error(ours, hf_logits(hf, tokens, positions)) <= LOGITS
+
+
+def test_divisors_of_another_kind_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "inv_freq", lambda theta, d, s: torch.ones(d // 2))
+    path = write(tmp_path / "model.gguf", hf_model(**SIZES), "F32")
+    LlamaConfig.from_pretrained(path)  # divisors of 1
+    scaled = iter([torch.arange(1.0, 17.0), torch.ones(16)])
+    monkeypatch.setattr(gguf_file, "inv_freq", lambda *_: next(scaled))
+    path = write(tmp_path / "other.gguf", hf_model(**SIZES), "F32")
+    with pytest.raises(ValueError, match="rope_freqs.weight: not a scaling of Llama 3's kind"):
+        LlamaConfig.from_pretrained(path)
+
+
+def test_rope_scaling_of_the_metadata(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    hf = hf_model(**SIZES, rope_parameters=PLAIN)
+    path = write(tmp_path / "model.gguf", hf, "F32", factor=4.0)
+    scaled = hf_model(**SIZES, rope_parameters=rope)
+    scaled.load_state_dict(hf.state_dict())
+    tokens = torch.randint(320, (1, 9))
+    ours = Llama.from_pretrained(path, torch.float32)(tokens)
+    assert relative_error(ours, hf_logits(scaled, tokens)) <= LOGITS
+
+
+def test_what_is_wrong_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "model.gguf", hf_model(**SIZES), "F32")
+    with pytest.raises(ValueError, match=r"GGUF files; name one, as .*model\.gguf"):
+        Llama.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json and tokenizer_config\.json; copy them"):
+        load_tokenizer(path)
+    assert main(["generate", "--model", str(path), "--prompt", "x"]) == 1
+    assert main(["quantize", str(path), str(tmp_path / "out")]) == 1
+    assert "no such file; want a folder in Hugging Face's format" in capsys.readouterr().err
+    byte_tokenizer().save_pretrained(tmp_path)
+    argv = ["--prompt", "x", "--temperature", "0", "--max-new-tokens", "2"]
+    assert main(["generate", "--model", str(path), *argv]) == 0
+    whole = path.read_bytes()
+    for broken in (b"", b"GGUF", whole[:100], whole[: len(whole) // 2], b"x" * 100):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.gguf: not a valid GGUF file"):
+            Llama.from_pretrained(path)
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="general.architecture: got 'qwen2', want 'llama'"):
+        Llama.from_pretrained(tmp_path / "x.gguf")
+
+
+def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "model.gguf", hf_model(**SIZES), "F32")
+    shutil.copy(path, tmp_path / "again.gguf")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'llama_fast\[gguf\]'"):
+        Llama.from_pretrained(path)
