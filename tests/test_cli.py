@@ -65,7 +65,9 @@ def generate(checkpoint: Path, *options: str) -> int:
     return main([*argv, *options])
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["perplexity"], ["quantize"], ["tune"], ["env"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["perplexity"], ["quantize"], ["tune"], ["env"]], ids=str
+)
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])
