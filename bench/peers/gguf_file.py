@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_fast import LlamaConfig
 from llama_fast.ops.rope import inv_freq
+from llama_fast.rope_scaling import RopeScaling
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
@@ -34,7 +35,7 @@ def tensors(hf_model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, t in hf_model.state_dict().items():
         count = heads.get(name.split(".")[-2])
         yield names.get_name(name, (".weight",)), interleaved(t, count) if count else t
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, RopeScaling):
         # From the configuration, since .bfloat16() rounds a model's own frequencies.
         plain, scaled = (
             inv_freq(config.rope_theta, config.head_dim, s) for s in (None, config.rope_scaling)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from llama_fast import LlamaConfig
 from llama_fast.ops.rope import inv_freq
+from llama_fast.rope_scaling import RopeFunction
 
 from ..timing import Run
 from . import CHUNK, ModelPeer, Ops
@@ -123,6 +124,7 @@ class _Forward(nn.Module):
         self.config = LlamaConfig.from_hf(hf_model.config)
         self.model, self.head = hf_model.model, hf_model.lm_head
         c = self.config
+        assert not isinstance(c.rope_scaling, RopeFunction)  # Llama 3.1's are a formula
         frequencies = inv_freq(c.rope_theta, c.head_dim, c.rope_scaling)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
