@@ -12,7 +12,8 @@
 namespace lf::LF_ISA {
 
 inline constexpr int64_t kPassRows = 132;
-inline constexpr int64_t kStreamAhead = 4096;  // bytes between a load and its prefetch
+// Bytes between a load and its prefetch. AVX2: 8192 read 1.02 to 1.07 times as fast as 4096.
+inline constexpr int64_t kStreamAhead = kLanes == 16 ? 4096 : 8192;
 
 // How rows and columns are cut, which sets the layout of x: [share][k block][tile][k][tile's rows].
 struct FmaPlan {
