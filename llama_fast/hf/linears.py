@@ -105,14 +105,15 @@ class Fused:
         """Fuse parts, for which `why_not` gives no reason."""
         modules: list[Any] = list(parts.values())
         first = modules[0]
-        self.weight = _joined([p.weight for p in modules])
+        # Parameters, because torch.compile takes their shapes as constants.
+        self.weight: Tensor = _constant(_joined([p.weight for p in modules]))
         self.bias: Tensor | None = None
         self.scale: Tensor | None = None
         self.scale_ub = self.quantize_activation = None
         if first.bias is not None:
-            self.bias = _joined([p.bias for p in modules])
+            self.bias = _constant(_joined([p.bias for p in modules]))
         if isinstance(first, FP8Linear):
-            self.scale = torch.cat([p.weight_scale for p in modules])
+            self.scale = _constant(torch.cat([p.weight_scale for p in modules]))
             self.scale_ub, self.quantize_activation = first.scale_ub, first.quantize_activation
         self._parts = [(name, part, part.weight.data_ptr()) for name, part in parts.items()]
         self.out_features = [p.out_features for p in modules]
@@ -178,11 +179,15 @@ class Fused:
         if self.scale is not None or self.weight.dim() == 2:
             return
         _say_once()
-        self.weight = unpack_weight(self.weight)
+        self.weight = _constant(unpack_weight(self.weight.detach()))
         parts = self.weight.split(self.out_features)
         for (_, part, _), weight in zip(self._parts, parts, strict=True):
-            part.weight.data = weight
+            part.weight.data = weight.data
         self._parts = [(name, part, part.weight.data_ptr()) for name, part, _ in self._parts]
+
+
+def _constant(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
