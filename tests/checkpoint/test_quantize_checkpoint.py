@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 import llama_fast as lf
 from llama_fast.checkpoint import quantize as module
 from llama_fast.checkpoint.quantize import quantize_checkpoint
+from llama_fast.hf.fp8 import LlamaFastFP8Config
 from llama_fast.reference import dequantize_fp8, quantize_fp8
 
 from ..support.checkpoints import (
@@ -292,3 +293,26 @@ def test_refuses_other_architectures_and_recipes(source: Path, tmp_path: Path) -
     edit_json(folder / "config.json", model_type="mamba")
     with pytest.raises(ValueError, match="model_type: got 'mamba'"):
         quantize_checkpoint(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_transformers_models_have_the_same_recipes(tmp_path: Path, recipe: str, tied: bool) -> None:
+    """Compare the modules in FP8 after accelerate() and after loading with LlamaFastFP8Config."""
+    hf = hf_model(num_hidden_layers=4, tie_word_embeddings=tied)
+    linears = {n for n, m in hf.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert "lm_head" in linears
+    wanted = {n for n in linears if expected_fp8(f"{n}.weight", recipe)}
+    config = LlamaFastFP8Config(recipe)
+    save(hf, tmp_path)
+    assert in_fp8(lf.accelerate(hf, recipe)) == wanted
+    if tied and recipe == "fp8_all":
+        with pytest.raises(ValueError, match="a head that is tied to the embedding"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        assert in_fp8(loaded) == wanted
+
+
+def in_fp8(model: torch.nn.Module) -> set[str]:
+    return {n for n, m in model.named_modules() if isinstance(m, lf.nn.FP8Linear)}

@@ -82,9 +82,9 @@ def test_short_prompts_share_a_pass(model: Llama, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Llama, "hidden", seen)
     monkeypatch.setattr(module, "PREFILL_CHUNK", 32)
-    model.logprobs([[1] * n for n in (9, 8, 3, 40, 9, 33)])
-    # Eight, seven and two tokens are read of the short ones. 33 tokens, of which 32 are read, fit.
-    assert shapes == [(3, 8), (1, 8), (1, 32), (1, 32), (1, 7)]
+    model.logprobs([[1] * n for n in (9, 8, 3, 40, 9, 33, 9)])
+    # The last token is not read. Four times 8 and once 32 tokens fit, five times 8 and 39 do not.
+    assert shapes == [(4, 8), (1, 8), (1, 32), (1, 32), (1, 7)]
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
