@@ -69,6 +69,7 @@ class Peer:
     modules: tuple[str, ...]  # that it needs
     install: str = "pip install 'llama_fast[peers]'"
     at_least: str = ""  # the oldest version that the adapter fits
+    only_named: bool = False  # runs only if it is asked for by name
 
     def missing(self) -> str | None:
         """Return why it cannot run here, or None, without importing it."""
@@ -112,6 +113,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 _CPU, _CUDA = ("cpu",), ("cuda",)
 _BUILD, _GPU = "pip install flash-attn --no-build-isolation", "pip install 'llama_fast[peers-gpu]'"
 _LLAMA, _IK = ("llama_cpp", "gguf"), ("ik_llama_cpp", "gguf")
+_HF = ("transformers",)
 PEERS = {
     peer.name: peer
     for peer in (
@@ -122,6 +124,7 @@ PEERS = {
         Peer("flash-attn", "flash-attn", _CUDA, "flash_attention", ("flash_attn",), _BUILD),
         Peer("flashinfer", "flashinfer-python", _CUDA, "flash_infer", ("flashinfer",), _GPU),
         Peer("torchao", "torchao", _CPU + _CUDA, "ao", ("torchao",)),
+        Peer("accelerate", "llama_fast", _CPU + _CUDA, "accelerated", _HF, only_named=True),
     )
 }
 
@@ -129,12 +132,16 @@ PEERS = {
 def wanted(names: Sequence[str] | None, device: str) -> tuple[list[Peer], dict[str, str]]:
     """Return the peers that can run on that type of device, in PEERS' order, and why others cannot.
 
-    names None: all that can run. Raises ValueError for a name that is not in PEERS or that cannot
-    run here.
+    names None: all that can run but those of only_named. Raises ValueError for a name that is not
+    in PEERS or that cannot run here.
     """
     if unknown := [name for name in names or () if name not in PEERS]:
         raise ValueError(f"peers: got {', '.join(unknown)}, want some of {', '.join(PEERS)}")
-    asked = {n: peer for n, peer in PEERS.items() if names is None or n in names}
+    asked = {
+        n: peer
+        for n, peer in PEERS.items()
+        if (not peer.only_named if names is None else n in names)
+    }
     skipped: dict[str, str] = {}
     for name, peer in asked.items():
         elsewhere = f"runs on {' and '.join(peer.devices)} only, not on {device}"

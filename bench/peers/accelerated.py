@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from . import ModelPeer
 from .in_transformers import exchanged
-from .peer import ModelPeer
+
+OPS: dict[str, Any] = {}
 
 
 def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
@@ -19,6 +21,3 @@ def models(hf_model: Any, device: torch.device) -> Iterator[ModelPeer]:
     for suffix, quantize in (("", None), (" FP8", "fp8_all")):
         change = partial(accelerate, quantize=quantize)
         yield exchanged(f"transformers + llama_fast{suffix}", hf_model, change)
-
-
-OPS: dict[str, Any] = {}
