@@ -2,8 +2,8 @@
 
     from_pretrained(path, quantization_config=LlamaFastFP8Config())
 
-gives FP8Linear for the linear layers. transformers itself refuses fbgemm_fp8 without an H100, and
-dequantizes fp8 and compressed-tensors on a CPU.
+gives FP8Linear for the linear layers. transformers itself refuses fbgemm_fp8 without an H100 or
+newer, and dequantizes fp8 on a CPU.
 """
 
 from __future__ import annotations
