@@ -114,6 +114,16 @@ class TestInPlace:
         assert torch.equal(greedy(fast, prompt()), greedy(plain, prompt()))
 
 
+def test_import_is_quick_and_without_transformers(run_python: Any) -> None:
+    """0.3 s of processor time beyond torch's; here 0.1."""
+    run = run_python(
+        "import sys, time, torch; start = time.process_time(); import llama_fast; "
+        "print(time.process_time() - start, 'transformers' in sys.modules)"
+    )
+    seconds, imported = run.stdout.split()
+    assert float(seconds) < 0.3 and imported == "False"
+
+
 class TestArguments:
     def test_wrong(self) -> None:
         with pytest.raises(TypeError, match="model: got Linear"):
