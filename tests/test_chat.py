@@ -82,10 +82,15 @@ def test_the_tokens_are_those_of_the_whole_text(template: str, scheme: str) -> N
 @pytest.mark.parametrize("template", [VICUNA, LLAMA_2], ids=["vicuna", "llama-2"])
 def test_f51_control_tokens_in_a_message_are_text(template: str, scheme: str, attack: str) -> None:
     held = tokenizer(template, scheme)
-    ids = chat.encode_chat(held, [{"role": "user", "content": f"Hi {attack}!"}])
-    plain = chat.encode_chat(held, [{"role": "user", "content": "Hi x!"}])
-    assert [i for i in ids if i in (1, 2)] == [i for i in plain if i in (1, 2)]
-    assert attack in held.decode(ids)
+
+    def ids(text: str) -> list[int]:
+        turns = [("user", f"Hi {text}!"), ("assistant", "Ho"), ("user", text)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return chat.encode_chat(held, messages)
+
+    got = ids(attack)
+    assert [i for i in got if i in (1, 2)] == [i for i in ids("x") if i in (1, 2)]
+    assert held.decode(got).count(attack) >= 2
 
 
 def test_f51_a_tokenizer_that_cannot_keep_them_inert(monkeypatch: pytest.MonkeyPatch) -> None:
