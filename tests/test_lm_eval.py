@@ -114,6 +114,8 @@ def test_every_response_is_that_of_the_harness_with_transformers(
                 assert a[1:] == b[1:]
     for task, results in theirs["results"].items():
         for name, value in results.items():
+            if isinstance(value, str):
+                continue
             assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
 
 
