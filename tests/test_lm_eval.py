@@ -84,7 +84,7 @@ def evaluate(folder: Path, model: str, checkpoint: Path, **options: Any) -> dict
         model_args={"pretrained": str(checkpoint), "dtype": "float32", **options},
         tasks=["local_choice", "local_generate", "local_rolling"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        device="cpu",
+        device="cpu" if model == "hf" or torch.cuda.is_available() else "cuda:0",  # its default
         batch_size=2,
         bootstrap_iters=0,
     )
