@@ -67,9 +67,10 @@ def test_greedy_text_of_ragged_prompts(hf: Any, model: Llama, tokenizer: Any) ->
         torch.testing.assert_close(values, model.logprobs([prompt])[0], rtol=0, atol=1e-3)
 
 
-# Perplexity in 16 or 8 bits against fp32 on the same 256 tokens: how far it may move, and how far
-# the predictions, in nats a token. Each bound is about twice what was measured.
-BOUNDS = {None: (0.01, 0.003), "fp8": (0.05, 0.04), "fp8_ffn": (0.02, 0.01)}
+# Perplexity in 16 or 8 bits against fp32 on the same tokens: how far it may move, and how far the
+# predictions, in nats a token. Measured: 0.2 % and 0.0010, 2.7 % and 0.0202 (0.0441 with the head in
+# FP8, which the bound excludes), 0.4 % and 0.0081. A CPU cannot hold an FP8 cache yet.
+BOUNDS = {None: (0.01, 0.003), "fp8": (0.05, 0.04), "fp8_ffn": (0.02, 0.016)}
 
 
 @pytest.mark.parametrize("quantize", BOUNDS, ids=str)
