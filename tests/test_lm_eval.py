@@ -27,6 +27,7 @@ DOCUMENTS = [
         "gold": 0,
     },
     {"question": "Grass is", "choices": [" blue", " green"], "gold": 1},
+    {"question": "<|begin_of_text|>Hi", "choices": [" you", " there"], "gold": 1},
     {"question": "x" * 300, "choices": ["y", "x"], "gold": 1},
 ]
 CHOICE = """
@@ -98,9 +99,9 @@ def test_every_response_is_that_of_the_harness_with_transformers(
     theirs = evaluate(tmp_path, "hf", checkpoint)
     ours = evaluate(tmp_path, "llama_fast", checkpoint)
     assert {task: len(samples) for task, samples in ours["samples"].items()} == {
-        "local_choice": 3,
-        "local_generate": 3,
-        "local_rolling": 3,
+        "local_choice": 4,
+        "local_generate": 4,
+        "local_rolling": 4,
     }
     for task, samples in theirs["samples"].items():
         for expected, got in zip(samples, ours["samples"][task], strict=True):
