@@ -141,9 +141,7 @@ mapped = {
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
-subpackages = [
-    f"llama_fast.{name}" for name in ("checkpoint", "cli", "generation", "hf", "nn", "ops")
-]
+subpackages = ("checkpoint", "cli", "generation", "hf", "nn", "ops")
 
 setup(
     packages=["llama_fast", *subpackages, *mapped],

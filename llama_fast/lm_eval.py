@@ -51,6 +51,8 @@ class LlamaFastLM(TemplateLM):
         max_batch_size: int | None = None,  # of the harness's automatic choice, which "hf" has
     ) -> None:
         super().__init__()
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the command's default is cuda:0
         self.tokenizer: Any = load_tokenizer(pretrained)
         self.model = Llama.from_pretrained(pretrained, getattr(torch, dtype), quantize, device)
         self.max_length = int(max_length or self.model.config.max_position_embeddings)

@@ -27,6 +27,7 @@ DOCUMENTS = [
         "gold": 0,
     },
     {"question": "Grass is", "choices": [" blue", " green"], "gold": 1},
+    {"question": "<|begin_of_text|>Hi", "choices": [" you", " there"], "gold": 1},
     {"question": "x" * 300, "choices": ["y", "x"], "gold": 1},
 ]
 CHOICE = """
@@ -84,7 +85,7 @@ def evaluate(folder: Path, model: str, checkpoint: Path, **options: Any) -> dict
         model_args={"pretrained": str(checkpoint), "dtype": "float32", **options},
         tasks=["local_choice", "local_generate", "local_rolling"],
         task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        device="cpu",
+        device="cpu" if model == "hf" or torch.cuda.is_available() else "cuda:0",  # its default
         batch_size=2,
         bootstrap_iters=0,
     )
@@ -98,9 +99,9 @@ def test_every_response_is_that_of_the_harness_with_transformers(
     theirs = evaluate(tmp_path, "hf", checkpoint)
     ours = evaluate(tmp_path, "llama_fast", checkpoint)
     assert {task: len(samples) for task, samples in ours["samples"].items()} == {
-        "local_choice": 3,
-        "local_generate": 3,
-        "local_rolling": 3,
+        "local_choice": 4,
+        "local_generate": 4,
+        "local_rolling": 4,
     }
     for task, samples in theirs["samples"].items():
         for expected, got in zip(samples, ours["samples"][task], strict=True):
@@ -114,6 +115,8 @@ def test_every_response_is_that_of_the_harness_with_transformers(
                 assert a[1:] == b[1:]
     for task, results in theirs["results"].items():
         for name, value in results.items():
+            if isinstance(value, str):
+                continue
             assert ours["results"][task][name] == pytest.approx(value, rel=1e-4), (task, name)
 
 

@@ -18,7 +18,7 @@ from llama_fast.perplexity import perplexity
 from .support.checkpoints import hf_logits, relative_error
 from .support.smollm2 import prose
 
-TOKENS = 256  # of the prose, for perplexities
+TOKENS = 192  # of the prose, for perplexities
 # fp32, of the largest logit: orders of summation through 30 layers. 1e-6 was measured.
 LOGITS = 1e-5
 
@@ -53,23 +53,24 @@ def test_logits_and_logprobs(hf: Any, model: Llama, text: list[int]) -> None:
 
 
 def test_greedy_text_of_ragged_prompts(hf: Any, model: Llama, tokenizer: Any) -> None:
-    """Compare greedy tokens: prompts of 3 to 40 tokens, together here and one by one there."""
+    """Generate for prompts of 5 to 40 tokens together: each token is the most probable one after
+    those before it, in transformers."""
     prompts = [
         tokenizer(text)["input_ids"]
         for text in ("The capital of France is", "def fibonacci(n):", prose()[:200])
     ]
     ours = model.generate(prompts, 12, temperature=0)
     for prompt, new in zip(prompts, ours, strict=True):
-        with torch.no_grad():
-            out = hf.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
-        assert new == out[0, len(prompt) :].tolist()
+        logits = hf_logits(hf, torch.tensor([prompt + new[:-1]]))
+        assert new == logits[0, len(prompt) - 1 :].argmax(-1).tolist()
     for prompt, values in zip(prompts, model.logprobs(prompts), strict=True):
         torch.testing.assert_close(values, model.logprobs([prompt])[0], rtol=0, atol=1e-3)
 
 
-# Perplexity in 16 or 8 bits against fp32 on the same 256 tokens: how far it may move, and how far
-# the predictions, in nats a token. Each bound is about twice what was measured.
-BOUNDS = {None: (0.01, 0.003), "fp8": (0.05, 0.04), "fp8_ffn": (0.02, 0.01)}
+# Perplexity in 16 or 8 bits against fp32 on the same tokens: how far it may move, and how far the
+# predictions, in nats a token. Measured: 0.2 % and 0.0010, 2.7 % and 0.0202 (with the head in FP8
+# 0.0441, which the bound excludes), 0.4 % and 0.0081. A CPU cannot hold an FP8 cache yet.
+BOUNDS = {None: (0.01, 0.003), "fp8": (0.05, 0.04), "fp8_ffn": (0.02, 0.016)}
 
 
 @pytest.mark.parametrize("quantize", BOUNDS, ids=str)

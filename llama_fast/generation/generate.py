@@ -200,7 +200,7 @@ def check_prompt(index: int, prompt: Any, model: Model, max_new_tokens: int = 0)
             raise ValueError(f"prompt {index}: got id {token}, want 0 to {vocab - 1}")
     limit = model.config.max_position_embeddings
     if len(ids) + max_new_tokens > limit:
-        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens else ""
+        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens > 0 else ""
         raise ValueError(
             f"prompt {index}: {len(ids)} tokens{new} exceed the model's {limit} positions"
         )

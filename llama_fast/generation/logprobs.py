@@ -33,10 +33,10 @@ def logprobs(model: Model, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return the natural logarithms of each prompt's tokens' probabilities, given the tokens before
     them: fp32 [len - 1] on the model's device.
 
-    prompts: lists of token ids, ragged, of any length up to the model's positions. Short ones are
-    computed together and long ones in chunks, so that neither a whole prompt's logits nor its
+    prompts: lists of token ids, ragged, of up to one more than the model's positions. Short ones
+    are computed together and long ones in chunks, so that neither a whole prompt's logits nor its
     activations are in memory. Raises ValueError for an empty prompt, an id outside the vocabulary
-    and a prompt that exceeds the model's positions.
+    and a longer prompt.
     """
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for scored in score(model, prompts):
@@ -59,10 +59,11 @@ def score(
     in order, the shortest prompts first. cache_dtype: keys and values pass through a KV cache of
     that dtype; FP8 ones have the scale 1.
     """
-    texts = [check_prompt(i, prompt, model) for i, prompt in enumerate(prompts)]
+    # -1: the last token is not read.
+    texts = [check_prompt(i, prompt, model, -1) for i, prompt in enumerate(prompts)]
     starts = [1] * len(texts) if first is None else list(first)
     for batch in _batches([len(text) for text in texts]):
-        longest = len(texts[batch[-1]]) - 1  # the last token predicts nothing that is asked
+        longest = len(texts[batch[-1]]) - 1
         # Padding follows the text, and so changes nothing that a causal model says of it.
         padded = torch.zeros(len(batch), longest + 1, dtype=torch.int64, device="cpu")
         wanted = torch.zeros(len(batch), longest, dtype=torch.bool, device="cpu")

@@ -120,7 +120,7 @@ def test_only_predictions_from_a_token_on(model: Llama, prompts: list[list[int]]
     [
         ([], "prompt 1: is empty"),
         ([320], "prompt 1: got id 320, want 0 to 319"),
-        ([1] * 131073, "prompt 1: 131073 tokens exceed the model's 131072 positions"),
+        ([1] * 131074, "prompt 1: 131074 tokens exceed the model's 131072 positions"),
     ],
     ids=["empty", "id", "too long"],
 )
