@@ -1,5 +1,6 @@
 # make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
 # make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
+# make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
 # make emulate | lint | format | sanitize | clean
 # make gpu-report PYTHON=python3   test and measure this machine's GPU with that Python's packages,
 #              into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
@@ -11,6 +12,7 @@
 
 VENV ?= .venv
 REPORT ?= bench/out/gpu
+TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
@@ -50,7 +52,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -64,6 +66,17 @@ ifeq ($(PYTEST),)
 else
 	"$(BIN)/python" -m pytest $(PYTEST)
 endif
+
+# Each version lies over .venv's packages, in an environment of its own.
+test-transformers: $(READY)
+	@status=0; for version in $(TRANSFORMERS); do \
+	    other="$(VENV)/transformers-$$version"; \
+	    test -x "$$other/bin/python" || "$(BIN)/python" -m venv --without-pip "$$other" || exit 1; \
+	    site=$$("$$other/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	    "$(BIN)/python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >"$$site/shared.pth"; \
+	    test -e "$$site/transformers" || "$(BIN)/python" -m pip install -q --target "$$site" "transformers==$$version" || exit 1; \
+	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
+	done; exit $$status
 
 emulate: $(READY)
 	@$(EMULATE)

@@ -25,6 +25,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 # script -> its arguments (DIR: the checkpoint), and the start of its output
 CASES = {
+    "accelerate_transformers.py": (["DIR", "--max-new-tokens", "6"], "transformers: "),
+    "compile_static_cache.py": (
+        ["DIR", "--max-new-tokens", "6", "--backend", "aot_eager"],
+        "The sea is",
+    ),
+    "fp8_transformers.py": (["DIR", "OUT"], "0.8 MiB -> "),
     "generate_text.py": (["DIR", "Why?", "--max-new-tokens", "6"], ""),
     "speculate.py": (
         ["DIR", "--max-new-tokens", "6", "--rounds", "1"],
@@ -32,6 +38,7 @@ CASES = {
     ),
     "custom_loop.py": (["DIR", "Once upon", "The sea", "--new-tokens", "6"], "Once upon"),
     "drop_in_kernels.py": (["--tokens", "24", "--hidden", "256"], "relative difference"),
+    "lora_on_fp8.py": (["DIR", "--text", "It hums.", "--steps", "6", "--output", "OUT"], "step 0"),
     "fp8_linear.py": (["--features", "256", "512"], "0.2 MiB -> 0.1 MiB\nrelative difference 0.0"),
 }
 
@@ -46,9 +53,10 @@ def test_runs(
     checkpoint: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     arguments, begins = CASES[script]
-    argv = [checkpoint if a == "DIR" else a for a in arguments]
+    argv = [{"DIR": checkpoint, "OUT": str(tmp_path)}.get(a, a) for a in arguments]
     monkeypatch.setattr(sys, "argv", [script, *argv])
     capsys.readouterr()
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")

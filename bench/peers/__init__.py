@@ -49,6 +49,14 @@ _ALL = (
         {"flashinfer": "flashinfer-python"},
         install="pip install 'llama_fast[peers-gpu]'",
     ),
+    Peer(
+        "transformers + llama_fast",
+        "transformers",
+        (*_CPU, *_CUDA),
+        "accelerated",
+        {"transformers": "transformers"},
+        install="pip install 'llama_fast[hf]'",
+    ),
     Peer("torchao", "torchao", (*_CPU, *_CUDA), "ao", {"torchao": "torchao"}),
 )
 PEERS = {peer.name: peer for peer in _ALL}

@@ -122,7 +122,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, seqlen: int, scale: float | None, causal: bool
 ) -> Tensor:
     """Attend to the first seqlen keys, of which the queries are the last."""
-    if q.shape[1] == 1 or (causal and q.shape[1] <= _FEW and q.shape[1] < seqlen):
+    if q.shape[1] == 1 or (q.shape[1] < seqlen and causal and q.shape[1] <= _FEW):
         seqlens = torch.full((q.shape[0],), seqlen, dtype=torch.int32, device=q.device)
         return decode_attention.attention_with_kvcache(q, k, v, seqlens, softmax_scale=scale)
     if seqlen < k.shape[1]:

@@ -15,108 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AutoHfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
-from ..checkpoint.formats import IGNORED, Format, describe, parse
+from ..checkpoint.formats import IGNORED, Format
 from ..checkpoint.shards import Shards
-from ..checkpoint.weights import ACTIVATION_BOUND, RECIPES, is_quantized
+from ..checkpoint.weights import is_quantized
 from ..nn import FP8Linear
-
-METHOD = "llama_fast_fp8"
-_GRANULARITIES = ("row", "block")
-
-
-@register_quantization_config(METHOD)
-class LlamaFastFP8Config(QuantizationConfigMixin):
-    """Quantize a model's linear layers to FP8 while it is loaded, or load its FP8 checkpoint.
-
-    recipe: "fp8" for all linear layers but the head; "fp8_all" for the head too, unless it is tied
-    to the embedding; "fp8_ffn" for Meta's 405B recipe, the feed-forward ones of all but the first
-    and the last layer, with activations bounded by 1200. granularity: a scale per "row" or per
-    128 x 128 "block". modules_to_not_convert: further modules to leave, by whole components of
-    their names, or "re:" and a regular expression. A checkpoint that is in FP8 already (fbgemm_fp8,
-    fp8, compressed-tensors float-quantized) decides these itself. quantize_activation: as for
-    fp8_linear.
-
-    save_pretrained writes one of those three formats, which vLLM, transformers and
-    llama_fast.Llama load; with `import llama_fast.hf`, from_pretrained then returns FP8Linear again
-    without this config.
-    """
-
-    def __init__(
-        self,
-        recipe: str = "fp8",
-        *,
-        granularity: str = "row",
-        modules_to_not_convert: Iterable[str] = (),
-        quantize_activation: bool | None = None,
-    ) -> None:
-        for name, got, wanted in (
-            ("recipe", recipe, RECIPES),
-            ("granularity", granularity, _GRANULARITIES),
-        ):
-            if got not in wanted:
-                raise ValueError(f"{name}: got {got!r}, want one of {', '.join(wanted)}")
-        bound = ACTIVATION_BOUND if recipe == "fp8_ffn" else None
-        if granularity == "block" and bound is not None:
-            raise ValueError("granularity: got 'block', want 'row' for the recipe fp8_ffn")
-        self.quant_method = METHOD
-        self.recipe = recipe
-        self.quantize_activation = quantize_activation
-        names = tuple(modules_to_not_convert)
-        self.format = Format(_scale_names(granularity), granularity == "block", names, bound)
-        self.left: list[str] = []  # linear layers that the loaded model has in 16 or 32 bits
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Read a checkpoint's quantization_config. Raises ValueError for a format not listed."""
-        form = parse(config_dict)
-        if form is None:
-            raise ValueError("quantization_config: got None, want an object")
-        config = cls(quantize_activation=kwargs.pop("quantize_activation", None))
-        config.format = form
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the quantization_config that save_pretrained writes."""
-        form = self.format
-        described = describe(
-            self.left or list(form.excluded),
-            block=form.block,
-            activation_bound=form.activation_bound,
-        )
-        return {**described, METHOD: True}  # others ignore a key that they do not know
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
-
-
-def _scale_names(granularity: str) -> tuple[str]:
-    """Return the name of a weight's scale in the format that describe() chooses."""
-    return ("weight_scale_inv",) if granularity == "block" else ("weight_scale",)
-
-
-_merge_configs = AutoHfQuantizer.merge_quantization_configs
-
-
-def _merged(
-    of_checkpoint: dict[str, Any] | QuantizationConfigMixin, argument: Any
-) -> QuantizationConfigMixin:
-    """transformers raises if a checkpoint's quantization has another class than the argument. Here
-    the argument says what runs it."""
-    held = of_checkpoint if isinstance(of_checkpoint, dict) else of_checkpoint.to_dict()
-    ours = isinstance(argument, LlamaFastFP8Config)
-    if ours or (argument is None and held.get(METHOD)):
-        activation = argument.quantize_activation if ours else None
-        return LlamaFastFP8Config.from_dict(held, quantize_activation=activation)
-    return _merge_configs(of_checkpoint, argument)
-
-
-AutoHfQuantizer.merge_quantization_configs = staticmethod(_merged)
+from ..reference import FP8_DTYPE
+from .fp8_config import METHOD, LlamaFastFP8Config, scale_names
 
 
 @register_quantizer(METHOD)
@@ -163,10 +69,13 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         elif checkpoint_files:
             entries = Shards(Path(checkpoint_files[0]).parent).entries
             self._replace_stored(model, entries)
-            for name, entry in entries.items():
-                module = _submodule(model, name.removesuffix(".weight"))
-                if entry.dtype == "F8_E4M3" and _is_linear(module):
-                    raise ValueError(f"{entry.file}: {name}: is FP8, but has no scale")
+            for name, entry in entries.items():  # transformers would cast from one to the other
+                module, fp8 = _submodule(model, name.removesuffix(".weight")), "F8_E4M3"
+                if not isinstance(module, nn.Linear) or not name.endswith(".weight"):
+                    continue
+                if (entry.dtype == fp8) != isinstance(module, FP8Linear):
+                    has = "no scale" if entry.dtype == fp8 else "a scale of FP8"
+                    raise ValueError(f"{entry.file}: {name}: is {entry.dtype}, but has {has}")
         return model
 
     def update_expected_keys(
@@ -255,6 +164,8 @@ class LlamaFastFP8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
+            if _is_linear(module) and module.weight.dtype == FP8_DTYPE:
+                raise ValueError(f"{name}.weight: is FP8, but has no scale")
             if not isinstance(module, FP8Linear) or not self.pre_quantized:
                 continue
             (scale,) = module._buffers.values()
@@ -268,16 +179,22 @@ class LlamaFastFP8Quantizer(HfQuantizer):
         if self._dtype is not None:
             model.config._pre_quantization_dtype = self._dtype
             model.to(self._dtype)
-        self.quantization_config.left = [n for n, m in model.named_modules() if _is_linear(m)]
         return model
 
     def get_state_dict_and_metadata(
         self, model: Any, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        (scale_name,) = _scale_names("block" if self.quantization_config.format.block else "row")
+        """Return what save_pretrained writes, and note which layers are not in FP8."""
+        config, modules = self.quantization_config, dict(model.named_modules())
+        config.left = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear) and not isinstance(module, FP8Linear)
+        ]
+        (scale_name,) = scale_names("block" if config.format.block else "row")
         renamed = {
             f"{name}.weight_scale": f"{name}.{scale_name}"
-            for name, module in model.named_modules()
+            for name, module in modules.items()
             if isinstance(module, FP8Linear)
         }
         return {renamed.get(name, name): t for name, t in model.state_dict().items()}, {}
@@ -287,6 +204,48 @@ class LlamaFastFP8Quantizer(HfQuantizer):
             if isinstance(module, FP8Linear):
                 model.set_submodule(name, module.to_linear(dtype or model.dtype))
         return model
+
+
+def adopted(module: nn.Module) -> FP8Linear | None:
+    """Return FP8Linear for a layer that transformers or compressed-tensors loaded in FP8, sharing
+    its bias; None for any other module. Raises ValueError for blocks other than 128 x 128."""
+    weight, scale = getattr(module, "weight", None), getattr(module, "weight_scale", None)
+    scale = getattr(module, "weight_scale_inv", None) if scale is None else scale
+    if isinstance(module, FP8Linear) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    if weight.dtype != FP8_DTYPE or not isinstance(scale, Tensor):
+        return None
+    n, k = weight.shape
+    by_row = scale.numel() == 1 or scale.shape[0] == n
+    bound = getattr(module, "input_scale_ub", None)  # of transformers' FbgemmFp8Linear
+    made = FP8Linear(
+        k,
+        n,
+        bias=False,
+        granularity="row" if by_row else "block",
+        scale_ub=None if bound is None else float(bound),
+        device="meta",
+    )
+    made.set_weight(weight.detach(), scale)
+    made.register_parameter("bias", getattr(module, "bias", None))
+    return made.train(module.training)
+
+
+def attach(model: Any) -> None:
+    """Make save_pretrained write a model that holds FP8Linear as an FP8 checkpoint.
+
+    Raises ValueError if its layers differ in granularity or bound: no format stores that.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FP8Linear)]
+    kinds = {(m.granularity == "block", m.scale_ub) for m in layers}
+    if len(kinds) != 1:
+        raise ValueError(f"model: its FP8 layers are of {len(kinds)} kinds, want one")
+    ((block, bound),) = kinds
+    config = LlamaFastFP8Config()
+    config.format = Format(scale_names("block" if block else "row"), block, (), bound)
+    model.hf_quantizer = LlamaFastFP8Quantizer(config, pre_quantized=True)
+    model.config.quantization_config = config
+    model.is_quantized, model.quantization_method = True, METHOD
 
 
 @functools.cache

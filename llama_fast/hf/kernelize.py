@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops.activation import silu_and_mul
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import apply_rope
+from .modules import rotations_table
 
 DEVICES = ("cpu", "cuda")
 
@@ -58,11 +59,7 @@ class RotaryPosEmb(nn.Module):
         if unsqueeze_dim == 1:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         batch, seqlen = q.shape[:2]
-        half = cos.shape[-1] // 2
-        table = torch.cat((cos[..., :half], sin[..., :half]), -1).float().flatten(0, 1)
-        positions = torch.arange(table.shape[0], device=q.device)
-        if cos.shape[0] != batch:
-            positions = positions.repeat(batch)
+        table, positions = rotations_table(cos, sin, batch)
         rotated = apply_rope(q.flatten(0, 1), k.flatten(0, 1), positions, table)
         q, k = (t.unflatten(0, (batch, seqlen)) for t in rotated)
         return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
@@ -89,8 +86,12 @@ def kernel_mapping() -> Iterator[None]:
 
     Neither the hub nor the network is used. Raises ImportError without the package `kernels`.
     """
-    from kernels import use_kernel_mapping
+    from importlib import import_module
 
+    # By name: to a type checker in a checkout, `kernels` is the folder of Triton kernels.
+    use_kernel_mapping = getattr(import_module("kernels"), "use_kernel_mapping", None)
+    if use_kernel_mapping is None:
+        raise ImportError("kernel_mapping: needs the package kernels (pip install kernels)")
     layers = {"RMSNorm": RMSNorm, "MLP": MLP, "rotary_pos_emb": RotaryPosEmb}
     mapping: dict[str, Any] = {
         name: dict.fromkeys(DEVICES, _Repository(layer)) for name, layer in layers.items()

@@ -101,22 +101,25 @@ class Fused:
     """Linears of one input as one product. Their weights become views of one tensor, so that there
     is no second copy, and what changes theirs in place changes it."""
 
-    def __init__(self, parts: dict[str, nn.Linear]) -> None:
+    def __init__(self, parts: dict[str, Any]) -> None:
         """Fuse parts, for which `why_not` gives no reason."""
-        modules = list(parts.values())
+        modules: list[Any] = list(parts.values())
         first = modules[0]
-        self.weight, self.bias = _joined([p.weight for p in modules]), None
-        self.scale = self.scale_ub = self.quantize_activation = None
+        # Parameters, because torch.compile takes their shapes as constants.
+        self.weight: Tensor = _constant(_joined([p.weight for p in modules]))
+        self.bias: Tensor | None = None
+        self.scale: Tensor | None = None
+        self.scale_ub = self.quantize_activation = None
         if first.bias is not None:
-            self.bias = _joined([p.bias for p in modules])
+            self.bias = _constant(_joined([p.bias for p in modules]))
         if isinstance(first, FP8Linear):
-            self.scale = torch.cat([p.weight_scale for p in modules])
+            self.scale = _constant(torch.cat([p.weight_scale for p in modules]))
             self.scale_ub, self.quantize_activation = first.scale_ub, first.quantize_activation
         self._parts = [(name, part, part.weight.data_ptr()) for name, part in parts.items()]
         self.out_features = [p.out_features for p in modules]
 
     @staticmethod
-    def why_not(parts: dict[str, nn.Module]) -> str | None:
+    def why_not(parts: dict[str, Any]) -> str | None:
         """Return why modules cannot be fused, or None."""
         first = next(iter(parts.values()))
         for name, part in parts.items():
@@ -159,12 +162,12 @@ class Fused:
     def ready(self, owner: nn.Module, x: Tensor) -> bool:
         """Return whether the product stands for the owner's linears on x now: none is replaced or
         hooked, their weights are still views, and none of them is trained."""
-        modules = owner._modules
+        modules: Any = owner._modules
         tracing = torch.compiler.is_compiling()
         for name, part, pointer in self._parts:
             if modules[name] is not part or hooked(part):
                 return False
-            weight = part._parameters["weight"]
+            weight: Any = part._parameters["weight"]
             if not tracing and weight.data_ptr() != pointer:
                 return False
             if trained(weight):
@@ -176,11 +179,15 @@ class Fused:
         if self.scale is not None or self.weight.dim() == 2:
             return
         _say_once()
-        self.weight = unpack_weight(self.weight)
+        self.weight = _constant(unpack_weight(self.weight.detach()))
         parts = self.weight.split(self.out_features)
         for (_, part, _), weight in zip(self._parts, parts, strict=True):
-            part.weight.data = weight
+            part.weight.data = weight.data
         self._parts = [(name, part, part.weight.data_ptr()) for name, part, _ in self._parts]
+
+
+def _constant(t: Tensor) -> nn.Parameter:
+    return nn.Parameter(t, requires_grad=False)
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -113,10 +113,12 @@ def _simplified(mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
         return _ranges([[*row, kv_length] for row in unpadded], mask.device)
     if q_length != kv_length:
         return mask
-    # Packed sequences: query i sees the keys from its sequence's start to itself.
+    # Packed sequences: query i sees the keys from its sequence's start to itself, and so does the
+    # start, unlike that of a sliding window.
     at = torch.arange(q_length, device=mask.device)
     starts_of = rows.int().argmax(-1)  # [B, Sq]
-    if not (rows == ((at >= starts_of[..., None]) & (at <= at[:, None]))).all():
+    contiguous = rows == ((at >= starts_of[..., None]) & (at <= at[:, None]))
+    if not contiguous.all() or not torch.equal(starts_of.gather(-1, starts_of), starts_of):
         return mask
     begins = (starts_of == at).flatten().nonzero().flatten().to(torch.int32)
     setattr(mask, _SEQLENS, torch.nn.functional.pad(begins, (0, 1), value=starts_of.numel()))

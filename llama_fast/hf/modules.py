@@ -26,7 +26,8 @@ else:
 
 def swap(module: nn.Module, mixin: type) -> None:
     """Give a module of transformers' a class derived from mixin and its own."""
-    module.__class__ = _derived(mixin, type(module))
+    base: Any = type(module)
+    module.__class__ = _derived(mixin, base)
 
 
 def original(module: nn.Module) -> type | None:
@@ -65,8 +66,8 @@ class Fusing(Swapped):
     def fuse(self) -> str | None:
         """Fuse the linears, or return why not."""
         parts = {name: self._modules[name] for name in self.together}
-        why = Fused.why_not(parts)  # type: ignore[arg-type]
-        self._fused = Fused(parts) if why is None else None  # type: ignore[arg-type]
+        why = Fused.why_not(parts)
+        self._fused = Fused(parts) if why is None else None
         return why
 
     def fused(self, x: Tensor) -> Fused | None:
@@ -127,16 +128,18 @@ class RotaryEmbedding(Swapped):
         # The parent rounds to the dtype of its argument.
         cos, sin = super().forward(x.new_empty((0,), dtype=torch.float32), position_ids)
         out = Rotations((cos.to(x.dtype), sin.to(x.dtype)))
-        out.table, out.positions = _table(cos, sin, x.shape[0])
+        out.table, out.positions = rotations_table(cos, sin, x.shape[0])
         return out
 
 
-def _table(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def rotations_table(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """Return rope_table's form of cos and sin [B or 1, S, D], and B * S positions in it."""
     half = cos.shape[-1] // 2
     table = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).float().flatten(0, 1)
     positions = torch.arange(table.shape[0], device=table.device)
-    return table, positions if cos.shape[0] == batch else positions.repeat(batch)
+    if cos.shape[0] == batch:
+        return table, positions
+    return table, positions.expand(batch, -1).flatten()
 
 
 class Attention(Fusing):
@@ -147,6 +150,8 @@ class Attention(Fusing):
     attention_dropout: float
     config: Any
     o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         qkv = self.fused(hidden_states)
@@ -171,7 +176,8 @@ class Attention(Fusing):
         if isinstance(rotations, Rotations):
             table, positions = rotations.table, rotations.positions
         else:
-            table, positions = _table(*rotations, shape[0])
+            cos, sin = rotations
+            table, positions = rotations_table(cos, sin, shape[0])
         q, k = rope.apply_rope(q, k, positions, table)
         # Named as the cache and the attention functions have them: [B, heads, S, D].
         q, k, v = (t.view(*shape, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))

@@ -44,6 +44,7 @@ class FP8Linear(nn.Linear):
     """
 
     weight_scale: Tensor
+    compute_dtype = torch.float32  # peft makes adapters in it; in the weight's, e4m3, they'd round
 
     def __init__(
         self,
@@ -82,7 +83,6 @@ class FP8Linear(nn.Linear):
 
         Raises ValueError if the weight holds NaN or infinity, which have no FP8 form.
         """
-        weight = linear.weight.detach()
         out = cls(
             linear.in_features,
             linear.out_features,
@@ -92,8 +92,7 @@ class FP8Linear(nn.Linear):
             scale_ub=scale_ub,
             device="meta",
         )
-        q, scale = quantize_fp8(weight, "block_2d" if granularity == "block" else granularity)
-        out.set_weight(q, scale)
+        out.quantize(linear.weight.detach())
         if linear.bias is not None:
             bias = linear.bias.detach().clone()
             out.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
@@ -108,6 +107,11 @@ class FP8Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Do nothing: an FP8 weight comes from a checkpoint or from from_linear."""
+
+    def quantize(self, weight: Tensor) -> None:
+        """Replace the weight by one of 16 or 32 bits [N, K], quantized."""
+        by = "block_2d" if self.granularity == "block" else self.granularity
+        self.set_weight(*quantize_fp8(weight.contiguous(), by))
 
     def set_weight(self, weight: Tensor, weight_scale: Tensor) -> None:
         """Replace the weight, e4m3 [N, K] or packed, and its scale; the module then has their
@@ -129,10 +133,10 @@ class FP8Linear(nn.Linear):
 
     def _fitted(self, scale: Tensor) -> Tensor:
         """Return a scale of another shape with the same meaning in this module's."""
-        want = self.weight_scale.shape
-        one_for_all = scale.numel() == 1 and self.granularity == "row"
-        if scale.numel() != want.numel() and not one_for_all:
-            raise ValueError(f"weight_scale: got shape {list(scale.shape)}, want {list(want)}")
+        want, got = self.weight_scale.shape, tuple(scale.shape)
+        one = scale.numel() == 1 and self.granularity != "block"
+        if got != want and not one and (self.granularity, got) != ("row", (self.out_features,)):
+            raise ValueError(f"weight_scale: got shape {list(got)}, want {list(want)}")
         flat = scale.detach().to(torch.float32).reshape(-1)
         return flat.expand(want.numel()).reshape(want).contiguous()
 
@@ -213,8 +217,12 @@ class FP8Linear(nn.Linear):
         shape = (self.out_features, self.in_features)
         if isinstance(weight, Tensor) and weight.shape == shape and self.weight.dim() == 4:
             state_dict[name] = packed(weight.to("cpu").contiguous())
-        if isinstance(scale, Tensor) and scale.numel() in (1, self.weight_scale.numel()):
-            state_dict[scale_name] = self._fitted(scale)
+        if isinstance(scale, Tensor):
+            try:
+                state_dict[scale_name] = self._fitted(scale)
+            except ValueError as error:
+                error_msgs.append(f"{prefix}{error}")
+                return
         super()._load_from_state_dict(
             state_dict,
             prefix,

@@ -7,5 +7,6 @@ checked on the CPU only: on a GPU that would synchronize, and the kernels stay i
 T tokens, H query heads, Hkv key/value heads, D head_dim. Activations are bf16, fp16 or fp32. All
 tensors of a call share one device. Rows may have any stride; the last dimension is contiguous.
 Wrong types and dtypes raise TypeError; wrong shapes, strides, devices and ranges raise ValueError.
-Zero tokens give empty outputs.
+Zero tokens give empty outputs. An op without a gradient's formula raises NotImplementedError in the
+backward pass. Under torch.autocast activations may have different dtypes.
 """

@@ -84,7 +84,9 @@ def vector(name: str, t: Tensor, n: int, other: str, o: Tensor) -> None:
 
 def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None:
     """Check for a finite real number >= low (> low when not inclusive)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+    if type(value) is not float and (
+        isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))
+    ):
         raise TypeError(f"{name}: got {type(value).__name__}, want a float")
     # Comparisons only: torch.compile traces a SymFloat through them, not through math.isfinite.
     bad = not low <= value <= _LARGEST or (value == low and not inclusive)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _cpu
 
@@ -24,14 +25,14 @@ def register(
     *,
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
-    autocast: Callable[..., tuple[Any, ...]] | None = None,
+    autocast: Callable[..., Sequence[Any]] = lambda dtype, *arguments: arguments,
 ) -> Callable[..., Any]:
     """Register an op and return the function that calls it.
 
     impl serves CPU and CUDA tensors; fake returns empty outputs. setup(ctx, inputs, output) and
     backward(ctx, *gradients) are the gradient's formula, as in torch.library.register_autograd;
     without them the backward pass raises NotImplementedError. autocast(dtype, *arguments) returns
-    the arguments as cast under torch.autocast; None: they stay as they are.
+    the arguments as cast under torch.autocast, which the op itself does not run under.
 
     A call through Library.define and impl costs about 2 us; torch.library.custom_op costs 5 to 15.
     An autograd formula costs 4.5 us more in each call outside inference_mode. So the op has two
@@ -47,8 +48,7 @@ def register(
     for overload, call in zip(names, (default, no_grad), strict=True):
         for device, keys in _AUTOCAST.items():
             _lib.impl(overload, impl, device)
-            if autocast is not None:
-                _lib.impl(overload, _casting(call, autocast, device, keys), f"Autocast{device}")
+            _lib.impl(overload, _casting(call, autocast, device, keys), f"Autocast{device}")
     if backward is not None:
         torch.library.register_autograd(
             f"llama_fast::{name}", backward, setup_context=setup, lib=_lib
@@ -57,6 +57,8 @@ def register(
         _lib.impl(name, _without_backward(name, no_grad), "Autograd")
 
     def op(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
@@ -66,8 +68,15 @@ def register(
     return op
 
 
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raise if forward-mode differentiation is under way: PyTorch would return no tangent, or 0."""
+    for arg in args:
+        if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
+            raise NotImplementedError(f"{name}: has no forward-mode derivative")
+
+
 def _casting(
-    op: Callable[..., Any], rule: Callable[..., tuple[Any, ...]], device: str, keys: Any
+    op: Callable[..., Any], rule: Callable[..., Sequence[Any]], device: str, keys: Any
 ) -> Callable[..., Any]:
     """Return the kernel that casts under autocast. torch.library.register_autocast would cast every
     floating-point argument: FP8 weights and fp32 scales too."""

@@ -264,6 +264,28 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, of_weight, of_bias
 
 
+def _setup_fp8_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _fp8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """x's is grad @ (weight * weight_scale), whether x was quantized or not; bias's grad's sum."""
+    weight, scale = ctx.saved_tensors
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        raise NotImplementedError(
+            "fp8_linear: an FP8 weight has no gradient; freeze it and its scale by "
+            "requires_grad_(False), or train a 16- or 32-bit weight"
+        )
+    rows = as_rows(grad)
+    of_x = of_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = reference.dequantize_fp8(reference.unpack_weight(weight), scale, grad.dtype)
+        of_x = (rows @ dense).view(*grad.shape[:-1], dense.shape[1])
+    if ctx.needs_input_grad[3]:
+        of_bias = wide(rows).sum(0).to(grad.dtype)
+    return of_x, None, None, of_bias, None, None
+
+
 def _setup_pack(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     pass
 
@@ -300,6 +322,8 @@ _fp8_linear_op = register(
     " bool? quantize_activation, float? scale_ub) -> Tensor",
     _fp8_linear,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], out_features(weight))),
+    setup=_setup_fp8_linear,
+    backward=_fp8_linear_backward,
     autocast=_cast_fp8_linear,
 )
 _linear_op = register(

@@ -236,6 +236,10 @@ MODELS = {
     "llama.cpp": {"llama.cpp Q8_0": 0.03, "llama.cpp bf16": 0.006},
     "ik_llama.cpp": {"ik_llama.cpp Q8_0": 0.03, "ik_llama.cpp bf16": 0.006},
     "openvino": {"openvino int8": 0.03, "openvino bf16": 0.015},
+    "transformers + llama_fast": {
+        "transformers + llama_fast": 0.015,
+        "transformers + llama_fast FP8": 0.06,
+    },
 }
 
 

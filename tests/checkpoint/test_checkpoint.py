@@ -7,7 +7,6 @@ import pickle
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from llama_fast.checkpoint.formats import Format
 from llama_fast.checkpoint.shards import Shards
 
 from ..support.checkpoints import (
+    LINEARS,
     edit_json,
     hf_logits,
     hf_model,
@@ -28,11 +28,11 @@ from ..support.checkpoints import (
     save,
     tensors,
     write,
+    write_fp8,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 LOGITS = 2e-5  # of the largest, fp32, as in test_model.py: FP8 weights are exact in fp32
 ALL_FP8_FFN = {"gate_proj", "up_proj", "down_proj"}
 
@@ -40,26 +40,6 @@ ALL_FP8_FFN = {"gate_proj", "up_proj", "down_proj"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save(hf_model(), tmp_path)
-
-
-def is_linear(name: str) -> bool:
-    return name.endswith(".weight") and name.split(".")[-2] in LINEARS
-
-
-def quantize(
-    folder: Path, granularity: str, suffix: str, chosen: Callable[[str], bool], **config: Any
-) -> dict[str, Tensor]:
-    """Rewrite the chosen linears in FP8. Return the checkpoint's new weights in fp32."""
-    held, meant = tensors(folder), {}
-    for name, weight in list(held.items()):
-        meant[name] = weight
-        if is_linear(name) and chosen(name):
-            held[name], scale = reference.quantize_fp8(weight, granularity)
-            held[name.removesuffix("weight") + suffix] = scale
-            meant[name] = reference.dequantize_fp8(held[name], scale)
-    write(folder, held)
-    edit_json(folder / "config.json", quantization_config=config)
-    return meant
 
 
 def check_means(folder: Path, meant: dict[str, Tensor], tolerance: float = LOGITS) -> Llama:
@@ -99,7 +79,7 @@ def wide(tmp_path: Path) -> Path:
 
 def test_reads_fbgemm_fp8(wide: Path) -> None:
     skipped = ["model.layers.0", "self_attn", "lm_head"]
-    meant = quantize(
+    meant = write_fp8(
         wide,
         "row",
         "weight_scale",
@@ -114,7 +94,7 @@ def test_reads_fbgemm_fp8(wide: Path) -> None:
 
 @pytest.mark.parametrize("granularity", ["row", "tensor"])
 def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
-    meant = quantize(
+    meant = write_fp8(
         wide, granularity, "weight_scale", lambda n: n != "lm_head.weight", **COMPRESSED
     )
     held = tensors(wide)
@@ -124,15 +104,30 @@ def test_reads_compressed_tensors(wide: Path, granularity: str) -> None:
     assert weights.layers[0].qkv.scale is not None and weights.head.scale is None
 
 
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+def test_reads_fp8_by_tensor(wide: Path, name: str) -> None:
+    """Read the fp8 format without blocks: transformers' name, and AutoFP8's, with static scales."""
+    config = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    meant = write_fp8(wide, "tensor", name, lambda n: n != "lm_head.weight", **config)
+    held = tensors(wide)
+    held["model.layers.0.mlp.up_proj.activation_scale"] = torch.ones(())
+    held[f"model.layers.0.mlp.up_proj.{name}"] = held[f"model.layers.0.mlp.up_proj.{name}"][0]
+    write(wide, held)
+    weights = check_means(wide, meant).weights
+    assert weights.layers[0].qkv.scale is not None and weights.head.scale is None
+
+
 def test_reads_fine_grained_fp8(wide: Path) -> None:
-    meant = quantize(wide, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK)
+    meant = write_fp8(
+        wide, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
+    )
     scale = check_means(wide, meant).weights.layers[0].qkv.scale
     assert scale is not None and tuple(scale.shape) == (4, 1)  # as stored: 512 rows, 128 columns
 
 
 def test_blocks_that_straddle_fused_parts_are_quantized_by_row(folder: Path) -> None:
     """Give k 32 rows, so that its block's scale would also cover rows of v."""
-    meant = quantize(
+    meant = write_fp8(
         folder, "block_2d", "weight_scale_inv", lambda n: n != "lm_head.weight", **BLOCK
     )
     layer = Llama.from_pretrained(folder, torch.float32).weights.layers[0]
@@ -144,7 +139,7 @@ def test_blocks_that_straddle_fused_parts_are_quantized_by_row(folder: Path) -> 
 
 
 def test_a_fused_weight_of_mixed_formats_is_dequantized(wide: Path) -> None:
-    meant = quantize(wide, "row", "weight_scale", lambda name: "q_proj" in name, **FBGEMM)
+    meant = write_fp8(wide, "row", "weight_scale", lambda name: "q_proj" in name, **FBGEMM)
     assert check_means(wide, meant).weights.layers[0].qkv.scale is None
 
 
@@ -408,7 +403,7 @@ def test_other_quantizations_are_refused(folder: Path, config: Any, message: str
 
 
 def test_fp8_must_agree_with_its_config(wide: Path) -> None:
-    quantize(wide, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
+    write_fp8(wide, "row", "weight_scale", lambda n: "up_proj" in n, **FBGEMM)
     edit_json(
         wide / "config.json", quantization_config=FBGEMM | {"modules_to_not_convert": ["up_proj"]}
     )

@@ -231,3 +231,18 @@ def test_truncated_cache_forgets_the_rest() -> None:
         with pytest.raises(ValueError, match="want 0 to the sequence's"):
             cache.truncate(tokens)
         assert cache.seqlens == [40, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cached", [False, True])
+def test_outputs_are_ordinary_tensors(dtype: torch.dtype, cached: bool) -> None:
+    """Edit logits in place and train a head on hidden states, which inference tensors refuse."""
+    model = Llama.from_config(TINY, dtype=dtype)
+    tokens = torch.tensor([[3, 1, 4]])
+    cache = KVCache(TINY, 8, dtype=dtype) if cached else None
+    model(tokens, cache=cache)[..., 0] += 1.0
+    hidden = model.hidden(tokens, cache=cache)
+    head = torch.nn.Linear(TINY.hidden_size, 2, dtype=dtype)
+    head(hidden).sum().backward()
+    assert head.weight.grad is not None and not hidden.requires_grad
+    model.logits(hidden).add_(1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llama_fast import reference
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -36,9 +40,14 @@ def hf_model(**changes: Any) -> transformers.LlamaForCausalLM:
         "rms_norm_eps": 1e-5,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        "rope_parameters": LLAMA3_ROPE,
         "attn_implementation": "eager",
-    } | changes
+    }
+    if transformers.__version__.startswith("4."):
+        rope = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
+        fields |= {"rope_theta": LLAMA3_ROPE["rope_theta"], "rope_scaling": rope}
+    else:
+        fields |= {"rope_parameters": LLAMA3_ROPE}
+    fields |= changes
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
 
 
@@ -58,6 +67,22 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def write(folder: Path, held: dict[str, Tensor]) -> None:
     contiguous = {name: t.contiguous() for name, t in held.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_fp8(
+    folder: Path, granularity: str, suffix: str, chosen: Callable[[str], bool], **config: Any
+) -> dict[str, Tensor]:
+    """Rewrite the chosen linears in FP8. Return the checkpoint's new weights in fp32."""
+    held, meant = tensors(folder), {}
+    for name, weight in list(held.items()):
+        meant[name] = weight
+        if name.endswith(".weight") and name.split(".")[-2] in LINEARS and chosen(name):
+            held[name], scale = reference.quantize_fp8(weight, granularity)
+            held[name.removesuffix("weight") + suffix] = scale
+            meant[name] = reference.dequantize_fp8(held[name], scale)
+    write(folder, held)
+    edit_json(folder / "config.json", quantization_config=config)
+    return meant
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..dispatch import choose
 from ..nn import FP8Linear
 from . import linears, modules
-from .accelerate import STATE, State
+from .apply import STATE, State
 from .attention import NAME
 
 _OPS = {
@@ -26,7 +26,7 @@ _OPS = {
 
 class Row(NamedTuple):
     part: str  # the modules' name, * for the layers' numbers
-    count: int
+    modules: int
     runs: str  # ops and backend, or "transformers"
     why: str  # why it was left, or what else there is to know
 
@@ -35,8 +35,8 @@ class Report(list[Row]):
     """The result of report(): a list of Row; str() prints the table."""
 
     def __str__(self) -> str:
-        rows = [("part", "count", "runs on", "")]
-        rows += [(r.part, str(r.count), r.runs, r.why) for r in self]
+        rows = [("part", "modules", "runs on", "")]
+        rows += [(r.part, str(r.modules), r.runs, r.why) for r in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         return "\n".join(
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]).rstrip()
