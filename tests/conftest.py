@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from llama_fast import Llama, _cpu
 from llama_fast.generation import generate, graphs
 
-from .support import smollm2
+from .support import smollm2 as smollm2_wheel
 from .support.recorded_graph import RecordedGraph
 
 # pytest-xdist starts these first (make test): a long file that starts last keeps one core busy
@@ -59,9 +59,9 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def real_checkpoint(request: pytest.FixtureRequest) -> Path:
+def smollm2(request: pytest.FixtureRequest) -> Path:
     """Return a folder with SmolLM2-135M-Instruct, bf16, or skip the test."""
-    return smollm2.converted(request.config.cache)
+    return smollm2_wheel.converted(request.config.cache)
 
 
 @pytest.fixture

@@ -24,18 +24,18 @@ LOGITS = 1e-5
 
 
 @pytest.fixture(scope="module")
-def tokenizer(real_checkpoint: Path) -> Any:
-    return AutoTokenizer.from_pretrained(real_checkpoint)
+def tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture(scope="module")
-def hf(real_checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32).eval()
+def hf(smollm2: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def model(real_checkpoint: Path) -> Llama:
-    return Llama.from_pretrained(real_checkpoint, torch.float32)
+def model(smollm2: Path) -> Llama:
+    return Llama.from_pretrained(smollm2, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +74,8 @@ BOUNDS = {None: (0.01, 0.003), "fp8": (0.05, 0.04), "fp8_ffn": (0.02, 0.016)}
 
 
 @pytest.mark.parametrize("quantize", BOUNDS, ids=str)
-def test_perplexity(
-    quantize: str | None, real_checkpoint: Path, model: Llama, text: list[int]
-) -> None:
-    found = perplexity(Llama.from_pretrained(real_checkpoint, quantize=quantize), text, model)
+def test_perplexity(quantize: str | None, smollm2: Path, model: Llama, text: list[int]) -> None:
+    found = perplexity(Llama.from_pretrained(smollm2, quantize=quantize), text, model)
     assert found.against is not None
     moved, kl = BOUNDS[quantize]
     assert abs(found.perplexity / found.against.perplexity - 1) < moved
@@ -86,20 +84,20 @@ def test_perplexity(
 
 @pytest.mark.parametrize("quantize", [None, "fp8"], ids=str)
 def test_chat_answers(
-    quantize: str | None, real_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    quantize: str | None, smollm2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     question = "What is the capital of France?"
-    argv = ["generate", "--model", str(real_checkpoint), "--chat", "--prompt", question]
+    argv = ["generate", "--model", str(smollm2), "--chat", "--prompt", question]
     options = ["--temperature", "0", "--max-new-tokens", "12"]
     assert main([*argv, *options, *(["--quantize", quantize] if quantize else [])]) == 0
     assert "Paris" in capsys.readouterr().out
 
 
 def test_quantized_checkpoint_in_transformers(
-    real_checkpoint: Path, tmp_path: Path, text: list[int]
+    smollm2: Path, tmp_path: Path, text: list[int]
 ) -> None:
     """Write FP8, read it in both, and load with the recipe: three times the same logits."""
-    quantize_checkpoint(real_checkpoint, tmp_path / "fp8")
+    quantize_checkpoint(smollm2, tmp_path / "fp8")
     tokens = torch.tensor([text[:64]])
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "fp8",
@@ -108,5 +106,5 @@ def test_quantized_checkpoint_in_transformers(
     )
     ours = Llama.from_pretrained(tmp_path / "fp8", torch.float32)(tokens)
     assert relative_error(ours, hf_logits(theirs, tokens)) < LOGITS
-    loaded = Llama.from_pretrained(real_checkpoint, torch.float32, "fp8")(tokens)
+    loaded = Llama.from_pretrained(smollm2, torch.float32, "fp8")(tokens)
     assert torch.equal(ours, loaded)
