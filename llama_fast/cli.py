@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="use the model's chat template, for a user's message")
     add("--system", metavar="TEXT", help="a system message before it (with --chat)")
     add("--quantize", choices=("fp8", "fp8_ffn"), help="quantize 16-bit weights while loading")
+    add("--kv-cache", choices=("fp8",), help="keys and values in e4m3: half a 16-bit cache's bytes")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--max-new-tokens", type=_positive, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
@@ -242,6 +243,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             speculate=args.speculate,
             draft_tokens=args.draft_tokens,
             on_pass=lambda *counts: passes.append(counts),
+            kv_cache=args.kv_cache,
         )
     except KeyboardInterrupt:
         code = 130

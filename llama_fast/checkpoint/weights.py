@@ -76,6 +76,8 @@ class Weights:
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
     head: Linear  # [vocab, hidden]
+    k_scale: Tensor | None = None  # fp32 [layers, 1 or Hkv]: the checkpoint's for an FP8 KVCache
+    v_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
