@@ -202,8 +202,11 @@ inline Vec scores(const bf16* q, int64_t q_stride, const e4m3* const* k, int64_t
     for (int first = 0; first < kKeys; first += kTogether) {
       __m512i key[kTogether][2];
 #pragma GCC unroll 16
-      for (int j = 0; j < kTogether; ++j)
-        decode_e4m3(load_key(k[first + j] + i), key[j][0], key[j][1]);
+      for (int j = 0; j < kTogether; ++j) {
+        __m512i codes = load_key(k[first + j] + i);
+        asm("" : "+v"(codes));  // gcc would load them three times
+        decode_e4m3(codes, key[j][0], key[j][1]);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
