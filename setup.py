@@ -144,7 +144,7 @@ mapped = {
 subpackages = ("checkpoint", "cli", "generation", "hf", "nn", "ops")
 
 setup(
-    packages=["llama_fast", *subpackages, *mapped],
+    packages=["llama_fast", *(f"llama_fast.{name}" for name in subpackages), *mapped],
     package_dir={"llama_fast": "llama_fast", **mapped},
     ext_modules=[Extension("llama_fast._cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

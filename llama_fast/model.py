@@ -190,6 +190,8 @@ class Llama:
             q, k = rope.apply_rope(q, k, positions, self.rope)
             out = attention.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
             return out.flatten(2)
+        if cache.measures(layer) and len(positions):
+            cache.measure(layer, rope.apply_rope(q, k, positions, self.rope)[1], v)
         kv, scales = (cache.k[layer], cache.v[layer]), cache.scales(layer)
         q = rope.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
         q = q.unflatten(0, shape)

@@ -35,6 +35,7 @@ struct AttentionTile {
   int64_t keys;
   int64_t first_seen;  // token t sees keys [0, first_seen + t), clamped to [0, keys]
   float softmax_scale;
+  float value_scale = 1.0f;
 
   int64_t seen(int64_t row) const { return clamp(first_seen + row / group, 0, keys); }
 };
@@ -66,7 +67,8 @@ inline void softmax_strip(float* scores, int64_t n, int64_t span, float* row_max
 }
 
 // q(token, head), k(key), v(key) and out(token, head) return the addresses of rows of head_dim
-// elements. k and v are never called beyond the last key that the tile sees.
+// elements: T, and T or e4m3 for k and v. k and v are never called beyond the last key that the
+// tile sees.
 template <class T, class Query, class Key, class Value, class Out>
 void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& out) {
   using U = Units<T>;
@@ -107,7 +109,8 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
   const auto pack_values = [&](float* dst, int64_t j0, int64_t n) {
     bool finite = true;
     for (int64_t j = 0; j < n; j += 2) {
-      const T *v0 = v(j0 + j), *v1 = j + 1 < n ? v(j0 + j + 1) : nullptr;
+      const auto* v0 = v(j0 + j);
+      const auto* v1 = j + 1 < n ? v(j0 + j + 1) : nullptr;
       for (int64_t d = 0; d < width; d += kLanes)
         finite &=
             U::pack_pair(dst + d / kPanel * value_panel + j / U::kElements * kPanel + d % kPanel,
@@ -131,7 +134,7 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
   // of the block at j0 are fetched into L2 while the previous block is computed.
   const auto prefetch = [&](int64_t j0, int64_t from, int64_t to) {
     for (int64_t j = from; j < to; ++j)
-      for (int64_t d = 0; d < t.head_dim; d += static_cast<int64_t>(64 / sizeof(T))) {
+      for (int64_t d = 0; d < t.head_dim; d += static_cast<int64_t>(64 / sizeof(*k(j0)))) {
         __builtin_prefetch(k(j0 + j) + d, 0, 2);
         __builtin_prefetch(v(j0 + j) + d, 0, 2);
       }
@@ -188,7 +191,8 @@ void attend_tile(const AttentionTile& t, Query&& q, Key&& k, Value&& v, Out&& ou
   }
 
   for (int64_t r = 0; r < rows; ++r) {
-    const float inverse = t.seen(r) ? 1.0f / reduce_add(load(row_sum + r * kLanes)) : 0.0f;
+    float inverse = 0.0f;
+    if (t.seen(r)) inverse = 1.0f / reduce_add(load(row_sum + r * kLanes)) * t.value_scale;
     T* row = out(r / t.group, r % t.group);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const Vec o = load(acc + r * width + d) * broadcast(inverse);

@@ -23,23 +23,6 @@ std::atomic<const lf::Kernels*> g_kernels{nullptr};
 
 const lf::Kernels& kernels() { return *g_kernels.load(std::memory_order_acquire); }
 
-// Raises NotImplementedError for arguments that no CPU kernel supports.
-template <class Params>
-void refuse(const Params&) {}
-
-void refuse_fp8_cache(const char* op, const void* k_scale) {
-  if (!k_scale) return;
-  PyErr_Format(PyExc_NotImplementedError,
-               "%s: the cpu backend has no FP8 KV cache, got a float8_e4m3fn k_cache; eager "
-               "PyTorch has one: use_backend(\"reference\", op=\"%s\")",
-               op, op);
-  throw py::error_already_set();
-}
-void refuse(const lf::RopeParams& p) { refuse_fp8_cache("apply_rope_and_append", p.k_scale); }
-void refuse(const lf::DecodeAttentionParams& p) {
-  refuse_fp8_cache("attention_with_kvcache", p.k_scale);
-}
-
 std::vector<std::string> isas() {
   const lf::Kernels* table[4];
   const int n = lf::available_kernels(table);
@@ -143,7 +126,6 @@ PYBIND11_MODULE(_cpu, m) {
 #define LF_DEFINE(op, Params)                                                  \
   families.append(#op);                                                        \
   lf::define(m, #op, &lf::Params::of, [](const lf::Params& p, const Tensor&) { \
-    refuse(p);                                                                 \
     const int threads = Torch::num_threads();                                  \
     py::gil_scoped_release release;                                            \
     kernels().op(p, threads);                                                  \

@@ -7,9 +7,10 @@
 // adjacent rows, prefetching the next block of keys (across chunks too). A second pass joins the
 // chunks in order by their log-sum-exp. The cuts depend on the sequence's length alone, never on
 // the batch or the threads, so neither does a result.
-// Cost: one read of the cache, 2 * D elements
-// per token and kv head; 4 * D FLOPs per query head for them. Many queries (chunked prefill) use
-// the tiles of prefill attention, gathered through the table.
+// Cost: one read of the cache, 2 * D elements per token and kv head; 4 * D FLOPs per query head for
+// them. Many queries (chunked prefill) use the tiles of prefill attention, gathered through the
+// table. Elements are of q's dtype, or e4m3: half the bytes or less. k_scale multiplies the scores,
+// and v_scale the results.
 #include "decode_tile.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -27,6 +28,10 @@ constexpr int64_t kPrefillRows = 48;
 constexpr int64_t kPrefillTile = 384;  // rows, as in attention.cpp
 
 alignas(64) constexpr char kZeroRow[256 * sizeof(float)] = {};
+
+float scale_of(const float* scale, bool per_head, int64_t kv_head) {
+  return scale ? scale[per_head ? kv_head : 0] : 1.0f;
+}
 
 // Locates the keys of a sequence.
 template <class T>
@@ -79,7 +84,8 @@ struct Tile {
   int64_t query, first;
 };
 
-template <class T>
+// T: the dtype of q, C: of the cache.
+template <class T, class C>
 class Decode {
   using Q = typename Operand<T>::type;
 
@@ -146,7 +152,7 @@ class Decode {
   // Number of kv heads to walk together: as many as are adjacent in kRunBytes of a token, fewer if
   // threads would idle. No result depends on it.
   int64_t heads_per_item(int64_t chunks) const {
-    const int64_t row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(T));
+    const int64_t row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(C));
     const bool token_major = p_.k_cache_stride[2] < p_.k_cache_stride[1];
     int64_t heads = token_major ? clamp(kRunBytes / row_bytes, 1, p_.kv_heads) : 1;
     while (heads > 1 && chunks * ((p_.kv_heads + heads - 1) / heads) < 2 * threads_)
@@ -174,36 +180,61 @@ class Decode {
     });
   }
 
-  KeyBlock<T> locate(const Item& item, int64_t first) const {
-    KeyBlock<T> block;
+  KeyBlock<C> locate(const Item& item, int64_t first) const {
+    KeyBlock<C> block;
     block.first = first;
     block.n = static_cast<int>(clamp(item.end - first, 0, kKeyBlock));
-    Rows<T> k(p_.k_cache, p_.k_cache_stride, p_, item.sequence);
-    Rows<T> v(p_.v_cache, p_.v_cache_stride, p_, item.sequence);
+    Rows<C> k(p_.k_cache, p_.k_cache_stride, p_, item.sequence);
+    Rows<C> v(p_.v_cache, p_.v_cache_stride, p_, item.sequence);
     for (int j = 0; j < block.n; ++j) block.k[j] = k(first + j), block.v[j] = v(first + j);
     return block;
   }
 
-  void load_queries(Q* q, int64_t sequence, int64_t kv_head) const {
-    for_each_tile([&](auto rows, const Tile& tile) {
-      for (int64_t r = 0; r < rows; ++r) {
-        Q* to = q + (row(tile) + r) * stride_;
-        std::memset(to, 0, static_cast<size_t>(stride_) * sizeof(Q));
-        if (tile.first + r >= group_) continue;
-        const T* from = static_cast<const T*>(p_.q) + sequence * p_.q_stride[0] +
-                        tile.query * p_.q_stride[1] +
-                        (kv_head * group_ + tile.first + r) * p_.q_stride[2];
-        if constexpr (std::is_same_v<Q, T>)
-          std::memcpy(to, from, static_cast<size_t>(p_.head_dim) * sizeof(T));
-        else
-          for (int64_t i = 0; i < p_.head_dim; i += kStep) {
-            const int64_t left = p_.head_dim - i;
-            const Pair x =
-                left < kStep ? load2_n(from + i, static_cast<int>(left)) : load2(from + i);
-            store(to + i, x.a), store(to + i + kLanes, x.b);
-          }
+  // Loads a row of q in the order of the cache's elements.
+  void load_query(Q* to, const T* from) const {
+    const int64_t d = p_.head_dim;
+    if constexpr (std::is_same_v<C, e4m3> && std::is_same_v<Q, bf16>) {
+      for (int64_t i = 0; i < d; i += 8)  // within 64: 8 of a, 8 of b, 8 of a ...
+        std::memcpy(to + i / 64 * 64 + i % 16 / 8 * 32 + i % 64 / 16 * 8, from + i, 16);
+    } else if constexpr (std::is_same_v<C, e4m3>) {
+      constexpr int kSize = Chunk<C, false>::kSize;
+      float row[256 + kStep] = {};
+      for (int64_t i = 0; i < d; i += kLanes) store(row + i, load_n(from + i, lanes_left(d - i)));
+      for (int64_t i = 0; i < d; i += kSize)
+        for (int j = 0; j < kSize; ++j) to[i + j] = row[i + chunk_element(j)];
+    } else if constexpr (std::is_same_v<Q, T>) {
+      std::memcpy(to, from, static_cast<size_t>(d) * sizeof(T));
+    } else {
+      for (int64_t i = 0; i < d; i += kStep) {
+        const int64_t left = d - i;
+        const Pair x = left < kStep ? load2_n(from + i, static_cast<int>(left)) : load2(from + i);
+        store(to + i, x.a), store(to + i + kLanes, x.b);
       }
-    });
+    }
+  }
+
+  // Loads a tile's rows of q and returns what turns their products with keys into base-2 scores.
+  float load_queries(Q* q, int64_t sequence, int64_t kv_head, int64_t rows,
+                     const Tile& tile) const {
+    std::memset(q, 0, static_cast<size_t>(rows * stride_) * sizeof(Q));
+    for (int64_t r = 0; r < rows && tile.first + r < group_; ++r)
+      load_query(q + r * stride_, static_cast<const T*>(p_.q) + sequence * p_.q_stride[0] +
+                                      tile.query * p_.q_stride[1] +
+                                      (kv_head * group_ + tile.first + r) * p_.q_stride[2]);
+    double scale = static_cast<double>(p_.softmax_scale * 1.44269504088896341f) *
+                   scale_of(p_.k_scale, p_.k_scale_per_head, kv_head);
+    if constexpr (kShift<Q, C> != 0) {
+      // q times a power of two, so that its products with keys times 2^-kShift keep all their bits.
+      Vec most = zeros();
+      for (int64_t i = 0; i < rows * stride_; i += kLanes) most = max(abs(load(q + i)), most);
+      const int exponent = static_cast<int>(float_bits(reduce_max(most)) >> 23) - 127;
+      const int least = kShift<Q, C> - 127;
+      const int up = static_cast<int>(clamp(100 - exponent, least > -126 ? least : -126, 126));
+      for (int64_t i = 0; i < rows * stride_; i += kLanes)
+        store(q + i, load(q + i) * broadcast(power_of_two(up)));
+      scale = std::ldexp(scale, kShift<Q, C> - up);
+    }
+    return plain_nan(static_cast<float>(scale));
   }
 
   void walk(const Item& item, const Item& next) const {
@@ -211,28 +242,30 @@ class Decode {
     const int64_t q_size = p_.seqlen_q * group_rows_ * stride_;
     Q* q = scratch.get<Q>(static_cast<size_t>(item.heads * q_size));
     for (int64_t h = 0; h < item.heads; ++h) {
-      load_queries(q + h * q_size, item.sequence, item.first_head + h);
+      const int64_t head = item.first_head + h;
       for_each_tile([&](auto rows, const Tile& tile) {
-        state(item.slot, item.first_head + h, tile).start(rows * stride_);
+        Q* const to = q + h * q_size + row(tile) * stride_;
+        const float scale = load_queries(to, item.sequence, head, rows, tile);
+        state(item.slot, head, tile).start(rows * stride_, scale);
       });
     }
 
-    KeyBlock<T> block = locate(item, item.begin);
+    KeyBlock<C> block = locate(item, item.begin);
     while (block.n) {
       const int64_t after = block.first + block.n;
       const Item& source = after < item.end ? item : next;
-      const KeyBlock<T> then = locate(source, after < item.end ? after : next.begin);
+      const KeyBlock<C> then = locate(source, after < item.end ? after : next.begin);
       // Adjacent heads are one run of memory.
-      const auto ahead = [&](const T* const* rows, const int64_t (&stride)[3], int64_t calls) {
+      const auto ahead = [&](const C* const* rows, const int64_t (&stride)[3], int64_t calls) {
         const int64_t last = source.heads > 1 ? (source.heads - 1) * stride[2] : 0;
         return RowStream(rows, source.first_head * stride[2], then.n,
-                         (last + p_.head_dim) * static_cast<int64_t>(sizeof(T)), calls);
+                         (last + p_.head_dim) * static_cast<int64_t>(sizeof(C)), calls);
       };
       const int64_t rows = group_ >= 3 ? 4 : group_;
       const int64_t d = p_.head_dim, n = block.n, key_calls = (n * rows + kLanes - 1) / kLanes;
-      const int64_t value_calls = rows == 4   ? value_advances<4, T>(n, d)
-                                  : rows == 2 ? value_advances<2, T>(n, d)
-                                              : value_advances<1, T>(n, d);
+      const int64_t value_calls = rows == 4   ? value_advances<4, Q>(n, d)
+                                  : rows == 2 ? value_advances<2, Q>(n, d)
+                                              : value_advances<1, Q>(n, d);
       RowStream keys = ahead(then.k, p_.k_cache_stride, item.heads * key_calls);
       RowStream values = ahead(then.v, p_.v_cache_stride, item.heads * value_calls);
       for (int64_t h = 0; h < item.heads; ++h)
@@ -243,33 +276,40 @@ class Decode {
 
     for (int64_t h = 0; h < item.heads; ++h)
       for_each_tile([&](auto rows, const Tile& tile) {
-        finish_tile<decltype(rows)::value, T>(state(item.slot, item.first_head + h, tile), stride_);
+        finish_tile<decltype(rows)::value, Q, C>(state(item.slot, item.first_head + h, tile),
+                                                 stride_);
       });
   }
 
-  void attend_head(const KeyBlock<T>& block, const Item& item, int64_t kv_head, const Q* q,
+  void attend_head(const KeyBlock<C>& block, const Item& item, int64_t kv_head, const Q* q,
                    RowStream& keys_ahead, RowStream& values_ahead) const {
-    const T *k[kKeyBlock], *v[kKeyBlock];
+    const C *k[kKeyBlock], *v[kKeyBlock];
     const int64_t k_offset = kv_head * p_.k_cache_stride[2];
     const int64_t v_offset = kv_head * p_.v_cache_stride[2];
     for (int j = 0; j < block.n; ++j) k[j] = block.k[j] + k_offset, v[j] = block.v[j] + v_offset;
-    const float scale = plain_nan(p_.softmax_scale * 1.44269504088896341f);
+    const bool nan = holds_nan<Q>(k, block.n, p_.head_dim) || holds_nan<Q>(v, block.n, p_.head_dim);
     RowStream nothing;
     for_each_tile([&](auto rows, const Tile& tile) {
       constexpr int R = decltype(rows)::value;
       const int64_t left = seen(item.sequence, tile.query) - block.first;
       const int n = static_cast<int>(clamp(left, 0, block.n));
       if (n == 0) return;
-      const T *tail_k[kKeyBlock], *tail_v[kKeyBlock];
+      const C *tail_k[kKeyBlock], *tail_v[kKeyBlock];
       const bool whole = n % (kLanes / R) == 0, first = row(tile) == 0;
       if (!whole)
         for (int j = 0; j < kKeyBlock; ++j) {
-          tail_k[j] = j < n ? k[j] : reinterpret_cast<const T*>(kZeroRow);
-          tail_v[j] = j < n ? v[j] : reinterpret_cast<const T*>(kZeroRow);
+          tail_k[j] = j < n ? k[j] : reinterpret_cast<const C*>(kZeroRow);
+          tail_v[j] = j < n ? v[j] : reinterpret_cast<const C*>(kZeroRow);
         }
-      attend_block<R>(state(item.slot, kv_head, tile), q + row(tile) * stride_, stride_,
-                      whole ? k : tail_k, whole ? v : tail_v, n, p_.head_dim, scale,
-                      first ? keys_ahead : nothing, first ? values_ahead : nothing);
+      const auto attend = [&](auto exact) {
+        attend_block<R, decltype(exact)::value>(
+            state(item.slot, kv_head, tile), q + row(tile) * stride_, stride_, whole ? k : tail_k,
+            whole ? v : tail_v, n, p_.head_dim, first ? keys_ahead : nothing,
+            first ? values_ahead : nothing);
+      };
+      if constexpr (kShift<Q, C> != 0)
+        if (nan) return attend(std::true_type{});
+      attend(std::false_type{});
     });
   }
 
@@ -305,6 +345,16 @@ class Decode {
         store(sums + i, fma(load(x + i), weight, load(sums + i)));
     }
     const bool none = seen(sequence, tile.query) == 0;
+    if constexpr (std::is_same_v<C, e4m3>) {
+      const float scale = plain_nan(scale_of(p_.v_scale, p_.v_scale_per_head, kv_head));
+      float row[256 + kStep];
+      for (int64_t i = 0; i < stride_; ++i) row[value_element<Q>(i)] = sums[i];
+      for (int64_t i = 0; i < p_.head_dim; i += kLanes) {
+        const Vec x = none ? zeros() : load(row + i) / total * broadcast(scale);
+        store_n(out + i, x, lanes_left(p_.head_dim - i));
+      }
+      return;
+    }
     for (int64_t i = 0; i < p_.head_dim; i += kStep) {
       Pair x = {zeros(), zeros()};
       if (!none) x = {load(sums + i) / total, load(sums + i + kLanes) / total};
@@ -321,14 +371,14 @@ class Decode {
   const int64_t group_ = p_.heads / p_.kv_heads;
   const int64_t group_rows_ = round_up(group_, 4);  // a query's tiles start at multiples of 4
   const int64_t stride_ = padded_dim(p_.head_dim);
-  const int64_t tile_floats_ = 2 * kLanes + 4 * stride_;
+  const int64_t tile_floats_ = 3 * kLanes + 4 * stride_;
   const int64_t head_floats_ = p_.seqlen_q * group_rows_ / 4 * tile_floats_;
   int64_t* first_slot_ = nullptr;  // [batch + 1], valid for a wave's sequences and its end
   float* partial_ = nullptr;       // [slots, kv_heads, tiles] TileState
 };
 
 // As in attention.cpp: a work item is a tile of queries of one sequence and kv head.
-template <class T>
+template <class T, class C>
 void prefill(const DecodeAttentionParams& p, int threads) {
   const int64_t group = p.heads / p.kv_heads;
   int64_t tokens = kPrefillTile / group > 0 ? kPrefillTile / group : 1;
@@ -342,13 +392,15 @@ void prefill(const DecodeAttentionParams& p, int threads) {
     // The last queries see the most keys. They come first, so that no thread ends with them.
     const int64_t start = (tiles() - 1 - i % per_sequence / p.kv_heads) * tokens;
     const int64_t keys = p.cache_seqlens[b];
-    const AttentionTile tile{clamp(p.seqlen_q - start, 0, tokens),
-                             group,
-                             p.head_dim,
-                             keys,
-                             p.causal ? keys - p.seqlen_q + start + 1 : keys,
-                             p.softmax_scale};
-    Rows<T> k(p.k_cache, p.k_cache_stride, p, b), v(p.v_cache, p.v_cache_stride, p, b);
+    const AttentionTile tile{
+        clamp(p.seqlen_q - start, 0, tokens),
+        group,
+        p.head_dim,
+        keys,
+        p.causal ? keys - p.seqlen_q + start + 1 : keys,
+        plain_nan(p.softmax_scale * scale_of(p.k_scale, p.k_scale_per_head, head)),
+        plain_nan(scale_of(p.v_scale, p.v_scale_per_head, head))};
+    Rows<C> k(p.k_cache, p.k_cache_stride, p, b), v(p.v_cache, p.v_cache_stride, p, b);
     attend_tile<T>(
         tile,
         [&](int64_t t, int64_t g) {
@@ -364,19 +416,25 @@ void prefill(const DecodeAttentionParams& p, int threads) {
   });
 }
 
-template <class T>
+template <class T, class C>
 void run(const DecodeAttentionParams& p, int threads) {
   if (p.seqlen_q > 1 && p.seqlen_q * (p.heads / p.kv_heads) >= kPrefillRows)
-    prefill<T>(p, threads);
+    prefill<T, C>(p, threads);
   else
-    Decode<T>(p, threads).run();
+    Decode<T, C>(p, threads).run();
 }
 
 }  // namespace
 
 void decode_attention(const DecodeAttentionParams& p, int threads) {
   if (p.batch == 0 || p.seqlen_q == 0 || p.heads == 0) return;
-  with_dtype(p.dtype, [&](auto* t) { run<std::remove_pointer_t<decltype(t)>>(p, threads); });
+  with_dtype(p.dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    if (p.cache_dtype == DType::e4m3)
+      run<T, e4m3>(p, threads);
+    else
+      run<T, T>(p, threads);
+  });
 }
 
 }  // namespace lf::LF_ISA

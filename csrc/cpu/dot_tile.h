@@ -52,18 +52,20 @@ inline void store_transposed(float* dst, Vec* rows, int units) {
 #endif
 }
 
-// Arithmetic for operands of dtype T.
+// Arithmetic for operands of dtype T, loaded from T or e4m3.
 template <class T>
 struct Units {
   static constexpr int kElements = 1;
   static constexpr bool kShortExp = false;
 
-  static Vec load_units(const T* p, int64_t elements) {
+  template <class C>
+  static Vec load_units(const C* p, int64_t elements) {
     return elements >= kLanes ? load(p) : load_n(p, static_cast<int>(elements));
   }
   static Vec dot(Vec a, Vec b, Vec c) { return fma(a, b, c); }
   // Packs two rows of values; rows beyond the last key are null.
-  static bool pack_pair(float* dst, const T* v0, const T* v1, int64_t elements) {
+  template <class C>
+  static bool pack_pair(float* dst, const C* v0, const C* v1, int64_t elements) {
     const Vec a = load_units(v0, elements), b = v1 ? load_units(v1, elements) : zeros();
     store(dst, a);
     store(dst + kPanel, b);
@@ -89,14 +91,23 @@ struct Units<bf16> {
     const auto mask = static_cast<__mmask32>((uint64_t{1} << elements) - 1);
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p))};
   }
+  static Vec load_units(const e4m3* p, int64_t elements) {
+    const int n = static_cast<int>(elements < 32 ? elements : 32);
+    const Vec a = load_n(p, n < 16 ? n : 16), b = n > 16 ? load_n(p + 16, n - 16) : zeros();
+    return {(__m512)_mm512_cvtne2ps_pbh(b.v, a.v)};
+  }
   static Vec dot(Vec a, Vec b, Vec c) {
     return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
   }
-  static bool pack_pair(float* dst, const bf16* v0, const bf16* v1, int64_t elements) {
-    const auto mask = elements >= 16 ? __mmask16{0xffff} : first(static_cast<int>(elements));
-    const __m512i a = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v0));
-    const __m512i b =
-        v1 ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v1)) : _mm512_setzero_si512();
+  static __m256i load_values(const bf16* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+  static __m256i load_values(const e4m3* p, int n) {
+    return (__m256i)_mm512_cvtneps_pbh(load_n(p, n).v);
+  }
+  template <class C>
+  static bool pack_pair(float* dst, const C* v0, const C* v1, int64_t elements) {
+    const int n = lanes_left(elements);
+    const __m512i a = _mm512_cvtepu16_epi32(load_values(v0, n));
+    const __m512i b = v1 ? _mm512_cvtepu16_epi32(load_values(v1, n)) : _mm512_setzero_si512();
     const __m512i pair = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
     _mm512_storeu_si512(dst, pair);
     const __m512i exponent = _mm512_set1_epi16(0x7f80);

@@ -8,46 +8,13 @@ namespace lf::LF_ISA {
 
 inline constexpr int kTileRows = 6;  // rows of x that share one load of the weights
 
-// e4m3 -> bf16 by two lookups in a 128-entry table, one for each byte of the result.
-struct E4m3Table {
-  alignas(64) uint8_t high[128], low[128];
-  constexpr E4m3Table() : high(), low() {
-    for (int code = 0; code < 128; ++code) {
-      int exponent = code >> 3, mantissa = code & 7;
-      if (exponent == 0 && mantissa != 0) {  // subnormal: normalize
-        exponent = 1;
-        for (; mantissa < 8; mantissa *= 2) --exponent;
-        mantissa &= 7;
-      }
-      int bits = (exponent + 120) << 7 | mantissa << 4;
-      if (code == 0) bits = 0;
-      if (code == 127) bits = 0x7fc0;
-      high[code] = static_cast<uint8_t>(bits >> 8);
-      low[code] = static_cast<uint8_t>(bits);
-    }
-  }
-};
-inline constexpr E4m3Table kE4m3Table;
-
 struct DotMath {
   static constexpr bool kUnscales = false;
   static constexpr int kVectors = 4;
 
-  // 64 codes, 32 features. Unpacking works within 128 bits, so a holds features 8j .. 8j + 3 and b
-  // the other halves. features() restores the order, once per sum instead of once per k.
-  static void decode(__m512i codes, __m512i& a, __m512i& b) {
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3Table.low), codes,
-                                                 _mm512_load_si512(kE4m3Table.low + 64));
-    __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kE4m3Table.high), codes,
-                                            _mm512_load_si512(kE4m3Table.high + 64));
-    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);  // a | (b & c)
-    a = _mm512_unpacklo_epi8(low, high);
-    b = _mm512_unpackhi_epi8(low, high);
-  }
-
   static void load_weights(__m512i (&w)[4], const e4m3* pair_row) {
-    decode(_mm512_loadu_si512(pair_row), w[0], w[1]);
-    decode(_mm512_loadu_si512(pair_row + 64), w[2], w[3]);
+    decode_e4m3(_mm512_loadu_si512(pair_row), w[0], w[1]);
+    decode_e4m3(_mm512_loadu_si512(pair_row + 64), w[2], w[3]);
   }
   static void load_weights(__m512i (&w)[4], const bf16* pair_row) {
     for (int v = 0; v < 4; ++v) w[v] = _mm512_loadu_si512(pair_row + 32 * v);
@@ -67,6 +34,8 @@ struct DotMath {
     for (int v = 0; v < 4; ++v) _mm512_store_si512(out + 32 * v, w[v]);
   }
 
+  // 64 codes are 32 features, which decode_e4m3 leaves in another order: restored once per sum
+  // instead of once per k.
   template <class T>
   static Vec features(const float* acc, int i) {
     if constexpr (std::is_same_v<T, bf16>) return load(acc + i);

@@ -5,16 +5,14 @@
 // output feature and one chain over k, carried in fp32 from block to block, so a result depends
 // neither on the rows that share a tile nor on where K was cut.
 //
-// e4m3: with a code in the high byte of a 16-bit lane, an arithmetic shift and a mask give the bits
-// of a 16-bit float. A shift by 4 gives bf16, the weight times 2^-120; a shift by 1 gives fp16, the
-// weight times 2^-8. kWeightShift is that exponent. x is multiplied by the inverse beforehand,
-// which changes no bit of a product. The exact form multiplies the weight instead, for an x too
-// large for that. Codes 0x7f and 0xff would decode as 480: the fast form looks for them, and a
-// panel that holds one is computed again in the exact form, which handles NaN.
+// e4m3 (e4m3.h): x is multiplied by 2^kWeightShift beforehand, which changes no bit of a product.
+// The exact form multiplies the weight instead, for an x too large for that. A panel that holds a
+// NaN is computed again in the exact form.
 #pragma once
 #if defined(LF_X86)
 #endif
 
+#include "e4m3.h"
 #include "simd.h"
 
 namespace lf::LF_ISA {
@@ -28,15 +26,12 @@ inline constexpr int kGroups = kPanel / kGroup;
 #if defined(LF_AVX512)
 inline constexpr int kFmaRows = 6, kSums = 24;
 inline constexpr bool kFewRegisters = false;
-inline constexpr int kWeightShift = 8;  // fp16: no denormal operands, which cost Intel 150 cycles
 #elif defined(LF_AVX2)
 inline constexpr int kFmaRows = 6, kSums = 12;
 inline constexpr bool kFewRegisters = true;
-inline constexpr int kWeightShift = 120;  // bf16: half the instructions of fp16
 #else
 inline constexpr int kFmaRows = 3, kSums = 6;
 inline constexpr bool kFewRegisters = false;
-inline constexpr int kWeightShift = 0;  // decoded exactly from the start
 #endif
 
 inline void prefetch(const void* p) {
@@ -127,38 +122,7 @@ struct Weights<e4m3, kExact> {
   }
 };
 
-// Looks for NaN codes: twice 0x7f or 0xff is the largest byte. kInMemory: holds no register.
-struct NanSearch {
-  __m512i most = _mm512_setzero_si512();
-  template <bool kInMemory = false>
-  void see(const e4m3* p) {
-    const __m512i c = _mm512_loadu_si512(p);
-    most = _mm512_max_epu8(most, _mm512_add_epi8(c, c));
-  }
-  bool found() const { return _mm512_cmpeq_epi8_mask(most, _mm512_set1_epi8(-2)) != 0; }
-};
-
 #elif defined(LF_AVX2)
-
-// In memory: GCC 12 would keep constants in registers and spill a sum for each.
-struct alignas(32) E4m3Masks {
-  uint32_t bf16_bits[8], high_half[8];
-};
-inline constexpr E4m3Masks kMasks = {{0x87f087f0, 0x87f087f0, 0x87f087f0, 0x87f087f0, 0x87f087f0,
-                                      0x87f087f0, 0x87f087f0, 0x87f087f0},
-                                     {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
-                                      0xffff0000, 0xffff0000, 0xffff0000}};
-inline __m256i and_memory(__m256i a, const uint32_t (&mask)[8]) {
-  __m256i r;
-  asm("vpand %2, %1, %0" : "=x"(r) : "x"(a), "m"(mask));
-  return r;
-}
-inline Vec half_lanes(__m256i c, int odd) {  // bf16
-  return {_mm256_castsi256_ps(odd ? and_memory(c, kMasks.high_half) : _mm256_slli_epi32(c, 16))};
-}
-inline __m256i load_bits(const void* p) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-}
 
 template <bool kExact>
 struct Weights<bf16, kExact> {
@@ -200,27 +164,6 @@ struct Weights<Quad, kExact> {
     return {
         _mm256_castsi256_ps(_mm256_and_si256(c, _mm256_set1_epi32(static_cast<int>(0x87f00000))))};
   }
-};
-
-struct NanSearch {
-  __m256i most = _mm256_setzero_si256();
-  template <bool kInMemory = false>
-  void see(const void* p) {
-    const __m256i c = load_bits(p);
-    most = _mm256_max_epu8(most, _mm256_add_epi8(c, c));
-    if constexpr (kInMemory) asm volatile("" : "+m"(most));
-  }
-  bool found() const {
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, _mm256_set1_epi8(-2))) != 0;
-  }
-};
-
-#else
-
-struct NanSearch {
-  template <bool kInMemory = false>
-  void see(const e4m3*) {}
-  bool found() const { return false; }
 };
 
 #endif

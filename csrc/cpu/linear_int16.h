@@ -109,7 +109,7 @@ inline void round_weights(int32_t* out, float* scales, const e4m3* w, int64_t pa
       most = _mm256_max_epu8(most, _mm256_and_si256(load_bits(from), bytes(0x7f)));
     }
     most = _mm256_and_si256(_mm256_max_epu8(most, _mm256_srli_epi16(most, 8)), low);
-    const __m256i nan = _mm256_cmpeq_epi16(most, _mm256_set1_epi16(0x80));
+    const __m256i nan = _mm256_cmpeq_epi16(most, _mm256_set1_epi16(0x7f));
     const __m256i top = _mm256_max_epi16(_mm256_srli_epi16(most, 3), _mm256_set1_epi16(1));
     // A weight is its int16 times 2^(top - 19).
     const auto scale = [&](__m256i top32, __m256i nan32) {

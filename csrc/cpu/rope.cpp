@@ -6,9 +6,11 @@
 // one by one, without FMA, so that the result equals eager PyTorch's bit for bit.
 //
 // q and k are rotated in one pass, and k and v go straight to their place in the cache: 4 bytes per
-// element in bf16. The token's cosines and sines stay in L1 for all of its heads.
+// element in bf16. An FP8 cache gets what it would have got in dtype, divided by its scale and
+// rounded as quantize_fp8 rounds. The token's cosines and sines stay in L1 for all of its heads.
 #include "kernels.h"
 #include "parallel.h"
+#include "quantize_row.h"
 #include "simd.h"
 
 namespace lf::LF_ISA {
@@ -54,7 +56,24 @@ int64_t index_at(const void* indices, bool is_64bit, int64_t i) {
                   : static_cast<const int32_t*>(indices)[i];
 }
 
-// scratch [4 * D]: a token's cosines and sines, reordered once for all of its heads.
+// Where a token's kv heads go in a cache of elements C.
+template <class C>
+C* at_slot(void* cache, const int64_t (&stride)[3], const RopeParams& p, int64_t slot) {
+  return static_cast<C*>(cache) + slot / p.block_size * stride[0] + slot % p.block_size * stride[1];
+}
+
+template <class T>
+void store_fp8(e4m3* to, int64_t to_stride, const T* x, int64_t stride, const RopeParams& p,
+               const float* scale, bool per_head) {
+  for (int64_t h = 0; h < p.kv_heads; ++h) {
+    const T* row = x + h * stride;
+    scale_to_fp8(to + h * to_stride, row, p.head_dim, scale[per_head ? h : 0],
+                 amax(row, p.head_dim));
+  }
+}
+
+// scratch [4 * D]: a token's cosines and sines, reordered once for all of its heads; then, with an
+// FP8 cache, its rotated keys.
 template <class T>
 void run_token(const RopeParams& p, int64_t token, float* scratch) {
   const int64_t d = p.head_dim, half = d / 2, width = p.interleaved ? d : half;
@@ -87,12 +106,19 @@ void run_token(const RopeParams& p, int64_t token, float* scratch) {
   }
   const int64_t slot = index_at(p.slots, p.slots_are_64bit, token);
   if (slot < 0) return;
-  const int64_t block = slot / p.block_size, offset = slot % p.block_size;
-  rotate(static_cast<T*>(p.k_cache) + block * p.k_cache_stride[0] + offset * p.k_cache_stride[1],
-         p.k_cache_stride[2], k, p.k_stride[1], p.kv_heads);
   const T* v = static_cast<const T*>(p.v) + token * p.v_stride[0];
-  T* v_out =
-      static_cast<T*>(p.v_cache) + block * p.v_cache_stride[0] + offset * p.v_cache_stride[1];
+  if (p.k_scale) {
+    T* rotated = reinterpret_cast<T*>(scratch + 4 * d);
+    rotate(rotated, d, k, p.k_stride[1], p.kv_heads);
+    store_fp8(at_slot<e4m3>(p.k_cache, p.k_cache_stride, p, slot), p.k_cache_stride[2], rotated, d,
+              p, p.k_scale, p.k_scale_per_head);
+    store_fp8(at_slot<e4m3>(p.v_cache, p.v_cache_stride, p, slot), p.v_cache_stride[2], v,
+              p.v_stride[1], p, p.v_scale, p.v_scale_per_head);
+    return;
+  }
+  rotate(at_slot<T>(p.k_cache, p.k_cache_stride, p, slot), p.k_cache_stride[2], k, p.k_stride[1],
+         p.kv_heads);
+  T* v_out = at_slot<T>(p.v_cache, p.v_cache_stride, p, slot);
   for (int64_t h = 0; h < p.kv_heads; ++h)
     std::memcpy(v_out + h * p.v_cache_stride[2], v + h * p.v_stride[1],
                 static_cast<size_t>(d) * sizeof(T));
@@ -104,7 +130,8 @@ void rope(const RopeParams& p, int threads) {
   const int64_t grain = 16384 / ((p.heads + p.kv_heads) * p.head_dim + 1);
   parallel_chunks(p.tokens, grain, threads, [&](int64_t begin, int64_t end) {
     thread_local Scratch scratch;
-    float* token = scratch.get<float>(4 * static_cast<size_t>(p.head_dim));
+    float* token =
+        scratch.get<float>(static_cast<size_t>((4 + (p.k_scale ? p.kv_heads : 0)) * p.head_dim));
     with_dtype(p.dtype, [&](auto* t) {
       for (int64_t i = begin; i < end; ++i)
         run_token<std::remove_pointer_t<decltype(t)>>(p, i, token);

@@ -28,6 +28,7 @@ def add(command: AddCommand) -> None:
     add("--prompt", required=True, metavar="TEXT", help="the text; - reads it from stdin")
     add("--chat", action="store_true", help="use the model's chat template, for a user's message")
     add("--system", metavar="TEXT", help="a system message before it (with --chat)")
+    add("--kv-cache", choices=("fp8",), help="keys and values in e4m3: half a 16-bit cache's bytes")
     add("--max-new-tokens", type=positive, default=256, metavar="N", help="default 256")
     add("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     add("--top-p", type=float, default=0.9, metavar="P", help="default 0.9")
@@ -123,6 +124,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             speculate=args.speculate,
             draft_tokens=args.draft_tokens,
             on_pass=lambda *counts: passes.append(counts),
+            kv_cache=args.kv_cache,
         )
     except KeyboardInterrupt:
         code = 130

@@ -13,6 +13,9 @@ from torch import Tensor
 from .. import _cpu
 from ..config import LlamaConfig
 
+HEADROOM = (
+    2.0  # a measured scale's, for larger tokens to come; e4m3 floats, so it costs no precision
+)
 BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s; 20.1 with blocks of 64
 
 
@@ -46,12 +49,12 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
 def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | None:
     """Return fp32 [layers, 1 or Hkv] for an e4m3 pool [layers, blocks, block_size, Hkv, D]."""
     layers, heads = pool.shape[0], pool.shape[3]
-    if (scale is None) != (pool.dtype != torch.float8_e4m3fn):
-        got = "None" if scale is None else "a scale"
-        want = "None" if scale is not None else f"a number or fp32 [{layers}, 1 or {heads}]"
-        raise ValueError(f"{name}: got {got}, want {want} with dtype {pool.dtype}")
-    if scale is None:
+    if pool.dtype != torch.float8_e4m3fn:
+        if scale is not None:
+            raise ValueError(f"{name}: got a scale, want None with dtype {pool.dtype}")
         return None
+    if scale is None:  # measure() changes it
+        return torch.ones(layers, heads, dtype=torch.float32, device=pool.device)
     if isinstance(scale, Tensor):
         if scale.dtype != torch.float32 or tuple(scale.shape) not in ((layers, 1), (layers, heads)):
             raise ValueError(
@@ -87,8 +90,9 @@ class KVCache:
     ) -> None:
         """Allocate the pools. max_tokens: of every sequence, or a list with a number per sequence.
         num_blocks: in the pool; None: enough for all sequences at once. A cache of dtype
-        float8_e4m3fn holds k / k_scale and v / v_scale, and requires both scales as numbers or as
-        fp32 tensors [layers, 1] or [layers, Hkv]."""
+        float8_e4m3fn holds k / k_scale and v / v_scale: numbers, or fp32 tensors [layers, 1] or
+        [layers, Hkv]; None: measured by head on the first tokens that a model appends, see
+        measure()."""
         lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
         for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
             if value < 1:
@@ -110,6 +114,9 @@ class KVCache:
         self.finds_runs = not self.k.is_cpu and self.k.itemsize > 1
         self.k_scale = _scales("k_scale", k_scale, self.k)
         self.v_scale = _scales("v_scale", v_scale, self.v)
+        fp8 = dtype == torch.float8_e4m3fn
+        self._measured = [n for n, s in (("k", k_scale), ("v", v_scale)) if fp8 and s is None]
+        self._unmeasured = set(range(len(self.k)) if self._measured else ())  # shared by all views
         self._free = list(range(blocks))[::-1]
         # On the host, so that reading it never waits for a GPU.
         self._table = torch.zeros(len(lengths), max(need), dtype=torch.int32, device="cpu")
@@ -137,6 +144,22 @@ class KVCache:
         pairs = (("k_scale", self.k_scale), ("v_scale", self.v_scale))
         return {name: None if scale is None else scale[layer] for name, scale in pairs}
 
+    def measures(self, layer: int) -> bool:
+        """Return whether a layer's scales are still to be measured."""
+        return layer in self._unmeasured
+
+    def measure(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Set those of a layer's scales that were not given to HEADROOM * amax / 448 of each head
+        of k and v [T, Hkv, D], the first tokens to be appended, k rotated. A head without a finite
+        amax above 0 keeps 1."""
+        self._unmeasured.discard(layer)
+        for name, scale, x in (("k", self.k_scale, k), ("v", self.v_scale, v)):
+            if name in self._measured and scale is not None:
+                amax = x.abs().amax(dim=(0, 2)).float()
+                usable = amax.isfinite() & (amax > 0)
+                found = (amax * (HEADROOM / 448)).clamp(min=torch.finfo(torch.float32).tiny)
+                scale[layer] = found.where(usable, 1.0)
+
     def select(self, indices: Sequence[int]) -> KVCache:
         """Return a view of this cache with some of its sequences, in the given order."""
         view = copy.copy(self)
@@ -150,7 +173,9 @@ class KVCache:
         sequence.length = sequence.blocks = 0
 
     def clear(self) -> None:
-        """Empty every sequence; reserve() then allocates consecutive blocks."""
+        """Empty every sequence; reserve() then allocates consecutive blocks. Scales that were not
+        given are measured again."""
+        self._unmeasured.update(range(len(self.k)) if self._measured else ())
         for index in range(len(self)):
             self.release(index)
         self._free.sort(reverse=True)

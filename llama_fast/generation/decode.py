@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference import FP8_DTYPE
 from . import sampling
 from .cache import BLOCK_SIZE, Append, KVCache, host, upload
 from .graphs import CudaGraph, Graphs
@@ -45,6 +46,27 @@ def bucket(rows: int) -> int:
     64. Up to about 190 rows (800 TFLOP/s over 4.3 TB/s, in 16 bits) the bytes of the weights bound
     a step, not its rows."""
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
+
+
+def new_cache(
+    model: Model,
+    max_tokens: int | Sequence[int],
+    kv_cache: str | None,
+    batch_size: int = 1,
+    num_blocks: int | None = None,
+) -> KVCache:
+    """Return a KVCache of the model's dtype, or for "fp8" of e4m3 with the checkpoint's scales."""
+    fp8 = kv_cache == "fp8"
+    return KVCache(
+        model.config,
+        max_tokens,
+        batch_size,
+        dtype=FP8_DTYPE if fp8 else model.dtype,
+        device=model.device,
+        num_blocks=num_blocks,
+        k_scale=model.weights.k_scale if fp8 else None,
+        v_scale=model.weights.v_scale if fp8 else None,
+    )
 
 
 # ---- a decoder ----
@@ -99,17 +121,11 @@ class Decoder:
     One generation uses it at a time. The model keeps it between calls; it holds no model.
     """
 
-    def __init__(self, model: Model, size: Size) -> None:
+    def __init__(self, model: Model, size: Size, kv_cache: str | None = None) -> None:
         self._free: torch.cuda.Event | None = None  # the end of the last generation's work
-        self.size, device = size, model.device
-        self.cache = KVCache(
-            model.config,
-            size.width * BLOCK_SIZE,
-            size.rows,
-            dtype=model.dtype,
-            device=device,
-            num_blocks=size.blocks,
-        )
+        self.size, self.kv_cache, device = size, kv_cache, model.device
+        width = size.width * BLOCK_SIZE
+        self.cache = new_cache(model, width, kv_cache, size.rows, size.blocks)
         self._tokens = torch.zeros(size.rows, 1, dtype=torch.int64, device=device)
         self._draws = torch.zeros(size.rows, dtype=torch.float64, device=device)
         # Each row's position, slot and length, and what a step adds to them. An empty row has 0,
@@ -210,16 +226,19 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _lent(model: Model, lengths: Sequence[int]) -> Iterator[Decoder]:
-    """Yield one of the model's idle decoders, or a new one. A larger one replaces one too small."""
+def _lent(model: Model, lengths: Sequence[int], kv_cache: str | None) -> Iterator[Decoder]:
+    """Yield one of the model's idle decoders, or a new one. A larger one replaces one too small,
+    and one with another kind of cache."""
     need = Size.of(lengths)
-    while (decoder := _idle(model)) is not None and decoder.size.joined(need) != decoder.size:
+    while (decoder := _idle(model)) is not None:
+        if decoder.size.joined(need) == decoder.size and decoder.kv_cache == kv_cache:
+            break
         need = need.joined(decoder.size)
     if decoder is None:
         try:
-            decoder = Decoder(model, need.rounded())
+            decoder = Decoder(model, need.rounded(), kv_cache)
         except torch.OutOfMemoryError:
-            decoder = Decoder(model, Size.of(lengths))
+            decoder = Decoder(model, Size.of(lengths), kv_cache)
     try:
         yield decoder
     finally:
@@ -250,6 +269,7 @@ def run(
     u: Tensor | None,
     emit: Callable[[int, int], bool],
     graphs: type[CudaGraph] | None = CudaGraph,
+    kv_cache: str | None = None,
 ) -> None:
     """Run generate.generate's loop on a GPU.
 
@@ -268,7 +288,7 @@ def run(
                     going.remove(i)
 
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    with _current(model.device), _lent(model, lengths) as decoder:
+    with _current(model.device), _lent(model, lengths, kv_cache) as decoder:
         decoder.begin(lengths, settings, u)
         for i, prompt in enumerate(prompts):
             queue.append(decoder.prefill(model, i, prompt))

@@ -33,6 +33,7 @@ def generate(
     speculate: str | Model | None = None,
     draft_tokens: int = speculation.DRAFT_TOKENS,
     on_pass: Callable[[int, int], None] | None = None,
+    kv_cache: str | None = None,
 ) -> list[list[int]]:
     """Return the new ids of each prompt, a list of token ids that includes BOS if wanted.
 
@@ -49,6 +50,11 @@ def generate(
     when it costs time. on_pass(proposed, accepted) is called after each pass. On a GPU speculation
     runs the plain loop, one launch a kernel.
 
+    kv_cache: "fp8" holds keys and values in e4m3, half the bytes of a 16-bit cache, with the
+    checkpoint's scales for each layer and head. Without those in the checkpoint they come from the
+    first prompt (KVCache.measure, its first chunk), and so do the other prompts' roundings. A draft
+    model's cache has the model's dtype.
+
     A prompt's result does not depend on the others: it has its own random stream, derived from the
     seed, its tokens and, for repeated prompts, the number of the repetition.
 
@@ -64,6 +70,8 @@ def generate(
     cannot = cuda_graphs.cannot_capture(model.device)
     if graphs and cannot:
         raise ValueError(f"graphs: got True, but {cannot}")
+    if kv_cache not in (None, "fp8"):
+        raise ValueError(f"kv_cache: got {kv_cache!r}, want None or 'fp8'")
     speculation.check(model, speculate, draft_tokens)
     if graphs and speculate is not None:
         raise ValueError("graphs: got True, but speculate launches each kernel on its own")
@@ -93,11 +101,11 @@ def generate(
             kind: Any = {"dtype": torch.float64, "device": "cpu"}
             u = torch.stack([torch.rand(max_new_tokens, generator=g, **kind) for g in generators])
         capture = None if graphs is False or cannot else cuda_graphs.CudaGraph
-        decode.run(model, checked, max_new_tokens, settings, u, emit, capture)
+        decode.run(model, checked, max_new_tokens, settings, u, emit, capture, kv_cache)
         return new
 
     lengths = [len(prompt) + max_new_tokens for prompt in checked]
-    cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
+    cache = decode.new_cache(model, lengths, kv_cache)
     texts = [list(prompt) for prompt in checked]  # with the sampled tokens
     pending: list[deque[int | ValueError]] = [deque() for _ in checked]  # not yet emitted
     going, unfinished = [True] * len(checked), list(range(len(checked)))

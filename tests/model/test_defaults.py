@@ -78,8 +78,8 @@ def test_a_whole_run(folder: Path, default: str, quantize: str | None) -> None:
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_the_loop_of_gpus(folder: Path, default: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "_runs_ahead", lambda device: True)
-    monkeypatch.setattr(decode, "cannot_capture", lambda device: None)
-    monkeypatch.setattr(decode, "CudaGraph", RecordedGraph)
+    monkeypatch.setattr(graphs, "cannot_capture", lambda device: None)
+    monkeypatch.setattr(graphs, "CudaGraph", RecordedGraph)
     model = Llama.from_pretrained(folder, torch.float32, device="cpu")
     settings: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}]
     expected = [model.generate(PROMPTS, max_new_tokens=5, **options) for options in settings]

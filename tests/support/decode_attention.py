@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -44,8 +45,9 @@ def page(k: Tensor, v: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def poison(k: Tensor, v: Tensor, seqlens: Tensor, value: float) -> tuple[Tensor, Tensor]:
-    """Return copies of k and v with value after each sequence's end."""
+    """Return copies of k and v with value after each sequence's end: FP8's NaN for Inf."""
+    bad = torch.tensor([value, -value]).to(k.dtype)
     k, v = k.clone(), v.clone()
     for i, n in enumerate(seqlens.tolist()):
-        k[i, n:], v[i, n:] = value, -value
+        k[i, n:], v[i, n:] = bad[0], bad[1]
     return k, v

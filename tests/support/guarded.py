@@ -53,21 +53,25 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor], dict[str, Any
         for granularity in ("tensor", "row", "block", "block_2d"):
             yield "quantize_fp8", [x(3, width)], {"granularity": granularity}
     positions, cache = torch.arange(3), x(1, 3, 1, 14)
+    scales = {f"{name}_scale": guarded(torch.ones(1)) for name in "kv"}
     for interleaved in (False, True):
         table = lf.rope_table(1e4, 3, head_dim=14)
         arguments = [x(3, 2, 14), x(3, 1, 14), x(3, 1, 14), positions, table]
         yield "apply_rope", [*arguments[:2], *arguments[3:]], {"interleaved": interleaved}
         arguments += [cache, cache, positions]
         yield "apply_rope_and_append", arguments, {"interleaved": interleaved}
+        arguments[5:7] = [cache.to(FP8), cache.to(FP8)]
+        yield "apply_rope_and_append", arguments, {"interleaved": interleaved, **scales}
     for sq, d in itertools.product((1, 2, 50), (8, 24, 72)):
         yield "attention", [x(1, sq, 3, d), x(1, 77, 1, d), x(1, 77, 1, d)], {}
         lengths = torch.tensor([77], dtype=torch.int32)
-        caches = [x(1, 77, 1, d), x(1, 77, 1, d)]
-        yield "attention_with_kvcache", [x(1, sq, 3, d), *caches, lengths], {}
-        table = torch.arange(11, dtype=torch.int32)[None]
-        paged = [c.view(11, 7, 1, d) for c in caches]
-        options = {"block_table": guarded(table)}
-        yield "attention_with_kvcache", [x(1, sq, 3, d), *paged, lengths], options
+        for to, given in ((dtype, {}), (FP8, scales)):
+            caches = [x(1, 77, 1, d).to(to), x(1, 77, 1, d).to(to)]
+            yield "attention_with_kvcache", [x(1, sq, 3, d), *caches, lengths], given
+            table = torch.arange(11, dtype=torch.int32)[None]
+            paged = [c.view(11, 7, 1, d) for c in caches]
+            options = {"block_table": guarded(table), **given}
+            yield "attention_with_kvcache", [x(1, sq, 3, d), *paged, lengths], options
     for m, (n, k) in itertools.product((1, 2, 7, 20), ((1, 1), (70, 129), (65, 2), (67, 770))):
         yield "linear", [x(m, k), x(n, k), x(n)], {}
         for scale in (torch.ones(1), torch.ones(n, 1), torch.ones(n, -(-k // 128))):
