@@ -40,6 +40,8 @@ def moved(model: Llama, device: torch.device, dtype: torch.dtype | None = None) 
             return dataclasses.replace(value, weight=weight.to(device, kept), scale=scale)
         if isinstance(value, Tensor):
             return value.to(device, dtype)
+        if value is None:
+            return None
         if isinstance(value, list):
             return [place(item) for item in value]
         fields = {f.name: place(getattr(value, f.name)) for f in dataclasses.fields(value)}

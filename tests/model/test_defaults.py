@@ -13,7 +13,7 @@ import torch
 
 import llama_fast as lf
 from llama_fast import Llama
-from llama_fast.generation import decode, generate
+from llama_fast.generation import generate, graphs
 from llama_fast.generation.cache import KVCache
 from llama_fast.nn import FP8Linear
 
