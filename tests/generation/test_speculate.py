@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llama_fast import KVCache, Llama
-from llama_fast.generation import generate as loop
+from llama_fast.generation import decode
 from llama_fast.generation import sampling, speculate
 from llama_fast.generation.speculate import Draft, Lookup, Pace, Proposer, extend
 
@@ -215,7 +215,7 @@ def test_cache_holds_what_plain_decoding_left(
                 table = self.block_table[index]
                 held.append(pool[:, table].flatten(1, 2)[:, : self.seqlens[index]].clone())
 
-    monkeypatch.setattr(loop, "KVCache", Kept)
+    monkeypatch.setattr(decode, "KVCache", Kept)
     batch, options = prompts(120, 9), {"temperature": 1.0, "seed": 1, "stop_ids": ()}
     lengths: list[int] = []
     held: list[torch.Tensor] = []
