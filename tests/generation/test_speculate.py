@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from llama_fast import KVCache, Llama
-from llama_fast.generation import decode
-from llama_fast.generation import sampling, speculate
+from llama_fast.generation import decode, sampling, speculate
 from llama_fast.generation.speculate import Draft, Lookup, Pace, Proposer, extend
 
 from ..support.generation import CONFIG, OPTIONS, prompts
