@@ -1,4 +1,4 @@
-"""Llama in transformers on these kernels. Only this package imports transformers.
+"""Run the models of transformers on these kernels.
 
 Importing it registers attn_implementation="llama_fast" and the quantization method llama_fast_fp8.
 """

@@ -23,7 +23,7 @@ from .fp8_config import LlamaFastFP8Config
 from .linears import PackedLinear
 
 QUANTIZE = (None, "fp8", "fp8_all", "fp8_ffn")
-# The architectures whose layers are Llama's, and the classes of theirs that have our forms.
+# The architectures whose layers are Llama's: module in transformers -> prefix of its classes.
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _FORMS: dict[str, Any] = {
     "RMSNorm": modules.RMSNorm,
@@ -40,9 +40,9 @@ STATE = "_llama_fast"  # an attribute of an accelerated model
 
 @dataclass
 class State:
-    """What restore() and report() need to know of an accelerated model."""
+    """What restore() and report() need to know about an accelerated model."""
 
-    config: Any  # before accelerate()
+    config: Any  # the model's config before accelerate()
     quantize: str | None
     left: dict[str, str] = field(default_factory=dict)  # module's name -> why it is untouched
     quantized: set[str] = field(default_factory=set)  # names of linears
@@ -53,15 +53,16 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
 
     model: Llama, Mistral, Qwen2 or Qwen3, with or without a head, of bf16, fp16 or fp32. Modules
     keep their names, parameters and places, and are still instances of their classes. Weights are
-    rearranged one layer at a time, without a second copy. What has another form, hooks or an
-    adapter stays as it is: report(model) shows it with the reason. Other models are untouched.
+    rearranged one layer at a time, without a second copy. A module of another form, or with hooks
+    or an adapter, stays as it is: report(model) shows it with the reason. Other models do not
+    change.
 
     quantize: "fp8" for every linear layer but the head, "fp8_all" with the head, "fp8_ffn" for
     Meta's 405B recipe: the feed-forward layers but the first and the last. FP8 weights are frozen.
-    Call accelerate again after weights were replaced or the model was moved.
+    Call accelerate again after replacing weights or moving the model.
 
-    Raises TypeError for something other than a transformers model, ValueError for an unknown
-    quantize or to quantize weights that are being trained.
+    Raises TypeError unless model is a transformers model, and ValueError for an unknown quantize or
+    if it would quantize weights that are being trained.
     """
     if not isinstance(model, PreTrainedModel):
         got = type(model).__name__
@@ -81,7 +82,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
     state.quantize = quantize or state.quantize
     state.left = {}
     taker = _Taker(model, state, quantize)
-    # A list of every module would keep those that are replaced, a second copy of the weights.
+    # A list of all modules would keep replaced ones alive, and with them a second copy of weights.
     formed = [(n, m, f) for n, m in model.named_modules() if (f := _form(m)) is not None]
     for name, module, form in formed:
         if linears.hooked(module) and "forward" in module.__dict__:
@@ -107,7 +108,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
 
 
 def _form(module: nn.Module) -> str | None:
-    """Return which of _FORMS a module has, swapped already or not."""
+    """Return the name in _FORMS of a module's class, swapped or not, or None."""
     cls = modules.original(module) or type(module)
     return _known().get(cls)
 
@@ -130,8 +131,8 @@ def _is_silu(mlp: nn.Module) -> bool:
 
 
 def _with_attention(model: PreTrainedModel) -> Any:
-    """Return a copy of the model's config that selects our attention. A config may be shared with
-    other models."""
+    """Return a copy of the model's config that selects our attention. It is a copy because other
+    models may share the config."""
     config = copy.copy(model.config)
     config._attn_implementation = NAME
     return config
@@ -204,8 +205,8 @@ class _Taker:
 
 
 def _declare_fp8(model: PreTrainedModel, state: State) -> None:
-    """Tell transformers of the FP8 weights: save_pretrained then writes what from_pretrained reads,
-    and the Trainer wants adapters."""
+    """Declare the FP8 weights to transformers: save_pretrained then writes what from_pretrained
+    reads, and the Trainer requires adapters."""
     config = LlamaFastFP8Config("fp8_ffn" if state.quantize == "fp8_ffn" else "fp8")
     config.left = [n for n, m in model.named_modules() if type(m) in (nn.Linear, PackedLinear)]
     declared = (LlamaFastFP8Quantizer(config), True, config.quant_method)

@@ -38,11 +38,11 @@ def attend(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return attention's output [B, Sq, H, D], and the weights if output_attentions asks for them.
+    """Return attention's output [B, Sq, H, D], and its weights if output_attentions is true.
 
     query [B, H, Sq, D]; key and value [B, Hkv, Sk, D], the cache's tensors for example.
-    attention_mask: None or what masks.make_mask returns, or a boolean or additive mask [B, 1 or H,
-    Sq, Sk] of the caller's.
+    attention_mask: what masks.make_mask returns, or the caller's boolean or additive mask [B, 1 or
+    H, Sq, Sk].
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if options.get("output_attentions"):
@@ -52,7 +52,7 @@ def attend(
         out = _by_kernel(query, key, value, attention_mask, scaling, causal)
         if out is not None:
             return out, None
-        why = "a mask that is neither causal nor padding on the left nor packed sequences"
+        why = "a mask that is neither causal nor padding nor packed sequences"
     if why:
         _say_once(why)
     if attention_mask is not None and is_ranges(attention_mask):
@@ -76,7 +76,7 @@ def attend(
 def _why_not(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, options: dict[str, Any]
 ) -> str | None:
-    """Return why the kernels cannot take a call: "" needs no warning; None: they can."""
+    """Return why the kernels cannot take a call ("" if that needs no warning), or None."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return ""  # training: scaled_dot_product_attention has a fused backward pass
     if dropout:
@@ -133,17 +133,17 @@ def _attend(
 def _by_ranges(
     q: Tensor, k: Tensor, v: Tensor, ranges: list[list[int]], scale: float | None
 ) -> Tensor:
-    """Attend row by row, or rows of equal ranges together: [total] or [first, stop, total]."""
+    """Attend once for each run of rows with equal ranges: [total] or [first, stop, total]."""
     if len(ranges[0]) == 1:
         return _attend(q, k, v, ranges[0][0], scale, True)
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # of padding on the left: never used
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)  # left padding keeps 0
     at, seqlen_q = 0, q.shape[1]
     for (first, stop, total), same in itertools.groupby(ranges):
         rows = slice(at, at := at + len(list(same)))
         past = total - seqlen_q
         keys, values = k[rows, first:stop], v[rows, first:stop]
         begin = max(first - past, 0)
-        end = max(stop - past, begin)  # beyond are queries of padding on the right
+        end = max(stop - past, begin)  # later queries are padding on the right
         for queries, causal in ((slice(begin, end), True), (slice(end, seqlen_q), False)):
             if queries.start < queries.stop and first < stop:
                 out[rows, queries] = _attend(

@@ -1,4 +1,4 @@
-"""report(): what runs where in a transformers model, and why anything was left."""
+"""report(): list what each part of a transformers model runs on, and why."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Report(list[Row]):
 
 
 def report(model: PreTrainedModel) -> Report:
-    """Return a row for every kind of module in the model that computes: how many there are, what
-    they run on, and why those that accelerate() left were left."""
+    """Return a row for every kind of module that computes: how many there are, what they run on,
+    and, for those that accelerate() left as they were, why."""
     state = getattr(model, STATE, State(model.config, None))
     counts: dict[tuple[str, str, str], int] = {}
     for name, module in model.named_modules():

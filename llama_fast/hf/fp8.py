@@ -32,7 +32,7 @@ class LlamaFastFP8Quantizer(HfQuantizer):
     requires_parameters_quantization = True  # transformers 4: calls create_quantized_param
     quantization_config: LlamaFastFP8Config
     _chosen: frozenset[str] | set[str] = frozenset()  # the modules to quantize
-    _dtype: torch.dtype | None = None  # the model's, set aside while transformers 4 loads it
+    _dtype: torch.dtype | None = None  # the model's, kept here while transformers 4 loads it
 
     @property
     def is_trainable(self) -> bool:
@@ -81,7 +81,7 @@ class LlamaFastFP8Quantizer(HfQuantizer):
     def update_expected_keys(
         self, model: Any, expected_keys: list[str], loaded_keys: list[str]
     ) -> list[str]:
-        """transformers 4 names the checkpoint's tensors only here."""
+        """Replace the modules here in transformers 4, which only now names the file's tensors."""
         if self.pre_quantized:
             self._replace_stored(model, loaded_keys)
         if self._dtype is None:
@@ -134,7 +134,7 @@ class LlamaFastFP8Quantizer(HfQuantizer):
     def create_quantized_param(
         self, model: Any, param_value: Tensor, param_name: str, target_device: Any, **kwargs: Any
     ) -> None:
-        """transformers 4's way to load what param_needs_quantization() returns True for."""
+        """Put a tensor that param_needs_quantization() names into the model (transformers 4)."""
         path, _, name = param_name.rpartition(".")
         if self.pre_quantized:
             model.get_submodule(path)._buffers[name] = param_value.to(target_device)

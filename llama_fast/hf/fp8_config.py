@@ -1,4 +1,4 @@
-"""LlamaFastFP8Config: what transformers reads, and save_pretrained writes, about FP8 weights."""
+"""LlamaFastFP8Config: the quantization_config of FP8 weights in transformers."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ _merge_configs = AutoHfQuantizer.merge_quantization_configs
 def _merged(
     of_checkpoint: dict[str, Any] | QuantizationConfigMixin, argument: Any
 ) -> QuantizationConfigMixin:
-    """transformers raises if a checkpoint's quantization has another class than the argument. Here
-    the argument says what runs it."""
+    """Combine a checkpoint's quantization_config with from_pretrained's argument. transformers
+    raises if their classes differ; here ours may load another format's checkpoint."""
     held = of_checkpoint if isinstance(of_checkpoint, dict) else of_checkpoint.to_dict()
     ours = isinstance(argument, LlamaFastFP8Config)
     if ours or (argument is None and held.get(METHOD)):

@@ -1,4 +1,4 @@
-"""Linear layers of an accelerated model: weights in pack_weight's order, and several as one."""
+"""Linear layers of an accelerated model: packed weights, and several layers fused into one."""
 
 from __future__ import annotations
 
@@ -70,8 +70,7 @@ class PackedLinear(nn.Linear):
 
 
 def pack(module: nn.Linear, allowed: bool = True) -> None:
-    """Make an nn.Linear a PackedLinear, and pack its weight if that is allowed and it is not
-    trained."""
+    """Make an nn.Linear a PackedLinear, and pack its weight if allowed, unless it is trained."""
     module.__class__ = PackedLinear
     if not allowed or (module.training and module.weight.requires_grad):
         return
@@ -98,8 +97,8 @@ def unpack(module: nn.Linear) -> None:
 
 
 class Fused:
-    """Linears of one input as one product. Their weights become views of one tensor, so that there
-    is no second copy, and what changes theirs in place changes it."""
+    """Linears of one input, computed as one product. Their weights become views of one tensor, so
+    there is no second copy, and changing one in place changes the fused weight."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         """Fuse parts, for which `why_not` gives no reason."""

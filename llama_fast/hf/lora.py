@@ -14,7 +14,7 @@ def mergeable(config: LoraConfig) -> LoraConfig:
     """Make merge_adapter() and merge_and_unload() work on FP8 layers, and return the config.
 
     The sum of weight and adapter is rounded to e4m3 again, which loses what is smaller than about
-    2^-4 of a weight. peft's own layer would add to the bytes of the FP8 weight, and raises.
+    2^-4 of a weight. peft's own layer raises, since it would add to the FP8 weight itself.
     """
     config._register_custom_module({FP8Linear: LoraFP8Linear})
     return config
@@ -27,7 +27,7 @@ class LoraFP8Linear(Linear):
     _before: tuple[Tensor, Tensor] | None = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises NotImplementedError for variants such as DoRA and for lora_bias."""
+        """Merge adapters. Raises NotImplementedError for variants (DoRA) and for lora_bias."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora_A:
                 continue

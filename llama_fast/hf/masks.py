@@ -3,12 +3,12 @@
 transformers makes a mask once for a forward pass and hands it to every layer. Ours is one of
 
     None                 the queries are the last of the keys, and the model's causality holds
-    int32 [B, 1, 1, 1]   total: the queries are the last of `total` keys: a static cache
-    int32 [B, 1, 1, 3]   first, stop, total: of these, first <= key < stop are no padding
-    bool [B, 1, Sq, Sk]  anything else; `packed_seqlens` of it if it separates packed sequences
+    int32 [B, 1, 1, 1]   total: the queries are the last of `total` keys, as in a static cache
+    int32 [B, 1, 1, 3]   first, stop, total: as above, and keys outside [first, stop) are padding
+    bool [B, 1, Sq, Sk]  anything else; packed_seqlens() returns its packed sequences, if any
 
-The integer forms, causal too, have four dimensions because generate() prepares the masks of static
-caches ahead of the model's forward, which takes what has four dimensions as it is.
+The integer forms are causal too. They have four dimensions because generate() prepares the masks of
+static caches before the model's forward, which uses a mask of four dimensions as it is.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def make_mask(
     assert q_length is not None
     tracing = torch.compiler.is_compiling()
     causal = mask_function is masking_utils.causal_mask_function or (
-        # A sliding window or chunk that nothing exceeds. Other functions combined with it forbid
-        # the skip, as do static caches at one query, which then take the general way.
+        # A sliding window or chunk that no sequence exceeds. Functions combined with it forbid the
+        # skip, as do static caches at one query; those take the general path.
         local_size is not None and kv_length < local_size and allow_is_causal_skip
     )
     if causal and not use_vmap and kv_offset == 0:

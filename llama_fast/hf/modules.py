@@ -1,8 +1,8 @@
 """The modules of an accelerated model: transformers' own, each with a class that derives from its
-class. The names of the class, of submodules, parameters and the state dict stay.
+original one. Names of classes, submodules, parameters and state dict entries stay the same.
 
-A call that is not of the common form, and one whose weights are being trained, goes through the
-original forward.
+A call of an unusual form, or one whose weights are being trained, goes through the original
+forward.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 
 
 class Swapped(_Base):
-    """What a derived class needs to be copied and pickled, which happens by a class's name."""
+    """Lets modules of a derived class be copied and pickled, which otherwise needs its name."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin, base = type(self).__bases__
@@ -71,7 +71,7 @@ class Fusing(Swapped):
         return why
 
     def fused(self, x: Tensor) -> Fused | None:
-        """Return the fused linears if they stand for each one's call on x now."""
+        """Return the fused linears if they can replace the separate calls on x now, or None."""
         fused = self.__dict__.get("_fused")
         if fused is None or fused.ready(self, x):
             return fused
@@ -158,7 +158,7 @@ class Attention(Fusing):
         if (
             qkv is None
             or args
-            or "past_key_value" in kwargs  # a name of before 4.57
+            or "past_key_value" in kwargs  # the name before 4.57
             or self.config._attn_implementation != NAME
         ):
             return super().forward(hidden_states, *args, **kwargs)
@@ -179,7 +179,7 @@ class Attention(Fusing):
             cos, sin = rotations
             table, positions = rotations_table(cos, sin, shape[0])
         q, k = rope.apply_rope(q, k, positions, table)
-        # Named as the cache and the attention functions have them: [B, heads, S, D].
+        # The cache and the attention functions take [B, heads, S, D].
         q, k, v = (t.view(*shape, -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             if "cache_position" in kwargs:

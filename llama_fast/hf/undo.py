@@ -22,9 +22,9 @@ from .apply import DECLARED, STATE, use_config
 def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTrainedModel:
     """Undo accelerate(), in place, and return the model, its weights bit for bit as they were.
 
-    Weights that were quantized to FP8 are read again from the checkpoint at path, a folder; None:
-    the folder that the model was loaded from. Raises ValueError before anything changes if there is
-    none, or if it does not hold the weights that were quantized.
+    Weights that were quantized to FP8 are read again from the checkpoint folder at path; None: the
+    folder that the model was loaded from. Raises ValueError, before anything changes, if there is
+    no such folder or if it does not hold the weights that were quantized.
     """
     state = getattr(model, STATE, None)
     if state is None:
@@ -53,7 +53,7 @@ def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTraine
 
 
 class _Checkpoint:
-    """The weights that FP8 ones were made of, in a folder of safetensors."""
+    """The weights that were quantized to FP8, in a folder of safetensors."""
 
     def __init__(self, model: PreTrainedModel, path: str | Path | None) -> None:
         folder = Path(path or model.name_or_path or "")
@@ -61,7 +61,7 @@ class _Checkpoint:
         if not (path or model.name_or_path) or not folder.is_dir():
             raise ValueError(
                 f"model: its weights were quantized, and {str(folder)!r}, from where it was "
-                f"loaded, is no folder to read them from; {remedy}"
+                f"loaded, is not a folder to read them from; {remedy}"
             )
         self.folder, self.remedy = folder, remedy
         self.shards = Shards(folder)
