@@ -55,10 +55,11 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Encode messages of {"role", "content"} by the chat template, up to the assistant's answer.
 
-    Gives the tokens of the rendered text, as transformers does, unless a content would add control
-    tokens to the template's own. Then the text between these is encoded with split_special_tokens,
-    as plain characters. Raises ValueError for a template that fails or tries to reach Python, and
-    for control tokens in a message that the tokenizer or the template cannot keep inert.
+    Returns the tokens of the rendered text, as transformers does, unless a message would add
+    control tokens to the template's own. Then the text between those is encoded with
+    split_special_tokens, as plain characters. Raises ValueError for a template that fails or tries
+    to reach Python, and for control tokens in a message that the tokenizer or the template cannot
+    keep inert.
     """
     mark = secrets.token_hex(16)
     marked = [{**m, "content": f"[{mark}{_utf8(m['content'])}{mark}]"} for m in messages]

@@ -82,8 +82,8 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
-        """Read path/config.json, and the stop ids of path/generation_config.json if it exists; or
-        the metadata of a GGUF file."""
+        """Read path/config.json, and the stop ids in path/generation_config.json if it exists. If
+        path is a GGUF file, read its metadata."""
         if is_gguf(path):
             from .checkpoint.gguf_file import read_config
 

@@ -35,8 +35,8 @@ INT16_ROWS = 32  # two Zen 4 cores, 4096 x 4096: 1.2 times as fast from here on,
 
 def rounds(rows: int) -> bool:
     """Return whether fp8_linear of that many rows runs linear_int16, which rounds x and the weight
-    to 13 bits: under LLAMA_FAST_CPU_INT16=on, on AVX2. Other instruction sets stay exact: where
-    bf16 products exist they are as fast, and with AVX-512 alone int16 gains nothing."""
+    to 13 bits: with LLAMA_FAST_CPU_INT16=on, on AVX2. Other instruction sets stay exact: bf16
+    products, where they exist, are as fast, and with AVX-512 alone int16 gains nothing."""
     if not int16 or rows < INT16_ROWS or _cpu.isa() != "avx2":
         return False
     return not torch.are_deterministic_algorithms_enabled()

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness on this package's model: the harness's command with --model llama_fast.
+"""A model for lm-evaluation-harness: the harness's command with --model llama_fast.
 
     python -m llama_fast.lm_eval run --model llama_fast \\
         --model_args pretrained=Llama-3.1-8B,quantize=fp8 --tasks hellaswag
 
-takes all of lm_eval's options. In Python, `import llama_fast.lm_eval` registers the model for
+This takes all of lm_eval's options. In Python, `import llama_fast.lm_eval` registers the model for
 lm_eval.simple_evaluate(model="llama_fast"): the harness finds models of other packages only when
 they are imported.
 """

@@ -89,8 +89,8 @@ class Llama:
         last: bool = False,
     ) -> Tensor:
         """Like __call__, but return hidden states [B, S, hidden] instead of logits. last: return
-        those of each row's last token only, [B, 1, hidden], which spares the last layer's output
-        projection and FFN for all the others."""
+        those of each row's last token only, [B, 1, hidden]; the last layer's output projection and
+        FFN are then skipped for all others."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
         with torch.inference_mode():  # no_grad costs 22 us a layer (Zen 4)

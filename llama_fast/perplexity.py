@@ -1,4 +1,4 @@
-"""How well a model predicts a text, and how far it is from another model: llama-fast perplexity."""
+"""Measure how well a model predicts a text, and its distance from another model."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def perplexity(
 
     against: a model of the same vocabulary to compare the predictions with. cache_dtype: keys and
     values pass through a KV cache of that dtype (float8_e4m3fn: with the scale 1). on_tokens(done)
-    is called after every few predictions. Raises ValueError for less than two tokens, a context out
-    of range, and another vocabulary.
+    is called after every few predictions. Raises ValueError for fewer than two tokens, a context
+    out of range, and a model with another vocabulary.
     """
     longest = model.config.max_position_embeddings
     if not 2 <= context <= longest:

@@ -17,7 +17,7 @@ FP8_BLOCK = 128
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Return x in fp32; fp64, in which gradients are checked, stays."""
+    """Return x in fp32, or unchanged if it is fp64, in which gradients are checked."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -45,7 +45,7 @@ class RopeScaling:
             )
 
 
-# What transformers reads from rope_parameters for a type of ROPE_INIT_FUNCTIONS.
+# What the functions of transformers' ROPE_INIT_FUNCTIONS read from rope_parameters.
 _ROPE_NUMBERS = (
     "factor",
     "original_max_position_embeddings",
@@ -78,8 +78,8 @@ class RopeFunction:
         positive("rope_parameters.factor", dict(self.parameters).get("factor"))
 
     def frequencies(self, theta: float, head_dim: int, positions: int) -> tuple[Any, float]:
-        """Return radians a token, fp32 [head_dim / 2] on the host, for texts of up to that many
-        positions, and the factor of cosines and sines. Needs transformers."""
+        """Return frequencies in radians per token, fp32 [head_dim / 2] on the host, for texts of up
+        to that many positions, and the factor of cosines and sines. Needs transformers."""
         import torch
 
         try:

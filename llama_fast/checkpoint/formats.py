@@ -8,8 +8,8 @@ fp8                  weight_scale_inv by block; or, without weight_block_size (A
                      weight_scale or weight_scale_inv by tensor
 modelopt             weight_scale by tensor, row or block; may be in hf_quant_config.json instead
 
-They multiply: weight = e4m3 * scale. The scale's own shape tells its granularity (scale_shapes). A
-static scale of activations (input_scale, activation_scale) is ignored: they get a scale per row.
+Scales multiply: weight = e4m3 * scale. A scale's shape gives its granularity (scale_shapes). Static
+scales of activations (input_scale, activation_scale) are ignored: activations get one per row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ IGNORED = re.compile(
     r"(?:.*\.)?(?:inv_freq|original_inv_freq|cos_cached|sin_cached|rope\.freqs"
     r"|activation_scale|(?:input|output|[qkv]|kv|prob)_scale|input_scale_ub|[a-z]+_zero_point)"
 )
-# The names in a layer's self_attn of the scale of K (V) in an FP8 KV cache; {} is k (v).
+# Names, in a layer's self_attn, of the scale of K or V in an FP8 KV cache; {} stands for k or v.
 KV_SCALES = (
     "{}_scale",  # compressed-tensors
     "{0}_proj.{0}_scale",  # ModelOpt
@@ -70,13 +70,13 @@ class Format:
     activation_bound: float | None = None
 
     def scale(self, module: str, names: Container[str]) -> str:
-        """Return the full name of a module's scale, the one of names if there is any."""
+        """Return the full name of a module's scale: the one among names, or the first possible."""
         candidates = [f"{module}.{name}" for name in self.scale_names]
         return next((name for name in candidates if name in names), candidates[0])
 
     def excludes(self, module: str) -> bool:
-        """Compare names by whole components, layers.1 is not layers.12; or by a wildcard
-        (ModelOpt), or a regular expression."""
+        """Return whether a module is excluded: by whole components of its name (layers.1 is not
+        layers.12), a wildcard (ModelOpt) or a regular expression."""
         path = module.split(".")
         for pattern in self.excluded:
             if pattern.startswith("re:"):
@@ -143,9 +143,9 @@ def parse(quantization: Any) -> Format | None:
 def describe(
     excluded: list[str], *, block: bool = False, activation_bound: float | None = None
 ) -> dict[str, Any]:
-    """Return the quantization_config of a checkpoint whose linear layers, but the excluded ones,
-    hold e4m3 with a scale per row, or per block; readers then quantize activations by token, or in
-    blocks. Only one format stores a bound on activations, and only one stores blocks."""
+    """Return the quantization_config of a checkpoint whose linear layers, except the excluded ones,
+    hold e4m3 with a scale per row or block; readers then quantize activations by token or block.
+    Only one format stores a bound on activations, and only one stores blocks."""
     if block:
         return {
             "quant_method": "fp8",

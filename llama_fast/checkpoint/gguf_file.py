@@ -44,7 +44,7 @@ _FIELDS = {
 }
 _STOPS = ("eos", "eot", "eom")
 _FREQS = "rope_freqs.weight"
-# The file has the divisor of each frequency instead; all Llama 3 models share these three.
+# The file stores the divisor of each frequency instead. All Llama 3 models share these values.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -75,7 +75,7 @@ class GGUF:
         self._heads = dict(zip(("q_proj", "k_proj"), heads, strict=True))
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor in fp32, of Hugging Face's order."""
+        """Return a tensor in fp32, with rows in Hugging Face's order."""
         out = _dequantized(self._tensors[name])
         heads = self._heads.get(name.split(".")[-2])
         if heads is None:

@@ -38,7 +38,7 @@ def load(
     device: torch.device,
     progress: bool | None = None,
 ) -> Weights:
-    """Load the weights. Linears stored in FP8 stay so; quantize is for the others.
+    """Load the weights. Linears stored in FP8 keep it; quantize applies to the others.
 
     progress: whether to show a bar on stderr; None: if stderr is a terminal. Raises OSError for a
     missing file and ValueError for one that does not match the config, naming the tensor.
@@ -54,7 +54,7 @@ def load(
 
 
 def check(config: LlamaConfig, shards: Shards, form: Format | None) -> LlamaConfig:
-    """Check names, shapes and dtypes of all tensors, and return the config that they mean.
+    """Check names, shapes and dtypes of all tensors, and return the config that fits them.
 
     Weights that the config ties count as tied if the file holds one of them, or two that are equal;
     an lm_head of its own is used, with a warning, as in transformers and vLLM.
@@ -113,7 +113,7 @@ class _Checkpoint:
         return Linear(packed(q), scale, scale_ub=bound)
 
     def _stored_fp8(self, parts: dict[str, int], k: int) -> Linear:
-        """Return weights as stored, without loss, with a scale that all of them can have."""
+        """Return weights as stored, without loss, with their scales in a shape that fits all."""
         assert self._format is not None  # the inventory rejects FP8 without a format
         rows = list(parts.values())
         q = torch.empty(sum(rows), k, dtype=FP8_DTYPE, device=self._device)
@@ -145,7 +145,7 @@ class _Checkpoint:
         return weight.float() if weight.dtype == torch.float64 else weight
 
     def _scale(self, name: str) -> Tensor:
-        """Return a weight's scale as scale_shapes says."""
+        """Return a weight's scale in the shape that scale_shapes gives."""
         assert self._format is not None
         scale = self._read_scale(self._format.scale(name, self._shards.entries))
         used = scale_shapes(*self._shards.entries[f"{name}.weight"].shape)

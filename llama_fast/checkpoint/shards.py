@@ -43,10 +43,10 @@ class Shards:
     def __init__(self, path: str | Path) -> None:
         """Read the headers in path: a folder with model.safetensors, or with shards and index.
 
-        The files decide what the checkpoint holds. The index names the files, and says which of two
-        tensors of one name counts. Beside a model.safetensors that it does not name it is left over
-        from other weights: transformers ignores it too. Or path is a GGUF file. entries: by Hugging
-        Face's names.
+        path may also be a GGUF file. The files decide what the checkpoint holds; the index names
+        the files, and chooses between two tensors of one name. An index is ignored beside a
+        model.safetensors that it does not name, as in transformers: it is left over from other
+        weights. entries: by Hugging Face's names.
         """
         folder = Path(path)
         self.entries: dict[str, Entry] = {}

@@ -149,10 +149,10 @@ def assemble(
 
 
 def is_quantized(module: str, quantize: str | None, num_layers: int) -> bool:
-    """Return whether a recipe has the module of that name, in Hugging Face's files, in FP8.
+    """Return whether a recipe quantizes a module, given its name in Hugging Face's files.
 
-    "fp8": every linear layer but the head, as compressed-tensors, FBGEMM and vLLM have it by
-    default. "fp8_all": the head too, at a cost (docs/model.md, FP8 weights). "fp8_ffn", Meta's
+    "fp8": every linear layer but the head, which is the default of compressed-tensors, FBGEMM and
+    vLLM. "fp8_all": the head too, at a cost (docs/model.md, FP8 weights). "fp8_ffn", Meta's
     recipe for the 405B: the feed-forward layers, but not the first and the last.
     """
     if quantize is None:

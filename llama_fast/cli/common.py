@@ -42,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     from ..checkpoint.weights import RECIPES
 
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a checkpoint in Hugging Face's format")
+    add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or a GGUF file")
     add("--quantize", choices=RECIPES, help="quantize 16-bit weights while loading")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")

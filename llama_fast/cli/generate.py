@@ -18,7 +18,7 @@ _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --speculate lookup --prompt - < edit.txt
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt - < question.txt
 
-Text goes to stdout, figures to stderr. Ctrl-C ends the text, not the figures."""
+Text goes to stdout, and figures to stderr. Ctrl-C ends the text; the figures still follow."""
 
 
 def add(command: AddCommand) -> None:

@@ -1,4 +1,4 @@
-"""llama-fast perplexity: how well a model predicts a text, and how far quantizing moves it."""
+"""llama-fast perplexity: measure how well a model predicts a text, and what quantizing costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EXAMPLES = f"""examples:
   llama-fast perplexity --model Llama-3.1-8B --text book.txt --quantize fp8 --against bfloat16
   llama-fast perplexity --model Llama-3.1-8B-FP8 --text book.txt --against Llama-3.1-8B --json
 
-The text is cut into windows of --context tokens, each of which the model reads by itself. --against
+The text is cut into windows of --context tokens, which the model reads separately. --against
 compares it with the same checkpoint in another dtype, unquantized, or with another checkpoint of
 the same tokenizer; both are then in memory. Only figures of the same text, windows and tokenizer
 can be compared.
@@ -28,10 +28,10 @@ def add(command: AddCommand) -> None:
     parser = command("perplexity", run, summary, _EXAMPLES)
     add_model_options(parser)
     add = parser.add_argument
-    add("--text", required=True, metavar="FILE", help="in UTF-8; its white space counts")
+    add("--text", required=True, metavar="FILE", help="a UTF-8 file; white space counts")
     add("--against", metavar="DTYPE|DIR", help="bfloat16, float16, float32, or a checkpoint")
     add("--context", type=positive, metavar="N", help="tokens a window; default 2048 or the most")
-    add("--tokens", type=positive, metavar="N", help="of the text, at most; default all")
+    add("--tokens", type=positive, metavar="N", help="tokens of the text to read; default all")
     add("--kv-cache", choices=("fp8",), help="keys and values in e4m3, with the scale 1")
     add("--json", action="store_true", help="print JSON")
 

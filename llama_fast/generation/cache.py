@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import _cpu
 from ..config import LlamaConfig
 
-# Of a measured scale, for larger tokens to come; e4m3 loses no precision by it.
+# A measured scale leaves this much room for larger tokens, at no cost in e4m3's precision.
 HEADROOM = 2.0
 BLOCK_SIZE = 128  # tokens: one query over 8k keys reads 23.5 GB/s; 20.1 with blocks of 64
 
@@ -89,9 +89,9 @@ class KVCache:
     ) -> None:
         """Allocate the pools. max_tokens: of every sequence, or a list with a number per sequence.
         num_blocks: in the pool; None: enough for all sequences at once. A cache of dtype
-        float8_e4m3fn holds k / k_scale and v / v_scale: numbers, or fp32 tensors [layers, 1] or
-        [layers, Hkv]; None: measured by head on the first tokens that a model appends, see
-        measure()."""
+        float8_e4m3fn holds k / k_scale and v / v_scale. The scales are numbers, or fp32 tensors
+        [layers, 1] or [layers, Hkv]; None: measure() computes them for each head from the first
+        tokens that a model appends."""
         lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
         for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
             if value < 1:

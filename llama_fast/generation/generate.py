@@ -51,8 +51,8 @@ def generate(
     runs the plain loop, one launch a kernel.
 
     kv_cache: "fp8" holds keys and values in e4m3, half the bytes of a 16-bit cache, with the
-    checkpoint's scales for each layer and head. Without those in the checkpoint they come from the
-    first prompt (KVCache.measure, its first chunk), and so do the other prompts' roundings. A draft
+    checkpoint's scales for each layer and head. If it has none, KVCache.measure computes them from
+    the first prompt's first chunk, so the other prompts' results depend on that prompt. A draft
     model's cache has the model's dtype.
 
     A prompt's result does not depend on the others: it has its own random stream, derived from the

@@ -79,8 +79,8 @@ class Graphs:
             self._captured.clear()
 
     def run(self, what: Any, step: Callable[[], Tensor], kind: type[CudaGraph] | None) -> Tensor:
-        """Run step(), from the third call on by a graph: the first call warms up, the second
-        captures and replays. what: all that its kernels depend on, besides the backends."""
+        """Run step(): the first call warms up, the second captures and replays a graph, and later
+        ones replay it. what: all that its kernels depend on, besides the backends."""
         if kind is None:
             return step()
         key = what, asked_for()

@@ -1,4 +1,4 @@
-"""Log probabilities of given texts: Llama.logprobs, and the logits that it and others need."""
+"""Log probabilities of given texts: Llama.logprobs, and the logits behind it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HEAD_ROWS = 128  # tokens: their logits are 66 MB in fp32 with Llama 3.1's vocab
 
 
 class Scored(NamedTuple):
-    """Consecutive predictions, and what came."""
+    """Consecutive predictions, and the tokens that followed."""
 
     runs: list[tuple[int, int]]  # index of a prompt, and how many of the rows are its next ones
-    targets: Tensor  # int64 [rows], the tokens that came
+    targets: Tensor  # int64 [rows], the tokens that followed
     logits: Tensor  # fp32 [rows, vocab], at most HEAD_ROWS rows
 
     def logprobs(self) -> Tensor:
@@ -33,10 +33,10 @@ def logprobs(model: Model, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return the natural logarithms of each prompt's tokens' probabilities, given the tokens before
     them: fp32 [len - 1] on the model's device.
 
-    prompts: lists of token ids, ragged, of up to one more than the model's positions. Short ones
+    prompts: lists of token ids of any lengths up to one more than the model's positions. Short ones
     are computed together and long ones in chunks, so that neither a whole prompt's logits nor its
-    activations are in memory. Raises ValueError for an empty prompt, an id outside the vocabulary
-    and a longer prompt.
+    activations are in memory. Raises ValueError for an empty or longer prompt, and for an id
+    outside the vocabulary.
     """
     parts: list[list[Tensor]] = [[] for _ in prompts]
     for scored in score(model, prompts):
@@ -64,7 +64,7 @@ def score(
     starts = [1] * len(texts) if first is None else list(first)
     for batch in _batches([len(text) for text in texts]):
         longest = len(texts[batch[-1]]) - 1
-        # Padding follows the text, and so changes nothing that a causal model says of it.
+        # Padding follows the text, so it does not change a causal model's predictions.
         padded = torch.zeros(len(batch), longest + 1, dtype=torch.int64, device="cpu")
         wanted = torch.zeros(len(batch), longest, dtype=torch.bool, device="cpu")
         for row, i in enumerate(batch):

@@ -76,7 +76,7 @@ class RotaryEmbedding(nn.Module):
         return rope_table(source, positions, head_dim=head_dim, scaling=scaling, device=device)
 
     def reset_parameters(self) -> None:
-        """Compute the table again: after to_empty(), as for weights that no checkpoint holds."""
+        """Compute the table again, after to_empty(): no checkpoint holds it."""
         self.table = self._computed(self.table.device)
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class SwiGLU(nn.Module):
         self.down_proj = linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] -> [..., hidden_size], bf16, fp16 or fp32."""
+        """Return the layer's output: [..., hidden_size] -> the same, in bf16, fp16 or fp32."""
         gate_up = torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)
         return self.down_proj(silu_and_mul(gate_up))
 
@@ -169,8 +169,8 @@ class Attention(nn.Module):
         """Return attention's output [B, S, hidden_size] for x [B, S, hidden_size].
 
         positions: [B, S] or [S]; None: after the cache's tokens, or from 0. cache: keys and values,
-        two tensors [B, capacity, Hkv, D] of x's dtype, with cache_seqlens, int32 [B], the tokens
-        that each holds already: the new ones are written after them and attended to with them.
+        two tensors [B, capacity, Hkv, D] of x's dtype. cache_seqlens, int32 [B]: the number of
+        tokens in each sequence's cache; new ones are written after them and attended to with them.
         A sequence that outgrows the cache raises ValueError (CPU tensors).
         """
         shape = x.shape[:2]

@@ -37,14 +37,14 @@ class FP8Linear(nn.Linear):
 
     State dict: weight e4m3 [out_features, in_features]; weight_scale fp32, [out_features, 1] for
     granularity "row", [1] for "tensor", one per 128 x 128 block for "block"; bias. On a CPU, weight
-    is held as pack_weight orders it where the shape allows; state_dict() returns a copy in the
-    plain order, and load_state_dict() takes that. Moving the module keeps e4m3 and the fp32 scale,
-    whatever dtype is named. dtype is the bias's. quantize_activation and scale_ub: as for
+    is in pack_weight's order where the shape allows; state_dict() returns a copy in the plain
+    order, and load_state_dict() takes that. Moving or casting the module keeps e4m3 and the fp32
+    scale. dtype is the bias's. quantize_activation and scale_ub: as for
     fp8_linear. A subclass of nn.Linear because peft adapts only those.
     """
 
     weight_scale: Tensor
-    compute_dtype = torch.float32  # peft makes adapters in it; in the weight's, e4m3, they'd round
+    compute_dtype = torch.float32  # peft would make adapters in the weight's dtype, e4m3
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class FP8Linear(nn.Linear):
         self.weight, self.weight_scale = nn.Parameter(weight, requires_grad=False), scale
 
     def _fitted(self, scale: Tensor) -> Tensor:
-        """Return a scale of another shape with the same meaning in this module's."""
+        """Return a scale in this module's shape, from another shape of the same meaning."""
         want, got = self.weight_scale.shape, tuple(scale.shape)
         one = scale.numel() == 1 and self.granularity != "block"
         if got != want and not one and (self.granularity, got) != ("row", (self.out_features,)):

@@ -121,9 +121,9 @@ def _gradients(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v: PyTorch's own attention, forward again and backward, in
-    linear memory but for a mask [Sq, Sk] where Sq < Sk. An op of its own, because it loops over
-    sequences, which torch.compile cannot trace."""
+    """Return the gradients of q, k and v. Runs PyTorch's attention forward again and backward, in
+    linear memory except for a mask [Sq, Sk] where Sq < Sk. It is an op because torch.compile cannot
+    trace the loop over sequences."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return _sdpa_gradients(grad, q, k, v, causal, softmax_scale)
     out = new(q), new(k), new(v)

@@ -32,7 +32,7 @@ def register(
     impl serves CPU and CUDA tensors; fake returns empty outputs. setup(ctx, inputs, output) and
     backward(ctx, *gradients) are the gradient's formula, as in torch.library.register_autograd;
     without them the backward pass raises NotImplementedError. autocast(dtype, *arguments) returns
-    the arguments as cast under torch.autocast, which the op itself does not run under.
+    the arguments cast for torch.autocast; the op itself then runs outside autocast.
 
     A call through Library.define and impl costs about 2 us; torch.library.custom_op costs 5 to 15.
     An autograd formula costs 4.5 us more in each call outside inference_mode. So the op has two
@@ -69,7 +69,7 @@ def register(
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
-    """Raise if forward-mode differentiation is under way: PyTorch would return no tangent, or 0."""
+    """Raise in forward-mode differentiation, where PyTorch would return no tangent, or 0."""
     for arg in args:
         if isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None:
             raise NotImplementedError(f"{name}: has no forward-mode derivative")

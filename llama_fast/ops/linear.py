@@ -73,10 +73,10 @@ def fp8_linear(
     weight's bytes cost time. On a GPU a row's last bits may differ between calls of up to 64 rows
     and of more. On a CPU with AMX and bf16 x, see linear.
 
-    LLAMA_FAST_CPU_INT16=on lets None round x and the weight to 13 bits from 32 rows on, on CPUs
-    with AVX2 and no AVX-512: 1.2 to 1.5 times as fast, with a relative error of about 2e-4, where
-    e4m3 weights have 2.6e-2. Then a row's bits differ between calls of up to 31 rows and of more.
-    torch.use_deterministic_algorithms prevents it.
+    With LLAMA_FAST_CPU_INT16=on, None rounds x and the weight to 13 bits from 32 rows on, on CPUs
+    with AVX2 and no AVX-512. That is 1.2 to 1.5 times as fast, with a relative error of about 2e-4;
+    that of e4m3 weights is 2.6e-2. A row's bits then differ between calls of up to 31 rows and of
+    more. torch.use_deterministic_algorithms prevents it.
     """
     checks.activation("x", x)
     checks.has_dtype("weight", weight, checks.FP8)
@@ -256,7 +256,8 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """x's is grad @ weight, weight's grad^T @ x (packed like the weight), bias's grad's sum."""
+    """Return the gradients of x, grad @ weight; of weight, grad^T @ x, packed if weight is; and
+    of bias, grad summed over rows."""
     x, weight = ctx.saved_tensors
     rows = as_rows(grad)
     of_x = of_weight = of_bias = None
@@ -276,7 +277,8 @@ def _setup_fp8_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _fp8_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """x's is grad @ (weight * weight_scale), whether x was quantized or not; bias's grad's sum."""
+    """Return the gradients of x, grad @ (weight * weight_scale), even if x was quantized; and of
+    bias, grad summed over rows."""
     weight, scale = ctx.saved_tensors
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
         raise NotImplementedError(

@@ -123,8 +123,8 @@ def _norm_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of rms_norm(x, weight), computed in fp32 and rounded once.
 
-    With n = x * r, r = 1 / sqrt(mean(x^2) + eps) and g = grad * weight: x's is
-    r * (g - n * mean(g * n)), weight's the sum of grad * n over the rows.
+    With n = x * r, r = 1 / sqrt(mean(x^2) + eps) and g = grad * weight, the gradient of x is
+    r * (g - n * mean(g * n)), and that of weight the sum of grad * n over the rows.
     """
     h, g, w = wide(x), wide(grad), wide(weight)
     r = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
