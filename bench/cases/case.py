@@ -124,7 +124,7 @@ def checked(result: Any) -> Tensor:
 
 @dataclass
 class Case:
-    """A plan's implementations. A run takes the round's number, by which it rotates buffers."""
+    """A plan's implementations. A run takes the round's number, which selects its buffers."""
 
     op: str
     arguments: Arguments
@@ -133,14 +133,14 @@ class Case:
     value: Callable[[Any], Tensor] = checked  # the part of a run's result that exact corresponds to
     options: Mapping[str, Any] = field(default_factory=dict)  # the op's keyword arguments
     baselines: dict[str, Run] = field(default_factory=dict)
-    # Baselines that can run a part: n -> a run of an nth of the work. `baselines` gets their whole.
+    # Baselines that can run a part: n -> a run of an nth of the work. `baselines` has n = 1.
     parts: dict[str, Callable[[int], Run]] = field(default_factory=dict)
     divides: bool = True  # whether the work divides by PARTS
     inputs: Mapping[str, Any] = field(default_factory=dict)  # by name, for peers; empty: no peers
     targets: Mapping[str, float] = field(default_factory=dict)  # baseline or "limit" -> ratio
     copies: int = 8  # the most buffers that the runs rotate through
     waits: tuple[str, ...] = ()  # runs that wait for a GPU and so cannot be in a CUDA graph
-    packed: Arguments | None = None  # the arguments in the layout that ours reads
+    packed: Arguments | None = None  # the arguments in the layout that our kernel reads
 
     def __post_init__(self) -> None:
         self.baselines = {**{name: part(1) for name, part in self.parts.items()}, **self.baselines}
@@ -173,8 +173,8 @@ def compiled(op: str, arguments: Arguments) -> Run:
     @cache
     def twin() -> Callable[..., Any]:
         torch._dynamo.reset()  # each case's shapes count against a limit of variants
-        # The cache's key does not hold the instruction set: a graph for AVX-512's vectors, reused
-        # where AVX2 is forced, leaves out half of the elements.
+        # The cache's key does not hold the instruction set. A graph for AVX-512's vectors, reused
+        # under forced AVX2, would skip half of the elements.
         torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
         return torch.compile(getattr(reference, op), dynamic=False)
 
@@ -198,6 +198,6 @@ def ends(t: Tensor, rows: int = CHECKED_ROWS) -> Tensor:
 
 def cache_bytes(device: torch.device) -> int:
     """Return the bytes that rotating buffers need; four times a GPU's L2, which is not LRU."""
-    if device.type == "cpu" or not torch.cuda.is_available():  # or a plan for a GPU that is away
+    if device.type == "cpu" or not torch.cuda.is_available():  # or a plan for an absent GPU
         return CACHE_BYTES
     return 4 * torch.cuda.get_device_properties(device).L2_cache_size

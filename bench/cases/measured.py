@@ -29,7 +29,7 @@ REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 @dataclass
 class Measured:
-    """What is known of a case so far."""
+    """A case's errors and timings so far."""
 
     errors: dict[str, float] = field(default_factory=dict)
     passes: list[dict[str, Timing]] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Measurer:
         return self.args.level != "quick" and self.compiling < COMPILE_SECONDS
 
     def _part(self, case: Case, name: str) -> int:
-        """Return n such that a call of an nth of the work takes at most a case's budget."""
+        """Return n so that a call of an nth of the work takes at most a case's budget."""
         if name not in case.parts or not case.divides or self.device.type != "cpu":
             return 1
         least = case.parts[name](PARTS)
@@ -133,10 +133,10 @@ class Measurer:
     def _errors(
         self, plan: Plan, case: Case, runs: dict[str, Run], so_far: Measured
     ) -> dict[str, float]:
-        """Return each implementation's error, before anything is timed, and the yardstick's, even
-        if it is not timed: the eager twin if it fits, else PyTorch's own. A run that raises or is
-        wrong is removed from runs. A part of the work has no error, nor has a result of another
-        form."""
+        """Return each implementation's error, before anything is timed, and the yardstick's even if
+        it is not timed: the eager twin if it fits in memory, else PyTorch's own. A run that raises
+        or is wrong is removed from runs. A run of a part, or with a result of another form, has no
+        error."""
         exact, errors = case.exact(), {}
         yardstick = "eager" if "eager" in case.baselines else next(iter(case.baselines))
         first = {yardstick: case.baselines[yardstick]}
@@ -179,8 +179,8 @@ def row(
     backends: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a case's figures. "times": how many times faster ours is than each implementation;
-    "errors": each one's, against fp64. backends: further backends of ours, which are held to the
-    same bound."""
+    "errors": the error of each against fp64. backends: our other backends, which must meet the same
+    bound."""
     mine, work = timings["ours"].median, plan.work(case.limit)
     limit_rate = case.limit.work / timings["limit"].median
     times = {n: t.median / mine for n, t in timings.items() if n not in ("ours", "limit")}

@@ -1,12 +1,12 @@
 """Measure the forward pass of Llama 3.1 with our kernels against eager transformers and all peers.
 
-All have the same random weights, of 8B's true shapes: on a CPU four layers and a vocabulary of
-32,000, so that bf16, FP8, the fp32 reference and the peers' files fit in memory together; on a GPU
-as many layers as fit. Figures for all of 8B are extrapolated by bytes or flops and marked so;
-`--whole` runs the whole 8B preset in FP8.
+All have the same random weights, of 8B's true shapes: on a CPU up to four layers and a vocabulary
+of 32,000, so that bf16, FP8, the fp32 reference and the peers' files fit in memory together; on a
+GPU as many layers as fit. Figures for all of 8B are extrapolated by bytes or flops and are marked
+as such; `--whole` runs the whole 8B preset in FP8.
 
 Names are llama-bench's: pp512 is a prompt of 512 tokens into an empty cache, tg128 is 128 tokens
-generated one by one, "@ d16384" means that so many tokens are in the cache already, and "B8" means
+generated one by one, "@ d16384" means that 16384 tokens are in the cache already, and "B8" means
 eight sequences at once. GPU times are the host's and include launch gaps, most of the cost of an
 eager decode.
 """
@@ -49,7 +49,7 @@ TARGETS = {
 
 @dataclass
 class Asked:
-    """The options of a run, and where it keeps its figures."""
+    """The options of a run, and the record of its figures."""
 
     level: str
     device: torch.device = CPU
@@ -136,7 +136,7 @@ def run(asked: Asked, times: int | None = None) -> dict[str, Any]:
 def _passes(
     asked: Asked, sizes: Sizes, times: int, make: Callable[[Job], dict[str, Run]], within: float
 ) -> Iterator[tuple[Job, dict[str, Timing]]]:
-    """Yield each job after it was measured once more, with all of its timings. within: see
+    """Measure each job once per pass, and yield it with all its timings so far. within: see
     clock.passes."""
     runs: dict[Job, dict[str, Run]] = {}
     taken: dict[Job, list[dict[str, Timing]]] = {job: [] for job in sizes.jobs}
@@ -177,8 +177,8 @@ class Lineup:
         return found
 
     def memory(self, tokens: int, model: ModelPeer) -> tuple[str, dict[str, float]]:
-        """Return the GiB of the weights, and of a prompt's peak beside them, its cache included,
-        with the model's label."""
+        """Return the model's label, the GiB of its weights, and the further GiB at a prompt's peak,
+        its cache included."""
         n = self.part if model.label == "transformers" else 1
         prompt = self.prompt[:1, : tokens // n]
         with peak_memory(prompt.device) as peak:
@@ -214,7 +214,7 @@ class Lineup:
         return {**runs, **{f"limit {n}": _read_weights(o.model) for n, o in self.ours.items()}}
 
     def rows(self, job: Job, timings: dict[str, Timing]) -> list[dict[str, Any]]:
-        """Make a row for each of ours, with the others' times. "all_layers_tokens_per_s" is
+        """Make a row for each of our models, with the others' times. "all_layers_tokens_per_s" is
         extrapolated."""
         rows = []
         for name, model in self.ours.items():

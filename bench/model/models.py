@@ -165,8 +165,8 @@ class _Weights:
 
 
 def same_weights(hf: Any) -> dict[str, Ours]:
-    """Make ours in bf16 and FP8 with transformers' weights, on its device; they share the
-    embedding."""
+    """Make our models in bf16 and FP8 from transformers' weights, on the same device; the two share
+    the embedding."""
     config = lf.LlamaConfig.from_hf(hf.config)
     return {
         name: Ours(name, lf.Llama(config, assemble(config, _Weights(hf), quantize)))

@@ -1,8 +1,8 @@
 """Other libraries' kernels and models for the same jobs, if they are installed.
 
 `wanted` lists the peers that can run; `Peer.ops` returns runs of a case, and `Peer.models` models.
-A peer is imported on first use. Its module has OPS, functions from a case's inputs to runs by
-label, and may have models(hf_model, device).
+A peer is imported on first use. Its module has OPS, which maps an op to a function from a case's
+inputs to runs by label, and may have models(hf_model, device).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ops = Mapping[str, Callable[..., Mapping[str, Run]]]  # op -> a case's inputs by
 
 
 class Unsupported(Exception):
-    """The peer does not support a shape, dtype or device, or its version does not."""
+    """The peer, or its installed version, does not support a shape, dtype or device."""
 
 
 class ModelPeer(ABC):
@@ -41,15 +41,15 @@ class ModelPeer(ABC):
     @abstractmethod
     def after(self, context: Tensor, tokens: Tensor, times: int) -> Run:
         """Process the context [B, C], which may be empty, and return a run that processes tokens
-        after it, at once, so many times one after the other, and returns the last token's logits.
-        Its rounds are equal, whatever else ran on the same context. Jobs on the same context share
-        a cache, since a long one takes minutes to read."""
+        after it, all at once, `times` times in a row, and returns the last token's logits. Rounds
+        are equal, whatever else ran on the same context. Jobs on the same context share a cache,
+        since a long one takes minutes to read."""
 
     def extend(self, context: Tensor, tokens: Tensor) -> Run:
         return self.after(context, tokens, 1)
 
     def decode(self, context: Tensor, steps: int) -> Run:
-        """Decode the context's last token, so many times."""
+        """Return a run of `steps` decoding steps, which all read the context's last token."""
         return self.after(context, context[:, -1:], steps)
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Peer:
     package: str  # on PyPI; its version is reported
     devices: tuple[str, ...]  # device types
     adapter: str  # the module of this package that drives it
-    modules: tuple[str, ...]  # that it needs
+    modules: tuple[str, ...]  # the modules that it needs
     install: str = "pip install 'llama_fast[peers]'"
     at_least: str = ""  # the oldest version that the adapter fits
     only_named: bool = False  # runs only if it is asked for by name

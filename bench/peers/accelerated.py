@@ -1,4 +1,4 @@
-"""Run transformers with llama_fast's kernels in it: lf.accelerate, 16-bit and FP8."""
+"""Run transformers models on llama_fast's kernels: lf.accelerate, in 16 bits and FP8."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Record:
-    """A run's figures, which are written to a file, if there is one, whenever some are kept."""
+    """A run's figures. keep() rewrites the file, if there is one."""
 
     def __init__(self, path: Path | None = None, **results: Any) -> None:
         self.path, self.results = path, {"skipped": {}, "failed": {}, **results}

@@ -31,7 +31,7 @@ COLORS = {
     "llama.cpp Q8_0": "#882255",
     "llama.cpp bf16": "#aa4499",
 }
-_SAME = {"bf16 F.linear": "F.linear"}  # drawn as one
+_SAME = {"bf16 F.linear": "F.linear"}  # drawn as one implementation
 _OTHERS = ("#332288", "#117733", "#999933", "#661100", "#6699cc", "#44aa99", "#aa4466", "#dd7788")
 _RC = {
     "svg.hashsalt": "llama_fast",  # equal figures give equal bytes

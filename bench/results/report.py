@@ -1,4 +1,4 @@
-"""Write what a run prints: one aligned line a case."""
+"""Format what a run prints: one aligned line per case."""
 
 from __future__ import annotations
 

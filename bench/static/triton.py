@@ -55,7 +55,7 @@ WORDS: dict[str, dict[str, str]] = {
     "hardware e4m3": dict.fromkeys(("sm_89", "sm_90", "sm_100"), "cvt e4m3"),
     "ex2": dict.fromkeys(common.CHIPS, "ex2"),
 }
-ANY = ""  # among the kernels of a case's needs: each that it does not name
+ANY = ""  # in a case's needs: every kernel that they do not name
 MAY_SERIALIZE = "may serialize"  # among a kernel's needs: its wgmma may be serialized
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from .figures import Part, Run, Timing, uncollected
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 240
-SLOW = 4  # times our time
+SLOW = 4  # a slow run takes this many times our time
 SLOW_ROUNDS = 3  # the least, however long they take
 # Seconds before each turn: threads of the run before may spin for milliseconds, waiting for work,
 # on the cores that the next run needs.
@@ -30,9 +30,10 @@ def measure(
     """Measure one pass of `passes` (see joined): alternate the runs for its share of about `budget`
     seconds, warm-up aside, and of at least `least` rounds.
 
-    A run that takes SLOW times as long as the first one gets one budget of its own, or it would
-    take the rounds of all. A first call that takes a quarter of the budget counts as a round. The
-    order reverses every other round, so that no run always starts on the same neighbor's caches.
+    A run that takes SLOW times as long as the first one gets a budget of its own, or it would use
+    up the time of all others. A first call that takes a quarter of the budget counts as a round.
+    The order reverses every other round, so that no run always starts on the same neighbor's
+    caches.
     """
     budget /= passes
     few, least, most = (math.ceil(n / passes) for n in (SLOW_ROUNDS, least, MAX_ROUNDS))
@@ -67,8 +68,8 @@ def measure(
 
 
 def _warm_up(run: Run, enough: float) -> float:
-    """Return the seconds of a call: the second one if the first, which compiles, allocates and
-    touches pages, was quick."""
+    """Return the seconds of a call. The first call compiles, allocates and touches pages; if it was
+    quick, time the second."""
     for i in range(2):
         start = time.perf_counter()
         run(i)

@@ -101,7 +101,7 @@ def _calls(run: Run, count: int) -> None:
 
 
 def _seconds(f: Callable[[], object]) -> tuple[float, float]:
-    """Return the seconds that one call takes the host and the device."""
+    """Return the seconds that one call takes on the host and on the device."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     start, end = _sample(_Sampler(f, 1, 0.0, "", 0.0))

@@ -152,7 +152,8 @@ _SMI = {
 
 
 def _gpu() -> dict[str, Any]:
-    """Describe what figures on a GPU depend on besides its name; without nvidia-smi no clocks."""
+    """Describe what figures on a GPU depend on besides its name, without clocks if nvidia-smi is
+    missing."""
     command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

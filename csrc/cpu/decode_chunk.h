@@ -1,8 +1,8 @@
-// The elements of a key or value that decode attention takes at a time, as vectors of fp32.
+// Chunks: the elements of a key or value that decode attention loads at a time, as fp32 vectors.
 //
-// e4m3 (e4m3.h) for fp32 products decodes as the value times 2^-kShift. q and p are multiplied by
-// the inverse beforehand, which changes no bit of a product. holds_nan() looks for NaN; blocks that
-// hold one take the exact form.
+// For fp32 products, e4m3 (e4m3.h) decodes to the value times 2^-kShift. q and p are multiplied by
+// 2^kShift beforehand, which changes no bit of a product. holds_nan() looks for NaN codes; blocks
+// that hold one take the exact form.
 #pragma once
 #include "e4m3.h"
 #include "simd.h"
@@ -16,7 +16,7 @@ struct PlainChunk {
   static constexpr int kPairs = 1, kSize = 2 * kLanes;
   Pair p;
   explicit PlainChunk(const C* x) : p(load2(x)) {}
-  PlainChunk(const C* x, int n) : p(load2_n(x, n)) {}  // the first n, the rest as zero
+  PlainChunk(const C* x, int n) : p(load2_n(x, n)) {}  // the first n; the rest are zero
   Pair pair(int) const { return p; }
 };
 template <class C, bool kExact>
@@ -96,7 +96,7 @@ template <>
 inline constexpr int kShift<float, e4m3> = kWeightShift;
 #endif
 
-// Returns whether the first d elements of n rows hold a NaN that only the exact form respects.
+// Returns whether the first d elements of n rows hold a NaN, which only the exact form keeps.
 template <class Q, class C>
 inline bool holds_nan([[maybe_unused]] const C* const* rows, [[maybe_unused]] int n,
                       [[maybe_unused]] int64_t d) {

@@ -1,14 +1,14 @@
 // fp8_linear by integer products, for many rows on AVX2: both operands are rounded to 13 bits and a
-// sign. The result is not exact, so this is a choice of the caller's (LLAMA_FAST_CPU_INT16).
+// sign. The result is not exact, so the caller must choose it (LLAMA_FAST_CPU_INT16).
 //
-// vpmaddwd multiplies and adds twice as many products as an FMA. 64 columns at a time share a
-// scale: x, by row, is rounded to at most kMostX; the weight, by feature, to a multiple of a power
+// vpmaddwd multiplies and adds twice as many products as an FMA. 64 columns share a
+// scale. x, by row, is rounded to at most kMostX; the weight, by feature, to a multiple of a power
 // of two that leaves its largest magnitude 12 bits. 64 products then fit 32 bits, exactly; the sums
-// are scaled and added up in fp32, in order. So a row's bits depend on no other row, on no thread
-// and not on the weight's layout.
+// are scaled and added up in fp32, in order. So a row's bits depend neither on other rows, nor on
+// threads, nor on the weight's layout.
 //
 // Error: half a step of each operand, relative to the largest of the 64: 1.1e-4 of x, 1.2e-4 or
-// less of the weight, beside e4m3's own 6e-2. Rows with an infinity, a NaN or magnitudes whose
+// less of the weight, against e4m3's own 6e-2. Rows with an infinity, a NaN or magnitudes whose
 // scale does not fit fp32 are computed exactly instead. A NaN code of the weight makes its
 // feature's scale NaN.
 #pragma once
@@ -25,7 +25,7 @@ inline constexpr int64_t kInt16Rows = 512;  // rows of x per pass over the weigh
 inline constexpr float kMostX = 4369;       // times 15 * 2^9 times 64 < 2^31
 inline constexpr float kSmallest = 0x1p-100f, kLargest = 0x1p100f;  // amax of 64 values of x
 
-// How rows and columns are cut, which sets the layout of x: [share][k block][tile][pair][tile's
+// How rows and columns are split, which sets the layout of x: [share][k block][tile][pair][tile's
 // rows] pairs of int16, and of its scales: [share][chunk][share's rows].
 struct Int16Plan {
   int64_t k, block, pairs, chunks;
@@ -48,7 +48,7 @@ bool round_row(const Int16Plan& plan, int32_t* out, float* scales, int64_t share
   const int64_t begin = FmaPlan::tile_begin(share_rows, tile);
   const int64_t rows = FmaPlan::tile_begin(share_rows, tile + 1) - begin;
   bool fits = true;
-  Vec check = zeros();  // NaN as soon as an element is not finite
+  Vec check = zeros();  // becomes NaN if an element is not finite
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t k0 = chunk * kChunk, n = plan.k - k0 < kChunk ? plan.k - k0 : kChunk;
     Vec v[kChunk / kLanes], most = zeros();
