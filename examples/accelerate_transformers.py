@@ -1,6 +1,6 @@
 """Run a transformers model on the kernels: python examples/accelerate_transformers.py DIR
 
-One line puts them in, one takes them out again. The tokens are the same in fp32.
+One line puts them in, and one takes them out again. In fp32 the tokens are the same.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""FP8 weights in a transformers model, in one line: python examples/fp8_transformers.py DIR OUT
+"""Quantize a transformers model to FP8 in one line: python examples/fp8_transformers.py DIR OUT
 
 The saved folder is in compressed-tensors' format, which vLLM loads too.
 """

@@ -44,7 +44,7 @@ class FP8Linear(nn.Linear):
     """
 
     weight_scale: Tensor
-    compute_dtype = torch.float32  # peft would make adapters in the weight's dtype, e4m3
+    compute_dtype = torch.float32  # peft makes adapters in it; in e4m3 they would lose precision
 
     def __init__(
         self,

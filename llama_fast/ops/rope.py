@@ -133,8 +133,8 @@ def apply_rope_and_append(
     and rounded to its dtype first; caches of q's dtype take no scales.
 
     layer: the caches are pools [layers, blocks, block_size, Hkv, D], and this layer is written.
-    Under torch.compile with dynamic shapes, pass pools and layer. With pool[layer], Inductor of
-    PyTorch 2.13 would write to the pool's start, so that form raises NotImplementedError.
+    Under torch.compile with dynamic shapes, pass pools and layer: pool[layer] raises
+    NotImplementedError there, because Inductor of PyTorch 2.13 would write to the pool's start.
     """
     _check(q, k, positions, table, interleaved)
     checks.like("v", v, "q", q)
