@@ -45,7 +45,8 @@ class State:
     config: Any  # the model's config before accelerate()
     quantize: str | None
     left: dict[str, str] = field(default_factory=dict)  # module's name -> why it is untouched
-    quantized: set[str] = field(default_factory=set)  # names of linears
+    # names of linears -> whether the weights required a gradient
+    quantized: dict[str, bool] = field(default_factory=dict)
 
 
 def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTrainedModel:
@@ -101,7 +102,7 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
         taker.take(model, "lm_head", fp8=quantize == "fp8_all")
     if state.quantized:
         _declare_fp8(model, state)
-    if not taker.layers:
+    if not formed:
         state.left[""] = f"{type(model).__name__} is none of {', '.join(FAMILIES.values())}"
         warnings.warn(f"llama_fast: nothing to accelerate: {state.left['']}", stacklevel=2)
     return model
@@ -155,8 +156,8 @@ class _Taker:
     def take_layer_part(self, module: nn.Module, name: str, form: str) -> None:
         """Take the linears of an attention or an MLP."""
         ffn = form == "MLP"
-        at = self.layers.index(name.rpartition(".")[0])
-        recipe_ffn = self.quantize == "fp8_ffn" and ffn and 0 < at < len(self.layers) - 1
+        inner = name.rpartition(".")[0] in self.layers[1:-1]
+        recipe_ffn = self.quantize == "fp8_ffn" and ffn and inner
         fp8 = self.quantize in ("fp8", "fp8_all") or recipe_ffn
         together = _FORMS[form].together
         packable = linears.packable_together([getattr(module, part) for part in together])
@@ -187,7 +188,7 @@ class _Taker:
             if linear.weight.dim() == 4:
                 linear.weight.data = unpack_weight(linear.weight.data)
             setattr(owner, last, FP8Linear.from_linear(linear, scale_ub=bound))
-            self.state.quantized.add(name)
+            self.state.quantized[name] = linear.weight.requires_grad
 
     def _why_not(self, linear: nn.Module, fp8: bool) -> str | None:
         if type(linear) not in (nn.Linear, PackedLinear):

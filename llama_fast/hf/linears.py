@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.weights import packable, packed
 from ..nn import FP8Linear
+from ..ops.checks import ACTIVATIONS
 from ..ops.linear import fp8_linear, linear
 from ..reference import unpack_weight
 
@@ -34,7 +35,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if trained(self.weight):
             self.unpack()
-        elif x.dtype == self.weight.dtype:
+        elif x.dtype == self.weight.dtype and x.dtype in ACTIVATIONS:
             return linear(x, self.weight, self.bias)
         return F.linear(x, unpack_weight(self.weight), self.bias)
 
@@ -112,9 +113,10 @@ class Fused:
         if first.bias is not None:
             self.bias = _constant(_joined([p.bias for p in modules]))
         if isinstance(first, FP8Linear):
-            self.scale = _constant(torch.cat([p.weight_scale for p in modules]))
+            # Views too: load_state_dict copies into a scale in place.
+            self.scale = _constant(_joined([p.weight_scale for p in modules]))
             self.scale_ub, self.quantize_activation = first.scale_ub, first.quantize_activation
-        self._parts = [(name, part, part.weight.data_ptr()) for name, part in parts.items()]
+        self._parts = [(name, part, _pointers(part)) for name, part in parts.items()]
         self.out_features = [p.out_features for p in modules]
 
     @staticmethod
@@ -160,29 +162,40 @@ class Fused:
 
     def ready(self, owner: nn.Module, x: Tensor) -> bool:
         """Return whether the product stands for the owner's linears on x now: none is replaced or
-        hooked, their weights are still views, and none of them is trained."""
+        hooked, their weights and biases are still views, and none of them is trained."""
         modules: Any = owner._modules
         tracing = torch.compiler.is_compiling()
-        for name, part, pointer in self._parts:
+        for name, part, pointers in self._parts:
             if modules[name] is not part or hooked(part):
                 return False
-            weight: Any = part._parameters["weight"]
-            if not tracing and weight.data_ptr() != pointer:
+            if not tracing and _pointers(part) != pointers:
                 return False
-            if trained(weight):
+            weight, bias = part._parameters["weight"], part._parameters["bias"]
+            if trained(weight) or (bias is not None and trained(bias)):
                 return False
-        return self.scale is not None or x.dtype == self.weight.dtype
+        if self.scale is not None:
+            return True
+        return x.dtype == self.weight.dtype and x.dtype in ACTIVATIONS
 
     def unpack(self) -> None:
         """Return the weights to the plain order, for training, as views of one tensor again."""
         if self.scale is not None or self.weight.dim() == 2:
             return
         _say_once()
-        self.weight = _constant(unpack_weight(self.weight.detach()))
-        parts = self.weight.split(self.out_features)
-        for (_, part, _), weight in zip(self._parts, parts, strict=True):
-            part.weight.data = weight.data
-        self._parts = [(name, part, part.weight.data_ptr()) for name, part, _ in self._parts]
+        # From the parts' own weights, which may have been replaced since they were joined.
+        for _, part, _ in self._parts:
+            if part.weight.dim() == 4:
+                part.weight.data = unpack_weight(part.weight.data)
+        if self.why_not({name: part for name, part, _ in self._parts}) is not None:
+            return
+        self.weight = _constant(_joined([part.weight for _, part, _ in self._parts]))
+        self._parts = [(name, part, _pointers(part)) for name, part, _ in self._parts]
+
+
+def _pointers(linear: nn.Module) -> tuple[int, int | None]:
+    weight: Any = linear._parameters["weight"]
+    bias = linear._parameters["bias"]
+    return weight.data_ptr(), None if bias is None else bias.data_ptr()
 
 
 def _constant(t: Tensor) -> nn.Parameter:

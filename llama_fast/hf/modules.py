@@ -114,7 +114,8 @@ class MLP(Fusing):
 
 
 class Rotations(tuple[Tensor, Tensor]):
-    """(cos, sin) as transformers' layers take them, and rope_table's form of them."""
+    """(cos, sin) as transformers' layers take them, and rope_table's form of them. What rebuilds a
+    tuple of its elements, as FSDP does, drops the latter."""
 
     table: Tensor  # fp32 [B or 1 * S, D]
     positions: Tensor  # [B * S], of the tokens in table
@@ -173,7 +174,7 @@ class Attention(Fusing):
         q, k, v = heads.split([n // self.head_dim for n in qkv.out_features], dim=1)
         if "q_norm" in self._modules:
             q, k = self.q_norm(q), self.k_norm(k)
-        if isinstance(rotations, Rotations):
+        if isinstance(rotations, Rotations) and hasattr(rotations, "table"):
             table, positions = rotations.table, rotations.positions
         else:
             cos, sin = rotations

@@ -36,7 +36,11 @@ def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTraine
     for name in [name for name, _ in model.named_modules()]:
         module = model.get_submodule(name)
         if source is not None and name in state.quantized:
-            model.set_submodule(name, source.linear(name, module))
+            linear = source.linear(name, module)
+            linear.weight.requires_grad_(state.quantized[name])
+            if name == "lm_head" and state.config.tie_word_embeddings:
+                linear.weight = model.get_input_embeddings().weight
+            model.set_submodule(name, linear)
         elif type(module) is FP8Linear:
             module.weight.data = module.weight.data.clone()  # it may be a view of a fused one
         elif type(module) is linears.PackedLinear:
@@ -83,7 +87,7 @@ class _Checkpoint:
 
     def check(self, name: str, module: FP8Linear) -> None:
         """Raise ValueError unless quantizing the checkpoint's weight gives the module's."""
-        q, scale = quantize_fp8(self.read(name))
+        q, scale = quantize_fp8(self.read(name).to(module.weight.device))
         same = torch.equal(q.view(torch.uint8), unpack_weight(module.weight.data).view(torch.uint8))
         if not same or not torch.equal(scale, module.weight_scale):
             raise ValueError(
