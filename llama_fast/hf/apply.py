@@ -62,8 +62,8 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
     Meta's 405B recipe: the feed-forward layers but the first and the last. FP8 weights are frozen.
     Call accelerate again after replacing weights or moving the model.
 
-    Raises TypeError unless model is a transformers model, and ValueError for an unknown quantize or
-    if it would quantize weights that are being trained.
+    Raises TypeError unless model is a transformers model, and ValueError for a quantize that is
+    unknown or another than before, or if it would quantize weights that are being trained.
     """
     if not isinstance(model, PreTrainedModel):
         got = type(model).__name__
@@ -76,6 +76,11 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
             "would freeze; call model.eval() or model.requires_grad_(False) first"
         )
     state = getattr(model, STATE, None)
+    if state is not None and state.quantized and quantize not in (None, state.quantize):
+        raise ValueError(
+            f"quantize: got {quantize!r} for a model that is in {state.quantize!r}; "
+            "call restore(model) first"
+        )
     if state is None:
         state = State(model.config, quantize)
         setattr(model, STATE, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,8 @@ class TestArguments:
             lf.accelerate(tiny(), quantize="int4")
         with pytest.raises(ValueError, match="would freeze"):
             lf.accelerate(tiny().train(), quantize="fp8")
+        with pytest.raises(ValueError, match="got 'fp8_ffn' for a model that is in 'fp8'"):
+            lf.accelerate(lf.accelerate(tiny(), quantize="fp8"), quantize="fp8_ffn")
 
     def test_another_architecture(self) -> None:
         config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
@@ -387,8 +390,11 @@ def test_memory_never_exceeds_the_model_and_one_layer(quantize: str | None) -> N
         (line,) = (x for x in status.read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) << 10
 
-    clear.write_text("5")  # VmHWM, the peak, starts from here
-    before = resident("VmRSS")
-    lf.accelerate(model, quantize)
-    peak = resident("VmHWM") - before
-    assert 0.1 * layer < peak < layer
+    def peak(run: Callable[[], object]) -> int:
+        clear.write_text("5")  # VmHWM, the peak, starts from here
+        before = resident("VmRSS")
+        run()
+        return resident("VmHWM") - before
+
+    assert peak(lambda: torch.ones(layer // 4)) > 0.9 * layer  # it sees what is allocated
+    assert peak(lambda: lf.accelerate(model, quantize)) < layer
