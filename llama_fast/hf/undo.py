@@ -60,15 +60,15 @@ class _Checkpoint:
     """The weights that were quantized to FP8, in a folder of safetensors."""
 
     def __init__(self, model: PreTrainedModel, path: str | Path | None) -> None:
-        folder = Path(path or model.name_or_path or "")
+        source = path or model.name_or_path
         remedy = "pass restore(model, path), or load the model again with from_pretrained"
-        if not (path or model.name_or_path) or not folder.is_dir():
+        if not source or not Path(source).is_dir():
+            held = f"{str(source)!r} is no folder" if source else "there is no folder"
             raise ValueError(
-                f"model: its weights were quantized, and {str(folder)!r}, from where it was "
-                f"loaded, is not a folder to read them from; {remedy}"
+                f"model: its weights were quantized, and {held} to read them from; {remedy}"
             )
-        self.folder, self.remedy = folder, remedy
-        self.shards = Shards(folder)
+        self.folder, self.remedy = Path(source), remedy
+        self.shards = Shards(self.folder)
         self.prefix = model.base_model_prefix
         self.dtype = next(p.dtype for p in model.parameters() if p.dtype in ACTIVATIONS)
 
