@@ -267,7 +267,7 @@ def test_a_file_that_hangs_costs_its_own_tests(
     monkeypatch.setattr(tests, "SIDE_BY_SIDE", ())
     monkeypatch.setattr(tests, "TIMEOUTS", {"cuda": a_test})
     checkout(tmp_path, rope=HANGS, some=SOME)
-    problems = tests.run("cuda", args, 20.0 if a_test == "60" else 60.0)
+    problems = tests.run("cuda", args, 20.0 if a_test == "60" else 240.0)
     found = json.loads((args.out / "tests-cuda.json").read_text())
     some = found["files"]["test_some"]
     assert some["passed"] == 3 and list(some["failed"]) == ["tests.gpu.test_some::test_bad"]
@@ -284,7 +284,7 @@ def test_a_test_that_hangs_costs_itself(
     """Let pytest-xdist replace the process that pytest-timeout ended."""
     monkeypatch.setattr(tests, "TIMEOUTS", {"triton": "6"})
     checkout(tmp_path, rope=HANGS + "def test_after(): pass\n")
-    tests.run("triton", args, 60.0)
+    tests.run("triton", args, 240.0)
     found = json.loads((args.out / "tests-triton.json").read_text())["files"]["test_rope"]
     assert found["passed"] == 2 and "error" not in found
     assert list(found["failed"]) == ["tests.gpu.test_rope::test_hangs"] or len(found["failed"]) == 1
