@@ -37,16 +37,16 @@ def perplexity(
     against: Model | None = None,
     *,
     context: int = CONTEXT,
-    cache_dtype: torch.dtype | None = None,
+    kv_cache: str | None = None,
     on_tokens: Callable[[int], None] = lambda done: None,
 ) -> Perplexity:
     """Return exp(-mean log probability) of tokens in windows of context tokens that do not overlap.
     The first token of a window only serves as context.
 
-    against: a model of the same vocabulary to compare the predictions with. cache_dtype: keys and
-    values pass through a KV cache of that dtype (float8_e4m3fn: with the scale 1). on_tokens(done)
-    is called after every few predictions. Raises ValueError for fewer than two tokens, a context
-    out of range, and a model with another vocabulary.
+    against: a model of the same vocabulary to compare the predictions with. kv_cache: as for
+    Llama.generate; "fp8" passes keys and values through an e4m3 cache. on_tokens(done) is called
+    after every few predictions. Raises ValueError for fewer than two tokens, a context out of
+    range, another kv_cache, and a model with another vocabulary.
     """
     longest = model.config.max_position_embeddings
     if not 2 <= context <= longest:
@@ -61,7 +61,7 @@ def perplexity(
     ours, theirs, divergences = [], [], []
     same = done = 0
     others = repeat(None) if against is None else score(against, windows)
-    mine = score(model, windows, cache_dtype=cache_dtype)
+    mine = score(model, windows, kv_cache=kv_cache)
     for scored, other in zip(mine, others, strict=False):  # the other's may be endless
         ours.append(scored.logprobs().double().cpu())
         if other is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -67,13 +68,20 @@ def test_it_is_the_definition(checkpoint: Path) -> None:
 def test_an_fp8_cache_takes_part(checkpoint: Path) -> None:
     model = lf.Llama.from_pretrained(checkpoint, torch.float32)
     tokens = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    with lf.use_backend("reference"):
-        plain, cached = (
-            perplexity(model, tokens, model, cache_dtype=dtype)
-            for dtype in (torch.float32, torch.float8_e4m3fn)
-        )
+    plain, cached = (perplexity(model, tokens, model, kv_cache=kind) for kind in (None, "fp8"))
     assert plain.against is not None and cached.against is not None
     assert plain.against.mean_kl < 1e-8 < 1e-5 < cached.against.mean_kl
+
+
+def test_an_fp8_cache_has_the_checkpoints_scales(checkpoint: Path) -> None:
+    """Scales that overflow every key and value must show."""
+    model = lf.Llama.from_pretrained(checkpoint, torch.float32)
+    tokens = torch.randint(320, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    measured = perplexity(model, tokens, kv_cache="fp8")
+    tiny = torch.full((model.config.num_hidden_layers, 1), 1e-6)
+    weights = dataclasses.replace(model.weights, k_scale=tiny, v_scale=tiny)
+    stored = perplexity(lf.Llama(model.config, weights), tokens, kv_cache="fp8")
+    assert stored.perplexity != measured.perplexity
 
 
 def test_bad_arguments(checkpoint: Path) -> None:
@@ -82,6 +90,7 @@ def test_bad_arguments(checkpoint: Path) -> None:
         ([1], {}, "tokens: got 1, want at least 2"),
         ([1, 2], {"context": 1}, "context: got 1, want 2 to the model's 131072"),
         ([1, 2], {"context": 131073}, "context: got 131073"),
+        ([1, 2], {"kv_cache": "int8"}, "kv_cache: got 'int8', want None or 'fp8'"),
     ):
         with pytest.raises(ValueError, match=message):
             perplexity(model, tokens, **options)

@@ -32,7 +32,7 @@ def add(command: AddCommand) -> None:
     add("--against", metavar="DTYPE|DIR", help="bfloat16, float16, float32, or a checkpoint")
     add("--context", type=positive, metavar="N", help="tokens a window; default 2048 or the most")
     add("--tokens", type=positive, metavar="N", help="tokens of the text to read; default all")
-    add("--kv-cache", choices=("fp8",), help="keys and values in e4m3, with the scale 1")
+    add("--kv-cache", choices=("fp8",), help="keys and values in e4m3, as generate has them")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             ids,
             other,
             context=context,
-            cache_dtype=torch.float8_e4m3fn if args.kv_cache else None,
+            kv_cache=args.kv_cache,
             on_tokens=lambda done: bar.update(task, completed=done),
         )
     distance = result.against

@@ -48,6 +48,11 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length() if rows <= 128 else -(-rows // 64) * 64
 
 
+def check_kv_cache(kv_cache: Any) -> None:
+    if kv_cache not in (None, "fp8"):
+        raise ValueError(f"kv_cache: got {kv_cache!r}, want None or 'fp8'")
+
+
 def new_cache(
     model: Model,
     max_tokens: int | Sequence[int],
@@ -55,7 +60,8 @@ def new_cache(
     batch_size: int = 1,
     num_blocks: int | None = None,
 ) -> KVCache:
-    """Return a KVCache of the model's dtype, or for "fp8" of e4m3 with the checkpoint's scales."""
+    """Return a KVCache of the model's dtype, or for "fp8" of e4m3 with the checkpoint's scales, or
+    measured ones."""
     fp8 = kv_cache == "fp8"
     return KVCache(
         model.config,

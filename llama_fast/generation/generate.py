@@ -70,8 +70,7 @@ def generate(
     cannot = cuda_graphs.cannot_capture(model.device)
     if graphs and cannot:
         raise ValueError(f"graphs: got True, but {cannot}")
-    if kv_cache not in (None, "fp8"):
-        raise ValueError(f"kv_cache: got {kv_cache!r}, want None or 'fp8'")
+    decode.check_kv_cache(kv_cache)
     speculation.check(model, speculate, draft_tokens)
     if graphs and speculate is not None:
         raise ValueError("graphs: got True, but speculate launches each kernel on its own")

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import FP8_DTYPE
-from .cache import KVCache
+from .decode import check_kv_cache, new_cache
 from .generate import PREFILL_CHUNK, check_prompt
 from .protocol import Model
 
@@ -53,12 +52,13 @@ def score(
     prompts: Sequence[Sequence[int]],
     first: Sequence[int] | None = None,
     *,
-    cache_dtype: torch.dtype | None = None,
+    kv_cache: str | None = None,
 ) -> Iterator[Scored]:
     """Yield the predictions of each prompt's tokens from index first on (None: from 1), a prompt's
-    in order, the shortest prompts first. cache_dtype: keys and values pass through a KV cache of
-    that dtype; FP8 ones have the scale 1.
+    in order, the shortest prompts first. kv_cache: as for generate; an FP8 cache whose scales the
+    checkpoint lacks measures them on the first tokens of each batch.
     """
+    check_kv_cache(kv_cache)
     # -1: the last token is not read.
     texts = [check_prompt(i, prompt, model, -1) for i, prompt in enumerate(prompts)]
     starts = [1] * len(texts) if first is None else list(first)
@@ -72,18 +72,8 @@ def score(
             wanted[row, starts[i] - 1 : len(texts[i]) - 1] = True
         tokens, targets = padded[:, :-1], padded[:, 1:]
         cache = None
-        if cache_dtype is not None or longest > PREFILL_CHUNK:
-            dtype = cache_dtype or model.dtype
-            scale = 1.0 if dtype == FP8_DTYPE else None
-            cache = KVCache(
-                model.config,
-                max(longest, 1),
-                len(batch),
-                dtype=dtype,
-                device=model.device,
-                k_scale=scale,
-                v_scale=scale,
-            )
+        if kv_cache is not None or longest > PREFILL_CHUNK:
+            cache = new_cache(model, max(longest, 1), kv_cache, len(batch))
         for start in range(0, longest, PREFILL_CHUNK):
             here = slice(start, start + PREFILL_CHUNK)
             hidden = model.hidden(tokens[:, here].to(model.device), cache=cache)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.weights import packable, packed
 from ..nn import FP8Linear
+from ..nn.linear import dense
 from ..ops.checks import ACTIVATIONS
 from ..ops.linear import fp8_linear, linear
 from ..reference import unpack_weight
@@ -36,7 +37,7 @@ class PackedLinear(nn.Linear):
         if trained(self.weight):
             self.unpack()
         elif x.dtype == self.weight.dtype and x.dtype in ACTIVATIONS:
-            return linear(x, self.weight, self.bias)
+            return linear(dense(x), self.weight, self.bias)
         return F.linear(x, unpack_weight(self.weight), self.bias)
 
     def unpack(self) -> None:
@@ -149,6 +150,7 @@ class Fused:
         return None
 
     def __call__(self, x: Tensor) -> Tensor:
+        x = dense(x)
         if self.scale is None:
             return linear(x, self.weight, self.bias)
         return fp8_linear(

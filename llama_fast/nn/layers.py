@@ -81,12 +81,12 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate q [..., H, D] and k [..., Hkv, D] by positions, [...] or its last dimensions."""
-        shape = q.shape[:-2]
-        flat = positions.expand(shape).reshape(-1)
-        q, k = apply_rope(
-            q.flatten(0, -3), k.flatten(0, -3), flat, self.table, interleaved=self.interleaved
+        flat = positions.expand(q.shape[:-2]).reshape(-1)
+        rows_q, rows_k = (t.reshape(-1, *t.shape[-2:]) for t in (q, k))
+        rotated_q, rotated_k = apply_rope(
+            rows_q, rows_k, flat, self.table, interleaved=self.interleaved
         )
-        return q.unflatten(0, shape), k.unflatten(0, shape)
+        return rotated_q.view(q.shape), rotated_k.view(k.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         super()._apply(moving(fn, self.table), recurse)

@@ -17,6 +17,11 @@ _GRANULARITIES = ("tensor", "row", "block")
 _INTEGER = {1: torch.uint8, 4: torch.int32}  # itemsize -> a dtype that no cast of a module touches
 
 
+def dense(x: Tensor) -> Tensor:
+    """Return x, or a copy whose last dimension is contiguous: nn.Linear takes any strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def moving(fn: Callable[[Tensor], Tensor], *kept: Tensor | None) -> Callable[[Tensor], Tensor]:
     """Return a form of fn, nn.Module._apply's argument, that moves the kept tensors to another
     device and never casts them: model.to(bfloat16) must leave e4m3 and fp32 scales as they are."""
@@ -159,7 +164,7 @@ class FP8Linear(nn.Linear):
         x is bf16, fp16 or fp32; bias has its dtype.
         """
         return fp8_linear(
-            x,
+            dense(x),
             self.weight,
             self.weight_scale,
             self.bias,

@@ -24,6 +24,15 @@ def other() -> Any:
     return model
 
 
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_layers_take_any_strides(quantize: str | None) -> None:
+    layer = lf.accelerate(tiny(), quantize).model.layers[0]
+    x = torch.randn(2, layer.self_attn.q_proj.in_features, 3).transpose(1, 2)
+    with torch.no_grad():
+        for module in (layer.self_attn.q_proj, layer.mlp):
+            assert torch.equal(module(x), module(x.contiguous()))
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(prompt()).logits

@@ -91,6 +91,14 @@ def test_rotary_table_stays_fp32_and_can_be_computed_again() -> None:
     flat = reference.apply_rope(q.flatten(0, 1), k.flatten(0, 1), at.flatten(), table)
     for a, b in zip(got, flat, strict=True):
         assert torch.equal(a.flatten(0, 1), b)
+    for a, b in zip(module(q[0, 0], k[0, 0], at[0, 0]), got, strict=True):
+        assert torch.equal(a, b[0, 0])  # a single token, [H, D]
+
+
+def test_fp8_linear_takes_any_strides() -> None:
+    """As nn.Linear does, though the op wants a contiguous last dimension."""
+    module, x = FP8Linear.from_linear(nn.Linear(64, 32)), torch.randn(64, 5)
+    assert torch.equal(module(x.t()), module(x.t().contiguous()))
 
 
 def test_import_needs_no_transformers(run_python: Callable[..., Any]) -> None:
