@@ -69,8 +69,8 @@ def test_greedy_text_of_ragged_prompts(hf: Any, model: Llama, tokenizer: Any) ->
 
 # Perplexity in 16 or 8 bits against fp32 on the same tokens: how far it may move, and how far the
 # predictions, in nats a token. Measured: 0.2 % and 0.0010, 2.7 % and 0.0202 (with the head in FP8
-# 0.0441, which the bound excludes), 0.4 % and 0.0081. With bf16
-# weights and the cache in FP8: 0.6 % and 0.0069.
+# 0.0441, which the bound excludes), 0.4 % and 0.0081. With bf16 weights and the
+# cache in FP8: 0.6 % and 0.0069.
 BOUNDS: dict[tuple[str | None, str | None], tuple[float, float]] = {
     (None, None): (0.01, 0.003),
     ("fp8", None): (0.05, 0.04),
