@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import generate, perplexity, quantize
+from . import generate, perplexity, plan, quantize
 from .common import Parser
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast perplexity --model Llama-3.1-8B --text book.txt --quantize fp8 --against bfloat16
+  llama-fast plan --model 405b --gpu h200 --gpus 8 --quantize fp8
   llama-fast bench --help
   llama-fast tune
   llama-fast env
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add(command)
     perplexity.add(command)
     quantize.add(command)
+    plan.add(command)
 
     tune = command("tune", _tune, "choose the GPU kernels' configurations", _TUNE_EXAMPLES)
     tune.add_argument("--device", metavar="NAME", default="cuda", help="default cuda")

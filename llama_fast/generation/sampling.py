@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ROWS = 64  # sampled at a time: their weights take 66 MB with 128,256 tokens
+ROWS = 64  # sampled at a time: their weights take 66 MB with 128,256 tokens
 
 
 def check(temperature: Any, top_p: Any, top_k: Any) -> None:
@@ -67,8 +67,8 @@ def sample_rows(
     u: fp64 [B], the number in [0, 1) with which each row draws; None is enough for temperature 0.
     An id is -1 where sample would raise. top_p without top_k sorts the rows.
     """
-    if len(logits) > _ROWS:
-        pieces = [slice(start, start + _ROWS) for start in range(0, len(logits), _ROWS)]
+    if len(logits) > ROWS:
+        pieces = [slice(start, start + ROWS) for start in range(0, len(logits), ROWS)]
         return torch.cat(
             [
                 sample_rows(logits[p], None if u is None else u[p], temperature, top_p, top_k)
