@@ -6,7 +6,7 @@ have one description. Times are a roofline by data sheets: no kernel is faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -138,28 +138,30 @@ class Rank:
         """Return the bytes of each kind on a GPU, with a batch whose sequences are all full."""
         c, rows = self.whole, bucket(batch)
         chunk = min(PREFILL_CHUNK, context)
-        head = rows * self.config.vocab_size * 2 + rows * c.vocab_size * 4
+        logits = rows * (2 + 4) + min(rows, ROWS) * SAMPLING  # in 16 bits, then in fp32
         return {
             "weights": self.weights.nbytes,
             "KV cache": self.cache_bytes(context, batch),
             # A graph's memory is not shared with prefill, which runs without one.
             "activations": (chunk + rows) * self.activation_bytes,
-            "logits": head + min(rows, ROWS) * c.vocab_size * SAMPLING,
+            "logits": logits * c.vocab_size,
             "rope table": c.max_position_embeddings * c.head_dim * 4,
             "reserve": int(RESERVE + COMMUNICATION * (self.gpus > 1)),
         }
 
     # ---- the least time, in seconds ----
 
-    def _products(self, gpu: Gpu) -> tuple[float, float]:
-        """Return the seconds of multiplying one row with the layers' weights, and with the head."""
+    def _seconds(self, gpu: Gpu, linears: Iterable[Linear]) -> float:
+        """Return the seconds of multiplying one row with each of the linears."""
 
-        def seconds(w: Linear) -> float:
-            rate = (gpu.fp8 if w.scale is not None else 0) or gpu.bf16
-            return 2 * w.weight.numel() / rate / 1e12
+        def rate(w: Linear) -> float:
+            return (gpu.fp8 if w.scale is not None else 0) or gpu.bf16
 
-        layers = [w for x in self.weights.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
-        return sum(map(seconds, layers)), seconds(self.weights.head)
+        return sum(2 * w.weight.numel() / rate(w) / 1e12 for w in linears)
+
+    def _layers(self) -> list[Linear]:
+        layers = self.weights.layers
+        return [w for x in layers for w in (x.qkv, x.output, x.gate_up, x.down)]
 
     def _attention(self, gpu: Gpu, pairs: float) -> float:
         c = self.config
@@ -180,25 +182,28 @@ class Rank:
         return (2 * self.whole.num_hidden_layers + 1) * one
 
     def _gathered(self, gpu: Gpu, rows: int) -> float:
-        """Return the seconds of gathering fp32 logits: half of an all-reduce's traffic."""
-        return gpu.all_reduce(2.0 * rows * self.whole.vocab_size, self.gpus)
+        """Return the seconds of gathering 16-bit logits: half of an all-reduce's traffic."""
+        return gpu.all_reduce(1.0 * rows * self.whole.vocab_size, self.gpus)
 
     def prefill(self, gpu: Gpu, tokens: int) -> Time:
-        """Return the least time of a prompt of so many tokens, in chunks, up to its logits."""
-        layers, head = self._products(gpu)
+        """Return the least time of a prompt of so many tokens, in chunks, up to the last one's
+        logits, for which the last layer's output projection and FFN skip all other tokens."""
+        layers, last = self._layers(), self.weights.layers[-1]
         chunks = [min(PREFILL_CHUNK, tokens - t) for t in range(0, tokens, PREFILL_CHUNK)]
         attention = self._attention(gpu, tokens * (tokens + 1) / 2)
         # Each chunk reads the weights, and the keys and values before its end.
         keys = sum(min(PREFILL_CHUNK * (i + 1), tokens) for i in range(len(chunks)))
         moved = len(chunks) * self._read + (keys + tokens) * self._token_bytes
         waits = sum(self._all_reduces(gpu, rows) for rows in chunks) + self._gathered(gpu, 1)
-        compute = tokens * layers + head + attention
+        compute = tokens * self._seconds(gpu, layers) + attention
+        compute -= (tokens - 1) * self._seconds(gpu, (last.output, last.gate_up, last.down))
+        compute += self._seconds(gpu, [self.weights.head])
         return Time(compute, moved / gpu.bandwidth / 1e12, waits)
 
     def decode(self, gpu: Gpu, context: int, batch: int) -> Time:
         """Return the least time of a step: one token for each sequence, with that many before."""
-        layers, head = self._products(gpu)
-        compute = batch * (layers + head) + self._attention(gpu, batch * context)
+        row = self._seconds(gpu, [*self._layers(), self.weights.head])
+        compute = batch * row + self._attention(gpu, batch * context)
         moved = self._read + batch * context * self._token_bytes
         waits = self._all_reduces(gpu, batch) + self._gathered(gpu, batch)
         return Time(compute, moved / gpu.bandwidth / 1e12, waits)
