@@ -1,5 +1,8 @@
 """Llama 3.1's forward pass: embed -> blocks -> norm -> head.
 
+With tensor parallelism (parallel.py) each rank runs it on its own heads and its own part of the FFN
+and the vocabulary.
+
 Source: The Llama 3 Herd of Models, arXiv:2407.21783.
 """
 
@@ -20,12 +23,19 @@ from .generation.decode import Decoder
 from .generation.generate import generate
 from .generation.logprobs import logprobs
 from .ops import activation, attention, decode_attention, rms_norm, rope
+from .parallel import Group, Share, vocab_sizes
 from .reference import FP8_DTYPE
 
 
 class Llama:
-    def __init__(self, config: LlamaConfig, weights: Weights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: LlamaConfig, weights: Weights, tp: Group | None = None) -> None:
+        """config: of the whole model. weights: those of this rank. tp: the ranks that hold the
+        model; None: this process alone. self.config then has this rank's heads and inner width."""
+        self.tp = tp or Group()
+        share = Share.of(config, self.tp.rank, self.tp.size)
+        self.config, self.weights = share.config(config), weights
+        self.first_token = share.vocab.start  # of this rank's part of the vocabulary
+        self.vocab_sizes = vocab_sizes(config.vocab_size, self.tp.size)
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.rope = rope.rope_table(config, config.max_position_embeddings, device=self.device)
         self.decoders: list[Decoder] = []  # idle, for the next call of generate
@@ -39,20 +49,33 @@ class Llama:
         device: torch.device | str | None = None,
         *,
         progress: bool | None = None,
+        tp: Group | None = None,
     ) -> Llama:
         """Load a folder in Hugging Face's format: config.json and safetensors.
 
         dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
         "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
         in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
-        terminal. Raises OSError or ValueError that names the fault in the files.
+        terminal. tp: parallel.join(), to split the model among the processes that torchrun started;
+        each then reads only its part of the files, to its own device. Raises OSError or ValueError
+        that names the fault in the files; with tp, on all ranks if on one (Group.together).
         """
-        config = LlamaConfig.from_pretrained(path)
-        dtype, device = _checked(dtype, device)
-        return cls(
-            config,
-            load(path, config, dtype=dtype, quantize=quantize, device=device, progress=progress),
-        )
+        tp = tp or Group()
+        with tp.together() as check:
+            config = LlamaConfig.from_pretrained(path)
+            check(config=config, dtype=dtype, quantize=quantize)
+            dtype, device = _checked(dtype, device, tp)
+            weights = load(
+                path,
+                config,
+                dtype=dtype,
+                quantize=quantize,
+                device=device,
+                progress=progress if tp.rank == 0 else False,
+                share=Share.of(config, tp.rank, tp.size),
+                on_layer=check,
+            )
+        return cls(config, weights, tp)
 
     @classmethod
     def from_config(
@@ -63,10 +86,16 @@ class Llama:
         dtype: torch.dtype = torch.bfloat16,
         quantize: str | None = None,
         device: torch.device | str | None = None,
+        tp: Group | None = None,
     ) -> Llama:
-        """Make random weights, for benchmarks. Activations have the scale of a trained model's."""
-        dtype, device = _checked(dtype, device)
-        return cls(config, assemble(config, RandomSource(seed, dtype, device), quantize))
+        """Make random weights, for benchmarks. Activations have the scale of a trained model's. tp:
+        as for from_pretrained; each rank draws its own part, so another number of ranks gives
+        another model."""
+        tp = tp or Group()
+        dtype, device = _checked(dtype, device, tp)
+        share = Share.of(config, tp.rank, tp.size)
+        source = RandomSource(seed, dtype, device, None if tp.size == 1 else tp.rank)
+        return cls(config, assemble(config, source, quantize, share=share), tp)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -111,10 +140,18 @@ class Llama:
         gives NaN, which affects no other sequence: checking the id would wait for the device, and
         torch's assertion on the device would make the GPU unusable for the process."""
         if tokens.is_cpu:
-            return F.embedding(tokens, self.weights.embedding)
+            return self.lookup(tokens)
         inside = (tokens >= 0) & (tokens < self.config.vocab_size)
-        x = F.embedding(tokens.where(inside, 0), self.weights.embedding)
-        return x.masked_fill(~inside[..., None], math.nan)
+        return self.lookup(tokens.where(inside, 0)).masked_fill(~inside[..., None], math.nan)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Return embeddings like embed, of tokens that are all in the vocabulary."""
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weights.embedding)
+        rows = tokens - self.first_token
+        elsewhere = (rows < 0) | (rows >= len(self.weights.embedding))
+        x = F.embedding(rows.masked_fill(elsewhere, 0), self.weights.embedding)
+        return self.tp.all_reduce(x.masked_fill(elsewhere[..., None], 0.0))
 
     def forward(
         self,
@@ -134,15 +171,15 @@ class Llama:
             x = self._attend(layer.qkv(normed), positions, i, cache, append)
             if last and i == final:  # its keys and values are all that other tokens leave behind
                 x, residual = x[:, -1:], residual[:, -1:]
-            x = layer.output(x)
+            x = self.tp.all_reduce(layer.output(x))
             normed, residual = self._norm(x, residual, layer.ffn_norm, layer.gate_up)
-            x = layer.down(self._swiglu(layer.gate_up(normed), layer.down))
+            x = self.tp.all_reduce(layer.down(self._swiglu(layer.gate_up(normed), layer.down)))
         return self._plain_norm(x, residual, self.weights.norm)[0]
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., vocab] fp32 for hidden [..., hidden], of all tokens or only some."""
-        return self.weights.head(hidden).float()
+        return self.tp.all_gather(self.weights.head(hidden), self.vocab_sizes).float()
 
     generate = generate
     logprobs = logprobs
@@ -234,8 +271,15 @@ class Llama:
 
 
 def _checked(
-    dtype: torch.dtype, device: torch.device | str | None
+    dtype: torch.dtype, device: torch.device | str | None, tp: Group
 ) -> tuple[torch.dtype, torch.device]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, want bfloat16, float16 or float32")
+    if tp.device is not None:
+        if device is not None and torch.device(device) not in (
+            tp.device,
+            torch.device(tp.device.type),
+        ):
+            raise ValueError(f"device: got {device}, want None or the group's, {tp.device}")
+        return dtype, tp.device
     return dtype, torch.get_default_device() if device is None else torch.device(device)

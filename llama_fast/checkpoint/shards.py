@@ -71,14 +71,15 @@ class Shards:
                     raise ValueError(f"{entry.file}: {stored}: is in {other.file.name} too")
                 self.entries[name] = entry
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor, memory-mapped by itself (0.1 ms): freeing it frees its pages."""
+    def read(self, name: str, *index: slice) -> Tensor:
+        """Return the tensor, or the part that a slice of each dimension selects, memory-mapped by
+        itself (0.1 ms): freeing it frees its pages, and only what is used of it is read."""
         entry = self.entries[name]
         with torch.device("cpu"):
             if self._gguf is not None:
-                return self._gguf.read(entry.stored)
+                return self._gguf.read(entry.stored)[index]
             with _opened(entry.file) as f:
-                return f.get_tensor(entry.stored)
+                return f.get_slice(entry.stored)[index] if index else f.get_tensor(entry.stored)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import FP8_DTYPE
@@ -206,7 +205,7 @@ class Decoder:
         """Return logits [size, vocab] after the last tokens, using only the fixed tensors."""
         positions, slots, seqlens, ahead = self._state[:, :size]
         append = Append(positions, slots, self._table[:size], seqlens)
-        x = F.embedding(self._tokens[:size], model.weights.embedding)
+        x = model.lookup(self._tokens[:size])
         logits = model.logits(model.forward(x, positions, self.cache, append)[:, 0])
         self._state[:3, :size] += ahead
         return logits

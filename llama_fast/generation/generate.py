@@ -63,22 +63,41 @@ def generate(
     speculate, draft_tokens out of range, and a draft model that does not fit; TypeError for another
     type of speculate.
     """
-    _check_count("max_new_tokens", max_new_tokens)
-    sampling.check(temperature, top_p, top_k)
-    if graphs is not None and not isinstance(graphs, bool):
-        raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
-    cannot = cuda_graphs.cannot_capture(model.device)
-    if graphs and cannot:
-        raise ValueError(f"graphs: got True, but {cannot}")
-    decode.check_kv_cache(kv_cache)
-    speculation.check(model, speculate, draft_tokens)
-    if graphs and speculate is not None:
-        raise ValueError("graphs: got True, but speculate launches each kernel on its own")
-    stops = frozenset(_ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids))
-    checked = [check_prompt(i, prompt, model, max_new_tokens) for i, prompt in enumerate(prompts)]
+    with model.tp.together() as check:
+        _check_count("max_new_tokens", max_new_tokens)
+        sampling.check(temperature, top_p, top_k)
+        if seed is not None:
+            _check_count("seed", seed)
+        if graphs is not None and not isinstance(graphs, bool):
+            raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
+        cannot = cuda_graphs.cannot_capture(model.device) or model.tp.cannot_capture()
+        if graphs and cannot:
+            raise ValueError(f"graphs: got True, but {cannot}")
+        decode.check_kv_cache(kv_cache)
+        speculation.check(model, speculate, draft_tokens)
+        if graphs and speculate is not None:
+            raise ValueError("graphs: got True, but speculate launches each kernel on its own")
+        stops = frozenset(
+            _ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids)
+        )
+        checked = [
+            check_prompt(i, prompt, model, max_new_tokens) for i, prompt in enumerate(prompts)
+        ]
+        how = speculate if isinstance(speculate, str) else type(speculate).__name__
+        check(
+            prompts=checked,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stops,
+            sampling=(temperature, top_p, top_k, seed),
+            graphs=graphs,
+            speculate=(how, draft_tokens),
+            kv_cache=kv_cache,
+        )
     new: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
         return new
+    if seed is None:  # drawn by torch's generator, so that torch.manual_seed applies
+        seed = model.tp.exchange(int(torch.randint(2**62, (), device="cpu")))[0]
     generators = _generators(checked, seed)
 
     def is_last(token: int, count: int) -> bool:
@@ -111,7 +130,7 @@ def generate(
     proposer = speculation.proposer(
         speculate, texts, lengths, generators, (temperature, top_p, top_k)
     )
-    pace = speculation.Pace(proposer, len(checked), draft_tokens)
+    pace = speculation.Pace(proposer, len(checked), draft_tokens, share=model.tp.exchange)
 
     def accept(i: int, logits: torch.Tensor, proposal: Sequence[int]) -> int:
         """Sample after the last token and after each proposal that equals the token sampled
@@ -180,12 +199,8 @@ def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
     return model.logits(hidden[:, -1])[0]
 
 
-def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Generator]:
-    """Return a host generator per prompt, so that a seed means the same on every device. Without a
-    seed, torch's generator draws one, so that torch.manual_seed applies."""
-    if seed is None:
-        seed = int(torch.randint(2**62, (), device="cpu"))
-    _check_count("seed", seed)
+def _generators(prompts: list[list[int]], seed: int) -> list[torch.Generator]:
+    """Return a host generator per prompt, so that a seed means the same on every device."""
     seen: Counter[tuple[int, ...]] = Counter()
     generators = []
     for prompt in map(tuple, prompts):

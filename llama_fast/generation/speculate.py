@@ -52,6 +52,11 @@ def check(model: Model, speculate: Any, draft_tokens: Any) -> None:
                 raise ValueError(
                     f"speculate: got a draft model of {name} {got}, want the model's, {want}"
                 )
+        if speculate.tp.size not in (1, model.tp.size):
+            raise ValueError(
+                f"speculate: got a draft model on {speculate.tp.size} ranks, want 1 or the "
+                f"model's, {model.tp.size}"
+            )
     elif isinstance(speculate, str):
         if speculate != "lookup":
             raise ValueError(f"speculate: got {speculate!r}, want 'lookup', a draft model or None")
@@ -242,8 +247,10 @@ class Pace:
         sequences: int,
         most: int,
         clock: Callable[[], float] = time.perf_counter,
+        share: Callable[[float], list[float]] = lambda seconds: [seconds],
     ) -> None:
-        self._proposer, self._clock = proposer, clock
+        """share: return every rank's seconds. All count rank 0's, so as to propose alike."""
+        self._proposer, self._clock, self._share = proposer, clock, share
         self._sequences = [_Sequence(most) for _ in range(sequences)]
         self._seconds: dict[int, deque[float]] = {}  # of the last passes, by rows
         self._since = 0  # passes since the last plain one
@@ -305,7 +312,9 @@ class Pace:
         self, active: Sequence[int], proposals: Sequence[Sequence[int]], accepted: Sequence[int]
     ) -> None:
         """Stop timing a pass, in which accepted[i] of proposals[i] were right."""
-        seconds = max(self._clock() - self._start, 1e-9)
+        if self._proposer is None:
+            return
+        seconds = self._share(max(self._clock() - self._start, 1e-9))[0]
         total = sum(map(len, proposals))
         rows = len(active) + total
         self._seconds.setdefault(rows, deque(maxlen=MEASURED)).append(seconds)
