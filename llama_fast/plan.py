@@ -19,7 +19,8 @@ from .config import LlamaConfig
 from .generation.cache import BLOCK_SIZE
 from .generation.decode import PREFILL_CHUNK, bucket, check_kv_cache
 from .generation.sampling import ROWS
-from .gpus import Gpu
+from .gpus import NODE, Gpu
+from .parallel import Share, Span, fitting, vocab_sizes
 from .reference import FP8_DTYPE
 
 GIB = 2**30
@@ -31,28 +32,9 @@ SAMPLING = 44
 MOST = 1 << 20  # sequences in a batch
 
 
-def splits(config: LlamaConfig) -> list[int]:
-    """Return the numbers of GPUs that divide a model, in order."""
-    c, found = config, []
-    for n in range(1, 2 * c.num_key_value_heads + 1):
-        kv = c.num_key_value_heads
-        if not (c.num_attention_heads % n or c.intermediate_size % n or c.vocab_size % n):
-            found += [n] * (kv % n == 0 or n % kv == 0)
-    return found
-
-
-def local(config: LlamaConfig, gpus: int) -> LlamaConfig:
-    """Return a rank's part of the shapes."""
-    if gpus not in splits(config):
-        known = ", ".join(map(str, splits(config)))
-        raise ValueError(f"gpus: got {gpus}, want one that divides the model: {known}")
-    return replace(
-        config,
-        num_attention_heads=config.num_attention_heads // gpus,
-        num_key_value_heads=max(1, config.num_key_value_heads // gpus),
-        intermediate_size=config.intermediate_size // gpus,
-        vocab_size=config.vocab_size // gpus,
-    )
+def sizes(config: LlamaConfig) -> list[int]:
+    """Return the numbers of GPUs that a model can be split by, on up to two nodes."""
+    return [n for n in fitting(config) if n <= 2 * NODE]
 
 
 class Time(NamedTuple):
@@ -74,21 +56,21 @@ class Time(NamedTuple):
 class _NoMemory:
     """A weights.Source of tensors that have shapes and dtypes only."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    def tensor(self, name: str, *dims: Span) -> Tensor:
+        return torch.empty([*map(len, dims)], dtype=torch.bfloat16, device="meta")
 
-    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
-        n = sum(parts.values())
+    def linear(self, parts: dict[str, Span], k: Span, *, fp8: bool, bound: float | None) -> Linear:
+        n = sum(map(len, parts.values()))
         if not fp8:
-            return Linear(torch.empty(n, k, dtype=torch.bfloat16, device="meta"))
+            return Linear(torch.empty(n, len(k), dtype=torch.bfloat16, device="meta"))
         scale = torch.empty(n, 1, dtype=torch.float32, device="meta")
-        return Linear(torch.empty(n, k, dtype=FP8_DTYPE, device="meta"), scale)
+        return Linear(torch.empty(n, len(k), dtype=FP8_DTYPE, device="meta"), scale)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One of `gpus` ranks: the bytes that it holds and moves. Weights, keys and values have 16 bits
-    where no recipe says otherwise."""
+    """The one of `gpus` ranks with the largest part of the vocabulary: the bytes that it holds and
+    moves. Weights, keys and values have 16 bits where no recipe says otherwise."""
 
     whole: LlamaConfig
     gpus: int = 1
@@ -96,12 +78,17 @@ class Rank:
     kv_cache: str | None = None
 
     @cached_property
+    def share(self) -> Share:
+        rows = vocab_sizes(self.whole.vocab_size, self.gpus)
+        return Share.of(self.whole, rows.index(max(rows)), self.gpus)
+
+    @property
     def config(self) -> LlamaConfig:
-        return local(self.whole, self.gpus)
+        return self.share.config(self.whole)
 
     @cached_property
     def weights(self) -> Weights:
-        return assemble(self.config, _NoMemory(), self.quantize)
+        return assemble(self.whole, _NoMemory(), self.quantize, share=self.share)
 
     # ---- memory, in bytes ----
 
@@ -247,7 +234,7 @@ class Plan:
     @cached_property
     def fewest_gpus(self) -> int | None:
         """Return the smallest number of GPUs that works, or None."""
-        return next((n for n in splits(self.rank.whole) if self.with_(gpus=n).fits), None)
+        return next((n for n in sizes(self.rank.whole) if self.with_(gpus=n).fits), None)
 
     def with_(self, **changes: Any) -> Plan:
         """Return the plan with other fields of its rank."""
@@ -269,7 +256,7 @@ class Plan:
         least = self.with_(quantize=recipe, kv_cache="fp8")
         if least.fewest_gpus:
             return [f"--quantize {recipe} --kv-cache fp8 --gpus {least.fewest_gpus}"]
-        least = least.with_(gpus=splits(self.rank.whole)[-1])
+        least = least.with_(gpus=sizes(self.rank.whole)[-1])
         if not least.max_context:
             return []
         return [
@@ -309,10 +296,12 @@ def plan(
             f"context: got {context}, want at most the model's {config.max_position_embeddings} "
             "positions"
         )
+    if gpus is not None and gpus not in fitting(config):
+        known = ", ".join(map(str, fitting(config)))
+        raise ValueError(f"gpus: got {gpus}, want one that divides the model: {known}")
     found = Plan(Rank(config, gpus or 1, quantize, kv_cache), gpu, context, batch)
     if gpus is None:
-        return found.with_(gpus=found.fewest_gpus or splits(config)[-1])
-    local(config, gpus)
+        return found.with_(gpus=found.fewest_gpus or sizes(config)[-1])
     return found
 
 

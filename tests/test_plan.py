@@ -4,6 +4,7 @@ hand, and what the command prints."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 import weakref
 from dataclasses import replace
@@ -21,7 +22,8 @@ from llama_fast.checkpoint.weights import RECIPES
 from llama_fast.cli import main
 from llama_fast.generation import sampling
 from llama_fast.gpus import GPUS, NETWORK, NODE, Gpu, named
-from llama_fast.plan import GIB, SAMPLING, Plan, Rank, Time, plan, splits
+from llama_fast.parallel import Group
+from llama_fast.plan import GIB, SAMPLING, Plan, Rank, Time, plan, sizes
 from llama_fast.reference import FP8_DTYPE
 
 SMALL = LlamaConfig(
@@ -51,6 +53,23 @@ def test_weights_are_those_of_a_model(quantize: str | None, tied: bool) -> None:
     config = replace(SMALL, tie_word_embeddings=tied)
     model = Llama.from_config(config, quantize=quantize, device="cpu")
     assert Rank(config, quantize=quantize).weights.nbytes == model.weights.nbytes
+
+
+@pytest.mark.parametrize("quantize", [None, *RECIPES])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+def test_a_rank_is_the_largest_of_them(gpus: int, quantize: str | None) -> None:
+    """The ranks' parts of the vocabulary differ; with 8, they repeat the key/value heads."""
+    config = replace(SMALL, vocab_size=64 * 7)
+    rank = Rank(config, gpus, quantize, "fp8")
+    models = [
+        Llama.from_config(config, quantize=quantize, device="cpu", tp=Group(i, gpus))
+        for i in range(gpus)
+    ]
+    assert rank.weights.nbytes == max(model.weights.nbytes for model in models)
+    for model in models:
+        cache = KVCache(model.config, 300, 2, dtype=FP8_DTYPE, device="cpu")
+        held = cache.k.nbytes + cache.v.nbytes
+        assert rank.cache_bytes(300, 2) == held + cache.k_scale.nbytes + cache.v_scale.nbytes
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -143,20 +162,24 @@ def test_what_else_a_model_holds() -> None:
     [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("405b", 405_853_388_800)],
 )
 def test_ranks_share_the_weights(name: str, parameters: int) -> None:
-    """The parameters are those of Meta's checkpoints. All but the norms is divided."""
+    """The parameters are those of Meta's checkpoints. All but the norms is divided, the vocabulary
+    in panels of 64 rows."""
     config = MODELS[name]
     assert Rank(config).weights.nbytes == 2 * parameters
     norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    tables = 2 * 128256 * config.hidden_size  # the embedding and the head
     for gpus in (1, 2, 4, 8):
-        wanted = 2 * ((parameters - norms) // gpus + norms)
-        assert Rank(config, gpus).weights.nbytes == wanted
+        rows = 64 * math.ceil(128256 / 64 / gpus)
+        wanted = (parameters - norms - tables) // gpus + norms + 2 * rows * config.hidden_size
+        assert Rank(config, gpus).weights.nbytes == 2 * wanted
 
 
 def test_keys_and_values_are_repeated_beyond_their_heads() -> None:
     eight, sixteen = (Rank(MODELS["405b"], n) for n in (8, 16))
     assert sixteen.cache_bytes(8192, 2) == eight.cache_bytes(8192, 2)
-    attention = 2 * 2 * 128 * 16384 * 126  # bytes of a key and a value head, in 16 bits
-    assert 2 * sixteen.weights.nbytes - eight.weights.nbytes == attention + 2 * 253 * 16384
+    heads = 2 * 128 * 16384 * 126  # parameters of a key and a value head
+    again = heads + 253 * 16384 + 2 * (2 * 8064 - 16064) * 16384  # norms; panels of the vocabulary
+    assert 2 * sixteen.weights.nbytes - eight.weights.nbytes == 2 * again
 
 
 # ---- what is known of the models ----
@@ -311,8 +334,8 @@ def test_one_table_of_gpus() -> None:
 
 
 def test_a_number_of_gpus_that_does_not_divide() -> None:
-    assert splits(MODELS["70b"]) == [1, 2, 4, 8, 16]
-    with pytest.raises(ValueError, match="gpus: got 3, .* 1, 2, 4, 8, 16"):
+    assert sizes(MODELS["70b"]) == [1, 2, 4, 8, 16]
+    with pytest.raises(ValueError, match="gpus: got 3, .* 1, 2, 4, 8, 16, 32, 64"):
         plan(MODELS["70b"], GPUS["h100"], 3)
 
 

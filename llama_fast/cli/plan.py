@@ -59,7 +59,7 @@ def add(command: AddCommand) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..gpus import named
-    from ..plan import plan, splits
+    from ..plan import plan, sizes
 
     if args.plot and args.plot.suffix not in (".svg", ".png"):
         raise ValueError(f"--plot: got {args.plot}, want a name that ends in .svg or .png")
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         bars = {f"{name}\n{p.rank.gpus} GPUs": p for name, p in plans.items()}
         if args.model:
             bars = {
-                f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in splits(p.rank.whole)
+                f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in sizes(p.rank.whole)
             }
         draw(args.plot, bars, args.model or "Llama 3.1")
     return 0 if all(p.fits for p in plans.values()) else 1
