@@ -6,7 +6,7 @@ DIR is an instruct checkpoint in Hugging Face's format. Needs pip install 'llama
 import argparse
 
 import llama_fast as lf
-from llama_fast.chat import encode_chat, load_tokenizer
+from llama_fast.chat import encode, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model")
@@ -17,8 +17,8 @@ args = parser.parse_args()
 tokenizer = load_tokenizer(args.model)
 model = lf.Llama.from_pretrained(args.model, quantize="fp8")
 
-# encode_chat keeps control tokens in the user's text as plain text.
-prompt = encode_chat(tokenizer, [{"role": "user", "content": args.question}])
+# encode keeps control tokens in the user's text as plain text.
+prompt = encode(tokenizer, [{"role": "user", "content": args.question}])
 streamer = lf.TextStreamer(
     tokenizer, lambda text: print(text, end="", flush=True), skip_special_tokens=True
 )

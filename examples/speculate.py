@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import llama_fast as lf
-from llama_fast.chat import encode_chat, load_tokenizer
+from llama_fast.chat import encode, load_tokenizer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model")
@@ -25,7 +25,7 @@ args = parser.parse_args()
 
 model = lf.Llama.from_pretrained(args.model, quantize=args.quantize)
 question = f"{args.ask}\n\n{args.prompt.read_text()}"
-prompt = encode_chat(load_tokenizer(args.model), [{"role": "user", "content": question}])
+prompt = encode(load_tokenizer(args.model), [{"role": "user", "content": question}])
 
 
 def run(speculate: str | None) -> tuple[list[int], float]:

@@ -11,7 +11,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
-from . import nn  # noqa: E402
+from . import chat, nn  # noqa: E402
 from .config import LlamaConfig  # noqa: E402
 from .dispatch import backends, use_backend  # noqa: E402
 from .generation.cache import KVCache  # noqa: E402
@@ -45,6 +45,7 @@ __all__ = [
     "attention",
     "attention_with_kvcache",
     "backends",
+    "chat",
     "fp8_gemm",
     "fp8_linear",
     "hf",

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from .config import LlamaConfig, check_folder, is_gguf
+from .messages import check_messages, check_tools
+from .messages import parse_tool_calls as parse_tool_calls
+
+_WORD = re.compile(r"[\w-]*")
+_LOGIC = ("role", "type", "id", "tool_call_id")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -52,31 +58,40 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(_utf8(prompt))["input_ids"]
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Encode messages of {"role", "content"} by the chat template, up to the assistant's answer.
+def encode(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> list[int]:
+    """Encode a conversation by the chat template, up to the assistant's next answer.
 
-    Returns the tokens of the rendered text, as transformers does, unless a message would add
+    messages: see check_messages. tools: see check_tools. Returns the tokens of the rendered text,
+    as transformers does, unless a message, a call's arguments, its result or a tool would add
     control tokens to the template's own. Then the text between those is encoded with
-    split_special_tokens, as plain characters. Raises ValueError for a template that fails or tries
-    to reach Python, and for control tokens in a message that the tokenizer or the template cannot
-    keep inert.
+    split_special_tokens, as plain characters. Raises TypeError or ValueError for messages and tools
+    that are not as they should be, and ValueError for a template that fails, tries to reach Python
+    or leaves the tools out, and for control tokens that it or the tokenizer cannot keep inert.
     """
-    mark = secrets.token_hex(16)
-    marked = [{**m, "content": f"[{mark}{_utf8(m['content'])}{mark}]"} for m in messages]
+    messages, tools = check_messages(messages), check_tools(tools)
+    text = _render(tokenizer, messages, tools)
+    if tools and text == _render(tokenizer, messages, None):
+        raise ValueError("tools: the model's chat template does not show them to the model")
+    mark, number = secrets.token_hex(16), count()
     control = {*tokenizer.all_special_ids} | {
         i for i, token in tokenizer.added_tokens_decoder.items() if token.special
     }
     control.discard(tokenizer.unk_token_id)  # unknown characters give it too
-    ids = _encode(tokenizer, _render(tokenizer, messages))
-    own = _render(tokenizer, [{**m, "content": m["content"] and mark} for m in messages])
-    wanted = [i for i in _encode(tokenizer, own) if i in control]
+    ids = _encode(tokenizer, _utf8(text))
+    own = _data((messages, tools), lambda text: text and f"{mark}{next(number)}")
+    wanted = [i for i in _encode(tokenizer, _render(tokenizer, *own)) if i in control]
     if [i for i in ids if i in control] == wanted:
         return ids
     names = sorted(map(tokenizer.convert_ids_to_tokens, control), key=len, reverse=True)
     contents, controls = rf"\[{mark}.*?{mark}\]", "|".join(map(re.escape, names))
+    marked = _render(tokenizer, *_data((messages, tools), lambda text: f"[{mark}{text}{mark}]"))
     ids, plain = [], ""
-    # Odd pieces are contents or the template's control tokens.
-    for piece in re.split(f"({contents}|{controls})", _render(tokenizer, marked), flags=re.DOTALL):
+    # Odd pieces are data or the template's control tokens.
+    for piece in re.split(f"({contents}|{controls})", marked, flags=re.DOTALL):
         if piece in names:
             ids += _encode(tokenizer, plain, split_special_tokens=True)
             ids.append(tokenizer.convert_tokens_to_ids(piece))
@@ -89,10 +104,25 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[i
     return ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def _data(value: Any, change: Callable[[str], str]) -> Any:
+    """Return a copy of messages and tools with their strings changed, keys included, but for the
+    words that a template's logic reads."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {
+            key if _WORD.fullmatch(key) else change(key): item
+            if key in _LOGIC and isinstance(item, str) and _WORD.fullmatch(item)
+            else _data(item, change)
+            for key, item in value.items()
+        }
+    return [_data(item, change) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _render(tokenizer: Any, messages: Any, tools: Any) -> str:
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
         )
     except ImportError:
         raise ImportError("chat templates need jinja2: pip install 'llama_fast[hf]'") from None

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         messages = [{"role": "user", "content": prompt}]
         if args.system is not None:
             messages.insert(0, {"role": "system", "content": args.system})
-        ids = chat.encode_chat(tokenizer, messages)
+        ids = chat.encode(tokenizer, messages)
     else:
         ids = chat.encode_prompt(tokenizer, prompt)
     model = load_model(args, args.model)

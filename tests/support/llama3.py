@@ -40,6 +40,39 @@ CHAT_TEMPLATE = """\
 {%- endif %}
 """
 
+# Renders messages and functions as the template that Meta publishes with Llama 3.1 does, without
+# its options (built-in tools, functions in the system message, another date).
+TOOL_TEMPLATE = """\
+{%- macro head(role) %}{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{% endmacro %}
+{%- set own = messages[0].role == 'system' %}
+{{- bos_token + head('system') }}
+{{- 'Environment: ipython\\n' if tools is not none else '' }}
+{{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' }}
+{{- (messages[0].content | trim if own else '') + '<|eot_id|>' }}
+{%- for message in (messages[1:] if own else messages) %}
+    {%- if 'tool_calls' in message %}
+        {%- if message.tool_calls | length > 1 %}{{ raise_exception('one call a turn') }}{% endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- head('assistant') + '{"name": "' + call.name + '", "parameters": ' }}
+        {{- (call.arguments | tojson) + '}' }}
+    {%- elif message.role in ('tool', 'ipython') %}
+        {{- head('ipython') + (message.content | tojson) }}
+    {%- else %}
+        {{- head(message.role) }}
+        {%- if loop.first and tools is not none %}
+            {{- 'Given the following functions, please respond with a JSON for a function call ' }}
+            {{- 'with its proper arguments that best answers the given prompt.\\n\\n' }}
+            {{- 'Respond in the format {"name": function name, "parameters": dictionary of ' }}
+            {{- 'argument name and its value}.Do not use variables.\\n\\n' }}
+            {%- for tool in tools %}{{ (tool | tojson(indent=4)) + '\\n\\n' }}{% endfor %}
+        {%- endif %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ head('assistant') }}{% endif %}
+"""
+
 RANKS = Path(
     os.environ.get(
         "LLAMA3_TOKENIZER",
