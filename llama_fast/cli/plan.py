@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .common import AddCommand, positive
 
 if TYPE_CHECKING:
+    from ..checkpoint.formats import Format
     from ..config import LlamaConfig
-    from ..plan import Plan, Time
+    from ..plan import Plan
+    from ..plan.roofline import Time
 
 MODELS = ("8b", "70b", "405b")
 _EXAMPLES = """examples:
@@ -38,7 +40,7 @@ _COLORS = {  # Okabe and Ito's, distinct with any color vision
 
 def add(command: AddCommand) -> None:
     from ..checkpoint.weights import RECIPES
-    from ..gpus import GPUS
+    from ..plan.gpus import GPUS
 
     parser = command("plan", run, "plan memory and least time on GPUs", _EXAMPLES)
     option = parser.add_argument
@@ -49,6 +51,13 @@ def add(command: AddCommand) -> None:
     )
     option("--gpu", default="h200", help=f"{', '.join(GPUS)}, or numbers; default %(default)s")
     option("--gpus", type=positive, metavar="N", help="default: the fewest that hold it")
+    option(
+        "--pp",
+        type=positive,
+        default=1,
+        metavar="P",
+        help="pipeline stages of N / P GPUs each, as vLLM has them; default %(default)s",
+    )
     option("--context", type=positive, default=8192, help="tokens a sequence; default %(default)s")
     option("--batch", type=positive, default=1, help="sequences at once; default %(default)s")
     option("--quantize", choices=RECIPES, help="default: 16 bits")
@@ -58,8 +67,8 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..gpus import named
-    from ..plan import plan, sizes
+    from ..plan import plan
+    from ..plan.gpus import named
 
     if args.plot and args.plot.suffix not in (".svg", ".png"):
         raise ValueError(f"--plot: got {args.plot}, want a name that ends in .svg or .png")
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             quantize=args.quantize,
             kv_cache=args.kv_cache,
+            stages=args.pp,
+            stored=_stored(name),
         )
     if args.json:
         print(json.dumps([{"model": name, **_record(p)} for name, p in plans.items()], indent=2))
@@ -83,9 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         bars = {f"{name}\n{p.rank.gpus} GPUs": p for name, p in plans.items()}
         if args.model:
-            bars = {
-                f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in sizes(p.rank.whole)
-            }
+            bars = {f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in p.possible()}
         draw(args.plot, bars, args.model or "Llama 3.1")
     return 0 if all(p.fits for p in plans.values()) else 1
 
@@ -100,6 +109,13 @@ def _config(name: str) -> LlamaConfig:
     return LlamaConfig.from_pretrained(name)
 
 
+def _stored(name: str) -> Format | None:
+    """Return the format of a folder whose weights are in FP8 already."""
+    from ..checkpoint.formats import read_format
+
+    return read_format(Path(name)) if Path(name).is_dir() and name not in MODELS else None
+
+
 def _record(p: Plan) -> dict[str, Any]:
     """Return a plan's figures in bytes and seconds, for JSON."""
 
@@ -109,6 +125,7 @@ def _record(p: Plan) -> dict[str, Any]:
     return {
         "gpu": asdict(p.gpu),
         "gpus": p.rank.gpus,
+        "stages": p.rank.stages,
         "context": p.context,
         "batch": p.batch,
         "quantize": p.rank.quantize,
@@ -147,15 +164,17 @@ def _duration(seconds: float) -> str:
 
 def _what(p: Plan) -> str:
     weights = f"{p.rank.quantize} weights" if p.rank.quantize else "16-bit weights"
+    weights = "weights as stored, in FP8" if p.rank.stored else weights
     cache = "FP8 cache" if p.rank.kv_cache else "16-bit cache"
     return f"{weights}, {cache}, {p.batch} x {p.context:,} tokens"
 
 
 def _report(name: str, p: Plan) -> str:
-    from ..gpus import NODE
+    from ..plan.gpus import NODE
 
     n = p.rank.gpus
     nodes = f" ({-(-n // NODE)} nodes)" if n > NODE else ""
+    nodes += f" in {p.rank.stages} stages" if p.rank.stages > 1 else ""
     lines = [f"{name} on {n} x {p.gpu.name}{nodes}: {_what(p)}", "", "memory of each GPU"]
     lines += [f"  {kind:<14}{_gib(size):>12}" for kind, size in p.memory.items()]
     total = sum(p.memory.values())

@@ -36,6 +36,12 @@ class Gpu:
         one_step = size * max(near / self.link, far / NETWORK) / 1e9 + latency
         return min(ring, one_step)
 
+    def send(self, size: float, gpus: int) -> float:
+        """Return the least seconds of sending so many bytes to another GPU of so many."""
+        far = gpus > NODE
+        latency = NETWORK_LATENCY if far else self.latency
+        return size / (NETWORK if far else self.link) / 1e9 + latency
+
 
 def _nvlink(
     name: str, memory: float, bandwidth: float, bf16: float, fp8: float, link: float
