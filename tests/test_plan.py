@@ -491,7 +491,7 @@ def test_a_folder_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         model = hf_model(hidden_size=256, head_dim=32, **changes)
         folder = save(model, tmp_path / f"blocks{inner}")
         fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-        write_fp8(folder, "block", "weight_scale_inv", lambda name: "lm_head" not in name, **fp8)
+        write_fp8(folder, "block_2d", "weight_scale_inv", lambda name: "lm_head" not in name, **fp8)
         [found] = json.loads(out(capsys, "--model", str(folder), "--json"))
         assert found["memory"]["weights"] == Llama.from_pretrained(folder).weights.nbytes
     assert "weights as stored, in FP8" in out(capsys, "--model", str(folder))
