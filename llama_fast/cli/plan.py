@@ -92,9 +92,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_table(plans))
     if args.plot:
-        bars = {f"{name}\n{p.rank.gpus} GPUs": p for name, p in plans.items()}
+        bars = {f"{name}\n{_gpus(p.rank.gpus)}": p for name, p in plans.items()}
         if args.model:
-            bars = {f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in p.possible()}
+            bars = {_gpus(n): p.with_(gpus=n) for p in plans.values() for n in p.possible()}
         draw(args.plot, bars, args.model or "Llama 3.1")
     return 0 if all(p.fits for p in plans.values()) else 1
 
@@ -140,6 +140,10 @@ def _record(p: Plan) -> dict[str, Any]:
         "prefill": times(p.prefill),
         "decode": times(p.decode),
     }
+
+
+def _gpus(n: int) -> str:
+    return f"{n} GPU{'s' * (n > 1)}"
 
 
 def _gib(size: float) -> str:
@@ -197,7 +201,8 @@ def _report(name: str, p: Plan) -> str:
 
 
 def _rate(p: Plan) -> str:
-    return f"{p.batch / p.decode.seconds:,.0f} tokens/s"
+    others = " with each batch in the pipeline" if p.rank.stages > 1 else ""
+    return f"{p.batch / p.decode.seconds:,.0f} tokens/s{others}"
 
 
 def _table(plans: dict[str, Plan]) -> str:
@@ -244,7 +249,9 @@ def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
         axes.axhline(capacity, color="#b00020", label=f"{first.gpu.name}, {capacity:.1f} GiB")
         top = 1.6 * capacity  # a bar that is far too high is cut off
         for x, total in enumerate(bottoms):
-            axes.text(x, min(total, top * 0.95), f"{total:.1f}", ha="center", va="bottom")
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            at = min(total + top / 100, top * 0.95)
+            axes.text(x, at, f"{total:.1f}", ha="center", va="bottom", bbox=box)
         axes.set(ylim=(0, top), ylabel="GiB a GPU", title=f"{title}: {_what(first)}")
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
