@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
 import weakref
 from dataclasses import replace
@@ -412,7 +414,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         "405b on 8 x H200: fp8 weights, 16-bit cache, 4 x 131,072 tokens",
         "weights 47.77 GiB",
         "KV cache 31.50 GiB",
-        "of 139.72 GiB: fits, ",
+        "of 139.72 GiB fits, 57.2",
         "largest context with batch 4: 131,072 tokens",
         "largest batch with 131,072 tokens: 11 sequences",
         "fewest GPUs that hold this: 8",
@@ -464,6 +466,15 @@ def test_picture_without_matplotlib(
     assert main(["plan", "--model", "8b", "--plot", str(tmp_path / "x.svg")]) == 1
     error = capsys.readouterr().err
     assert "--plot: " in error and "pip install 'llama_fast[bench]'" in error
+
+
+def test_docs_show_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    blocks = re.findall(r"```\n\$ llama-fast (plan .*)\n((?:.|\n)*?)```", text)
+    assert len(blocks) > 3
+    for command, shown in blocks:
+        main(shlex.split(command))
+        assert capsys.readouterr().out == shown, command
 
 
 def test_a_folder_and_a_gpu_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,7 +182,7 @@ def _report(name: str, p: Plan) -> str:
     lines = [f"{name} on {n} x {p.gpu.name}{nodes}: {_what(p)}", "", "memory of each GPU"]
     lines += [f"  {kind:<14}{_gib(size):>12}" for kind, size in p.memory.items()]
     total = sum(p.memory.values())
-    lines += [f"  {'total':<14}{_gib(total):>12} of {_gib(p.capacity)}: {_fits(p)}", ""]
+    lines += [f"  {'total':<14}{_gib(total):>12} of {_gib(p.capacity)}", _fits(p), ""]
     if p.max_context:
         lines.append(f"largest context with batch {p.batch}: {p.max_context:,} tokens")
     if p.max_batch:
