@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from llama_fast.gpus import GPUS, Gpu
+from llama_fast.plan.gpus import GPUS, Gpu
 
 from . import cases
 from .cases.shapes import PRESETS

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import sys
 import weakref
 from dataclasses import replace
@@ -18,13 +20,18 @@ from torch.utils._pytree import tree_leaves
 
 from llama_fast import KVCache, Llama, LlamaConfig
 from llama_fast.bench import limits_table
+from llama_fast.checkpoint.quantize import quantize_checkpoint
 from llama_fast.checkpoint.weights import RECIPES
 from llama_fast.cli import main
 from llama_fast.generation import sampling
-from llama_fast.gpus import GPUS, NETWORK, NODE, Gpu, named
 from llama_fast.parallel import Group
-from llama_fast.plan import GIB, SAMPLING, Plan, Rank, Time, plan, sizes
+from llama_fast.plan import Plan, plan, roofline, sizes
+from llama_fast.plan.gpus import GPUS, NETWORK, Gpu, named
+from llama_fast.plan.memory import GIB, SAMPLING, Rank
+from llama_fast.plan.roofline import Time
 from llama_fast.reference import FP8_DTYPE
+
+from .support.checkpoints import hf_model, save, write_fp8
 
 SMALL = LlamaConfig(
     vocab_size=512,
@@ -174,6 +181,24 @@ def test_ranks_share_the_weights(name: str, parameters: int) -> None:
         assert Rank(config, gpus).weights.nbytes == 2 * wanted
 
 
+@pytest.mark.parametrize("quantize", RECIPES)
+def test_stages_share_the_layers(quantize: str) -> None:
+    """The first one has the embedding and no head; cache and layers are halves."""
+    one, two = (Rank(MODELS["405b"], 8 * n, quantize, stages=n) for n in (1, 2))
+    embedding, head = one.weights.embedding.nbytes, one.weights.head.nbytes
+    norm = one.weights.norm.nbytes
+    assert 2 * (two.weight_bytes - embedding - norm) == one.weight_bytes - embedding - head - norm
+    assert 2 * two.cache_bytes(8192, 3) == one.cache_bytes(8192, 3)
+    gpu = replace(UNIT, link=1000.0)
+    steps = [roofline.decode(rank, gpu, 8192, 3) for rank in (one, two)]
+    assert steps[0][:2] == steps[1][:2]  # a step visits both stages
+    hop = 2 * 3 * 16384 / (NETWORK * 1e9) + 10e-6
+    assert steps[1].all_reduce == pytest.approx(steps[0].all_reduce + hop)
+    # Four chunks take two stages five turns of half the time.
+    prompts = [roofline.prefill(rank, gpu, 4 * 8192) for rank in (one, two)]
+    assert prompts[1].compute == pytest.approx(prompts[0].compute * 5 / 8)
+
+
 def test_keys_and_values_are_repeated_beyond_their_heads() -> None:
     eight, sixteen = (Rank(MODELS["405b"], n) for n in (8, 16))
     assert sixteen.cache_bytes(8192, 2) == eight.cache_bytes(8192, 2)
@@ -294,7 +319,8 @@ def test_the_time_of_a_prompt() -> None:
 
 def test_fp8_products_need_fp8_units() -> None:
     def compute(gpu: str, quantize: str | None) -> float:
-        return Rank(MODELS["8b"], quantize=quantize).prefill(GPUS[gpu], 1024).compute
+        rank = Rank(MODELS["8b"], quantize=quantize)
+        return roofline.prefill(rank, GPUS[gpu], 1024).compute
 
     assert compute("h100", "fp8") < 0.6 * compute("h100", None)
     assert compute("a100-80", "fp8") == compute("a100-80", None)
@@ -306,7 +332,7 @@ def test_all_reduces_of_a_step() -> None:
     rank = Rank(MODELS["405b"], 8)
     rows = gpu.all_reduce(2.0 * 3 * 16384, 8)
     logits = gpu.all_reduce(1.0 * 3 * 128256, 8)
-    assert rank.decode(gpu, 100, 3).all_reduce == pytest.approx(253 * rows + logits)
+    assert roofline.decode(rank, gpu, 100, 3).all_reduce == pytest.approx(253 * rows + logits)
     slow = plan(MODELS["405b"], replace(GPUS["h200"], link=1e-3), 8, quantize="fp8")
     assert slow.decode.bound == slow.prefill.bound == "all-reduce"
     assert Time(1.0, 2.0, 0.5).seconds == 2.5 and Time(3.0, 2.0, 0.5).bound == "compute"
@@ -315,13 +341,12 @@ def test_all_reduces_of_a_step() -> None:
 def test_all_reduce_formulas() -> None:
     gpu = replace(UNIT, link=100.0, latency=1e-6)
     assert gpu.all_reduce(1e9, 1) == 0
-    assert gpu.all_reduce(1e9, 8) == pytest.approx(2 * 7 / 8 * 1e9 / 100e9 + 14e-6)  # a ring
+    ring = 2 * 7 / 8 * 1e9 / 100e9  # its traffic, in two steps
+    assert gpu.all_reduce(1e9, 8) == pytest.approx(ring + 2e-6)
     assert gpu.all_reduce(1e4, 8) == pytest.approx(7 * 1e4 / 100e9 + 1e-6)  # one step
-    # Two nodes: the ring is as fast as its slowest link, one step waits for the adapter.
-    fast = replace(gpu, link=1e4)
-    ring = 2 * 15 * (1e9 / 16 / (NODE * NETWORK * 1e9) + 10e-6)
-    assert fast.all_reduce(1e9, 16) == pytest.approx(ring)
-    assert fast.all_reduce(1e4, 16) == pytest.approx(8 * 1e4 / (NETWORK * 1e9) + 10e-6)
+    # Two nodes: an eighth goes through each adapter.
+    between = 1e9 / 8 / (NETWORK * 1e9) + 10e-6
+    assert gpu.all_reduce(1e9, 16) == pytest.approx(ring + 2e-6 + between)
 
 
 def test_one_table_of_gpus() -> None:
@@ -342,9 +367,11 @@ def test_a_number_of_gpus_that_does_not_divide() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"context": 131073}, "context: got 131073, want at most the model's 131072 positions"),
-        ({"context": 0}, "context: got 0, want at least 1"),
-        ({"batch": 0}, "batch: got 0, want at least 1"),
+        ({"context": 131073}, "context: got 131073, want 1 to 131072 of the model's positions"),
+        ({"context": 0}, "context: got 0, want 1 to 131072"),
+        ({"batch": 0}, "batch: got 0, want 1 to"),
+        ({"stages": 33}, "stages: got 33, want 1 to 32 of the model's layers"),
+        ({"stages": 2, "gpus": 3}, "gpus: got 3, .* in each of 2 stages: 2, 4, 8"),
         ({"quantize": "int4"}, "quantize: got 'int4', want None or one of fp8"),
         ({"kv_cache": "int8"}, "kv_cache: got 'int8', want None or 'fp8'"),
     ],
@@ -387,7 +414,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         "405b on 8 x H200: fp8 weights, 16-bit cache, 4 x 131,072 tokens",
         "weights 47.77 GiB",
         "KV cache 31.50 GiB",
-        "of 139.72 GiB: fits, ",
+        "of 139.72 GiB fits, 57.2",
         "largest context with batch 4: 131,072 tokens",
         "largest batch with 131,072 tokens: 11 sequences",
         "fewest GPUs that hold this: 8",
@@ -428,7 +455,7 @@ def test_picture_of_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for name in ("a.svg", "b.svg", "c.png"):
         out(capsys, "--model", "8b", "--plot", str(tmp_path / name))
     svg = (tmp_path / "a.svg").read_text()
-    assert all(f"<!-- {n} GPUs -->" in svg for n in (1, 2, 4, 8))
+    assert all(f"<!-- {n} -->" in svg for n in ("1 GPU", "2 GPUs", "4 GPUs", "8 GPUs"))
     assert svg == (tmp_path / "b.svg").read_text()
 
 
@@ -441,6 +468,15 @@ def test_picture_without_matplotlib(
     assert "--plot: " in error and "pip install 'llama_fast[bench]'" in error
 
 
+def test_docs_show_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
+    blocks = re.findall(r"```\n\$ llama-fast (plan .*)\n((?:.|\n)*?)```", text)
+    assert len(blocks) > 3
+    for command, shown in blocks:
+        main(shlex.split(command))
+        assert capsys.readouterr().out == shown, command
+
+
 def test_a_folder_and_a_gpu_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024}
     fields |= {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -451,6 +487,24 @@ def test_a_folder_and_a_gpu_of_numbers(tmp_path: Path, capsys: pytest.CaptureFix
     [found] = json.loads(out(capsys, *argv))
     assert found["memory"]["weights"] == Rank(SMALL).weights.nbytes
     assert found["gpu"]["bandwidth"] == 0.5 and found["gpu"]["fp8"] == 0
+
+
+def test_a_folder_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plan what loading takes: by row with the head in 16 bits or FP8, Meta's form, and blocks."""
+    for recipe in RECIPES:
+        folder = tmp_path / recipe
+        quantize_checkpoint(save(hf_model(dtype=torch.bfloat16), tmp_path / "in"), folder, recipe)
+        [found] = json.loads(out(capsys, "--model", str(folder), "--json"))
+        assert found["memory"]["weights"] == Llama.from_pretrained(folder).weights.nbytes
+    for inner, heads in ((320, 2), (512, 8)):  # parts begin within blocks, and with them
+        changes = {"intermediate_size": inner, "num_key_value_heads": heads}
+        model = hf_model(hidden_size=256, head_dim=32, **changes)
+        folder = save(model, tmp_path / f"blocks{inner}")
+        fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        write_fp8(folder, "block_2d", "weight_scale_inv", lambda name: "lm_head" not in name, **fp8)
+        [found] = json.loads(out(capsys, "--model", str(folder), "--json"))
+        assert found["memory"]["weights"] == Llama.from_pretrained(folder).weights.nbytes
+    assert "weights as stored, in FP8" in out(capsys, "--model", str(folder))
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import llama_fast as lf
-from llama_fast.gpus import Gpu
-from llama_fast.plan import Rank
+from llama_fast.plan import roofline
+from llama_fast.plan.gpus import Gpu
+from llama_fast.plan.memory import Rank
 
 from ..timing import CPU, Run, Speed, limits, measure
 from ..timing.events import waited
@@ -118,10 +119,10 @@ def layer(
             rank = Rank(config, quantize="fp8_all")
             if tokens == 1:
                 job, limit, rate = f"tg1 @ d{TOKENS}", times["read"], f"{rates[0] / 1e9:.1f} GB/s"
-                least, bound = rank.decode(here, TOKENS, 1), "read"
+                least, bound = roofline.decode(rank, here, TOKENS, 1), "read"
             else:
                 job, limit, rate = f"pp{TOKENS}", flops / rates[1], f"{rates[1] / 1e12:.3f} TFLOP/s"
-                least, bound = rank.prefill(here, TOKENS), compute.name
+                least, bound = roofline.prefill(rank, here, TOKENS), compute.name
             seconds = config.num_hidden_layers * times["layer"] + HEAD * times["head"]
             found[job] = {
                 "layer_s": times["layer"],

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from .common import AddCommand, positive
 
 if TYPE_CHECKING:
+    from ..checkpoint.formats import Format
     from ..config import LlamaConfig
-    from ..plan import Plan, Time
+    from ..plan import Plan
+    from ..plan.roofline import Time
 
 MODELS = ("8b", "70b", "405b")
 _EXAMPLES = """examples:
@@ -38,7 +40,7 @@ _COLORS = {  # Okabe and Ito's, distinct with any color vision
 
 def add(command: AddCommand) -> None:
     from ..checkpoint.weights import RECIPES
-    from ..gpus import GPUS
+    from ..plan.gpus import GPUS
 
     parser = command("plan", run, "plan memory and least time on GPUs", _EXAMPLES)
     option = parser.add_argument
@@ -49,6 +51,13 @@ def add(command: AddCommand) -> None:
     )
     option("--gpu", default="h200", help=f"{', '.join(GPUS)}, or numbers; default %(default)s")
     option("--gpus", type=positive, metavar="N", help="default: the fewest that hold it")
+    option(
+        "--pp",
+        type=positive,
+        default=1,
+        metavar="P",
+        help="pipeline stages of N / P GPUs each, as vLLM has them; default %(default)s",
+    )
     option("--context", type=positive, default=8192, help="tokens a sequence; default %(default)s")
     option("--batch", type=positive, default=1, help="sequences at once; default %(default)s")
     option("--quantize", choices=RECIPES, help="default: 16 bits")
@@ -58,8 +67,8 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..gpus import named
-    from ..plan import plan, sizes
+    from ..plan import plan
+    from ..plan.gpus import named
 
     if args.plot and args.plot.suffix not in (".svg", ".png"):
         raise ValueError(f"--plot: got {args.plot}, want a name that ends in .svg or .png")
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             quantize=args.quantize,
             kv_cache=args.kv_cache,
+            stages=args.pp,
+            stored=_stored(name),
         )
     if args.json:
         print(json.dumps([{"model": name, **_record(p)} for name, p in plans.items()], indent=2))
@@ -81,11 +92,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_table(plans))
     if args.plot:
-        bars = {f"{name}\n{p.rank.gpus} GPUs": p for name, p in plans.items()}
+        bars = {f"{name}\n{_gpus(p.rank.gpus)}": p for name, p in plans.items()}
         if args.model:
-            bars = {
-                f"{n} GPUs": p.with_(gpus=n) for p in plans.values() for n in sizes(p.rank.whole)
-            }
+            bars = {_gpus(n): p.with_(gpus=n) for p in plans.values() for n in p.possible()}
         draw(args.plot, bars, args.model or "Llama 3.1")
     return 0 if all(p.fits for p in plans.values()) else 1
 
@@ -100,6 +109,13 @@ def _config(name: str) -> LlamaConfig:
     return LlamaConfig.from_pretrained(name)
 
 
+def _stored(name: str) -> Format | None:
+    """Return the format of a folder whose weights are in FP8 already."""
+    from ..checkpoint.formats import read_format
+
+    return read_format(Path(name)) if Path(name).is_dir() and name not in MODELS else None
+
+
 def _record(p: Plan) -> dict[str, Any]:
     """Return a plan's figures in bytes and seconds, for JSON."""
 
@@ -109,6 +125,7 @@ def _record(p: Plan) -> dict[str, Any]:
     return {
         "gpu": asdict(p.gpu),
         "gpus": p.rank.gpus,
+        "stages": p.rank.stages,
         "context": p.context,
         "batch": p.batch,
         "quantize": p.rank.quantize,
@@ -123,6 +140,10 @@ def _record(p: Plan) -> dict[str, Any]:
         "prefill": times(p.prefill),
         "decode": times(p.decode),
     }
+
+
+def _gpus(n: int) -> str:
+    return f"{n} GPU{'s' * (n > 1)}"
 
 
 def _gib(size: float) -> str:
@@ -147,19 +168,21 @@ def _duration(seconds: float) -> str:
 
 def _what(p: Plan) -> str:
     weights = f"{p.rank.quantize} weights" if p.rank.quantize else "16-bit weights"
+    weights = "weights as stored, in FP8" if p.rank.stored else weights
     cache = "FP8 cache" if p.rank.kv_cache else "16-bit cache"
     return f"{weights}, {cache}, {p.batch} x {p.context:,} tokens"
 
 
 def _report(name: str, p: Plan) -> str:
-    from ..gpus import NODE
+    from ..plan.gpus import NODE
 
     n = p.rank.gpus
     nodes = f" ({-(-n // NODE)} nodes)" if n > NODE else ""
+    nodes += f" in {p.rank.stages} stages" if p.rank.stages > 1 else ""
     lines = [f"{name} on {n} x {p.gpu.name}{nodes}: {_what(p)}", "", "memory of each GPU"]
     lines += [f"  {kind:<14}{_gib(size):>12}" for kind, size in p.memory.items()]
     total = sum(p.memory.values())
-    lines += [f"  {'total':<14}{_gib(total):>12} of {_gib(p.capacity)}: {_fits(p)}", ""]
+    lines += [f"  {'total':<14}{_gib(total):>12} of {_gib(p.capacity)}", _fits(p), ""]
     if p.max_context:
         lines.append(f"largest context with batch {p.batch}: {p.max_context:,} tokens")
     if p.max_batch:
@@ -178,7 +201,8 @@ def _report(name: str, p: Plan) -> str:
 
 
 def _rate(p: Plan) -> str:
-    return f"{p.batch / p.decode.seconds:,.0f} tokens/s"
+    others = " with each batch in the pipeline" if p.rank.stages > 1 else ""
+    return f"{p.batch / p.decode.seconds:,.0f} tokens/s{others}"
 
 
 def _table(plans: dict[str, Plan]) -> str:
@@ -225,7 +249,9 @@ def draw(path: Path, plans: dict[str, Plan], title: str) -> None:
         axes.axhline(capacity, color="#b00020", label=f"{first.gpu.name}, {capacity:.1f} GiB")
         top = 1.6 * capacity  # a bar that is far too high is cut off
         for x, total in enumerate(bottoms):
-            axes.text(x, min(total, top * 0.95), f"{total:.1f}", ha="center", va="bottom")
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            at = min(total + top / 100, top * 0.95)
+            axes.text(x, at, f"{total:.1f}", ha="center", va="bottom", bbox=box)
         axes.set(ylim=(0, top), ylabel="GiB a GPU", title=f"{title}: {_what(first)}")
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)

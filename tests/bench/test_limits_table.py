@@ -9,7 +9,7 @@ import pytest
 
 from llama_fast.bench import cases, limits_table
 from llama_fast.bench.cases.shapes import Shapes, Sweep
-from llama_fast.gpus import Gpu
+from llama_fast.plan.gpus import Gpu
 
 CHIP = Gpu("chip", 1.0, bandwidth=1.0, bf16=100.0, fp8=200.0)
 SHAPES = Shapes(hidden=1000, inner=2000, heads=4, kv_heads=2, head_dim=96)

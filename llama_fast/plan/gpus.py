@@ -24,17 +24,22 @@ class Gpu:
     latency: float = PCIE_LATENCY  # seconds
 
     def all_reduce(self, size: float, gpus: int) -> float:
-        """Return the least seconds of an all-reduce of so many bytes: in a ring, or in one step in
-        which each GPU reads the whole buffer of all others."""
-        if gpus == 1:
-            return 0.0
-        near, far = min(gpus, NODE) - 1, max(gpus - NODE, 0)
-        # A ring crosses between the nodes through all of their adapters at once.
-        link = min(self.link, NODE * NETWORK) if far else self.link
-        latency = max(self.latency, NETWORK_LATENCY) if far else self.latency
-        ring = 2 * (gpus - 1) * (size / gpus / link / 1e9 + latency)
-        one_step = size * max(near / self.link, far / NETWORK) / 1e9 + latency
-        return min(ring, one_step)
+        """Return the least seconds of an all-reduce of so many bytes. In one step each GPU reads
+        the whole buffer of all others. In two, each sums an nth and then reads the others' sums:
+        the traffic of a ring, which takes 2 (n - 1) steps. Between nodes, GPUs of the same place
+        exchange their sums in a further step."""
+        near, nodes = min(gpus, NODE), -(-gpus // NODE)
+        one = size * (near - 1) / self.link / 1e9 + self.latency
+        two = 2 * (size * (near - 1) / near / self.link / 1e9 + self.latency)
+        if nodes > 1:
+            return two + size / near * (nodes - 1) / NETWORK / 1e9 + NETWORK_LATENCY
+        return min(one, two) if gpus > 1 else 0.0
+
+    def send(self, size: float, gpus: int) -> float:
+        """Return the least seconds of sending so many bytes to another GPU of so many."""
+        far = gpus > NODE
+        latency = NETWORK_LATENCY if far else self.latency
+        return size / (NETWORK if far else self.link) / 1e9 + latency
 
 
 def _nvlink(
