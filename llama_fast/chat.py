@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LlamaConfig, check_folder, is_gguf
+from .files import open_regular
 from .messages import check_messages, check_tools
 from .messages import parse_tool_calls as parse_tool_calls
 
@@ -42,6 +43,9 @@ def load_tokenizer(path: str | Path) -> Any:
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
     if folder == Path(path):
         check_folder(folder)
+    for file in folder.iterdir():  # transformers would wait for a pipe
+        if file.suffix in (".json", ".jinja", ".model", ".txt"):
+            open_regular(file).close()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

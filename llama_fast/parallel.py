@@ -27,6 +27,7 @@ from .config import LlamaConfig
 T = TypeVar("T")
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others
+MOST_RANKS = 1024  # a config may ask for a billion heads
 VOCAB_ROWS = 64  # the kernels for CPUs read weights in panels of so many rows
 # Up to so many rows a CPU adds the ranks' parts in the ranks' order, so that a row's bits do not
 # depend on the other rows. gloo's all-reduce, whose order depends on the place of an element in the
@@ -105,7 +106,7 @@ def fitting(config: LlamaConfig) -> list[int]:
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     return [
         n
-        for n in range(1, min(heads, config.vocab_size) + 1)
+        for n in range(1, min(heads, config.vocab_size, MOST_RANKS) + 1)
         if not (heads % n or config.intermediate_size % n or (kv % n and n % kv))
     ]
 

@@ -9,6 +9,7 @@ rank reads only its rows and columns.
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..config import LlamaConfig, is_gguf
 from ..ops.quantize import quantize_fp8
+from ..ops.rope import rope_table
 from ..parallel import Share, Span, fitting
 from ..reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8
 from .formats import IGNORED, KV_SCALES, Format, read_format, scale_shapes
@@ -29,6 +31,7 @@ from .shards import Entry, Shards
 from .weights import Linear, Weights, assemble, packed
 
 _FP8 = "F8_E4M3"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 CHECKED = 8  # layers that a rank reads before it asks whether the others still do
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -54,6 +57,7 @@ def load(
     share = share or Share.of(config)
     shards, form = Shards(path), None if is_gguf(path) else read_format(Path(path))
     config = check(config, shards, form, share)
+    rope_table(config, 1, device="cpu")  # raises for degenerate frequencies
     checkpoint = _Checkpoint(shards, form, dtype, device)
     steps = count()
     with _bar(config.num_hidden_layers + 2, progress) as advance:
@@ -67,13 +71,15 @@ def load(
         weights = assemble(config, checkpoint, quantize, done, share)
     layers = range(config.num_hidden_layers)
     k_scale, v_scale = (checkpoint.kv_scale(which, layers, share.kv_heads) for which in "kv")
+    shards.check_unchanged()
     return replace(weights, k_scale=k_scale, v_scale=v_scale)
 
 
 def check(
     config: LlamaConfig, shards: Shards, form: Format | None, share: Share | None = None
 ) -> LlamaConfig:
-    """Check names, shapes and dtypes of all tensors, and return the config that fits them.
+    """Check names, shapes and dtypes of all tensors, and return the config that fits them. Its
+    numbers are compared with the file before anything is as long or as large as they say.
 
     Weights that the config ties count as tied if the file holds one of them, or two that are equal;
     an lm_head of its own is used, with a warning, as in transformers and vLLM.
@@ -91,6 +97,12 @@ def check(
         elif held:
             shards.entries[embedding] = shards.entries[held[0]]
             shards.entries.pop(head, None)
+    stored = {match[1] for match in map(_LAYER.match, shards.entries) if match}
+    if config.num_hidden_layers > len(stored):
+        raise ValueError(
+            f"num_hidden_layers: got {config.num_hidden_layers}, but {shards.path} holds the "
+            f"tensors of {len(stored)} layers"
+        )
     inventory = _Inventory(shards, form, fitting(config))
     assemble(config, inventory, None, share=share)
     inventory.finish()
