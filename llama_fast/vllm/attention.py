@@ -20,7 +20,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from ..ops.attention import attention
 from ..ops.checks import ACTIVATIONS
 from ..ops.decode_attention import attention_with_kvcache
 from ..ops.rope import apply_rope_and_append
@@ -88,7 +87,8 @@ class Builder(CPUAttentionMetadataBuilder):
 
 
 def _parts(starts: list[int]) -> tuple[tuple[int, int, int, int, int], ...]:
-    """Return neighbors of equal query length as one part; sequences without queries are left out."""
+    """Return the parts of a batch, in which neighbors of equal query length are one. Sequences
+    without queries are in none."""
     parts: list[tuple[int, int, int, int, int]] = []
     for i in range(len(starts) - 1):
         queries = starts[i + 1] - starts[i]
@@ -124,9 +124,7 @@ class Impl(CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         if not isinstance(attn_metadata, Metadata):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output
-            )
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
         keys, values = _caches(kv_cache)
         for first, last, sequence, end, queries in attn_metadata.parts:
             q = query[first:last]
@@ -158,9 +156,7 @@ class Impl(CPUAttentionBackendImpl):
         # vLLM rotated the keys: angles of 0 leave them as they are.
         table = _angles_of_zero(key.shape[-1])
         positions = slot_mapping.new_zeros(tokens)
-        apply_rope_and_append(
-            key[:, :1], key, value, positions, table, keys, values, slot_mapping
-        )
+        apply_rope_and_append(key[:, :1], key, value, positions, table, keys, values, slot_mapping)
 
 
 @functools.lru_cache

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm import ir
 from vllm.model_executor.custom_op import CustomOp, op_registry_oot

@@ -49,7 +49,7 @@ class FastFP8LinearKernel(FP8ScaledMMLinearKernel):
             return False, f"requires blocks of 128 x 128, not {weight.scale.group_shape}."
         return True, None
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         blocks = _in_blocks(self.config)
         name = "weight_scale_inv" if hasattr(layer, "weight_scale_inv") else "weight_scale"
         # Without blocks vLLM passes the weight as [K, N].
@@ -63,9 +63,7 @@ class FastFP8LinearKernel(FP8ScaledMMLinearKernel):
         replace_parameter(layer, "weight", _packed(weight))
         replace_parameter(layer, name, scale)
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         scale = getattr(layer, "weight_scale_inv", None)
         return fp8_linear(x, layer.weight, layer.weight_scale if scale is None else scale, bias)
 
@@ -87,7 +85,7 @@ def register() -> None:
         kernels.insert(0, FastFP8LinearKernel)
     dispatch = utils.dispatch_cpu_unquantized_gemm
 
-    def pack(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def pack(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
         if weight.is_meta or weight.dim() != 2 or weight.dtype not in ACTIVATIONS:
             dispatch(layer, remove_weight)
@@ -113,7 +111,8 @@ class _Head:
     the first call: an embedding that is not tied to the head has none."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.weight, self.packed = weight, None
+        self.weight = weight
+        self.packed: Tensor | None = None
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.packed is None:

@@ -69,7 +69,10 @@ def main() -> None:
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     logprobs = [
-        [at[token].logprob for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:])]
+        [
+            at[token].logprob
+            for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)
+        ]
         for o in outputs
     ]
     result = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "logprobs": logprobs}

@@ -63,7 +63,12 @@ def test_norms_have_priority_and_match(dtype: torch.dtype) -> None:
             expected = op(*args)
         # vLLM normalizes the sum before it is rounded, and we after: an ulp of the row's sum,
         # and an ulp each for the two roundings that follow.
-        for a, e in zip(*((t if isinstance(t, tuple) else (t,)) for t in (actual, expected))):
+        pairs = (
+            zip(actual, expected, strict=True)
+            if isinstance(actual, tuple)
+            else [(actual, expected)]
+        )
+        for a, e in pairs:
             close(a, e, 3)
 
 
@@ -95,7 +100,9 @@ LLAMA3 = {
 }
 
 
-@pytest.mark.parametrize("parameters", [{"rope_type": "default"}, LLAMA3], ids=("default", "llama3"))
+@pytest.mark.parametrize(
+    "parameters", [{"rope_type": "default"}, LLAMA3], ids=("default", "llama3")
+)
 @pytest.mark.parametrize("neox", (True, False))
 def test_rotary(parameters: dict[str, Any], neox: bool) -> None:
     """In fp32 against vLLM's; in bf16 the table stays in fp32, so it is nearer to fp32's result."""
@@ -107,11 +114,13 @@ def test_rotary(parameters: dict[str, Any], neox: bool) -> None:
         assert isinstance(layer, layers._FastRotary)
         results[dtype] = layer(positions, q.to(dtype), k.to(dtype))
         native = type(layer).__mro__[2].forward_native  # RotaryEmbedding's
-        expected = native(layer, positions, q.clone(), k.clone()) if dtype == torch.float32 else None
+        expected = (
+            native(layer, positions, q.clone(), k.clone()) if dtype == torch.float32 else None
+        )
         if expected is not None:
-            for a, e in zip(results[dtype], expected):
+            for a, e in zip(results[dtype], expected, strict=True):
                 close(a, e, 4)
-    for a, q_or_k, e in zip(results[torch.bfloat16], (q, k), results[torch.float32]):
+    for a, q_or_k, e in zip(results[torch.bfloat16], (q, k), results[torch.float32], strict=True):
         assert a.shape == q_or_k.shape
         close(a, e, 1)  # q and k rounded, then the result
     query_only = layer(positions, q.bfloat16(), None)  # left to vLLM
@@ -227,14 +236,16 @@ def attend(
     """Run a batch through the backend, and each of its sequences through the reference."""
     heads, kv_heads, d = 6, 2, 64
     impl = impl or attention.Impl(heads, d, d**-0.5, kv_heads, None, None, "auto")
-    total, lengths = sum(queries), [e + n for e, n in zip(earlier, queries)]
+    total, lengths = sum(queries), [e + n for e, n in zip(earlier, queries, strict=True)]
     width = -(-max(lengths) // BLOCK_SIZE)
     blocks = width * len(queries) + 1
     cache = torch.full((blocks, kv_heads, BLOCK_SIZE, 2 * d), torch.nan, dtype=dtype)
     table = torch.randperm(blocks)[:-1].view(len(queries), width).int()
     k, v = (torch.randn(sum(lengths), kv_heads, d, dtype=dtype) for _ in range(2))
     at = [torch.arange(length) for length in lengths]
-    slots = [row[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for row, t in zip(table, at)]
+    slots = [
+        row[t // BLOCK_SIZE] * BLOCK_SIZE + t % BLOCK_SIZE for row, t in zip(table, at, strict=True)
+    ]
     # Padding after the last token: vLLM marks it with slot -1.
     slots = torch.cat([*slots, torch.tensor([-1])]).long()
     padded = [torch.cat((t, t[:1])) for t in (k, v)]
@@ -257,7 +268,7 @@ def attend(
     out = out.to(dtype)
     impl.forward(SimpleNamespace(), q, k, v, cache, metadata, out)
     assert (out[total:] == 0).all()
-    parts = zip(q[:total].split(queries), k.split(lengths), v.split(lengths))
+    parts = zip(q[:total].split(queries), k.split(lengths), v.split(lengths), strict=True)
     expected = [reference.attention(*(t[None].double() for t in part))[0] for part in parts]
     return out[:total], torch.cat(expected)
 
