@@ -66,6 +66,13 @@ def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | N
     return torch.full((layers, 1), scale, dtype=torch.float32, device=pool.device)
 
 
+def _pool(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
+    pool = torch.empty(shape, dtype=dtype, device=device)
+    if pool.is_cpu:
+        _cpu.advise_huge_pages(pool)
+    return pool
+
+
 class KVCache:
     """Keys and values of `batch_size` sequences of up to `max_tokens` tokens, in a pool of blocks.
 
@@ -104,10 +111,7 @@ class KVCache:
             raise ValueError(f"num_blocks: got {blocks}, want at least 1")
         heads, dim = config.num_key_value_heads, config.head_dim
         shape = (2, config.num_hidden_layers, blocks, block_size, heads, dim)
-        pool = torch.empty(shape, dtype=dtype, device=device)
-        if pool.is_cpu:
-            _cpu.advise_huge_pages(pool)
-        self.k, self.v = pool
+        self.k, self.v = _pool(shape, dtype, device)
         self.block_size = block_size
         # CPU kernels gather blocks at no cost; FP8 entries need their scales.
         self.finds_runs = not self.k.is_cpu and self.k.itemsize > 1
@@ -213,6 +217,23 @@ class KVCache:
             for column in range(sequence.blocks, n):
                 self._table[sequence.row, column] = self._free.pop()
             sequence.blocks = max(sequence.blocks, n)
+
+    def grow(self, max_tokens: int) -> None:
+        """Make room for max_tokens tokens of every sequence, by a copy of the blocks in use to a
+        larger pool. Views that select() returned before keep the old pool."""
+        width = self._table.shape[1]
+        more = -(-max_tokens // self.block_size) - width
+        if more <= 0:
+            return
+        layers, blocks, *rest = self.k.shape
+        added = more * len(self._table)
+        pool = _pool((2, layers, blocks + added, *rest), self.k.dtype, self.k.device)
+        for block in set(range(blocks)) - set(self._free):  # others are not touched: no memory yet
+            for old, new in zip((self.k, self.v), pool, strict=True):
+                new[:, block] = old[:, block]
+        self.k, self.v = pool
+        self._free = [*range(blocks, blocks + added)][::-1] + self._free
+        self._table = torch.nn.functional.pad(self._table, (0, more))
 
     def append(self, count: int | Sequence[int]) -> Append:
         """Reserve room for `count` more tokens of each sequence; advance() then keeps them. With a

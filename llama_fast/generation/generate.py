@@ -34,6 +34,7 @@ def generate(
     draft_tokens: int = speculation.DRAFT_TOKENS,
     on_pass: Callable[[int, int], None] | None = None,
     kv_cache: str | None = None,
+    cache: KVCache | None = None,
 ) -> list[list[int]]:
     """Return the new ids of each prompt, a list of token ids that includes BOS if wanted.
 
@@ -55,13 +56,17 @@ def generate(
     the first prompt's first chunk, so the other prompts' results depend on that prompt. A draft
     model's cache has the model's dtype.
 
+    cache: holds the first tokens of each prompt, not all, and room for the rest; only the others
+    are read. Afterwards it holds each prompt and its new ids but the last. After an exception,
+    truncate it to the tokens that on_token has received. On a GPU this runs the plain loop.
+
     A prompt's result does not depend on the others: it has its own random stream, derived from the
     seed, its tokens and, for repeated prompts, the number of the repetition.
 
     Raises ValueError for an empty prompt, an id outside the vocabulary, a prompt that with
     max_new_tokens exceeds the model's positions, logits that are NaN, graphs on a CPU or with
-    speculate, draft_tokens out of range, and a draft model that does not fit; TypeError for another
-    type of speculate.
+    speculate or cache, draft_tokens out of range, a draft model and a cache that do not fit;
+    TypeError for another type of speculate.
     """
     with model.tp.together() as check:
         _check_count("max_new_tokens", max_new_tokens)
@@ -75,14 +80,16 @@ def generate(
             raise ValueError(f"graphs: got True, but {cannot}")
         decode.check_kv_cache(kv_cache)
         speculation.check(model, speculate, draft_tokens)
-        if graphs and speculate is not None:
-            raise ValueError("graphs: got True, but speculate launches each kernel on its own")
+        if graphs and (speculate is not None or cache is not None):
+            name = "cache" if speculate is None else "speculate"
+            raise ValueError(f"graphs: got True, but {name} launches each kernel on its own")
         stops = frozenset(
             _ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids)
         )
         checked = [
             check_prompt(i, prompt, model, max_new_tokens) for i, prompt in enumerate(prompts)
         ]
+        read = _check_cache(cache, checked, max_new_tokens, kv_cache)
         how = speculate if isinstance(speculate, str) else type(speculate).__name__
         check(
             prompts=checked,
@@ -91,7 +98,7 @@ def generate(
             sampling=(temperature, top_p, top_k, seed),
             graphs=graphs,
             speculate=(how, draft_tokens),
-            kv_cache=kv_cache,
+            cache=(kv_cache, read),
         )
     new: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
@@ -112,7 +119,7 @@ def generate(
             on_token(i, token)
         return not is_last(token, len(new[i]))
 
-    if speculate is None and _runs_ahead(model.device):
+    if speculate is None and cache is None and _runs_ahead(model.device):
         settings = decode.Settings(temperature, top_p, top_k)
         u = None
         if temperature:
@@ -123,7 +130,8 @@ def generate(
         return new
 
     lengths = [len(prompt) + max_new_tokens for prompt in checked]
-    cache = decode.new_cache(model, lengths, kv_cache)
+    keep = cache is not None
+    cache = cache if cache is not None else decode.new_cache(model, lengths, kv_cache)
     texts = [list(prompt) for prompt in checked]  # with the sampled tokens
     pending: list[deque[int | ValueError]] = [deque() for _ in checked]  # not yet emitted
     going, unfinished = [True] * len(checked), list(range(len(checked)))
@@ -142,17 +150,18 @@ def generate(
             except ValueError as error:
                 pending[i].append(_no_token(i, len(texts[i]) - len(checked[i]), str(error)))
                 going[i] = False
-                return accepted
+                break
             texts[i].append(token)
             pending[i].append(token)
             accepted += token == guess
             if is_last(token, len(texts[i]) - len(checked[i])):
-                cache.release(i)
                 going[i] = False
-                return accepted
-            if token != guess:
+            if token != guess or not going[i]:
                 break
-        cache.select([i]).truncate([len(texts[i]) - 1])
+        if going[i] or keep:
+            cache.select([i]).truncate([len(texts[i]) - 1])
+        else:
+            cache.release(i)
         return accepted
 
     def send(i: int) -> None:
@@ -163,7 +172,7 @@ def generate(
             unfinished.remove(i)
 
     for i, prompt in enumerate(checked):
-        accept(i, _prefill(model, prompt, cache.select([i]))[None], [])
+        accept(i, _prefill(model, prompt[read[i] :], cache.select([i]))[None], [])
         send(i)
     while active := [i for i in unfinished if going[i]]:
         room = [lengths[i] - len(texts[i]) - 1 for i in active]
@@ -180,6 +189,28 @@ def generate(
             for i in list(unfinished):
                 send(i)
     return new
+
+
+def _check_cache(
+    cache: KVCache | None, prompts: list[list[int]], max_new_tokens: int, kv_cache: str | None
+) -> list[int]:
+    """Return how many tokens of each prompt the cache holds, and make room for the others."""
+    if cache is None:
+        return [0] * len(prompts)
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"cache: got {type(cache).__name__}, want a KVCache or None")
+    if kv_cache is not None:
+        raise ValueError(f"kv_cache: got {kv_cache!r}, want None with a cache, which has its dtype")
+    if len(cache) != len(prompts):
+        raise ValueError(f"cache: got {len(cache)} sequences, want one a prompt, {len(prompts)}")
+    held = cache.seqlens
+    for i, (count, prompt) in enumerate(zip(held, prompts, strict=True)):
+        if count >= len(prompt):
+            raise ValueError(
+                f"cache: holds {count} tokens of prompt {i}, want fewer than its {len(prompt)}"
+            )
+    cache.reserve([len(prompt) + max_new_tokens for prompt in prompts])
+    return held
 
 
 def _runs_ahead(device: torch.device) -> bool:
