@@ -10,6 +10,7 @@ from typing import Any
 
 from .rope_scaling import RopeFunction, RopeScaling, count, is_int, positive, read_scaling
 
+RECIPES = ("fp8", "fp8_all", "fp8_ffn")  # of quantize; checkpoint.weights.is_quantized has each
 _MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
 
 

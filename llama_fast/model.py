@@ -34,7 +34,7 @@ class Llama:
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         quantize: str | None = None,
         device: torch.device | str | None = None,
         *,
@@ -42,10 +42,10 @@ class Llama:
     ) -> Llama:
         """Load a folder in Hugging Face's format: config.json and safetensors.
 
-        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
-        "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
-        in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
-        terminal. Raises OSError or ValueError that names the fault in the files.
+        dtype: bfloat16, float16 or float32, or its name. quantize: "fp8" for every linear layer but
+        the head, "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the
+        checkpoint holds in FP8 stay as they are. progress: whether to show a bar on stderr; None:
+        if stderr is a terminal. Raises OSError or ValueError that names the fault in the files.
         """
         config = LlamaConfig.from_pretrained(path)
         dtype, device = _checked(dtype, device)
@@ -60,7 +60,7 @@ class Llama:
         config: LlamaConfig,
         seed: int = 0,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         quantize: str | None = None,
         device: torch.device | str | None = None,
     ) -> Llama:
@@ -234,8 +234,11 @@ class Llama:
 
 
 def _checked(
-    dtype: torch.dtype, device: torch.device | str | None
+    dtype: torch.dtype | str, device: torch.device | str | None
 ) -> tuple[torch.dtype, torch.device]:
-    if dtype not in DTYPES:
+    """Return dtype and device. Raises ValueError for others than Llama computes in, and for a
+    device that this machine lacks."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, want bfloat16, float16 or float32")
-    return dtype, torch.get_default_device() if device is None else torch.device(device)
+    return found, torch.get_default_device() if device is None else torch.device(device)
