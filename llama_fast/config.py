@@ -19,6 +19,7 @@ from .rope_scaling import (
     shown,
 )
 
+RECIPES = ("fp8", "fp8_all", "fp8_ffn")  # of quantize; checkpoint.weights.is_quantized has each
 _MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
 
 

@@ -44,7 +44,7 @@ class Llama:
     def from_pretrained(
         cls,
         path: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         quantize: str | None = None,
         device: torch.device | str | None = None,
         *,
@@ -53,12 +53,13 @@ class Llama:
     ) -> Llama:
         """Load a folder in Hugging Face's format: config.json and safetensors.
 
-        dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
-        "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
-        in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
-        terminal. tp: parallel.join(), to split the model among the processes that torchrun started;
-        each then reads only its part of the files, to its own device. Raises OSError or ValueError
-        that names the fault in the files; with tp, on all ranks if on one (Group.together).
+        dtype: bfloat16, float16 or float32, or its name. quantize: "fp8" for every linear layer but
+        the head, "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the
+        checkpoint holds in FP8 stay as they are. progress: whether to show a bar on stderr; None:
+        if stderr is a terminal. tp: parallel.join(), to split the model among the processes that
+        torchrun started; each then reads only its part of the files, to its own device. Raises
+        OSError or ValueError that names the fault in the files; with tp, on all ranks if on one
+        (Group.together).
         """
         tp = tp or Group()
         with tp.together() as check:
@@ -83,7 +84,7 @@ class Llama:
         config: LlamaConfig,
         seed: int = 0,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | str = torch.bfloat16,
         quantize: str | None = None,
         device: torch.device | str | None = None,
         tp: Group | None = None,
@@ -271,9 +272,12 @@ class Llama:
 
 
 def _checked(
-    dtype: torch.dtype, device: torch.device | str | None, tp: Group
+    dtype: torch.dtype | str, device: torch.device | str | None, tp: Group
 ) -> tuple[torch.dtype, torch.device]:
-    if dtype not in DTYPES:
+    """Return dtype and device. Raises ValueError for others than Llama computes in, and for a
+    device that this machine lacks."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
         raise ValueError(f"dtype: got {dtype}, want bfloat16, float16 or float32")
     if tp.device is not None:
         if device is not None and torch.device(device) not in (
@@ -281,5 +285,5 @@ def _checked(
             torch.device(tp.device.type),
         ):
             raise ValueError(f"device: got {device}, want None or the group's, {tp.device}")
-        return dtype, tp.device
-    return dtype, torch.get_default_device() if device is None else torch.device(device)
+        return found, tp.device
+    return found, torch.get_default_device() if device is None else torch.device(device)

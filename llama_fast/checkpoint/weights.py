@@ -11,13 +11,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..config import RECIPES as RECIPES
 from ..config import LlamaConfig
 from ..ops import linear, quantize
 from ..parallel import Share, Span
 from ..reference import FP8_DTYPE, PACK_ROWS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RECIPES = ("fp8", "fp8_all", "fp8_ffn")
 ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
 _LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 

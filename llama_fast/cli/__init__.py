@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from . import generate, perplexity, plan, quantize
-from .common import Parser
+from .common import Parser, one_line
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
@@ -37,6 +37,7 @@ _ENV_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 1 for a failure, 2 for wrong usage."""
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LLAMA_FAST_TRACEBACK") == "1"
     try:
@@ -45,20 +46,50 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(arguments[1:])
         args = _parser().parse_args(arguments)
         debug = debug or args.debug
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here a full disk is an error; at exit it would be a traceback
+        return code
     except KeyboardInterrupt:
         print("llama-fast: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader closed the pipe (`| head`). Without this, Python reports it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader closed the pipe (`| head`)
+        _drop_output()
         return 1
     except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:  # without "[Errno 20]"
+            where = "" if error.filename is None else f"{error.filename}: "
+            message = where + error.strerror
+        message = one_line(message) or type(error).__name__
         print(f"llama-fast: error: {message}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return 1
+
+
+def _drop_output() -> None:
+    """Discard what is still to be written, or Python would report the error again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Replace closed standard streams. A file opened by the command would get their descriptors,
+    and what a library prints. Text that nobody can read is no reason to go on."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
+    if "stderr" in closed:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    if "stdout" in closed:
+        print("llama-fast: error: stdout: is closed", file=sys.stderr)
+        sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
