@@ -15,10 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SEQUENCES, PROMPT, ROUNDS = (1, 4, 16), 512, 3
-SECONDS = 2.0  # of decoding in a round, at most 32 steps
+SECONDS, PATIENCE = 0.7, 5.0  # of decoding in a round, 2 to 32 steps; of a job's rounds
 JOBS = ("pp512", *(f"tg @ {n}" for n in SEQUENCES))
 COLUMNS = ("vLLM bf16", "plugin bf16", "vLLM FP8", "plugin FP8")
 
@@ -69,13 +70,22 @@ def measure(model: str, eager: bool) -> dict[str, float]:
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds(1, PROMPT, 2)
-    result = {"pp512": PROMPT / statistics.median(seconds(1, PROMPT, 1) for _ in range(ROUNDS))}
+    def median(measured: Callable[[], float]) -> float:
+        values, start = [measured()], time.perf_counter()
+        while len(values) < ROUNDS and time.perf_counter() - start < PATIENCE:
+            values.append(measured())
+        return statistics.median(values)
+
+    seconds(1, 16, 4)
+    result = {"pp512": PROMPT / median(lambda: seconds(1, PROMPT, 1))}
     for n in SEQUENCES:
-        first = seconds(n, 16, 2)  # the batch's first steps
+        first = seconds(n, 16, 3) / 3
         steps = max(2, min(32, int(SECONDS / first)))
-        rounds = [(seconds(n, 16, 1 + steps) - seconds(n, 16, 1)) / steps for _ in range(ROUNDS)]
-        result[f"tg @ {n}"] = n / statistics.median(rounds)
+
+        def step(n: int = n, steps: int = steps) -> float:
+            return (seconds(n, 16, 1 + steps) - seconds(n, 16, 1)) / steps
+
+        result[f"tg @ {n}"] = n / median(step)
     return result
 
 
@@ -124,6 +134,7 @@ def main() -> None:
         for name in COLUMNS:
             side, weights = name.split()
             columns[name] = run(folder / weights, side == "plugin", args)
+            print(name, columns[name], file=sys.stderr)
         print(table(columns))
 
 

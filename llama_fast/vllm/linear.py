@@ -14,6 +14,7 @@ from vllm.model_executor.kernels.linear import (
 )
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.quantization.fbgemm_fp8 import FBGEMMFp8Config
+from vllm.model_executor.layers.quantization.utils import w8a8_utils
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum, current_platform
 
@@ -57,9 +58,6 @@ class FastFP8LinearKernel(FP8ScaledMMLinearKernel):
         scale = getattr(layer, name).data.float().contiguous()
         if not blocks:
             scale = scale.reshape(1) if scale.numel() == 1 else scale.reshape(-1, 1)
-            if len(scale) not in (1, len(weight)):  # one a tensor of a fused layer
-                widths = torch.tensor(layer.logical_widths)
-                scale = scale.repeat_interleave(widths, dim=0)
         replace_parameter(layer, "weight", _packed(weight))
         replace_parameter(layer, name, scale)
 
@@ -96,6 +94,7 @@ def register() -> None:
             layer.cpu_linear = _Head(weight.data)
 
     utils.dispatch_cpu_unquantized_gemm = pack
+    w8a8_utils.requantize_with_max_scale = _scale_of_each_row
     # On a CPU it would choose Marlin, a kernel for GPUs.
     init = FBGEMMFp8Config.__init__
 
@@ -104,6 +103,20 @@ def register() -> None:
         self.use_marlin = False
 
     FBGEMMFp8Config.__init__ = without_marlin
+
+
+def _scale_of_each_row(
+    weight: Tensor, weight_scale: Tensor, logical_widths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return fp32 [N, 1] and the weight as it is, for a fused layer [N, K] with a scale per tensor.
+
+    vLLM would quantize all tensors again by their largest scale, with a kernel for GPUs. A scale
+    below 0 marks that the checkpoint had one for the whole layer.
+    """
+    scales = weight_scale.reshape(-1).float()
+    if len(scales) == 1 or scales[-1] < 0:
+        return scales.max(), weight
+    return scales.repeat_interleave(torch.tensor(logical_widths))[:, None], weight
 
 
 class _Head:
