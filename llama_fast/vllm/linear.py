@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear import (
     FP8ScaledMMLinearKernel,
@@ -22,6 +23,7 @@ from ..ops.checks import ACTIVATIONS
 from ..ops.linear import fp8_linear, linear, pack_weight
 from ..reference import FP8_BLOCK, PACK_ROWS
 
+logger = init_logger("vllm.llama_fast")
 _LISTS = ("_POSSIBLE_FP8_KERNELS", "_POSSIBLE_FP8_BLOCK_KERNELS", "_POSSIBLE_WFP8A16_KERNELS")
 
 
@@ -86,6 +88,8 @@ def register() -> None:
     def pack(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
         if weight.is_meta or weight.dim() != 2 or weight.dtype not in ACTIVATIONS:
+            kind = f"{weight.dtype} of {weight.dim()} dimensions"
+            logger.info_once("llama_fast: left to vLLM: a product with a weight in %s", kind)
             dispatch(layer, remove_weight)
         elif remove_weight:
             layer.weight = Parameter(_packed(weight.data), requires_grad=False)
