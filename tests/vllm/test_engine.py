@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -189,16 +187,14 @@ def test_server_answers_a_chat_request(smollm2: Path, folder: Path) -> None:
         cwd=ROOT,
         stdout=log_file.open("w"),
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # a group, so that no process of it remains
     )
     try:
         answer = _chat(f"http://127.0.0.1:{port}", server, log_file)
     finally:
-        server.terminate()
+        server.terminate()  # its engine and worker end with it
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(timeout=30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)
+        server.kill()
     log = log_file.read_text()
     assert "llama_fast: serves" in log
     assert "Paris" in answer, log[-3000:]
