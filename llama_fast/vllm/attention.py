@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
@@ -23,6 +24,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from ..ops.checks import ACTIVATIONS
 from ..ops.decode_attention import attention_with_kvcache
 from ..ops.rope import apply_rope_and_append
+
+logger = init_logger("vllm.llama_fast")
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Builder(CPUAttentionMetadataBuilder):
         self.served = all(layer.impl.served for layer in layers.values())
         for layer in layers.values():
             layer.impl.served = self.served
+        if not self.served:
+            logger.info_once("llama_fast: left to vLLM: attention with ALiBi, a soft cap or sinks")
 
     def build(
         self,
@@ -110,6 +115,7 @@ class Impl(CPUAttentionBackendImpl):
             or self.sinks is not None
             or self.attn_type != AttentionType.DECODER
         )
+        self.cache: Tensor | None = None
 
     def forward(
         self,
@@ -125,7 +131,7 @@ class Impl(CPUAttentionBackendImpl):
     ) -> Tensor:
         if not isinstance(attn_metadata, Metadata):
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output)
-        keys, values = _caches(kv_cache)
+        keys, values = self._views(kv_cache)
         for first, last, sequence, end, queries in attn_metadata.parts:
             q = query[first:last]
             out = attention_with_kvcache(
@@ -150,13 +156,25 @@ class Impl(CPUAttentionBackendImpl):
         if not self.served:
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             return
-        keys, values = _caches(kv_cache)
+        keys, values = self._views(kv_cache)
         tokens = slot_mapping.shape[0]
         key, value = key[:tokens], value[:tokens]
         # vLLM rotated the keys: angles of 0 leave them as they are.
         table = _angles_of_zero(key.shape[-1])
         positions = slot_mapping.new_zeros(tokens)
         apply_rope_and_append(key[:, :1], key, value, positions, table, keys, values, slot_mapping)
+
+    def _views(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [blocks, block_size, Hkv, D] of a cache [blocks, Hkv, block_size,
+        2 * D], in which a head's keys precede its values. vLLM passes the same cache each time."""
+        if kv_cache is not self.cache:
+            blocks, heads, block_size, both = kv_cache.shape
+            halves = kv_cache.view(blocks, heads, 2 * block_size, both // 2).chunk(2, dim=2)
+            self.cache, self.views = (
+                kv_cache,
+                (halves[0].transpose(1, 2), halves[1].transpose(1, 2)),
+            )
+        return self.views
 
 
 @functools.lru_cache
@@ -165,15 +183,8 @@ def _angles_of_zero(head_dim: int) -> Tensor:
     return torch.tensor([[1.0, 0.0]], dtype=torch.float32).repeat_interleave(head_dim // 2, 1)
 
 
-def _caches(kv_cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values [blocks, block_size, Hkv, D] of a cache [blocks, Hkv, block_size,
-    2 * D], in which a head's keys precede its values."""
-    blocks, heads, block_size, both = kv_cache.shape
-    keys, values = kv_cache.view(blocks, heads, 2 * block_size, both // 2).chunk(2, dim=2)
-    return keys.transpose(1, 2), values.transpose(1, 2)
-
-
 def register() -> None:
+    """Register the CUSTOM backend, and choose it where it fits and no other is asked for."""
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.Backend")
     platform = type(current_platform)
     choose = platform.get_attn_backend_cls
@@ -184,7 +195,10 @@ def register() -> None:
         path = choose(selected_backend, attn_selector_config, *args, **kwargs)
         if selected_backend not in (None, AttentionBackendEnum.CUSTOM):
             return path
-        if path != AttentionBackendEnum.CPU_ATTN.get_path() or not _serves(attn_selector_config):
+        if path != AttentionBackendEnum.CPU_ATTN.get_path():
+            return path
+        if not _serves(attn_selector_config):
+            logger.info_once("llama_fast: left to vLLM: attention, %s", attn_selector_config)
             return path
         return AttentionBackendEnum.CUSTOM.get_path()
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.logger import init_logger
 from vllm.model_executor.kernels import linear as vllm_kernels
 from vllm.model_executor.kernels.linear import (
     FP8ScaledMMLinearKernel,
@@ -14,6 +15,7 @@ from vllm.model_executor.kernels.linear import (
 )
 from vllm.model_executor.layers import utils
 from vllm.model_executor.layers.quantization.fbgemm_fp8 import FBGEMMFp8Config
+from vllm.model_executor.layers.quantization.utils import w8a8_utils
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import PlatformEnum, current_platform
 
@@ -21,6 +23,7 @@ from ..ops.checks import ACTIVATIONS
 from ..ops.linear import fp8_linear, linear, pack_weight
 from ..reference import FP8_BLOCK, PACK_ROWS
 
+logger = init_logger("vllm.llama_fast")
 _LISTS = ("_POSSIBLE_FP8_KERNELS", "_POSSIBLE_FP8_BLOCK_KERNELS", "_POSSIBLE_WFP8A16_KERNELS")
 
 
@@ -57,9 +60,6 @@ class FastFP8LinearKernel(FP8ScaledMMLinearKernel):
         scale = getattr(layer, name).data.float().contiguous()
         if not blocks:
             scale = scale.reshape(1) if scale.numel() == 1 else scale.reshape(-1, 1)
-            if len(scale) not in (1, len(weight)):  # one a tensor of a fused layer
-                widths = torch.tensor(layer.logical_widths)
-                scale = scale.repeat_interleave(widths, dim=0)
         replace_parameter(layer, "weight", _packed(weight))
         replace_parameter(layer, name, scale)
 
@@ -88,6 +88,8 @@ def register() -> None:
     def pack(layer: Any, remove_weight: bool) -> None:
         weight = layer.weight
         if weight.is_meta or weight.dim() != 2 or weight.dtype not in ACTIVATIONS:
+            kind = f"{weight.dtype} of {weight.dim()} dimensions"
+            logger.info_once("llama_fast: left to vLLM: a product with a weight in %s", kind)
             dispatch(layer, remove_weight)
         elif remove_weight:
             layer.weight = Parameter(_packed(weight.data), requires_grad=False)
@@ -96,6 +98,7 @@ def register() -> None:
             layer.cpu_linear = _Head(weight.data)
 
     utils.dispatch_cpu_unquantized_gemm = pack
+    w8a8_utils.requantize_with_max_scale = _scale_of_each_row
     # On a CPU it would choose Marlin, a kernel for GPUs.
     init = FBGEMMFp8Config.__init__
 
@@ -104,6 +107,20 @@ def register() -> None:
         self.use_marlin = False
 
     FBGEMMFp8Config.__init__ = without_marlin
+
+
+def _scale_of_each_row(
+    weight: Tensor, weight_scale: Tensor, logical_widths: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Return fp32 [N, 1] and the weight as it is, for a fused layer [N, K] with a scale per tensor.
+
+    vLLM would quantize all tensors again by their largest scale, with a kernel for GPUs. A scale
+    below 0 marks that the checkpoint had one for the whole layer.
+    """
+    scales = weight_scale.reshape(-1).float()
+    if len(scales) == 1 or scales[-1] < 0:
+        return scales.max(), weight
+    return scales.repeat_interleave(torch.tensor(logical_widths))[:, None], weight
 
 
 class _Head:

