@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .hub import resolve
 from .rope_scaling import RopeFunction, RopeScaling, count, is_int, positive, read_scaling
 
 _MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
@@ -83,7 +84,8 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
         """Read path/config.json, and the stop ids in path/generation_config.json if it exists. If
-        path is a GGUF file, read its metadata."""
+        path is a GGUF file, read its metadata. path may be an id of the Hub (hub.resolve)."""
+        path = resolve(path)
         if is_gguf(path):
             from .checkpoint.gguf_file import read_config
 

@@ -19,6 +19,7 @@ from .generation.cache import Append, KVCache
 from .generation.decode import Decoder
 from .generation.generate import generate
 from .generation.logprobs import logprobs
+from .hub import resolve
 from .ops import activation, attention, decode_attention, rms_norm, rope
 from .reference import FP8_DTYPE
 
@@ -40,13 +41,16 @@ class Llama:
         *,
         progress: bool | None = None,
     ) -> Llama:
-        """Load a folder in Hugging Face's format: config.json and safetensors.
+        """Load a folder in Hugging Face's format, config.json and safetensors, or a GGUF file.
 
+        path: also the id of a model on the Hub, "owner/name" or "owner/name@revision"; a folder of
+        that name wins. See hub.resolve for its cache, downloads and errors.
         dtype: bfloat16, float16 or float32. quantize: "fp8" for every linear layer but the head,
         "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the checkpoint holds
         in FP8 stay as they are. progress: whether to show a bar on stderr; None: if stderr is a
         terminal. Raises OSError or ValueError that names the fault in the files.
         """
+        path = resolve(path, weights=True)
         config = LlamaConfig.from_pretrained(path)
         dtype, device = _checked(dtype, device)
         return cls(

@@ -18,6 +18,9 @@ SmolLM2's perplexity rises by 3.2 % instead of 1.1 %. fp8_ffn quantizes the feed
 without the first and the last."""
 
 
+MODEL_HELP = "a Hugging Face folder, a GGUF file, or a model of the Hub: owner/name[@revision]"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"llama-fast: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -42,7 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     from ..checkpoint.weights import RECIPES
 
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or a GGUF file")
+    add("--model", required=True, metavar="DIR|ID", help=MODEL_HELP)
     add("--quantize", choices=RECIPES, help="quantize 16-bit weights while loading")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
