@@ -15,23 +15,22 @@ from typing import Any
 
 from .config import LlamaConfig, check_folder, is_gguf
 from .files import open_regular
+from .hub import resolve
 from .messages import check_messages, check_tools
 from .messages import parse_tool_calls as parse_tool_calls
 
 _WORD = re.compile(r"[\w-]*")
+_ENDS = ("<|eom_id|>", "<|eot_id|>")
 _LOGIC = ("role", "type", "id", "tool_call_id")
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
+    path: a folder, a GGUF file beside its tokenizer, or the id of a model on the Hub (hub.resolve).
 
     Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ImportError("text needs transformers: pip install 'llama_fast[hf]'") from None
-    folder = Path(path)
+    folder = given = resolve(path, tokenizer=True)
     if is_gguf(folder):
         file, folder = folder, folder.parent
         if not (folder / "tokenizer.json").exists():
@@ -41,11 +40,17 @@ def load_tokenizer(path: str | Path) -> Any:
             )
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
-    if folder == Path(path):
+    if folder == given:
         check_folder(folder)
     for file in folder.iterdir():  # transformers would wait for a pipe
         if file.suffix in (".json", ".jinja", ".model", ".txt"):
             open_regular(file).close()
+    if not any(folder.glob("tokenizer*")):  # transformers takes seconds to import
+        raise ValueError(f"{folder}: no tokenizer that transformers can load: no tokenizer.json")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ImportError("text needs transformers: pip install 'llama_fast[hf]'") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -139,8 +144,11 @@ def _encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
 
 
 def stop_ids(config: LlamaConfig, tokenizer: Any) -> list[int]:
-    """Return the ids that end a text: the config's, and the tokenizer's own."""
-    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    """Return the ids that end a text: the config's, the tokenizer's own, and those that end a
+    message or a turn in Llama 3's formats."""
+    own = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content in _ENDS}
+    if tokenizer.eos_token_id is not None:
+        own.add(tokenizer.eos_token_id)
     return sorted({*config.eos_token_id, *own})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import read_json
+from .hub import resolve
 from .rope_scaling import (
     RopeFunction,
     RopeScaling,
@@ -97,7 +98,8 @@ class LlamaConfig:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> LlamaConfig:
         """Read path/config.json, and the stop ids in path/generation_config.json if it exists. If
-        path is a GGUF file, read its metadata."""
+        path is a GGUF file, read its metadata. path may be an id of the Hub (hub.resolve)."""
+        path = resolve(path)
         if is_gguf(path):
             from .checkpoint.gguf_file import read_config
 

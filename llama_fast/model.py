@@ -22,6 +22,7 @@ from .generation.cache import Append, KVCache
 from .generation.decode import Decoder
 from .generation.generate import generate
 from .generation.logprobs import logprobs
+from .hub import resolve
 from .ops import activation, attention, decode_attention, rms_norm, rope
 from .parallel import Group, Share, vocab_sizes
 from .reference import FP8_DTYPE
@@ -51,8 +52,10 @@ class Llama:
         progress: bool | None = None,
         tp: Group | None = None,
     ) -> Llama:
-        """Load a folder in Hugging Face's format: config.json and safetensors.
+        """Load a folder in Hugging Face's format, config.json and safetensors, or a GGUF file.
 
+        path: also the id of a model on the Hub, "owner/name" or "owner/name@revision"; a folder of
+        that name wins. See hub.resolve for its cache, downloads and errors.
         dtype: bfloat16, float16 or float32, or its name. quantize: "fp8" for every linear layer but
         the head, "fp8_all" with the head, "fp8_ffn" for Meta's 405B recipe; weights that the
         checkpoint holds in FP8 stay as they are. progress: whether to show a bar on stderr; None:
@@ -63,6 +66,7 @@ class Llama:
         """
         tp = tp or Group()
         with tp.together() as check:
+            path = resolve(path, weights=True)
             config = LlamaConfig.from_pretrained(path)
             check(config=config, dtype=dtype, quantize=quantize)
             dtype, device = _checked(dtype, device, tp)

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_fast import LlamaConfig, chat
 
+from .support.llama3 import byte_tokenizer
+
 VICUNA = (
     "{{ bos_token }}A chat between a curious user and an assistant. "
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} "
@@ -129,3 +131,7 @@ def test_a_text_ends_where_the_config_or_the_tokenizer_says() -> None:
     assert chat.stop_ids(config, held) == [2, 7]
     held.eos_token = None
     assert chat.stop_ids(config, held) == [7]
+    # A fine-tune's config may lack the token that ends a message with a tool call.
+    held = byte_tokenizer()
+    names = ["<|eom_id|>", "<|eot_id|>"]
+    assert chat.stop_ids(config, held) == [7, *held.convert_tokens_to_ids(names)]

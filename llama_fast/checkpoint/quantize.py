@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import LlamaConfig
 from ..files import read_json
+from ..hub import resolve
 from ..ops.quantize import quantize_fp8
 from .formats import describe
 from .load import check
@@ -70,6 +71,7 @@ def quantize_checkpoint(
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write source's checkpoint to the new folder target with weights in e4m3, a scale per row.
+    source: a folder, or the id of a model on the Hub (hub.resolve).
 
     recipe: as quantize of Llama.from_pretrained (weights.is_quantized). With "fp8_all" and tied
     embeddings, the head is written beside the embedding, and config.json unties them. Readers of
@@ -80,7 +82,7 @@ def quantize_checkpoint(
     no target behind. Raises ValueError or OSError that names the file: also, before it writes, if
     the disk has too little space.
     """
-    source, target = Path(source), Path(target)
+    source, target = resolve(source, weights=True), Path(target).expanduser()
     if recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}, want one of {', '.join(RECIPES)}")
     config = read_json(source / "config.json")

@@ -28,6 +28,9 @@ _LONGEST = 600  # characters of an error
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # torch crashes if it cannot start all of them
 
 
+MODEL_HELP = "a Hugging Face folder, a GGUF file, or a model of the Hub: owner/name[@revision]"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"llama-fast: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
@@ -87,7 +90,7 @@ def device(text: str) -> str:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a Hugging Face folder, or a GGUF file")
+    add("--model", required=True, metavar="DIR|ID", help=MODEL_HELP)
     add("--quantize", choices=RECIPES, help="quantize 16-bit weights while loading")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add("--device", type=device, metavar="NAME", help="cpu, cuda, cuda:1; default cpu")
