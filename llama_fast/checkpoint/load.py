@@ -119,7 +119,7 @@ class _Checkpoint:
         q = torch.empty(sum(rows), k, dtype=FP8_DTYPE, device=self._device)
         for part, name in zip(q.split(rows), parts, strict=True):
             part.copy_(self._shards.read(f"{name}.weight"))
-        scale = _joined([self._scale(name) for name in parts], rows, k)
+        scale = joined_scales([self._scale(name) for name in parts], rows, k)
         return Linear(packed(q), scale, scale_ub=self._format.activation_bound)
 
     def kv_scale(self, which: str, layers: range, heads: int) -> Tensor | None:
@@ -158,7 +158,7 @@ class _Checkpoint:
         return scale
 
 
-def _joined(scales: list[Tensor], rows: list[int], k: int) -> Tensor:
+def joined_scales(scales: list[Tensor], rows: list[int], k: int) -> Tensor:
     """Join the scales of weights [rows[i], k] that are stacked: by block if all are, and no block
     would hold rows of two weights; else by row, [sum(rows), 1] or [sum(rows), ceil(k / 128)]."""
     across = -(-k // FP8_BLOCK)
