@@ -8,15 +8,27 @@ Source: The Llama 3 Herd of Models, arXiv:2407.21783.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chat import load_tokenizer
+from .checkpoint import modules
 from .checkpoint.load import load
-from .checkpoint.weights import DTYPES, Linear, Quantized, RandomSource, Weights, assemble
+from .checkpoint.weights import (
+    DTYPES,
+    Linear,
+    Quantized,
+    RandomSource,
+    Weights,
+    assemble,
+    moved,
+)
 from .config import LlamaConfig
 from .generation.cache import Append, KVCache
 from .generation.decode import Decoder
@@ -40,6 +52,43 @@ class Llama:
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
         self.rope = rope.rope_table(config, config.max_position_embeddings, device=self.device)
         self.decoders: list[Decoder] = []  # idle, for the next call of generate
+        self.path: str | Path | None = None  # of the checkpoint, for the tokenizer
+
+    def __repr__(self) -> str:
+        linears, config = self.weights.linears, self.config
+        fp8 = sum(linear.scale is not None for linear in linears)
+        kinds = f"{str(self.dtype).removeprefix('torch.')}"
+        kinds += f" with FP8 in {fp8} of {len(linears)} linear products" if fp8 else ""
+        return (
+            f"Llama({config.num_hidden_layers} layers, {self.weights.parameters:,} parameters, "
+            f"{kinds}, {self.weights.nbytes:,} bytes on {self.device})"
+        )
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Return the checkpoint's tokenizer, see chat.load_tokenizer; None for a model that
+        from_pretrained did not load."""
+        return None if self.path is None else load_tokenizer(self.path)
+
+    def to(self, *targets: Any, device: Any = None, dtype: Any = None) -> Llama:
+        """Move the weights to a device, cast them to a dtype, or both, in place, and return self:
+        to("cuda"), to(torch.float16), to("cuda", torch.float16). FP8 weights keep their bits."""
+        for target in targets:
+            named = getattr(torch, target, None) if isinstance(target, str) else target
+            if isinstance(named, torch.dtype):
+                dtype = named
+            else:
+                device = target
+        dtype, device = _checked(
+            self.dtype if dtype is None else dtype,
+            self.device if device is None else device,
+            self.tp,
+        )
+        self.weights = moved(self.weights, device, dtype)
+        self.rope = self.rope.to(device)
+        self.dtype, self.device = self.weights.embedding.dtype, self.weights.embedding.device
+        self.decoders.clear()
+        return self
 
     @classmethod
     def from_pretrained(
@@ -80,7 +129,32 @@ class Llama:
                 share=Share.of(config, tp.rank, tp.size),
                 check_in=check,
             )
-        return cls(config, weights, tp)
+        model = cls(config, weights, tp)
+        model.path = path
+        return model
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        dtype: torch.dtype | str | None = None,
+        quantize: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Llama:
+        """Copy a LlamaForCausalLM of transformers; no memory is shared. dtype and device: None:
+        the model's. quantize: as for from_pretrained; lf.nn.FP8Linear, which LlamaFastFP8Config and
+        accelerate(quantize=...) make, keeps its weights. Raises TypeError, ValueError or
+        NotImplementedError that names what Llama cannot compute, such as other quantizations and
+        adapters that are not merged."""
+        config = modules.read_config(model)
+        embedding = model.model.embed_tokens.weight
+        dtype, device = _checked(dtype or embedding.dtype, device or embedding.device, Group())
+        return cls(config, modules.read_weights(model, config, dtype, quantize, device))
+
+    def to_transformers(self) -> Any:
+        """Return a LlamaForCausalLM with copies of the weights, bit for bit, whose FP8 layers are
+        lf.nn.FP8Linear; save_pretrained writes one without those."""
+        return modules.to_transformers(self.config, self.weights)
 
     @classmethod
     def from_config(

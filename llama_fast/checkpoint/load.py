@@ -152,7 +152,9 @@ class _Checkpoint:
         q = torch.empty(sum(rows), len(k), dtype=FP8_DTYPE, device=self._device)
         for part, (name, span) in zip(q.split(rows), parts.items(), strict=True):
             part.copy_(self._shards.read(f"{name}.weight", span.index, k.index))
-        scale = _joined([self._scale(name, span, k) for name, span in parts.items()], rows, len(k))
+        scale = joined_scales(
+            [self._scale(name, span, k) for name, span in parts.items()], rows, len(k)
+        )
         return Linear(packed(q), scale, scale_ub=self._format.activation_bound)
 
     def kv_scale(self, which: str, layers: range, heads: Span) -> Tensor | None:
@@ -205,7 +207,7 @@ def _cut(scale: Tensor, rows: Span, cols: Span) -> Tensor:
     return scale[rows.start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)]
 
 
-def _joined(scales: list[Tensor], rows: list[int], k: int) -> Tensor:
+def joined_scales(scales: list[Tensor], rows: list[int], k: int) -> Tensor:
     """Join the scales of weights [rows[i], k] that are stacked: by block if all are, and no block
     would hold rows of two weights; else by row, [sum(rows), 1] or [sum(rows), ceil(k / 128)]."""
     across = -(-k // FP8_BLOCK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from ..config import RECIPES as RECIPES
 from ..config import LlamaConfig
 from ..ops import linear, quantize
 from ..parallel import Share, Span
-from ..reference import FP8_DTYPE, PACK_ROWS
+from ..reference import FP8_DTYPE, PACK_ROWS, unpack_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
@@ -83,13 +83,57 @@ class Weights:
     v_scale: Tensor | None = None
 
     @property
+    def linears(self) -> list[Linear]:
+        """Return all linear layers, the head last unless it is the embedding."""
+        head = [] if self.head.weight is self.embedding else [self.head]
+        return [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)] + head
+
+    @property
+    def others(self) -> list[Tensor]:
+        norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
+        return [self.embedding, *norms, self.norm]
+
+    @property
     def nbytes(self) -> int:
         """Return the size in bytes; a tied embedding counts once."""
-        linears = [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
-        norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
-        head = 0 if self.head.weight is self.embedding else self.head.nbytes
-        plain = self.embedding.nbytes + self.norm.nbytes + head
-        return plain + sum(w.nbytes for w in linears) + sum(w.nbytes for w in norms)
+        return sum(w.nbytes for w in self.linears) + sum(t.nbytes for t in self.others)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters, without scales; a tied embedding counts once."""
+        biases = [w.bias for w in self.linears if w.bias is not None]
+        weights = [w.weight for w in self.linears]
+        return sum(t.numel() for t in (*weights, *biases, *self.others))
+
+
+def moved(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Return weights on a device in a dtype, FP8 and scales in their own; the layers are replaced
+    one after another, so two copies of one are in memory."""
+
+    def plain(t: Tensor) -> Tensor:
+        return t.to(device, dtype)
+
+    def linear(held: Linear) -> Linear:
+        weight = held.weight if device.type == "cpu" else unpack_weight(held.weight)
+        weight = weight.to(device, weight.dtype if weight.dtype == FP8_DTYPE else dtype)
+        scale = None if held.scale is None else held.scale.to(device)
+        bias = None if held.bias is None else plain(held.bias)
+        weight = packed(weight) if weight.dim() == 2 else weight
+        return replace(held, weight=weight, scale=scale, bias=bias)
+
+    for i, x in enumerate(weights.layers):
+        weights.layers[i] = LayerWeights(
+            plain(x.attention_norm),
+            linear(x.qkv),
+            linear(x.output),
+            plain(x.ffn_norm),
+            linear(x.gate_up),
+            linear(x.down),
+        )
+    embedding, tied = plain(weights.embedding), weights.head.weight is weights.embedding
+    head = replace(weights.head, weight=embedding) if tied else linear(weights.head)
+    scales = (None if s is None else s.to(device) for s in (weights.k_scale, weights.v_scale))
+    return Weights(embedding, weights.layers, plain(weights.norm), head, *scales)
 
 
 class Source(Protocol):
