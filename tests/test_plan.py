@@ -388,6 +388,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         ("memory=96,bandwidth=x,bf16=1", "gpu: got 'bandwidth=x', want NAME=NUMBER"),
         ("memory=nan,bandwidth=1,bf16=1", "gpu: got 'memory=nan'"),
         ("memory=-1,bandwidth=1,bf16=1", "gpu: got 'memory=-1'"),
+        ("memory=9,bandwidth=1,bf16=1,link=0", "gpu: got 'link=0'"),
         ("name=1,memory=96", "gpu: got 'name=1'"),
     ],
 )
