@@ -187,6 +187,8 @@ def test_stages_share_the_layers(quantize: str) -> None:
     embedding, head = one.weights.embedding.nbytes, one.weights.head.nbytes
     norm = one.weights.norm.nbytes
     assert 2 * (two.weight_bytes - embedding - norm) == one.weight_bytes - embedding - head - norm
+    p = plan(MODELS["405b"], GPUS["h100"], quantize=quantize, stages=2)
+    assert p.possible() == [2, 4, 8, 16, 32] and p.rank.gpus == p.fewest_gpus == 8
     assert 2 * two.cache_bytes(8192, 3) == one.cache_bytes(8192, 3)
     gpu = replace(UNIT, link=1000.0)
     steps = [roofline.decode(rank, gpu, 8192, 3) for rank in (one, two)]
@@ -301,6 +303,15 @@ def test_the_time_of_a_step() -> None:
     flops = 4 * (2 * (weights / 2 - 65 * 4096) + 4 * 32 * 4096 * 8192)  # norms are no products
     assert p.decode.compute == pytest.approx(flops / 989e12)
     assert p.decode.bound == "memory" and p.decode.seconds == p.decode.memory
+
+
+def test_a_tied_embedding_is_read_whole() -> None:
+    """As the head it takes part in every pass; without a tie only single rows are read."""
+    tied, untied = (replace(SMALL, tie_word_embeddings=tie) for tie in (True, False))
+    moved = [roofline.decode(Rank(c), UNIT, 100, 1).memory for c in (tied, untied)]
+    assert moved[0] == moved[1]
+    cache = 100 * Rank(SMALL).token_bytes(3)
+    assert moved[0] == pytest.approx((Rank(tied).weights.nbytes + cache) / 1e12)
 
 
 def test_the_time_of_a_prompt() -> None:
