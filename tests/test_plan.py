@@ -502,9 +502,10 @@ def test_a_folder_and_a_gpu_of_numbers(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plan what loading takes: by row with the head in 16 bits or FP8, Meta's form, and blocks."""
+    source = save(hf_model(), tmp_path / "in")
     for recipe in RECIPES:
         folder = tmp_path / recipe
-        quantize_checkpoint(save(hf_model(dtype=torch.bfloat16), tmp_path / "in"), folder, recipe)
+        quantize_checkpoint(source, folder, recipe)
         [found] = json.loads(out(capsys, "--model", str(folder), "--json"))
         assert found["memory"]["weights"] == Llama.from_pretrained(folder).weights.nbytes
     for inner, heads in ((320, 2), (512, 8)):  # parts begin within blocks, and with them
