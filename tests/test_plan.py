@@ -123,7 +123,6 @@ class Live(TorchDispatchMode):
     "changes",
     [
         pytest.param({}, id="silu_and_mul"),
-        pytest.param({"intermediate_size": 64, "num_attention_heads": 4}, id="add_rms_norm"),
         pytest.param({"intermediate_size": 256, "num_attention_heads": 4}, id="down"),
         pytest.param({"intermediate_size": 128, "num_attention_heads": 32}, id="attention"),
     ],
@@ -188,6 +187,8 @@ def test_stages_share_the_layers(quantize: str) -> None:
     embedding, head = one.weights.embedding.nbytes, one.weights.head.nbytes
     norm = one.weights.norm.nbytes
     assert 2 * (two.weight_bytes - embedding - norm) == one.weight_bytes - embedding - head - norm
+    p = plan(MODELS["405b"], GPUS["h100"], quantize=quantize, stages=2)
+    assert p.possible() == [2, 4, 8, 16, 32] and p.rank.gpus == p.fewest_gpus == 8
     assert 2 * two.cache_bytes(8192, 3) == one.cache_bytes(8192, 3)
     gpu = replace(UNIT, link=1000.0)
     steps = [roofline.decode(rank, gpu, 8192, 3) for rank in (one, two)]
@@ -304,6 +305,15 @@ def test_the_time_of_a_step() -> None:
     assert p.decode.bound == "memory" and p.decode.seconds == p.decode.memory
 
 
+def test_a_tied_embedding_is_read_whole() -> None:
+    """As the head it takes part in every pass; without a tie only single rows are read."""
+    tied, untied = (replace(SMALL, tie_word_embeddings=tie) for tie in (True, False))
+    moved = [roofline.decode(Rank(c), UNIT, 100, 1).memory for c in (tied, untied)]
+    assert moved[0] == moved[1]
+    cache = 100 * Rank(SMALL).token_bytes(3)
+    assert moved[0] == pytest.approx((Rank(tied).weights.nbytes + cache) / 1e12)
+
+
 def test_the_time_of_a_prompt() -> None:
     p = plan(MODELS["8b"], GPUS["h100"], context=20_000)
     layers = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
@@ -389,6 +399,7 @@ def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
         ("memory=96,bandwidth=x,bf16=1", "gpu: got 'bandwidth=x', want NAME=NUMBER"),
         ("memory=nan,bandwidth=1,bf16=1", "gpu: got 'memory=nan'"),
         ("memory=-1,bandwidth=1,bf16=1", "gpu: got 'memory=-1'"),
+        ("memory=9,bandwidth=1,bf16=1,link=0", "gpu: got 'link=0'"),
         ("name=1,memory=96", "gpu: got 'name=1'"),
     ],
 )
@@ -491,9 +502,10 @@ def test_a_folder_and_a_gpu_of_numbers(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plan what loading takes: by row with the head in 16 bits or FP8, Meta's form, and blocks."""
+    source = save(hf_model(), tmp_path / "in")
     for recipe in RECIPES:
         folder = tmp_path / recipe
-        quantize_checkpoint(save(hf_model(dtype=torch.bfloat16), tmp_path / "in"), folder, recipe)
+        quantize_checkpoint(source, folder, recipe)
         [found] = json.loads(out(capsys, "--model", str(folder), "--json"))
         assert found["memory"]["weights"] == Llama.from_pretrained(folder).weights.nbytes
     for inner, heads in ((320, 2), (512, 8)):  # parts begin within blocks, and with them

@@ -92,7 +92,7 @@ def named(text: str) -> Gpu:
             given[name] = float(number)
         except ValueError:
             given[name] = -1.0
-        lowest = 0.0 if name in ("fp8", "link") else 1e-6
+        lowest = 0.0 if name == "fp8" else 1e-6
         if name not in fields or not lowest <= given[name] < float("inf"):
             raise ValueError(
                 f"gpu: got {part!r}, want NAME=NUMBER with NAME one of {', '.join(sorted(fields))}"

@@ -131,7 +131,6 @@ class Rank:
         q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         elements = max(
             3 * hidden + (q + 2 * kv) + 2 * q,  # attention: its input, rotated queries and output
-            4 * hidden,  # add_rms_norm: two inputs and two outputs
             3 * hidden + 3 * inner,  # silu_and_mul: gate and up, and their product
             4 * hidden + inner,  # down: the product, and the output
         )
