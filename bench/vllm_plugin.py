@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 SEQUENCES, PROMPT, ROUNDS = (1, 4, 16), 512, 3
-SECONDS, PATIENCE = 0.7, 5.0  # of decoding in a round, 2 to 32 steps; of a job's rounds
+SECONDS, PATIENCE = 0.7, 4.0  # of decoding in a round, 1 to 32 steps; of a job's rounds
 JOBS = ("pp512", *(f"tg @ {n}" for n in SEQUENCES))
 AS_AVX2 = {
     "LLAMA_FAST_CPU_ISA": "avx2",
@@ -82,22 +81,19 @@ def measure(model: str, eager: bool) -> dict[str, float]:
         llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - start
 
-    def median(measured: Callable[[], float]) -> float:
-        values, start = [measured()], time.perf_counter()
-        while len(values) < ROUNDS and time.perf_counter() - start < PATIENCE:
-            values.append(measured())
+    def median(sequences: int, prompt: int, tokens: int) -> float:
+        values: list[float] = []
+        while not values or (len(values) < ROUNDS and sum(values) < PATIENCE):
+            values.append(seconds(sequences, prompt, tokens))
         return statistics.median(values)
 
-    seconds(1, 16, 4)
-    result = {"pp512": PROMPT / median(lambda: seconds(1, PROMPT, 1))}
-    for n in SEQUENCES:
-        first = seconds(n, 16, 3) / 3
-        steps = max(2, min(32, int(SECONDS / first)))
-
-        def step(n: int = n, steps: int = steps) -> float:
-            return (seconds(n, 16, 1 + steps) - seconds(n, 16, 1)) / steps
-
-        result[f"tg @ {n}"] = n / median(step)
+    result = {}
+    for n in SEQUENCES:  # a prompt of one token is a step like the others
+        seconds(n, 1, 1)
+        steps = max(1, min(32, int(SECONDS / seconds(n, 1, 1))))
+        result[f"tg @ {n}"] = n * steps / median(n, 1, steps)
+        print(result, file=sys.stderr)
+    result["pp512"] = PROMPT / median(1, PROMPT, 1)
     return result
 
 
