@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SEQUENCES, PROMPTS, ROUNDS = (1, 4, 16), (512, 2048), 6
-SECONDS, PATIENCE = 0.7, 4.0  # of decoding in a round, 1 to 32 steps; of a job's rounds
+SEQUENCES, PROMPTS, ROUNDS = (1, 4, 16), (512, 2048), 5
+SECONDS, PATIENCE = 0.5, 3.0  # of decoding in a round, 1 to 32 steps; of a job's rounds
 JOBS = (*(f"tg @ {n}" for n in SEQUENCES), *(f"pp{n}" for n in PROMPTS))
 AS_AVX2 = {
     "LLAMA_FAST_CPU_ISA": "avx2",
