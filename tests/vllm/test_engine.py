@@ -195,7 +195,7 @@ def test_server_answers_a_chat_request(smollm2: Path, folder: Path) -> None:
             server.wait(timeout=30)
         server.kill()
     log = log_file.read_text()
-    assert "llama_fast: serves" in log
+    assert "llama_fast: serves vLLM's attention, layers, linear" in log
     assert "Paris" in answer, log[-3000:]
 
 
