@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from .config import LlamaConfig, check_folder, is_gguf
 from .files import open_regular
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
+    """Load a checkpoint's fast tokenizer with transformers, without running code from its folder:
+    for a GGUF file, that of a tokenizer.json beside it, or else its own.
 
     Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
@@ -29,10 +31,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if is_gguf(folder):
         file, folder = folder, folder.parent
         if not (folder / "tokenizer.json").exists():
-            raise ValueError(
-                f"{file}: text needs the model's tokenizer.json and tokenizer_config.json; copy "
-                f"them from the original checkpoint into {folder}"
-            )
+            return load_gguf_tokenizer(file)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
     if folder == Path(path):
