@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from .config import LlamaConfig, check_folder, is_gguf
 from .files import open_regular, read_json
 from .hub import resolve
@@ -26,7 +27,8 @@ _LOGIC = ("role", "type", "id", "tool_call_id")
 
 def load_tokenizer(path: str | Path) -> Any:
     """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
-    path: a folder, a GGUF file beside its tokenizer, or the id of a model on the Hub (hub.resolve).
+    path: a folder, the id of a model on the Hub (hub.resolve), or a GGUF file, for which it is that
+    of a tokenizer.json beside it, or else its own.
 
     Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
@@ -34,10 +36,7 @@ def load_tokenizer(path: str | Path) -> Any:
     if is_gguf(folder):
         file, folder = folder, folder.parent
         if not (folder / "tokenizer.json").exists():
-            raise ValueError(
-                f"{file}: text needs the model's tokenizer.json and tokenizer_config.json; copy "
-                f"them from the original checkpoint into {folder}"
-            )
+            return load_gguf_tokenizer(file)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
     if folder == given:
