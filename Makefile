@@ -1,6 +1,7 @@
 # make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
 # make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
 # make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
+# make fuzz SECONDS=600   random calls and checkpoints (tests/fuzz), with SEED=N from a known start
 # make emulate | lint | format | sanitize | clean
 # make gpu-report PYTHON=python3   test and measure this machine's GPU with that Python's packages,
 #              into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
@@ -13,6 +14,7 @@
 VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
+SECONDS ?= 600
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
@@ -52,7 +54,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test test-transformers emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -80,6 +82,9 @@ test-transformers: $(READY)
 
 emulate: $(READY)
 	@$(EMULATE)
+
+fuzz: $(READY)
+	@"$(BIN)/python" -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 mutants: $(READY)
 	"$(BIN)/python" -m tests.mutants $(MUTANTS)

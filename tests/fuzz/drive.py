@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,8 +43,8 @@ def drive(
     check(case) raises what is wrong and returns the number of calls it made (None: 1). Batches have
     the seeds seed, seed + 1, ...; a failure names its batch's. Returns the number of calls.
     """
-    calls = cases_done = 0
-    end, warm = time.monotonic() + seconds, 0
+    calls = cases_done = warm = 0
+    start = time.monotonic()
     note = os.environ.get("LLAMA_FAST_FUZZ_CASE")  # where the parent reads the case that crashed
     file = os.open(note, os.O_RDWR | os.O_CREAT) if note else None
 
@@ -50,16 +52,20 @@ def drive(
         nonlocal calls
         if file is not None:
             os.ftruncate(file, os.pwrite(file, f"seed {seed}: {case!r}".encode(), 0))
-        faulthandler.dump_traceback_later(HANG, exit=True)
+        signal.setitimer(signal.ITIMER_REAL, HANG)
         try:
             made = check(case)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
         calls += 1 if made is None else made
 
+    # At the alarm: the stacks, then the signal's default, which ends the process.
+    faulthandler.register(signal.SIGALRM, chain=True)
     for case in failed:
         watched(case)
-    while time.monotonic() < end and (count is None or cases_done < count):
+    while (now := time.monotonic()) < start + seconds and (count is None or cases_done < count):
+        if not warm and (now - start > seconds / 3 or cases_done > (count or math.inf) / 3):
+            warm = resident()  # with what is imported late
         size = BATCH if count is None else min(BATCH, count - cases_done)
         batch = hypothesis.given(case=cases)(lambda case: watched(case))
         settings = hypothesis.settings(
@@ -77,8 +83,6 @@ def drive(
             )
             raise
         cases_done, seed = cases_done + size, seed + 1
-        if not warm and cases_done >= 5 * BATCH:
-            warm = resident()
     if warm and (growth := resident() - warm) > GROWTH:
         raise AssertionError(f"{check.__module__}: memory grew by {growth >> 20} MB")
     return calls
