@@ -122,7 +122,8 @@ class KVCache:
         tokens that a model appends."""
         if not isinstance(config, LlamaConfig):
             raise TypeError(f"config: got {type(config).__name__}, want a LlamaConfig")
-        if dtype not in (*checks.ACTIVATIONS, *checks.FP8):
+        dtypes = (*checks.ACTIVATIONS, *checks.FP8)
+        if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
             raise TypeError(
                 f"dtype: got {checks.shown(dtype)}, want torch.bfloat16, float16, float32 or "
                 f"float8_e4m3fn"
