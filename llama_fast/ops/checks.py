@@ -95,7 +95,7 @@ def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> 
     if dtype and t.dtype != o.dtype:
         device = t.device.type
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if casts and t.dtype in ACTIVATIONS:
+        if casts and t.dtype in ACTIVATIONS and o.dtype in ACTIVATIONS:
             return
         got, want = (str(d).removeprefix("torch.") for d in (t.dtype, o.dtype))
         raise TypeError(f"{name}: got dtype {got}, want {other}'s, {want}")
@@ -179,9 +179,10 @@ def cache_scales(
     fp8 = isinstance(k_cache, Tensor) and k_cache.dtype in FP8
     caches = (("k_cache", k_cache), ("v_cache", v_cache))
     for (name, cache), scale in zip(caches, (k_scale, v_scale), strict=True):
-        if fp8 and name == "v_cache":
-            like(name, cache, "k_cache", k_cache)
         like(name, cache, "q", q, dtype=not fp8)
+        if cache.dtype != k_cache.dtype:  # under autocast too, which casts no cache
+            got, want = (str(c.dtype).removeprefix("torch.") for c in (cache, k_cache))
+            raise TypeError(f"{name}: got dtype {got}, want k_cache's, {want}")
         if not fp8 and scale is None:
             continue
         scale_name = f"{name[0]}_scale"
