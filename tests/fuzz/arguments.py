@@ -13,6 +13,7 @@ from torch import Tensor
 
 import llama_fast as lf
 
+from ..support.op_examples import example
 from .broken import FP8, WRONG
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 31, 33, 64, 65, 129)
@@ -44,7 +45,14 @@ class Arguments:
         self.buffers: dict[str, Tensor] = {}
         self.named: dict[str, Any] = {}
         self.made = 0
-        getattr(self, case.op)(*case.sizes)
+        if hasattr(self, case.op):
+            getattr(self, case.op)(*case.sizes)
+        else:  # a new op, in one shape
+            torch.manual_seed(case.seed)
+            for name, value in example(case.op).items():
+                self.named[name] = value
+                if isinstance(value, Tensor):
+                    self.put(name, value)
         for name, kind in case.wrong:
             same = kind == "k_cache" and "k_cache" in self.named
             self.named[name] = self.named[kind] if same else WRONG[kind](self.named[name])
