@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .config import LlamaConfig, check_folder, is_gguf, read_json
+from .plain_tokenizer import GENERAL, load_plain
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, *, plain: bool = False) -> Any:
     """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
+    plain: return a PlainTokenizer, which loads in a tenth of the time, if it gives the same ids.
 
     Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
@@ -32,6 +34,8 @@ def load_tokenizer(path: str | Path) -> Any:
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
     if folder == Path(path):
         check_folder(folder)
+    if plain and (tokenizer := load_plain(folder)) is not None:
+        return tokenizer
     try:
         from transformers import PretrainedConfig
     except ImportError:
@@ -65,8 +69,7 @@ def _is_general(folder: Path) -> bool:
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     named = read_json(file)
-    general = named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return general and "auto_map" not in named
+    return named.get("tokenizer_class") in GENERAL and "auto_map" not in named
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
