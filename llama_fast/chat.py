@@ -19,16 +19,18 @@ from .files import open_regular, read_json
 from .hub import resolve
 from .messages import check_messages, check_tools
 from .messages import parse_tool_calls as parse_tool_calls
+from .plain_tokenizer import GENERAL, load_plain
 
 _WORD = re.compile(r"[\w-]*")
 _ENDS = ("<|eom_id|>", "<|eot_id|>")
 _LOGIC = ("role", "type", "id", "tool_call_id")
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, *, plain: bool = False) -> Any:
     """Load a checkpoint's fast tokenizer with transformers, without running code from its folder.
     path: a folder, the id of a model on the Hub (hub.resolve), or a GGUF file, for which it is that
     of a tokenizer.json beside it, or else its own.
+    plain: return a PlainTokenizer, which loads in a tenth of the time, if it gives the same ids.
 
     Raises ImportError if transformers is missing, OSError or ValueError if the tokenizer is.
     """
@@ -46,6 +48,8 @@ def load_tokenizer(path: str | Path) -> Any:
             open_regular(file).close()
     if not any(folder.glob("tokenizer*")):  # transformers takes seconds to import
         raise ValueError(f"{folder}: no tokenizer that transformers can load: no tokenizer.json")
+    if plain and (tokenizer := load_plain(folder)) is not None:
+        return tokenizer
     try:
         from transformers import PretrainedConfig
     except ImportError:
@@ -79,8 +83,7 @@ def _is_general(folder: Path) -> bool:
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     named = read_json(file)
-    general = named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
-    return general and "auto_map" not in named
+    return named.get("tokenizer_class") in GENERAL and "auto_map" not in named
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         args.draft_tokens = speculate.DRAFT_TOKENS
     use_machine(args)
     # Check the texts before loading the weights, which takes long.
-    tokenizer = chat.load_tokenizer(args.model)
+    tokenizer = chat.load_tokenizer(args.model, plain=not args.chat)
     prompts = [_encode(tokenizer, text, args) for text in texts]
     config = LlamaConfig.from_pretrained(args.model)
     for i, prompt in enumerate(prompts):
@@ -169,7 +169,7 @@ def _generate(
 
     utf8_stdout()
     # A control token's text is not shown, so it cannot be found in what is: its id ends the text.
-    control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     stops = [] if args.ignore_eos else stop_ids(model.config, tokenizer)
     stops += [control[text] for text in args.stop if text in control]
     answers = Answers(

@@ -18,7 +18,7 @@ vLLM and llama-fast load. OUT appears only when it is complete."""
 
 def add(command: AddCommand) -> None:
     parser = command("quantize", run, "rewrite a checkpoint with FP8 weights", _EXAMPLES)
-    parser.add_argument("source", metavar="IN", help="a Hugging Face folder, a GGUF file or a Hub id")
+    parser.add_argument("source", metavar="IN", help="a folder, a GGUF file or a Hub id")
     parser.add_argument("target", metavar="OUT", help="a new or empty folder")
     parser.add_argument("--recipe", choices=RECIPES, default="fp8")
 
