@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .config import read_json
+from .files import read_json
 
 GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that do as tokenizer.json says
 _NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
