@@ -161,7 +161,8 @@ class Decoder:
         cache = self.cache.select([index])
         for start in range(0, len(prompt), PREFILL_CHUNK):
             chunk = host([prompt[start : start + PREFILL_CHUNK]])
-            hidden = model.hidden(upload(chunk, self._tokens.device), cache=cache, last=True)
+            tokens = upload(chunk, self._tokens.device)
+            hidden = model.hidden(tokens, cache=cache, last=True, total=len(prompt))
         self._sampled = 1
         u = None if self._u is None else self._u[0, index : index + 1]
         ids = sampling.sample_rows(model.logits(hidden[:, -1]), u, *self._settings)

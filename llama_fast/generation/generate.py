@@ -176,7 +176,7 @@ def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
     """Fill the cache of one sequence, and return logits [vocab] after its last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
         chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=model.device)
-        hidden = model.hidden(chunk, cache=cache, last=True)
+        hidden = model.hidden(chunk, cache=cache, last=True, total=len(prompt))
     return model.logits(hidden[:, -1])[0]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.weights import Weights
 from ..config import LlamaConfig
+from ..rope_tables import RopeTables
 from .cache import Append, KVCache
 
 
@@ -18,6 +19,7 @@ class Model(Protocol):
     weights: Weights
     dtype: torch.dtype
     device: torch.device
+    rope: RopeTables
     decoders: list[Any]  # decode.Decoder, idle, for the next call
 
     def __call__(
@@ -30,6 +32,7 @@ class Model(Protocol):
         cache: KVCache | None = None,
         *,
         last: bool = False,
+        total: int = 0,
     ) -> Tensor: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
     def forward(
@@ -39,5 +42,6 @@ class Model(Protocol):
         cache: KVCache | None = None,
         append: Append | None = None,
         last: bool = False,
+        table: Tensor | None = None,
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
