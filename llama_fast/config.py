@@ -151,7 +151,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=_or(hf.get("num_key_value_heads"), heads),
             head_dim=_or(hf.get("head_dim"), hf["hidden_size"] // heads),
-            max_position_embeddings=positions,
+            max_position_embeddings=getattr(scaling, "longest_text", positions),
             rope_theta=theta,
             rope_scaling=scaling,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),

@@ -36,8 +36,10 @@ from .generation.generate import generate
 from .generation.logprobs import logprobs
 from .hub import resolve
 from .ops import activation, attention, decode_attention, rms_norm, rope
+from .ops.common import check_range
 from .parallel import Group, Share, vocab_sizes
 from .reference import FP8_DTYPE
+from .rope_tables import RopeTables
 
 
 class Llama:
@@ -50,7 +52,7 @@ class Llama:
         self.first_token = share.vocab.start  # of this rank's part of the vocabulary
         self.vocab_sizes = vocab_sizes(config.vocab_size, self.tp.size)
         self.dtype, self.device = weights.embedding.dtype, weights.embedding.device
-        self.rope = rope.rope_table(config, config.max_position_embeddings, device=self.device)
+        self.rope = RopeTables(config, self.device)
         self.decoders: list[Decoder] = []  # idle, for the next call of generate
         self.path: str | Path | None = None  # of the checkpoint, for the tokenizer
 
@@ -85,7 +87,7 @@ class Llama:
             self.tp,
         )
         self.weights = moved(self.weights, device, dtype)
-        self.rope = self.rope.to(device)
+        self.rope = RopeTables(self.config, device)
         self.dtype, self.device = self.weights.embedding.dtype, self.weights.embedding.device
         self.decoders.clear()
         return self
@@ -195,21 +197,26 @@ class Llama:
         cache: KVCache | None = None,
         *,
         last: bool = False,
+        total: int = 0,
     ) -> Tensor:
         """Like __call__, but return hidden states [B, S, hidden] instead of logits. last: return
         those of each row's last token only, [B, 1, hidden]; the last layer's output projection and
-        FFN are then skipped for all others."""
+        FFN are then skipped for all others. total: the tokens of the whole text of which these are
+        a chunk; the frequencies of rope type "dynamic" depend on it."""
         self._check(tokens, positions, cache)
         batch, seqlen = tokens.shape
         with torch.inference_mode():  # no_grad costs 22 us a layer (Zen 4)
             append = None if cache is None else cache.append(seqlen)
+            end = seqlen if cache is None else seqlen + max(cache.seqlens, default=0)
             if positions is not None:
+                end = self._end(positions)
                 positions = positions.expand(batch, seqlen).flatten()
             elif append is not None:
                 positions = append.positions
             else:
                 positions = torch.arange(seqlen, device=self.device).repeat(batch)
-            x = self.forward(self.embed(tokens), positions, cache, append, last)
+            table = self.rope.upto(end) if seqlen == 1 else self.rope.text(max(end, total))
+            x = self.forward(self.embed(tokens), positions, cache, append, last, table)
             if cache is not None:
                 cache.advance(seqlen)
         return x.clone()  # an ordinary tensor, which autograd may save
@@ -239,15 +246,20 @@ class Llama:
         cache: KVCache | None = None,
         append: Append | None = None,
         last: bool = False,
+        table: Tensor | None = None,
     ) -> Tensor:
         """Run all layers and the last norm: x [B, S, hidden], positions [B * S] -> [B, S, hidden];
-        last: [B, 1, hidden], of each row's last token. Neither checks arguments nor waits for the
-        device: decode.py captures it in CUDA graphs."""
+        last: [B, 1, hidden], of each row's last token. table: of self.rope; None: for all positions
+        of the cache, which never changes. Neither checks arguments nor waits for the device:
+        decode.py captures it in CUDA graphs."""
+        if table is None:
+            most = self.config.max_position_embeddings
+            table = self.rope.upto(most if cache is None else cache.max_tokens)
         residual: Tensor | None = None
         final = len(self.weights.layers) - 1
         for i, layer in enumerate(self.weights.layers):
             normed, residual = self._norm(x, residual, layer.attention_norm, layer.qkv)
-            x = self._attend(layer.qkv(normed), positions, i, cache, append)
+            x = self._attend(layer.qkv(normed), positions, table, i, cache, append)
             if last and i == final:  # its keys and values are all that other tokens leave behind
                 x, residual = x[:, -1:], residual[:, -1:]
             x = self.tp.all_reduce(layer.output(x))
@@ -294,6 +306,7 @@ class Llama:
         self,
         qkv: Tensor,
         positions: Tensor,
+        table: Tensor,
         layer: int,
         cache: KVCache | None,
         append: Append | None,
@@ -303,13 +316,13 @@ class Llama:
         heads = qkv.flatten(0, 1).unflatten(1, (-1, c.head_dim))
         q, k, v = heads.split((c.num_attention_heads, *[c.num_key_value_heads] * 2), dim=1)
         if cache is None or append is None:
-            q, k = rope.apply_rope(q, k, positions, self.rope)
+            q, k = rope.apply_rope(q, k, positions, table)
             out = attention.attention(*(t.unflatten(0, shape) for t in (q, k, v)))
             return out.flatten(2)
         if cache.measures(layer) and len(positions):
-            cache.measure(layer, rope.apply_rope(q, k, positions, self.rope)[1], v)
+            cache.measure(layer, rope.apply_rope(q, k, positions, table)[1], v)
         kv, scales = (cache.k[layer], cache.v[layer]), cache.scales(layer)
-        q = rope.apply_rope_and_append(q, k, v, positions, self.rope, *kv, append.slots, **scales)
+        q = rope.apply_rope_and_append(q, k, v, positions, table, *kv, append.slots, **scales)
         q = q.unflatten(0, shape)
         if append.run is not None and shape[1] > 1:
             k, v = (pool.flatten(0, 1)[append.run].unsqueeze(0) for pool in kv)
@@ -318,6 +331,17 @@ class Llama:
             q, *kv, append.cache_seqlens, block_table=append.block_table, **scales
         )
         return out.flatten(2)
+
+    def _end(self, positions: Tensor) -> int:
+        """Return one more than the last position. On a GPU reading it would wait for the device, so
+        that it is read only where frequencies depend on it."""
+        most = self.config.max_position_embeddings
+        if positions.numel() == 0:
+            return 0
+        if not positions.is_cpu and self.rope.fixed_length == most:
+            return most
+        check_range("positions", positions.contiguous(), 0, most - 1)
+        return int(positions.max()) + 1
 
     def _check(self, tokens: Tensor, positions: Tensor | None, cache: KVCache | None) -> None:
         for name, t in (("tokens", tokens), ("positions", positions)):

@@ -83,12 +83,13 @@ class RopeFunction:
     """The frequencies of one of transformers' ROPE_INIT_FUNCTIONS: "linear", "yarn" or "dynamic".
 
     "dynamic" depends on the length of the text once that exceeds max_position_embeddings; a table
-    of that many positions or fewer has plain frequencies, as in transformers.
+    of that many positions or fewer has plain frequencies, as in transformers. With a KV cache, keys
+    stay as they were rotated when the text was shorter, also as there.
     """
 
     rope_type: str
     parameters: tuple[tuple[str, Any], ...]  # those of rope_parameters
-    max_position_embeddings: int
+    max_position_embeddings: int  # of the checkpoint; LlamaConfig's is larger for "dynamic"
 
     TYPES = ("linear", "dynamic", "yarn")
 
@@ -100,9 +101,17 @@ class RopeFunction:
             if name in held:
                 check(f"rope_parameters.{name}", held[name])
 
-    def frequencies(self, theta: float, head_dim: int, positions: int) -> tuple[Any, float]:
+    @property
+    def longest_text(self) -> int:
+        """Return the positions that the frequencies can serve: "dynamic" stretches them by factor,
+        while other types' factors are already in max_position_embeddings."""
+        factor = dict(self.parameters)["factor"] if self.rope_type == "dynamic" else 1
+        return max(int(self.max_position_embeddings * factor), self.max_position_embeddings)
+
+    def frequencies(self, theta: float, head_dim: int, positions: Any) -> tuple[Any, float]:
         """Return frequencies in radians per token, fp32 [head_dim / 2] on the host, for texts of up
-        to that many positions, and the factor of cosines and sines. Needs transformers."""
+        to that many positions, and the factor of cosines and sines. positions may also be int64
+        [n, 1]: the lengths of n texts, for frequencies [n, head_dim / 2]. Needs transformers."""
         import torch
 
         try:

@@ -157,7 +157,7 @@ def test_sampling_takes_so_many_bytes_a_logit(batch: int) -> None:
 
 def test_what_else_a_model_holds() -> None:
     memory = Rank(SMALL).memory(1024, 3)
-    assert memory["rope table"] == Llama.from_config(SMALL, device="cpu").rope.nbytes
+    assert memory["rope table"] == Llama.from_config(SMALL, device="cpu").rope.upto(1024).nbytes
     # A batch of 3 is padded to 4; the head's output and fp32 logits.
     assert memory["logits"] == 4 * 512 * (2 + 4 + SAMPLING)
     assert memory["activations"] == (1024 + 4) * Rank(SMALL).activation_bytes

@@ -165,6 +165,11 @@ class KVCache:
         return len(self._sequences)
 
     @property
+    def max_tokens(self) -> int:
+        """Return how many tokens a sequence can have, rounded up to blocks."""
+        return self._table.shape[1] * self.block_size
+
+    @property
     def seqlens(self) -> list[int]:
         return [sequence.length for sequence in self._sequences]
 
@@ -244,9 +249,8 @@ class KVCache:
         tokens = _integers("tokens", tokens, len(self))
         needed = [-(-count // self.block_size) for count in tokens]
         if max(needed, default=0) > self._table.shape[1]:
-            room = self._table.shape[1] * self.block_size
             raise ValueError(
-                f"KV cache: a sequence has room for {room} tokens, not for {max(tokens)}"
+                f"KV cache: a sequence has room for {self.max_tokens} tokens, not for {max(tokens)}"
             )
         missing = sum(max(n - s.blocks, 0) for n, s in zip(needed, self._sequences, strict=True))
         if missing > len(self._free):

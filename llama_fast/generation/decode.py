@@ -182,7 +182,8 @@ class Decoder:
         cache, device = self.cache.select([index]), self._tokens.device
         for start in range(0, len(prompt), PREFILL_CHUNK):
             chunk = host([prompt[start : start + PREFILL_CHUNK]])
-            hidden = model.hidden(upload(chunk, device), cache=cache, last=True)
+            tokens = upload(chunk, device)
+            hidden = model.hidden(tokens, cache=cache, last=True, total=len(prompt))
             if on_prefill is not None:
                 on_prefill(index, start + chunk.shape[1])
         self._sampled = 1

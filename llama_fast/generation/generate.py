@@ -265,7 +265,7 @@ def _prefill(
     for start in range(held, len(prompt), PREFILL_CHUNK):
         chunk = prompt[start : start + PREFILL_CHUNK]
         tokens = torch.tensor([chunk], device=model.device)
-        hidden = model.hidden(tokens, cache=cache, last=True)
+        hidden = model.hidden(tokens, cache=cache, last=True, total=len(prompt))
         if on_prefill is not None:
             on_prefill(i, start + len(chunk))
     return hidden

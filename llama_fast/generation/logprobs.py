@@ -63,7 +63,7 @@ def score(
     # -1: the last token is not read.
     texts = [check_prompt(i, prompt, model.config, -1) for i, prompt in enumerate(prompts)]
     starts = [1] * len(texts) if first is None else list(first)
-    for batch in _batches([len(text) for text in texts]):
+    for batch in _batches([len(text) for text in texts], model.rope.fixed_length):
         longest = len(texts[batch[-1]]) - 1
         # Padding follows the text, so it does not change a causal model's predictions.
         padded = torch.zeros(len(batch), longest + 1, dtype=torch.int64, device="cpu")
@@ -77,7 +77,7 @@ def score(
             cache = new_cache(model, max(longest, 1), kv_cache, len(batch))
         for start in range(0, longest, PREFILL_CHUNK):
             here = slice(start, start + PREFILL_CHUNK)
-            hidden = model.hidden(tokens[:, here].to(model.device), cache=cache)
+            hidden = model.hidden(tokens[:, here].to(model.device), cache=cache, total=longest)
             rows = wanted[:, here].nonzero()
             for piece in rows.split(HEAD_ROWS):
                 row, column = piece.unbind(1)
@@ -89,11 +89,13 @@ def score(
                 )
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Yield indices by length, at most PREFILL_CHUNK tokens together with their padding."""
+def _batches(lengths: list[int], alone: int) -> Iterator[list[int]]:
+    """Yield indices by length, at most PREFILL_CHUNK tokens together with their padding. Texts of
+    more than `alone` tokens are alone, because their frequencies depend on their length."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * (lengths[i] - 1) > PREFILL_CHUNK:
+        longest = lengths[i] - 1
+        if batch and ((len(batch) + 1) * longest > PREFILL_CHUNK or longest > alone):
             yield batch
             batch = []
         batch.append(i)

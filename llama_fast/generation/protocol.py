@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checkpoint.weights import Weights
 from ..config import LlamaConfig
 from ..parallel import Group
+from ..rope_tables import RopeTables
 from .cache import Append, KVCache
 
 
@@ -19,6 +20,7 @@ class Model(Protocol):
     weights: Weights
     dtype: torch.dtype
     device: torch.device
+    rope: RopeTables
     decoders: list[Any]  # decode.Decoder, idle, for the next call
     tp: Group
 
@@ -32,6 +34,7 @@ class Model(Protocol):
         cache: KVCache | None = None,
         *,
         last: bool = False,
+        total: int = 0,
     ) -> Tensor: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
     def lookup(self, tokens: Tensor) -> Tensor: ...
@@ -42,5 +45,6 @@ class Model(Protocol):
         cache: KVCache | None = None,
         append: Append | None = None,
         last: bool = False,
+        table: Tensor | None = None,
     ) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...

@@ -20,6 +20,7 @@ from ..generation.decode import PREFILL_CHUNK, bucket
 from ..generation.sampling import ROWS
 from ..parallel import Share, Span, vocab_sizes
 from ..reference import FP8_BLOCK, FP8_DTYPE
+from ..rope_tables import table_rows
 
 GIB = 2**30
 # Assumed, not measured: the CUDA context with all kernels, libraries' workspaces, CUDA graphs and
@@ -147,6 +148,6 @@ class Rank:
             # A graph's memory is not shared with prefill, which runs without one.
             "activations": (chunk + rows) * self.activation_bytes,
             "logits": logits * c.vocab_size,
-            "rope table": c.max_position_embeddings * c.head_dim * 4,
+            "rope table": table_rows(context, c.max_position_embeddings) * c.head_dim * 4,
             "reserve": int(RESERVE + COMMUNICATION * (self.gpus > 1)),
         }
