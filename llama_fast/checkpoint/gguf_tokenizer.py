@@ -26,9 +26,11 @@ _CONTROL, _USER_DEFINED = 3, 4  # types of tokens
 def load_gguf_tokenizer(path: Path) -> Any:
     """Build the tokenizer. Raises ImportError without transformers or gguf, and ValueError for a
     broken one, or a kind that is not known here."""
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
+    try:
+        from tokenizers import processors
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        raise ImportError("text needs transformers: pip install 'llama_fast[hf]'") from None
     header = Header(path)
     model, pre, adds_bos, template = header.values(
         *(f"tokenizer.{key}" for key in ("ggml.model", "ggml.pre", "ggml.add_bos_token")),

@@ -182,7 +182,7 @@ def test_loading_with_a_recipe_means_what_the_command_writes(
 
 
 ENDS = {
-    "SIGINT": (KeyboardInterrupt, ""),
+    "SIGINT": (KeyboardInterrupt, None),
     "SIGTERM": (SystemExit, str(128 + signal.SIGTERM)),
     "SIGHUP": (SystemExit, str(128 + signal.SIGHUP)),
     "a full disk": (OSError, r"No space left on device: .*a/b/out"),
