@@ -72,15 +72,15 @@ else
 	"$(BIN)/python" -m pytest $(PYTEST)
 endif
 
-# Each version lies over .venv's packages, in an environment of its own, with the kernels package
-# that it takes: others break its import. The extra has another name before version 5.
+# Each version lies over .venv's packages, in an environment of its own. The extra, which versions
+# before 5 have, replaces the package `kernels` by one that they can import.
 test-transformers: $(READY)
 	@status=0; for version in $(TRANSFORMERS); do \
 	    other="$(VENV)/transformers-$$version"; \
 	    test -x "$$other/bin/python" || "$(BIN)/python" -m venv --without-pip "$$other" || exit 1; \
 	    site=$$("$$other/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	    "$(BIN)/python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >"$$site/shared.pth"; \
-	    test -e "$$site/transformers" || "$$other/bin/python" -m pip install -q "transformers[hub-kernels,kernels]==$$version" || exit 1; \
+	    test -e "$$site/transformers" || "$$other/bin/python" -m pip install -q "transformers[hub-kernels]==$$version" || exit 1; \
 	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
 	done; exit $$status
 

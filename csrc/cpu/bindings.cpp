@@ -166,8 +166,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "Select one of isas(). Raises ValueError for other names.");
   m.def("first_outside", &first_outside_of,
         "Index of the first integer outside [low, high], or -1.");
-  m.def("shared_memory", &shared_memory,
-        "The cache whose elements share memory, 'both', or None.");
+  m.def("shared_memory", &shared_memory, "The cache whose elements share memory, 'both', or None.");
   m.def("first_bad_block", &first_bad_block,
         "(row, column, block id) of the first invalid block id.");
 

@@ -231,9 +231,9 @@ class KVCache:
         """Cut each sequence to its given number of tokens; it keeps its blocks. Raises ValueError,
         and changes nothing, if a sequence has fewer tokens.
         """
-        tokens = _integers("tokens", tokens, len(self))
+        tokens = _integers("tokens", tokens, len(self), -checks.LARGEST_INT)
         for i, (count, sequence) in enumerate(zip(tokens, self._sequences, strict=True)):
-            if count > sequence.length:
+            if not 0 <= count <= sequence.length:
                 raise ValueError(
                     f"tokens[{i}]: got {count}, want 0 to the sequence's {sequence.length}"
                 )

@@ -1,4 +1,4 @@
-"""A short run of every fuzzer, and the driver's reports."""
+"""A short run of every fuzzer, the driver's reports, and faults that must be found."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
-from . import MODULES, drive
+import llama_fast as lf
+from llama_fast import _cpu, cpu, reference
+
+from . import MODULES, drive, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = [name for name in MODULES if Path(__file__).with_name(f"{name}.py").exists()]
@@ -39,7 +45,7 @@ BROKEN = {
     "crash": ("import os; os.abort()", "exit status -6; the last case, seed 3: "),
     "hang": ("import time; time.sleep(60)", "exit status -14; the last case, seed 3: "),
     "wrong error": ("raise KeyError(case)", "failed: --seed 3 --count 100 runs it again"),
-    "leak": ("kept.append(bytearray(2 << 20))", "memory grew by"),
+    "leak": ("kept.append(bytearray(4 << 20))", "memory grew by"),
 }
 
 
@@ -71,3 +77,67 @@ def test_a_seed_gives_the_same_cases() -> None:
         assert drive.drive(seen.append, st.integers(), (), 60.0, 5, 150) == len(seen) == 150
         runs.append(seen)
     assert runs[0] == runs[1]
+
+
+def _writes_x(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    out = reference.rms_norm(x, weight, eps)
+    x[..., 0] += 1
+    return out
+
+
+def _refuses(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    raise ValueError("no such norm")
+
+
+WRONG_OPS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "result": ("rms_norm", lambda *, x, weight, eps: x * weight, {}),
+    "gradient": (
+        "rms_norm",
+        lambda *, x, weight, eps: reference.rms_norm(x, weight.detach(), eps) + 0 * weight.sum(),
+        {"mode": "grad"},
+    ),
+    "input": ("rms_norm", _writes_x, {}),
+    "refusal": ("rms_norm", _refuses, {}),
+    "unnamed": ("rms_norm", _refuses, {"wrong": (("eps", "'x'"),)}),
+    "cache": (
+        "apply_rope_and_append",
+        lambda **given: (
+            reference.apply_rope_and_append(**given),
+            given["k_cache"].view(-1)[-1:].zero_(),
+        )[0],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OPS)
+def test_ops_finds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, broken, options = WRONG_OPS[kind]
+    before = _cpu.isa()
+    try:
+        ops.check(ops.Case(op, seed=2, **options))
+        monkeypatch.setattr(lf, op, broken)
+        with pytest.raises(AssertionError):
+            ops.check(ops.Case(op, seed=2, **options))
+    finally:
+        _cpu.set_isa(before)
+
+
+def test_a_write_past_an_output_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ops.OUTPUTS:
+        monkeypatch.setattr(cpu, name, getattr(cpu, name))
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    exact = cpu.rms_norm
+
+    def writes_on(out: Tensor, *rest: Any) -> None:
+        exact(out, *rest)
+        if ends:
+            out.as_strided((1,), (1,), out.storage_offset() + out.numel()).zero_()
+
+    monkeypatch.setattr(cpu, "rms_norm", writes_on)
+    ops.guard_outputs()
+    ends = False
+    assert torch.allclose(lf.rms_norm(x, weight), reference.rms_norm(x, weight), atol=1e-6)
+    ends = True
+    with pytest.raises(AssertionError):
+        lf.rms_norm(x, weight)
