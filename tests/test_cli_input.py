@@ -181,6 +181,20 @@ def test_closed_streams() -> None:
     assert done.returncode == 1
 
 
+def test_no_file_gets_a_closed_streams_descriptor(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    code = """
+import os, sys
+os.close(0)
+sys.stdin = None
+from llama_fast.cli import main
+try: main(["--version"])
+except SystemExit: pass
+assert open(os.devnull).fileno() > 2"""
+    run_python(code)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "w") as full:
