@@ -6,11 +6,12 @@ import argparse
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 import llama_fast as lf
+from llama_fast.cli.common import MOST_THREADS, one_line, positive, whole
 
 from . import cases, peers
 from .cases.shapes import MODELS
@@ -40,8 +41,13 @@ exit status: 0; 1 a kernel's result was wrong, or it failed; 2 bad arguments; 3 
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench: {one_line(message.removeprefix('argument '))}\n")
+
+
 def parser(prog: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog=prog,
         description="Measure every op at Llama 3.1's shapes, then the forward pass, against eager "
         "PyTorch and every peer that is installed, on the device at hand.",
@@ -57,10 +63,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in the name")
     what.add_argument("--model", choices=MODELS, default="8b", help="the shapes to run")
-    what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
+    what.add_argument("--tp", type=positive, default=1, metavar="N", help="one rank's part of N")
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
-    what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
+    threads = whole(1, MOST_THREADS)
+    what.add_argument("--threads", type=threads, metavar="N", help="default: torch's choice")
     level = what.add_mutually_exclusive_group()
     for name, text in (("quick", "a rough answer in a minute"), ("full", "every op and size")):
         level.add_argument(f"--{name}", help=text, dest="level", action="store_const", const=name)
@@ -156,8 +163,6 @@ def check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and path.is_dir():
             raise ValueError(f"--{name}: got a folder, {path}, want a file")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads: got {args.threads}, want at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, and torch sees no GPU")
     for backend in args.backend or ():

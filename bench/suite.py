@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import llama_fast as lf
+from llama_fast.cli.common import one_line
 
 from . import arguments, cases, peers
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
@@ -49,7 +50,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         except ValueError as error:
             if args.debug:
                 raise
-            print(f"bench: {error}", file=sys.stderr)
+            print(f"bench: {one_line(str(error))}", file=sys.stderr)
             return USAGE
         if args.list:
             print("\n".join(f"{name:<24}{shape}" for name, shape in session.listed()))

@@ -85,6 +85,18 @@ def test_bad_values_are_refused_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("option", ["--threads", "--tp", "--op", "--model", "--dtype", "--device"])
+def test_the_benchmarks_bad_values(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in set(BAD) - {"", " ", "\udcff"}:  # pytest's stderr is strict
+        try:
+            code: Any = cli.main(["bench", "--list", f"{option}={value}"])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        assert code == 2 and out == "" and err.startswith("bench: --"), err[:200]
+        assert err.count("\n") == 1 and len(err) < 1000 and not RAW.search(err), err[:200]
+
+
 def test_the_parser_knows_the_librarys_limits() -> None:
     (commands,) = (action for action in cli._parser()._actions if isinstance(action.choices, dict))
     (option,) = (a for a in commands.choices["generate"]._actions if a.dest == "draft_tokens")
@@ -167,6 +179,20 @@ def test_closed_streams() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     done = shell("generate --model x --prompt - <&- >&- 2>&-")
     assert done.returncode == 1
+
+
+def test_no_file_gets_a_closed_streams_descriptor(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    code = """
+import os, sys
+os.close(0)
+sys.stdin = None
+from llama_fast.cli import main
+try: main(["--version"])
+except SystemExit: pass
+assert open(os.devnull).fileno() > 2"""
+    run_python(code)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

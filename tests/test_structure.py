@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_fast
 from llama_fast import _cpu
 from llama_fast.dispatch import OPS
 
@@ -88,6 +89,17 @@ def test_kernels_import_nothing_of_the_package() -> None:
     for name, wanted in graph().items():
         if name.startswith("llama_fast.kernels"):
             assert all(other.startswith("llama_fast.kernels") for other in wanted), name
+
+
+def test_public_names_are_typed_and_found() -> None:
+    """The imports for type checkers and the table for the first use name the same modules."""
+    found = {}
+    for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            found |= {alias.name: node.module for alias in node.names}
+    assert found == llama_fast._MODULES
+    for name in llama_fast.__all__:
+        assert getattr(llama_fast, name) is not None and name in dir(llama_fast)
 
 
 @pytest.mark.parametrize("family", _cpu.families)

@@ -46,6 +46,15 @@ def test_a_sequence_ends_where_on_token_says(
     assert got == [free[0][:5], free[1], free[2][:1]] and counts == [5, 20, 1]
 
 
+def test_a_penalty_follows_its_sequence(model: Llama, loop: str) -> None:
+    """End the first sequence at once: on a GPU the others move to other rows."""
+    batch = prompts(6, 50, 3)
+    options = {"temperature": 0, "repetition_penalty": 1.5, "stop_ids": ()}
+    alone = [model.generate([prompt], 20, **options)[0] for prompt in batch]
+    got = model.generate(batch, 20, on_token=lambda i, _: i == 0, **options)
+    assert got == [alone[0][:1], *alone[1:]]
+
+
 @pytest.mark.parametrize("speculate", [None, "lookup"])
 def test_on_logprob_gives_the_models_own_probabilities(
     model: Llama, loop: str, speculate: str | None
