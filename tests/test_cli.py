@@ -66,7 +66,9 @@ def generate(checkpoint: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["perplexity"], ["quantize"], ["tune"], ["env"]], ids=str
+    "command",
+    [[], ["generate"], ["chat"], ["perplexity"], ["quantize"], ["tune"], ["env"]],
+    ids=str,
 )
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import generate, perplexity, quantize
+from . import chat, generate, perplexity, quantize
 from .common import Parser
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
+  llama-fast chat --model Llama-3.1-8B-Instruct
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast perplexity --model Llama-3.1-8B --text book.txt --quantize fp8 --against bfloat16
   llama-fast bench --help
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     generate.add(command)
+    chat.add(command)
     perplexity.add(command)
     quantize.add(command)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import resource
 import sys
 import time
 from typing import Any
 
+from . import conversation
 from .common import AddCommand, add_model_options, load_model, positive
 
 _EXAMPLES = """examples:
@@ -17,6 +19,7 @@ _EXAMPLES = """examples:
       --system "Answer in one sentence." --prompt "Why is the sky blue?"
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --speculate lookup --prompt - < edit.txt
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt - < question.txt
+  llama-fast generate --model Llama-3.1-8B-Instruct --messages talk.json --tools functions.json
 
 Text goes to stdout, and figures to stderr. Ctrl-C ends the text; the figures still follow."""
 
@@ -25,16 +28,22 @@ def add(command: AddCommand) -> None:
     parser = command("generate", run, "continue a text, or answer it", _EXAMPLES)
     add_model_options(parser)
     add = parser.add_argument
-    add("--prompt", required=True, metavar="TEXT", help="the text; - reads it from stdin")
+    add("--prompt", metavar="TEXT", help="the text; - reads it from stdin")
     add("--chat", action="store_true", help="use the model's chat template, for a user's message")
-    add("--system", metavar="TEXT", help="a system message before it (with --chat)")
+    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel separately")
+    conversation.add_options(parser)
+    add_generation_options(parser, 256)
+
+
+def add_generation_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    add = parser.add_argument
     add("--kv-cache", choices=("fp8",), help="keys and values in e4m3: half a 16-bit cache's bytes")
-    add("--max-new-tokens", type=positive, default=256, metavar="N", help="default 256")
+    most = f"default {max_new_tokens}"
+    add("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N", help=most)
     add("--temperature", type=float, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     add("--top-p", type=float, default=0.9, metavar="P", help="default 0.9")
     add("--top-k", type=int, default=0, metavar="K", help="default 0: no limit")
     add("--seed", type=int, metavar="N", help="default: a new one each time")
-    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel separately")
     add(
         "--speculate",
         metavar="lookup|DIR",
@@ -44,14 +53,11 @@ def add(command: AddCommand) -> None:
     add("--draft-tokens", type=int, metavar="N", help="most proposed a pass, 1 to 16; default 15")
 
 
-def run(args: argparse.Namespace) -> int:
+def check_generation_options(args: argparse.Namespace) -> None:
     import torch
 
-    from .. import chat
     from ..generation import sampling, speculate
 
-    if args.system is not None and not args.chat:
-        args.parser.error("--system goes with --chat")
     if args.draft_tokens is None:
         args.draft_tokens = speculate.DRAFT_TOKENS
     elif args.speculate is None:
@@ -63,20 +69,41 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # Check the text before loading the weights, which takes long.
-    prompt = _stdin() if args.prompt == "-" else args.prompt
-    tokenizer = chat.load_tokenizer(args.model)
-    if args.chat:
-        messages = [{"role": "user", "content": prompt}]
-        if args.system is not None:
-            messages.insert(0, {"role": "system", "content": args.system})
-        ids = chat.encode(tokenizer, messages)
-    else:
-        ids = chat.encode_prompt(tokenizer, prompt)
+
+
+def load_models(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and generate's arguments from add_generation_options but for kv_cache and
+    max_new_tokens."""
     model = load_model(args, args.model)
     if args.speculate not in (None, "lookup"):
         args.speculate = load_model(args, args.speculate)
-    return _stream(model, tokenizer, ids, args)
+    names = ("temperature", "top_p", "top_k", "seed", "speculate", "draft_tokens")
+    return model, {name: getattr(args, name) for name in names}
+
+
+def run(args: argparse.Namespace) -> int:
+    from .. import chat
+
+    args.chat = args.chat or args.messages is not None
+    if args.prompt is None and args.messages is None:
+        args.parser.error("the following arguments are required: --prompt or --messages")
+    for name in ("system", "tools"):
+        if getattr(args, name) is not None and not args.chat:
+            args.parser.error(f"--{name} goes with --chat")
+    check_generation_options(args)
+    # Check the text before loading the weights, which takes long.
+    prompt = _stdin() if args.prompt == "-" else args.prompt
+    messages, tools = conversation.read(args)
+    if prompt is not None:
+        messages.append({"role": "user", "content": prompt})
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{args.messages}: ends with an answer; give a question with --prompt")
+    tokenizer = chat.load_tokenizer(args.model)
+    if args.chat:
+        ids = chat.encode(tokenizer, messages, tools)
+    else:
+        ids = chat.encode_prompt(tokenizer, prompt)
+    return _stream(tokenizer, ids, args)
 
 
 def _stdin() -> str:
@@ -86,11 +113,11 @@ def _stdin() -> str:
         raise ValueError(f"stdin: not valid UTF-8 at byte {error.start}") from None
 
 
-def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace) -> int:
+def _stream(tokenizer: Any, ids: list[int], args: argparse.Namespace) -> int:
     """Print text to stdout as it comes, then a line of figures to stderr."""
     from ..chat import stop_ids
-    from ..text import TextStreamer
 
+    model, options = load_models(args)
     if isinstance(sys.stdout, io.TextIOWrapper):  # for every locale
         sys.stdout.reconfigure(encoding="utf-8")
 
@@ -98,14 +125,12 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    streamer = TextStreamer(
-        tokenizer, show, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    answer = conversation.Answer(tokenizer, show, args.tools is not None)
     times: list[float] = []
 
     def on_token(_: int, token: int) -> None:
         times.append(time.perf_counter())
-        streamer.put(token)
+        answer.put(token)
 
     passes: list[tuple[int, int]] = []
     code = 0
@@ -114,21 +139,17 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
         model.generate(
             [ids],
             max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            seed=args.seed,
             stop_ids=stop_ids(model.config, tokenizer),
             on_token=on_token,
             graphs=False if args.no_graphs else None,
-            speculate=args.speculate,
-            draft_tokens=args.draft_tokens,
             on_pass=lambda *counts: passes.append(counts),
             kv_cache=args.kv_cache,
+            **options,
         )
     except KeyboardInterrupt:
         code = 130
-    streamer.end()
+    if calls := answer.end():
+        show("\n" * bool(answer.shown) + json.dumps(calls, ensure_ascii=False))
     show("\n")
     footer = _footer(len(ids), start, times)
     if args.speculate is not None and passes:
