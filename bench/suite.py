@@ -20,6 +20,7 @@ from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
 from .cases.case import Plan
 from .cases.linear import kept
 from .cases.measured import Measured, Measurer, first_line
+from .cases.shapes import PRESETS
 from .model import forward, scaling, whole
 from .results import compare, files, plot, publish, report
 from .timing import UNBOUND, clock, machine
@@ -104,7 +105,7 @@ class Session:
         status = RAN
         try:
             if args.whole:
-                results["whole"] = whole.run(self.record.say, device=self.device)
+                self.whole()
             elif args.scaling:
                 scaling.run(self.device, args.level, self.record)
             else:
@@ -136,6 +137,14 @@ class Session:
         """List what a run measures: ops and shapes, then the forward pass's jobs."""
         names = [job.name for job in self.asked.sizes().jobs] if self.wants_forward() else []
         return [(p.op, p.shape) for p in self.plans] + [(FORWARD, name) for name in names]
+
+    def whole(self) -> None:
+        """Run the whole 8B, or one layer of a larger model."""
+        model, say, speed = self.args.model, self.record.say, self.asked.speed
+        if model in ("70b", "405b"):
+            self.results["layer"] = whole.layer(model, PRESETS[model](), say, speed, self.device)
+        else:
+            self.results["whole"] = whole.run(say, device=self.device)
 
     # ---- the ops ----
 

@@ -63,12 +63,18 @@ def _device_chip(index: int) -> Chip:
 
 
 def chip_of(t: Tensor) -> Chip:
-    """Return the chip that holds t, or while recording the chip that is recorded for."""
+    """Return the chip that holds t, or while recording the chip that is recorded for. Raises
+    ValueError for a tensor that is not on a GPU, unless Triton interprets."""
     if (recording := recorded()) is not None:
         return recording.chip
     if t.device.type == "cuda":
         index = t.device.index
         return _device_chip(torch.cuda.current_device() if index is None else index)
+    if not INTERPRETED:
+        raise ValueError(
+            f"got a tensor on {t.device}, want one on a GPU: Triton's kernels run there; "
+            "TRITON_INTERPRET=1, set before triton is imported, interprets them on a CPU, slowly"
+        )
     return _INTERPRETER
 
 

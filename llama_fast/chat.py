@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import LlamaConfig, check_folder, is_gguf
+from .files import open_regular, read_json
 from .hub import resolve
 from .messages import check_messages, check_tools
 from .messages import parse_tool_calls as parse_tool_calls
@@ -41,21 +42,46 @@ def load_tokenizer(path: str | Path) -> Any:
         raise NotADirectoryError(f"{folder}: not a folder; want a checkpoint's")
     if folder == given:
         check_folder(folder)
+    for file in folder.iterdir():  # transformers would wait for a pipe
+        if file.suffix in (".json", ".jinja", ".model", ".txt"):
+            open_regular(file).close()
     if not any(folder.glob("tokenizer*")):  # transformers takes seconds to import
         raise ValueError(f"{folder}: no tokenizer that transformers can load: no tokenizer.json")
     try:
-        from transformers import AutoTokenizer
+        from transformers import PretrainedConfig
     except ImportError:
         raise ImportError("text needs transformers: pip install 'llama_fast[hf]'") from None
+
+    # What AutoTokenizer reads of a config, by this name. transformers' own takes 1 s to import.
+    light_config: Any = type("LlamaConfig", (PretrainedConfig,), {"model_type": "llama"})
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        if _is_general(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        else:
+            from transformers import AutoTokenizer
+
+            if (folder / "config.json").exists():
+                options["config"] = light_config.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # of many types, with one meaning for a user
         raise ValueError(f"{folder}: no tokenizer that transformers can load: {error}") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: want a fast tokenizer (tokenizer.json)")
     return tokenizer
+
+
+def _is_general(folder: Path) -> bool:
+    """Return whether the folder names the class of tokenizers that are as tokenizer.json says.
+    AutoTokenizer takes that class too, but imports all others' names first, 0.4 s."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    named = read_json(file)
+    general = named.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return general and "auto_map" not in named
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import read_json
 from .hub import resolve
-from .rope_scaling import RopeFunction, RopeScaling, count, is_int, positive, read_scaling
+from .rope_scaling import (
+    RopeFunction,
+    RopeScaling,
+    count,
+    flag,
+    is_int,
+    positive,
+    read_scaling,
+    shown,
+)
 
+RECIPES = ("fp8", "fp8_all", "fp8_ffn")  # of quantize; checkpoint.weights.is_quantized has each
 _MAX_HEAD_DIM = 256  # the attention kernels keep a head in registers
 
 
@@ -46,7 +56,10 @@ class LlamaConfig:
         ):
             count(name, getattr(self, name))
         positive("rope_theta", self.rope_theta)
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta: got {self.rope_theta!r}, want more than 1")
         positive("rms_norm_eps", self.rms_norm_eps)
+        flag("tie_word_embeddings", self.tie_word_embeddings)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads: got {self.num_key_value_heads}, want a divisor of "
@@ -66,8 +79,9 @@ class LlamaConfig:
             if not isinstance(ids, tuple):
                 raise ValueError(f"{name}: got {type(ids).__name__}, want a tuple of token ids")
             for token in ids:
-                if token is not None and (not is_int(token) or token < 0):
-                    raise ValueError(f"{name}: got {token!r}, want a token id")
+                fits = is_int(token) and 0 <= int(token or 0) < 2**31
+                if not fits and (token is not None or name == "eos_token_id"):
+                    raise ValueError(f"{name}: got {shown(token)}, want a token id")
 
     @classmethod
     def llama_3_1_8b(cls) -> LlamaConfig:
@@ -89,15 +103,23 @@ class LlamaConfig:
         if is_gguf(path):
             from .checkpoint.gguf_file import read_config
 
-            return cls.from_hf(read_config(Path(path)))
+            return cls._from_file(Path(path), read_config(Path(path)))
         check_folder(Path(path))
-        fields = read_json(Path(path) / "config.json")
+        file = Path(path) / "config.json"
+        fields = read_json(file)
         generation = Path(path) / "generation_config.json"
         if generation.exists():
             eos = read_json(generation).get("eos_token_id")
             if eos is not None:
                 fields["eos_token_id"] = eos
-        return cls.from_hf(fields)
+        return cls._from_file(file, fields)
+
+    @classmethod
+    def _from_file(cls, file: Path, fields: Mapping[str, Any]) -> LlamaConfig:
+        try:
+            return cls.from_hf(fields)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
     @classmethod
     def from_hf(cls, config: Any) -> LlamaConfig:
@@ -105,10 +127,14 @@ class LlamaConfig:
 
         Raises ValueError for a setting that would compute something other than Llama 3.1 does.
         """
+        if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
+            got = type(config).__name__
+            raise TypeError(f"config: got {got}, want a transformers config or a dict")
         hf: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         for name, wanted in _REQUIRED.items():
-            if hf.get(name, wanted) != wanted:
-                raise ValueError(f"{name}: got {hf[name]!r}, want {wanted!r}")
+            got = hf.get(name, wanted)
+            if got != wanted or type(got) is not type(wanted):
+                raise ValueError(f"{name}: got {shown(got)}, want {wanted!r}")
         for name in ("vocab_size", "hidden_size", "num_attention_heads"):
             if name not in hf:
                 raise ValueError(f"{name}: missing from the model's config")
@@ -129,7 +155,7 @@ class LlamaConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_or(hf.get("tie_word_embeddings"), False),
             bos_token_id=hf.get("bos_token_id"),
             eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
         )
@@ -163,8 +189,13 @@ def is_gguf(path: str | Path) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError for a checkpoint in another format, with the way to load it."""
-    if (folder / "config.json").exists() or not folder.is_dir():
+    """Raise ValueError for a checkpoint in another format, with the way to load it, and OSError for
+    what is neither a folder nor a GGUF file."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise NotADirectoryError(f"{folder}: not a folder, nor a .gguf file")
+        return
+    if (folder / "config.json").exists():
         return
     if (folder / "params.json").exists() or any(folder.glob("consolidated.*.pth")):
         raise ValueError(f"{folder}: {META}")
@@ -179,21 +210,6 @@ META = (
     "src/transformers/models/llama/convert_llama_weights_to_hf.py: python "
     "convert_llama_weights_to_hf.py --input_dir IN --output_dir OUT --llama_version 3.1"
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises OSError or ValueError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"{path}: no such file; want a folder in Hugging Face's format"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: got a JSON {type(value).__name__}, want an object")
-    return value
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from . import __version__, _cpu
+from . import ops as ops  # registers them
 from .dispatch import backends
 
 # Those that kernels are or could be compiled for; a CPU lists hundreds.

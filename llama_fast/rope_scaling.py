@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+_MAX_INT = 2**63 - 1  # of a tensor's dimension
+_FP32 = (2.0**-126, 2.0**128)  # its normal numbers: a smaller one may become 0, a greater infinity
 
 
 def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def shown(value: Any) -> str:
+    """Return a value for an error message, shortened: a config may hold megabytes."""
+    return reprlib.repr(value)
+
+
 def count(name: str, value: Any) -> None:
-    if not is_int(value) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, want a positive integer")
+    if not is_int(value) or not 0 < value <= _MAX_INT:
+        raise ValueError(f"{name}: got {shown(value)}, want a positive integer of at most 63 bits")
 
 
 def positive(name: str, value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name}: got {value!r}, want a positive number")
+    if not number or not _FP32[0] <= value < _FP32[1]:
+        raise ValueError(f"{name}: got {shown(value)}, want a positive number in fp32's range")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: got {shown(value)}, want true or false")
+
+
+def at_least_1(name: str, value: Any) -> None:
+    positive(name, value)
+    if value < 1:
+        raise ValueError(f"{name}: got {value!r}, want at least 1")
 
 
 @dataclass(frozen=True)
@@ -33,7 +52,8 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        at_least_1("rope_scaling.factor", self.factor)
+        for name in ("low_freq_factor", "high_freq_factor"):
             positive(f"rope_scaling.{name}", getattr(self, name))
         count(
             "rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings
@@ -46,16 +66,16 @@ class RopeScaling:
 
 
 # What the functions of transformers' ROPE_INIT_FUNCTIONS read from rope_parameters.
-_ROPE_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "truncate",
-)
+_ROPE_FIELDS = {
+    "factor": at_least_1,
+    "original_max_position_embeddings": count,
+    "attention_factor": positive,
+    "beta_fast": positive,
+    "beta_slow": positive,
+    "mscale": positive,
+    "mscale_all_dim": positive,
+    "truncate": flag,
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +94,11 @@ class RopeFunction:
 
     def __post_init__(self) -> None:
         if self.rope_type not in self.TYPES:
-            raise ValueError(f"rope_type: got {self.rope_type!r}, want one of {self.TYPES}")
-        positive("rope_parameters.factor", dict(self.parameters).get("factor"))
+            raise ValueError(f"rope_type: got {shown(self.rope_type)}, want one of {self.TYPES}")
+        held = {"factor": None, **dict(self.parameters)}
+        for name, check in _ROPE_FIELDS.items():
+            if name in held:
+                check(f"rope_parameters.{name}", held[name])
 
     def frequencies(self, theta: float, head_dim: int, positions: int) -> tuple[Any, float]:
         """Return frequencies in radians per token, fp32 [head_dim / 2] on the host, for texts of up
@@ -111,23 +134,24 @@ def read_scaling(
 ) -> tuple[float, RopeScaling | RopeFunction | None]:
     """Return theta and scaling. transformers 5 writes rope_parameters, which contains theta; 4.x
     writes rope_theta and rope_scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    given = [hf[n] for n in ("rope_parameters", "rope_scaling") if hf.get(n) not in (None, {})]
+    rope = given[0] if given else {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"rope_parameters: got {type(rope).__name__}, want an object")
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     theta = 10000.0 if theta is None else theta
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         got = rope["partial_rotary_factor"]
-        raise ValueError(f"rope_parameters.partial_rotary_factor: got {got!r}, want 1.0")
+        raise ValueError(f"rope_parameters.partial_rotary_factor: got {shown(got)}, want 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind in RopeFunction.TYPES:
-        held = tuple((name, rope[name]) for name in _ROPE_NUMBERS if rope.get(name) is not None)
+        held = tuple((name, rope[name]) for name in _ROPE_FIELDS if rope.get(name) is not None)
         return theta, RopeFunction(kind, held, positions)
     if kind != "llama3":
         wanted = ("default", "llama3", *RopeFunction.TYPES)
-        raise ValueError(f"rope_parameters.rope_type: got {kind!r}, want one of {wanted}")
+        raise ValueError(f"rope_parameters.rope_type: got {shown(kind)}, want one of {wanted}")
     fields = tuple(RopeScaling.__dataclass_fields__)
     missing = [name for name in fields if name not in rope]
     if missing:

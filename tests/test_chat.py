@@ -3,14 +3,17 @@ before a text, and of the tokens that end a text."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_fast import LlamaConfig, chat
 
+from .support.checkpoints import hf_model
 from .support.llama3 import byte_tokenizer
 
 VICUNA = (
@@ -115,6 +118,42 @@ def test_unknown_characters_are_no_control_tokens() -> None:
     held = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     held.chat_template = "{{ messages[0]['content'] }}"
     assert chat.encode(held, [{"role": "user", "content": "Hi Ho"}]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "PreTrainedTokenizerFast",
+        "TokenizersBackend",
+        "GPT2Tokenizer",
+        "GPT2TokenizerFast",
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        None,
+    ],
+)
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_a_folders_tokenizer_is_the_one_that_transformers_loads(
+    tmp_path: Path, kind: str, named: str | None
+) -> None:
+    """load_tokenizer chooses the class, or the config that AutoTokenizer chooses it by."""
+    held = byte_tokenizer() if kind == "bytes" else tokenizer(LLAMA_2, "first")
+    held.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    fields = json.loads(file.read_text()) | {"tokenizer_class": named}
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+    hf_model(hidden_size=64, intermediate_size=64).config.save_pretrained(tmp_path)
+    try:
+        want = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    except ValueError:
+        assert named == "TokenizersBackend"  # transformers 4 does not know its successor's name
+        want = held
+    got = chat.load_tokenizer(tmp_path)
+    assert type(got) is type(want) and got.special_tokens_map == want.special_tokens_map
+    assert got.all_special_ids == want.all_special_ids and got.chat_template == want.chat_template
+    for text in (*TEXTS, "Why 123?", "<|eot_id|>", "  a\n"):
+        assert got(text).input_ids == want(text).input_ids
+        assert got.decode(got(text).input_ids) == want.decode(want(text).input_ids)
 
 
 def test_an_empty_message() -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
+import select
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,20 +177,19 @@ def test_ctrl_c_at_a_pipe_ends_the_chat(talk: Any, says: Any) -> None:
 
 def test_commands(talk: Any, says: Any, asked: list[list[int]], tokenizer: Any) -> None:
     says("A<|eot_id|>", "B<|eot_id|>")
-    stdin = (
-        "/help\n/system\n/system Be brief.\n/system\n/fly\n/etc/hosts\n/save\n/save /no/way\nHi\n"
-    )
-    code, out, err = talk(stdin)
+    stdin = "/help\n/save x\n/system\n/system Be brief.\n/system\n/fly\n/save\n/etc/hosts\n"
+    code, out, err = talk(f"{stdin}/save /no/way/file\nHi\n")
     assert (code, out) == (1, ["A", "B"])
-    help_, rest = "\n".join(err[:7]), err[7:]
+    help_ = "\n".join(err[:7])
     assert all(f"/{name}" in help_ for name in ("reset", "system", "tool", "save", "stats", "exit"))
-    assert rest[:3] == [
+    assert err[7:] == [
+        "error: /save: the conversation is empty",
         "no system message",
         "Be brief.",
         "error: /fly: no such command; /help lists them",
+        "error: /save: want the name of a file",
+        "error: /no/way/file: No such file or directory",
     ]
-    assert rest[3] == "error: /save: want the name of a file"
-    assert "No such file or directory: '/no/way'" in rest[4]
     first = [message("system", "Be brief."), message("user", "/etc/hosts")]
     assert asked[0] == chat.encode(tokenizer, first)
 
@@ -229,7 +234,7 @@ BAD = [
     ("messages", [message("user", "\ud800")], "not valid UTF-8"),
     ("tools", [{"type": "function"}], "m[0]: want "),
     ("tools", "nonsense", "m: not valid JSON"),
-    ("tools", None, "m: no such file"),
+    ("tools", None, "m: No such file"),
     ("messages", b"\xff", "m: not valid UTF-8 at byte 0"),
 ]
 
@@ -316,7 +321,7 @@ def test_generate_continues_a_conversation(
     assert seen == [chat.encode(tokenizer, text)]
     with pytest.raises(SystemExit):
         generate(checkpoint)
-    assert "--prompt or --messages" in capsys.readouterr().err
+    assert "--prompt-file or --messages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -355,3 +360,81 @@ def test_without_tools_a_call_is_text(
     says(f"{SAID}<|eot_id|>")
     assert generate(checkpoint, "--chat", "--prompt", "x") == 0
     assert capsys.readouterr().out == SAID + "\n"
+
+
+# ---- a terminal ----
+
+
+class Terminal:
+    """llama-fast in a pseudoterminal."""
+
+    # A session's leader owns the first terminal that it opens: Ctrl-C then reaches it.
+    SCRIPT = (
+        "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+        "from llama_fast.cli import main; sys.exit(main())"
+    )
+
+    def __init__(self, argv: list[str], **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        self.text = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT, *argv],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env={**os.environ, "TERM": "xterm", **environment},
+            start_new_session=True,
+        )
+        os.close(slave)
+
+    def until(self, wanted: str, after: int = 0, timeout: float = 90) -> str:
+        """Return the text before `wanted`, which stays out of the next call's, once `after` more
+        characters have come."""
+        end = time.monotonic() + timeout
+        while wanted not in self.text or len(self.text.partition(wanted)[2]) < after:
+            assert time.monotonic() < end, f"no {wanted!r} in {self.text!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.text += os.read(self.master, 65536).decode(errors="replace")
+        before, _, self.text = self.text.partition(wanted)
+        return before
+
+    def send(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+def test_in_a_terminal(tmp_path: Path, tokenizer: Any) -> None:
+    """Ctrl-C stops an answer and keeps the chat, a paste is one message, Ctrl-D ends the chat, and
+    the history outlives it."""
+    model = hf_model(max_position_embeddings=65536)
+    with torch.no_grad():
+        model.lm_head.weight[256:] = 0  # control tokens: the answer has no end
+    tokenizer.save_pretrained(save(model, tmp_path / "model"))
+    argv = ["chat", "--model", str(tmp_path / "model"), "--threads", "1", "--temperature", "0"]
+    argv += ["--max-new-tokens", "60000"]
+    terminal = Terminal(argv, XDG_STATE_HOME=str(tmp_path), OMP_NUM_THREADS="1")
+    try:
+        terminal.until("Ctrl-D ends the chat.")
+        terminal.until("> ")
+        terminal.send("\x1b[200~first line\nsecond line\x1b[201~\r")
+        terminal.until("second line")
+        terminal.until("\x1b[?2004l", after=100)  # the answer
+        terminal.send("\x03")
+        terminal.until("[stopped]")
+        terminal.until("> ")
+        terminal.send("dropped\x03")
+        terminal.until("> ")
+        file = tmp_path / "talk"
+        terminal.send(f"/save {file}\r")
+        assert "dropped" not in terminal.until(" messages")
+        terminal.until("> ")
+        terminal.send("\x04")
+        assert terminal.process.wait(60) == 0
+        messages = json.loads(file.read_text())
+        assert [m["role"] for m in messages] == ["user", "assistant"]
+        assert messages[0]["content"] == "first line\nsecond line" and messages[1]["content"]
+        assert f"/save {file}" in (tmp_path / "llama_fast" / "chat_history").read_text()
+    finally:
+        if terminal.process.poll() is None:
+            os.killpg(terminal.process.pid, signal.SIGKILL)
+            terminal.process.wait()
+        os.close(terminal.master)

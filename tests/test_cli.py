@@ -67,7 +67,7 @@ def generate(checkpoint: Path, *options: str) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["chat"], ["perplexity"], ["quantize"], ["tune"], ["env"]],
+    [[], ["generate"], ["chat"], ["perplexity"], ["quantize"], ["plan"], ["tune"], ["env"]],
     ids=str,
 )
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,15 +90,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["fly"], "invalid choice: 'fly'"),
         (["generate", "--prompt", "x"], "required: --model"),
         (["generate", "--model", "x", "--prompt", "x", "--dtype", "int4"], "invalid choice"),
-        (["generate", "--model", "x", "--prompt", "x", "--threads", "0"], "want at least 1"),
-        (["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], "top_p"),
-        (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "--model", "x", "--prompt", "x", "--threads", "0"], "want a whole number"),
+        (["generate", "--model", "x", "--prompt", "x", "--top-p", "2"], "--top-p: got"),
+        (["generate", "--model", "x", "--prompt", "x", "--temperature", "-1"], "--temperature"),
         (["generate", "--model", "x", "--prompt", "x", "--system", "y"], "goes with --chat"),
         (["generate", "--model", "x", "--prompt", "x", "--draft-tokens", "3"], "with --speculate"),
         (
             ["generate", "--model", "x", "--prompt", "x", "--speculate", "lookup"]
             + ["--draft-tokens", "17"],
-            "want 1 to 16",
+            "from 1 to 16",
         ),
         (["quantize", "in"], "required: OUT"),
         (["tune", "--output"], "expected one argument"),

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 from llama_fast.checkpoint.weights import Linear, assemble, packed, quantized
+from llama_fast.parallel import Span
 
 from ..peers import CHUNK, ModelPeer
 from ..timing import CPU, Run
@@ -156,10 +157,10 @@ class _Weights:
     def __init__(self, hf: Any) -> None:
         self._named = hf.state_dict()
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def tensor(self, name: str, *dims: Span) -> Tensor:
         return self._named[name]
 
-    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
+    def linear(self, parts: dict[str, Span], k: Span, *, fp8: bool, bound: float | None) -> Linear:
         weight = torch.cat([self._named[f"{name}.weight"] for name in parts])
         return quantized(weight, bound) if fp8 else Linear(packed(weight))
 

@@ -14,15 +14,18 @@ scales of activations (input_scale, activation_scale) are ignored: activations g
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ..config import read_json
+from ..files import read_json
 from ..reference import FP8_BLOCK
+from ..rope_scaling import positive, shown
+from .patterns import Patterns
 
 # Tensors that a checkpoint may contain and this model does not use.
 IGNORED = re.compile(
@@ -78,20 +81,20 @@ class Format:
         """Return whether a module is excluded: by whole components of its name (layers.1 is not
         layers.12), a wildcard (ModelOpt) or a regular expression."""
         path = module.split(".")
-        for pattern in self.excluded:
-            if pattern.startswith("re:"):
-                if re.match(pattern[3:], module):
-                    return True
-                continue
-            if "*" in pattern:
-                if fnmatch.fnmatchcase(module, pattern):
-                    return True
-                continue
-            parts = pattern.split(".")
-            starts = range(len(path) - len(parts) + 1)
-            if any(path[i : i + len(parts)] == parts for i in starts):
-                return True
-        return False
+        bounds = combinations(range(len(path) + 1), 2)
+        named = any(".".join(path[i:j]) in self._names for i, j in bounds)
+        try:
+            return named or self._patterns.match(module)
+        except ValueError as error:
+            raise ValueError(f"quantization_config: {error}") from None
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.excluded)
+
+    @cached_property
+    def _patterns(self) -> Patterns:
+        return Patterns(_regexes(self.excluded))
 
 
 def scale_shapes(n: int, k: int) -> dict[tuple[int, ...], tuple[int, int]]:
@@ -120,15 +123,20 @@ def parse(quantization: Any) -> Format | None:
         got = type(quantization).__name__
         raise ValueError(f"quantization_config: got {got}, want an object")
     method = quantization.get("quant_method")
-    if method not in _EXCLUDED:
+    if not isinstance(method, str) or method not in _EXCLUDED:
         raise ValueError(
-            f"quantization_config.quant_method: got {method!r}, want one of {', '.join(_EXCLUDED)}"
+            f"quantization_config.quant_method: got {shown(method)}, want one of "
+            f"{', '.join(_EXCLUDED)}"
         )
     _check("quantization_config", quantization, _SUPPORTED.get(method, {}))
     block = quantization.get("weight_block_size") is not None
     block = block or quantization.get("quant_algo") == "FP8_PB_WO"
     groups = quantization.get("config_groups") if method == "compressed-tensors" else None
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+    groups = {} if groups is None else groups
+    if not isinstance(groups, Mapping):
+        got = type(groups).__name__
+        raise ValueError(f"quantization_config.config_groups: got {got}, want an object")
+    for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if not isinstance(weights, Mapping):
             raise ValueError(f"quantization_config.config_groups.{name}.weights: missing")
@@ -137,7 +145,10 @@ def parse(quantization: Any) -> Format | None:
     names = ("weight_scale_inv", "weight_scale") if method == "fp8" else ("weight_scale",)
     excluded = sum((_modules(quantization, key) for key in _EXCLUDED[method]), ())
     bound = quantization.get("activation_scale_ub")
-    return Format(names, block, excluded, None if bound is None else float(bound))
+    if bound is not None:
+        positive("quantization_config.activation_scale_ub", bound)
+        bound = float(bound)
+    return Format(names, block, excluded, bound)
 
 
 def describe(
@@ -179,19 +190,24 @@ def describe(
 
 
 def _modules(quantization: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    names = quantization.get(key) or ()
+    at, names = f"quantization_config.{key}", quantization.get(key) or ()
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"quantization_config.{key}: got {names!r}, want a list of module names")
-    for name in names:
-        if name.startswith("re:"):
-            try:
-                re.compile(name[3:])
-            except re.error as error:
-                raise ValueError(f"quantization_config.{key}: {name!r}: {error}") from None
+        raise ValueError(f"{at}: got {shown(names)}, want a list of module names")
+    try:
+        Patterns(_regexes(names))
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
     return tuple(names)
+
+
+def _regexes(names: Iterable[str]) -> dict[str, str]:
+    """Return the regular expressions in a list of modules, and those that its wildcards mean."""
+    regexes = {name: name[3:] for name in names if name.startswith("re:")}
+    wildcards = (name for name in names if "*" in name and name not in regexes)
+    return regexes | {name: re.escape(name).replace(r"\*", ".*") + r"\Z" for name in wildcards}
 
 
 def _check(at: str, settings: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
     for key, wanted in supported.items():
         if settings.get(key, wanted[0]) not in wanted:
-            raise ValueError(f"{at}.{key}: got {settings[key]!r}, want one of {list(wanted)}")
+            raise ValueError(f"{at}.{key}: got {shown(settings[key])}, want one of {list(wanted)}")

@@ -7,18 +7,23 @@ one: memory use does not grow with the model.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import LlamaConfig, read_json
+from ..config import LlamaConfig
+from ..files import read_json
 from ..hub import resolve
 from ..ops.quantize import quantize_fp8
 from .formats import describe
@@ -27,6 +32,7 @@ from .shards import Shards
 from .weights import RECIPES, is_quantized
 
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
+_HEADER_BYTES = 300  # of a tensor, at most, in headers and index together
 _FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names
 _ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1}
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -72,8 +78,9 @@ def quantize_checkpoint(
     the format quantize activations by token; it cannot store the 405B recipe's bound of 1200 on
     them.
 
-    on_bytes(done, total) reports progress in bytes read. An error or an interrupt leaves no target
-    behind. Raises ValueError or OSError that names the file.
+    on_bytes(done, total) reports progress in bytes read. An error, an interrupt or SIGTERM leaves
+    no target behind. Raises ValueError or OSError that names the file: also, before it writes, if
+    the disk has too little space.
     """
     source, target = resolve(source, weights=True), Path(target).expanduser()
     if recipe not in RECIPES:
@@ -91,7 +98,8 @@ def quantize_checkpoint(
     total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
     after = sum(_nbytes(*entry) for t in tensors for entry in t.stored().values())
 
-    with _appears_whole(source, target) as folder:
+    headers = _HEADER_BYTES * sum(len(t.stored()) for t in tensors)
+    with _appears_whole(source, target, after + headers + _bytes_beside(source)) as folder:
         done = 0
         for file, held in plan.items():
             for read in _write_shard(shards, folder / file, held):
@@ -110,7 +118,9 @@ def quantize_checkpoint(
             config["tie_word_embeddings"] = tied
         config["quantization_config"] = describe(ignore)
         _write_json(folder / "config.json", config)
-        _copy_companions(source, folder)
+        for path in _companions(source):
+            shutil.copyfile(path, folder / path.name)
+        shards.check_unchanged()
     return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
 
 
@@ -183,37 +193,79 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @contextmanager
-def _appears_whole(source: Path, target: Path) -> Iterator[Path]:
-    """Yield a folder beside target. Rename it to target on success; remove it on an exception."""
+def _appears_whole(source: Path, target: Path, size: int) -> Iterator[Path]:
+    """Yield a folder beside target. Rename it to target on success; remove it on an exception, or
+    on a signal that ends the process. Raises OSError if size bytes do not fit there."""
     target = target.absolute()
     if target.resolve() == source.resolve():
         raise ValueError(f"{target}: is the input itself; name another folder for the output")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: exists already; name a new or an empty folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    free = shutil.disk_usage((missing or [target])[-1].parent).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: the output has {size:,} bytes, the disk {free:,} free",
+            str(target),
+        )
     folder = target.parent / f".{target.name}.partial-{os.getpid()}"
-    folder.mkdir()
+    with _ends_by_exception():
+        try:
+            folder.mkdir(parents=True)
+            yield folder
+            if target.exists():
+                target.rmdir()
+            folder.rename(target)
+        except BaseException as error:
+            with _ends_by_exception(signal.SIG_IGN):
+                shutil.rmtree(folder, ignore_errors=True)
+                for parent in missing:
+                    with suppress(OSError):
+                        parent.rmdir()
+            if isinstance(error, OSError) and error.filename is None and error.errno:
+                raise OSError(error.errno, error.strerror, str(target)) from None
+            raise
+
+
+@contextmanager
+def _ends_by_exception(handler: Any = None) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, where they would end the process, raise SystemExit instead, or call
+    handler. Python sets handlers in its main thread only."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, _exit):
+                before[number] = signal.signal(number, handler or _exit)
     try:
-        yield folder
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copy all files but weights: tokenizer, chat template, generation_config.json, license."""
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix not in _WEIGHT_FILES
-            and not path.name.startswith(".")
-            and not path.name.endswith(".index.json")
-            and not (folder / path.name).exists()
-        ):
-            shutil.copyfile(path, folder / path.name)
+def _exit(number: int, frame: Any) -> None:
+    sys.exit(128 + number)  # the code that shells give a process which the signal ended
+
+
+def _companions(source: Path) -> list[Path]:
+    """Return all files but weights: tokenizer, chat template, generation_config.json, license."""
+    written = (_INDEX, "config.json")
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.is_file()
+        and path.suffix not in _WEIGHT_FILES
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+        and path.name not in written
+    ]
+
+
+def _bytes_beside(source: Path) -> int:
+    """Return the size of the output's files without tensors, but for the index's new names."""
+    configs = [p for p in (source / _INDEX, source / "config.json") if p.exists()]
+    return sum(path.stat().st_size for path in (*_companions(source), *configs))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 The files are not trusted. The safetensors library rejects headers whose tensors overlap, leave
 gaps, overflow or do not match the file's size; its errors become ValueErrors that name the file. An
-index may not point outside the folder. Pickles run code when opened, so none is opened.
+index may not point outside the folder. Pickles run code when opened, so none is opened. Files that
+are replaced or written to while they are read raise OSError.
 """
 
 from __future__ import annotations
 
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..config import META, check_folder, is_gguf, read_json
+from ..config import META, check_folder, is_gguf
+from ..files import read_json
 from .gguf_file import GGUF
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
@@ -26,6 +29,7 @@ _CONVERT = (
     "pickles run code when they are opened, so only safetensors are read; convert where you trust "
     "the file: transformers' AutoModelForCausalLM.from_pretrained(IN).save_pretrained(OUT)"
 )
+_MOST_HEADER = 16 << 20  # bytes; a Llama of 126 layers needs 0.2 MB, with FP8 scales
 # DistributedDataParallel and torch.compile add components to names; a model saved without its head
 # has no "model.".
 _WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod)\.")
@@ -48,10 +52,13 @@ class Shards:
         model.safetensors that it does not name, as in transformers: it is left over from other
         weights. entries: by Hugging Face's names.
         """
-        folder = Path(path)
+        self.path = folder = Path(path)
         self.entries: dict[str, Entry] = {}
-        self._gguf = GGUF(folder) if is_gguf(folder) else None
-        if self._gguf is not None:
+        self._versions: dict[Path, tuple[int, ...]] = {}
+        self._gguf: GGUF | None = None
+        if is_gguf(folder):
+            self._versions[folder] = _version(folder)
+            self._gguf = GGUF(folder)
             shapes = self._gguf.shapes.items()
             self.entries = {name: Entry(folder, "F32", shape, name) for name, shape in shapes}
             return
@@ -62,6 +69,7 @@ class Shards:
         check_folder(folder)
         weight_map = _weight_map(folder)
         for file in sorted(set(weight_map.values())) or [_single(folder)]:
+            self._versions[folder / file] = _version(folder / file)
             for stored, entry in _header(folder / file).items():
                 name = _BARE.sub("model.", _WRAPPERS.sub("", stored))
                 other = self.entries.setdefault(name, entry)
@@ -71,14 +79,35 @@ class Shards:
                     raise ValueError(f"{entry.file}: {stored}: is in {other.file.name} too")
                 self.entries[name] = entry
 
-    def read(self, name: str) -> Tensor:
-        """Return the tensor, memory-mapped by itself (0.1 ms): freeing it frees its pages."""
+    def read(self, name: str, *index: slice) -> Tensor:
+        """Return the tensor, or the part that a slice of each dimension selects, memory-mapped by
+        itself (0.1 ms): freeing it frees its pages, and only what is used of it is read."""
         entry = self.entries[name]
         with torch.device("cpu"):
             if self._gguf is not None:
-                return self._gguf.read(entry.stored)
+                return self._gguf.read(entry.stored)[index]
             with _opened(entry.file) as f:
-                return f.get_tensor(entry.stored)
+                self.check_unchanged(entry.file)
+                return f.get_slice(entry.stored)[index] if index else f.get_tensor(entry.stored)
+
+    def check_unchanged(self, *files: Path) -> None:
+        """Raise OSError if one of the files, or of all, is not the one whose header was read."""
+        for file in files or self._versions:
+            if _version(file) != self._versions[file]:
+                raise OSError(f"{file}: was replaced or written to while it was read; start again")
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """Return what tells a file from another of its name, or from itself with other contents."""
+    try:
+        info = file.stat()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{file}: no such file; a shard of the checkpoint is missing"
+        ) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(f"{file}: not a regular file")
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 @contextmanager
@@ -93,8 +122,13 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; a shard of the checkpoint is missing")
+    with open(file, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+    if length > _MOST_HEADER:
+        raise ValueError(
+            f"{file}: not a valid safetensors file: a header of {length} bytes, want at most "
+            f"{_MOST_HEADER}"
+        )
     with _opened(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  not a dict
         return {

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config import RECIPES as RECIPES
 from ..config import LlamaConfig
 from ..ops import linear, quantize
-from ..reference import FP8_DTYPE, PACK_ROWS
+from ..parallel import Share, Span
+from ..reference import FP8_DTYPE, PACK_ROWS, unpack_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RECIPES = ("fp8", "fp8_all", "fp8_ffn")
 ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
 _LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 
@@ -82,23 +83,68 @@ class Weights:
     v_scale: Tensor | None = None
 
     @property
+    def linears(self) -> list[Linear]:
+        """Return all linear layers, the head last unless it is the embedding."""
+        head = [] if self.head.weight is self.embedding else [self.head]
+        return [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)] + head
+
+    @property
+    def others(self) -> list[Tensor]:
+        norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
+        return [self.embedding, *norms, self.norm]
+
+    @property
     def nbytes(self) -> int:
         """Return the size in bytes; a tied embedding counts once."""
-        linears = [w for x in self.layers for w in (x.qkv, x.output, x.gate_up, x.down)]
-        norms = [w for x in self.layers for w in (x.attention_norm, x.ffn_norm)]
-        head = 0 if self.head.weight is self.embedding else self.head.nbytes
-        plain = self.embedding.nbytes + self.norm.nbytes + head
-        return plain + sum(w.nbytes for w in linears) + sum(w.nbytes for w in norms)
+        return sum(w.nbytes for w in self.linears) + sum(t.nbytes for t in self.others)
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters, without scales; a tied embedding counts once."""
+        biases = [w.bias for w in self.linears if w.bias is not None]
+        weights = [w.weight for w in self.linears]
+        return sum(t.numel() for t in (*weights, *biases, *self.others))
+
+
+def moved(weights: Weights, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Return weights on a device in a dtype, FP8 and scales in their own; the layers are replaced
+    one after another, so two copies of one are in memory."""
+
+    def plain(t: Tensor) -> Tensor:
+        return t.to(device, dtype)
+
+    def linear(held: Linear) -> Linear:
+        weight = held.weight if device.type == "cpu" else unpack_weight(held.weight)
+        weight = weight.to(device, weight.dtype if weight.dtype == FP8_DTYPE else dtype)
+        scale = None if held.scale is None else held.scale.to(device)
+        bias = None if held.bias is None else plain(held.bias)
+        weight = packed(weight) if weight.dim() == 2 else weight
+        return replace(held, weight=weight, scale=scale, bias=bias)
+
+    for i, x in enumerate(weights.layers):
+        weights.layers[i] = LayerWeights(
+            plain(x.attention_norm),
+            linear(x.qkv),
+            linear(x.output),
+            plain(x.ffn_norm),
+            linear(x.gate_up),
+            linear(x.down),
+        )
+    embedding, tied = plain(weights.embedding), weights.head.weight is weights.embedding
+    head = replace(weights.head, weight=embedding) if tied else linear(weights.head)
+    scales = (None if s is None else s.to(device) for s in (weights.k_scale, weights.v_scale))
+    return Weights(embedding, weights.layers, plain(weights.norm), head, *scales)
 
 
 class Source(Protocol):
     """The origin of tensors: a checkpoint, or a random generator."""
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a norm or the embedding, in the model's dtype."""
+    def tensor(self, name: str, *dims: Span) -> Tensor:
+        """Return a norm or a part of the embedding, in the model's dtype."""
 
-    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
-        """Return linears of one input, name -> rows, fused along their rows. fp8: quantize them."""
+    def linear(self, parts: dict[str, Span], k: Span, *, fp8: bool, bound: float | None) -> Linear:
+        """Return linears of one input, name -> rows, fused along their rows. k: their columns. fp8:
+        quantize them, by the whole row even if k is a part of it."""
 
 
 def assemble(
@@ -106,23 +152,24 @@ def assemble(
     source: Source,
     quantize: str | None,
     progress: Callable[[], None] = lambda: None,
+    share: Share | None = None,
 ) -> Weights:
     """Get every weight of a Llama from source, by Hugging Face's names, in the order of their use.
 
-    quantize: see is_quantized. progress is called after each layer.
+    quantize: see is_quantized. progress is called after each layer. share: of one rank; None: all.
     """
     if quantize not in (None, *RECIPES):
         raise ValueError(f"quantize: got {quantize!r}, want None or one of {', '.join(RECIPES)}")
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows = config.num_attention_heads * config.head_dim
-    kv_rows = config.num_key_value_heads * config.head_dim
+    share = share or Share.of(config)
+    hidden, inner = Span.whole(config.hidden_size), share.inner
+    q_rows, kv_rows = (heads.times(config.head_dim) for heads in (share.heads, share.kv_heads))
     bound = ACTIVATION_BOUND if quantize == "fp8_ffn" else None
 
-    def linear(parts: dict[str, int], k: int) -> Linear:
+    def linear(parts: dict[str, Span], k: Span) -> Linear:
         fp8 = all(is_quantized(name, quantize, config.num_hidden_layers) for name in parts)
         return source.linear(parts, k, fp8=fp8, bound=bound)
 
-    embedding = source.tensor("model.embed_tokens.weight", (config.vocab_size, hidden))
+    embedding = source.tensor("model.embed_tokens.weight", share.vocab, hidden)
     progress()
     layers = []
     for i in range(config.num_hidden_layers):
@@ -130,20 +177,20 @@ def assemble(
         qkv = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
         layers.append(
             LayerWeights(
-                attention_norm=source.tensor(f"{at}.input_layernorm.weight", (hidden,)),
+                attention_norm=source.tensor(f"{at}.input_layernorm.weight", hidden),
                 qkv=linear({f"{at}.self_attn.{name}": rows for name, rows in qkv.items()}, hidden),
                 output=linear({f"{at}.self_attn.o_proj": hidden}, q_rows),
-                ffn_norm=source.tensor(f"{at}.post_attention_layernorm.weight", (hidden,)),
+                ffn_norm=source.tensor(f"{at}.post_attention_layernorm.weight", hidden),
                 gate_up=linear({f"{at}.mlp.gate_proj": inner, f"{at}.mlp.up_proj": inner}, hidden),
                 down=linear({f"{at}.mlp.down_proj": hidden}, inner),
             )
         )
         progress()
-    norm = source.tensor("model.norm.weight", (hidden,))
+    norm = source.tensor("model.norm.weight", hidden)
     if config.tie_word_embeddings:
         head = quantized(embedding) if quantize == "fp8_all" else Linear(embedding)
     else:
-        head = linear({"lm_head": config.vocab_size}, hidden)
+        head = linear({"lm_head": share.vocab}, hidden)
     progress()
     return Weights(embedding, layers, norm, head)
 
@@ -184,29 +231,34 @@ def quantized(weight: Tensor, bound: float | None = None) -> Linear:
 class RandomSource:
     """Random weights, made directly in their final format, without a second copy.
 
-    Each keeps the variance of its input, so activations have the scale of a trained model's.
+    Each keeps the variance of its input, so activations have the scale of a trained model's. rank:
+    the norms are those of every rank, and the rest is this rank's own.
     """
 
-    def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._generator = torch.Generator(device).manual_seed(seed)
+    def __init__(
+        self, seed: int, dtype: torch.dtype, device: torch.device, rank: int | None = None
+    ) -> None:
+        self._generator = self._common = torch.Generator(device).manual_seed(seed)
+        if rank is not None:
+            self._generator = torch.Generator(device).manual_seed(seed + 1 + rank)
         self._dtype, self._device = dtype, device
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=self._dtype, device=self._device)
-        if len(shape) == 1:
-            return out.uniform_(0.75, 1.25, generator=self._generator)
+    def tensor(self, name: str, *dims: Span) -> Tensor:
+        out = torch.empty([len(d) for d in dims], dtype=self._dtype, device=self._device)
+        if len(dims) == 1:
+            return out.uniform_(0.75, 1.25, generator=self._common)
         return out.normal_(generator=self._generator)
 
-    def linear(self, parts: dict[str, int], k: int, *, fp8: bool, bound: float | None) -> Linear:
-        n = sum(parts.values())
-        panels = (n // PACK_ROWS, k // 2, PACK_ROWS, 2)
-        shape = panels if packable(n, k, self._device) else (n, k)
+    def linear(self, parts: dict[str, Span], k: Span, *, fp8: bool, bound: float | None) -> Linear:
+        n = sum(map(len, parts.values()))
+        panels = (n // PACK_ROWS, len(k) // 2, PACK_ROWS, 2)
+        shape = panels if packable(n, len(k), self._device) else (n, len(k))
         if not fp8:
             weight = torch.empty(shape, dtype=self._dtype, device=self._device)
-            return Linear(weight.normal_(std=1 / math.sqrt(k), generator=self._generator))
+            return Linear(weight.normal_(std=1 / math.sqrt(k.of), generator=self._generator))
         weight, rms = self._random_e4m3(shape)
         scale = torch.empty(n, 1, dtype=torch.float32, device=self._device)
-        scale.uniform_(0.75, 1.25, generator=self._generator).div_(rms * math.sqrt(k))
+        scale.uniform_(0.75, 1.25, generator=self._generator).div_(rms * math.sqrt(k.of))
         return Linear(weight, scale, scale_ub=bound)
 
     def _random_e4m3(self, shape: tuple[int, ...]) -> tuple[Tensor, float]:

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import chat, generate, perplexity, quantize
-from .common import Parser
+from . import chat, generate, perplexity, plan, quantize
+from .common import Parser, explained
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
   llama-fast chat --model Llama-3.1-8B-Instruct
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast perplexity --model Llama-3.1-8B --text book.txt --quantize fp8 --against bfloat16
+  llama-fast plan --model 405b --gpu h200 --gpus 8 --quantize fp8
   llama-fast bench --help
   llama-fast tune
   llama-fast env
@@ -37,6 +38,7 @@ _ENV_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code: 1 for a failure, 2 for wrong usage."""
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LLAMA_FAST_TRACEBACK") == "1"
     try:
@@ -45,20 +47,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _bench(arguments[1:])
         args = _parser().parse_args(arguments)
         debug = debug or args.debug
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # here a full disk is an error; at exit it would be a traceback
+        return code
     except KeyboardInterrupt:
         print("llama-fast: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader closed the pipe (`| head`). Without this, Python reports it again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader closed the pipe (`| head`)
+        _drop_output()
         return 1
     except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"llama-fast: error: {message}", file=sys.stderr)
+        print(f"llama-fast: error: {explained(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         return 1
+
+
+def _drop_output() -> None:
+    """Discard what is still to be written, or Python would report the error again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_streams() -> None:
+    """Replace closed standard streams. A file opened by the command would get their descriptors,
+    and what a library prints. Text that nobody can read is no reason to go on."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
+    if "stderr" in closed:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    if "stdout" in closed:
+        print("llama-fast: error: stdout: is closed", file=sys.stderr)
+        sys.exit(1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add(command)
     perplexity.add(command)
     quantize.add(command)
+    plan.add(command)
 
     tune = command("tune", _tune, "choose the GPU kernels' configurations", _TUNE_EXAMPLES)
     tune.add_argument("--device", metavar="NAME", default="cuda", help="default cuda")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import re
 import sys
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import conversation
-from .common import AddCommand, add_model_options
-from .generate import add_generation_options, check_generation_options, load_models
+from .answers import Answer, utf8_stdout
+from .common import AddCommand, add_model_options, explained, use_machine
+from .generate import add_generation_options, check_usage, load_models, stops
 from .lines import lines
 
 _EXAMPLES = """examples:
@@ -50,20 +50,21 @@ def run(args: argparse.Namespace) -> int:
     from .. import chat
     from ..config import LlamaConfig
 
-    check_generation_options(args)
+    check_usage(args)
     if sys.stdin is None:
-        raise ValueError("stdin: is closed; want messages from a terminal or a file")
+        raise ValueError("stdin: is closed")
     # Check the conversation before loading the weights, which takes long.
     messages, tools = conversation.read(args)
+    use_machine(args)
     config = LlamaConfig.from_pretrained(args.model)
     tokenizer = chat.load_tokenizer(args.model)
     asked = bool(messages) and messages[-1]["role"] not in ("system", "assistant")
     probe = messages if asked else [*messages, {"role": "user", "content": "Hi"}]
-    _room(chat.encode(tokenizer, probe, tools), config.max_position_embeddings)
-    for stream in (sys.stdout, sys.stderr):  # for every locale
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8")
-    talk, code = _Chat(args, tokenizer, messages, tools), 0
+    ids = chat.encode(tokenizer, probe, tools)
+    _room(ids, config.max_position_embeddings)
+    utf8_stdout()
+    models = load_models(args, config, len(ids))
+    talk, code = _Chat(args, *models, tokenizer, messages, tools), 0
     terminal = sys.stdin.isatty()
     if terminal:
         _say("/help lists the commands, Ctrl-D ends the chat.")
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             if args.debug or isinstance(error, BrokenPipeError):
                 raise
-            _say(f"error: {' '.join(str(error).split())}")
+            _say(f"error: {explained(error)}")
             code = 0 if terminal else 1
         except KeyboardInterrupt:
             if not terminal:
@@ -96,6 +97,8 @@ class _Chat:
     def __init__(
         self,
         args: argparse.Namespace,
+        model: Any,
+        options: dict[str, Any],
         tokenizer: Any,
         messages: conversation.Messages,
         tools: conversation.Messages | None,
@@ -103,9 +106,10 @@ class _Chat:
         from ..chat import stop_ids
         from ..generation.session import Session
 
-        self._model, self._options = load_models(args)
-        self._stops = stop_ids(self._model.config, tokenizer)
-        self._session = Session(self._model, args.kv_cache)
+        self._model, self._options = model, options
+        self._stop, self._ends = stops(args, tokenizer)
+        self._ends += stop_ids(model.config, tokenizer)
+        self._session = Session(model, args.kv_cache)
         self._max_new_tokens, self._shows_figures = args.max_new_tokens, args.stats
         self._tokenizer, self._messages, self._tools = tokenizer, messages, tools
         self._figures = ""
@@ -163,6 +167,8 @@ class _Chat:
     def _save(self, file: str) -> None:
         if not file:
             raise ValueError("/save: want the name of a file")
+        if not self._messages:
+            raise ValueError("/save: the conversation is empty")
         text = json.dumps(self._messages, ensure_ascii=False, indent=1)
         Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
         _say(f"{file}: {len(self._messages)} messages")
@@ -188,38 +194,39 @@ class _Chat:
         ids = encode(self._tokenizer, self._messages, self._tools)
         positions = self._model.config.max_position_embeddings
         most = min(self._max_new_tokens, _room(ids, positions))
-        answer = conversation.Answer(self._tokenizer, _show, self._tools is not None)
-        times, start, stopped = list[float](), time.perf_counter(), False
+        answer = Answer(self._tokenizer, ids, self._stop, self._tools is not None)
+        start, stopped, interrupted = time.perf_counter(), False, False
 
-        def on_token(_: int, token: int) -> None:
-            times.append(time.perf_counter())
-            answer.put(token)
+        def on_token(_: int, token: int) -> bool:
+            nonlocal stopped
+            stopped = answer.put(token) or token in self._ends
+            _show(answer.fresh())
+            return stopped
 
         try:
-            self._session.generate(ids, most, on_token, stop_ids=self._stops, **self._options)
+            self._session.generate(ids, most, on_token, stop_ids=self._ends, **self._options)
         except KeyboardInterrupt:
-            stopped = True
-        calls = answer.end()
-        if calls:
-            # Llama 3.1 makes one call a turn, and its template refuses more.
-            _show("\n" * bool(answer.shown) + json.dumps(calls[:1], ensure_ascii=False))
-        _show("\n")
+            interrupted = True
+        answer.end()
+        calls = len(answer.calls)
+        del answer.calls[1:]  # Llama 3.1 makes one call a turn, and its template refuses more
+        _show(f"{answer.fresh()}{answer.called()}\n")
         new = len(ids) - self._session.kept
-        self._figures = _line(len(ids), new, positions, start, times)
+        self._figures = _line(len(ids), new, positions, start, answer.times)
+        if interrupted and not sys.stdin.isatty():
+            raise KeyboardInterrupt
         if not answer.ids:
             _say("[stopped before the answer: the message is dropped]")
             return False
-        message: dict[str, Any] = {"role": "assistant", "content": answer.shown}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if calls:
-            message["tool_calls"] = calls[:1]
-            more = f" the first of {len(calls)};" if len(calls) > 1 else ""
+            message["tool_calls"] = answer.calls
+            more = f" the first of {calls};" if calls > 1 else ""
             _say(f"[a tool call:{more} /tool RESULT gives its result]")
         self._messages.append(message)
-        if stopped and not sys.stdin.isatty():
-            raise KeyboardInterrupt
-        if stopped:
+        if interrupted:
             _say("[stopped]")
-        elif answer.ids[-1] not in self._stops:
+        elif not stopped:
             full = most < self._max_new_tokens
             why = f"the model's {positions} positions are full" if full else "--max-new-tokens"
             _say(f"[stopped after {most} tokens: {why}]")

@@ -6,7 +6,16 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import QUANTIZE_HELP, AddCommand, add_model_options, load_model, positive, progress
+from .common import (
+    QUANTIZE_HELP,
+    AddCommand,
+    add_model_options,
+    load_model,
+    positive,
+    progress,
+    read_text,
+    use_machine,
+)
 
 _EXAMPLES = f"""examples:
   llama-fast perplexity --model Llama-3.1-8B --text book.txt
@@ -37,18 +46,13 @@ def add(command: AddCommand) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
     from rich.progress import MofNCompleteColumn
 
     from .. import chat
     from ..perplexity import CONTEXT, perplexity
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.text}: not valid UTF-8 at byte {error.start}") from None
+    text = read_text(Path(args.text))
+    use_machine(args)
     ids = chat.encode_prompt(chat.load_tokenizer(args.model), text)
     other = None
     if args.against is not None:
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, args.model)
     ids = ids[: args.tokens]
     context = args.context or min(CONTEXT, model.config.max_position_embeddings)
-    with progress(MofNCompleteColumn()) as bar:
+    with progress("", MofNCompleteColumn()) as bar:
         task = bar.add_task("", total=len(ids) - -(-len(ids) // context))
         result = perplexity(
             model,

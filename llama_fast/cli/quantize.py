@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..config import RECIPES
 from .common import QUANTIZE_HELP, AddCommand, progress
 
 _EXAMPLES = f"""examples:
@@ -15,8 +16,6 @@ vLLM and llama-fast load. OUT appears only when it is complete."""
 
 
 def add(command: AddCommand) -> None:
-    from ..checkpoint.weights import RECIPES
-
     parser = command("quantize", run, "rewrite a checkpoint with FP8 weights", _EXAMPLES)
     parser.add_argument("source", metavar="IN", help="a Hugging Face folder or a Hub id")
     parser.add_argument("target", metavar="OUT", help="a new or empty folder")
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..checkpoint.quantize import quantize_checkpoint
 
-    with progress(DownloadColumn(), TransferSpeedColumn()) as bar:
+    with progress("", DownloadColumn(), TransferSpeedColumn()) as bar:
         task = bar.add_task("")
         summary = quantize_checkpoint(
             args.source,

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import FP8_DTYPE
@@ -28,17 +27,18 @@ from . import sampling
 from .cache import BLOCK_SIZE, Append, KVCache, host, upload
 from .graphs import CudaGraph, Graphs
 from .protocol import Model
+from .sampling import Settings
 
 AHEAD = 1  # steps queued behind the one awaited, to hide the host's work on a step's tokens
 PREFILL_CHUNK = 8192  # tokens: bounds activations (8B: 0.5 GB for gate and up)
 
 
-class Settings(NamedTuple):
-    """Sampling settings, see sampling.sample."""
+class Way(NamedTuple):
+    """How to sample: what the graph of a step's sampling depends on, besides the batch size."""
 
-    temperature: float
-    top_p: float
-    top_k: int
+    settings: Settings
+    repetition_penalty: float = 1.0
+    logprobs: bool = False
 
 
 def bucket(rows: int) -> int:
@@ -101,24 +101,33 @@ class Size(NamedTuple):
 
 
 class Read:
-    """Sampled ids, being copied to the host."""
+    """Sampled ids and their log probabilities, being copied to the host."""
 
-    def __init__(self, ids: Tensor, sequences: Sequence[int]) -> None:
-        """Start copying ids [B]: those of the sequences, then those of empty rows."""
+    def __init__(self, ids: Tensor, logprobs: Tensor | None, sequences: Sequence[int]) -> None:
+        """Start copying ids [B], and logprobs [B] if wanted: those of the sequences, then those of
+        empty rows."""
         self._sequences = tuple(sequences)
         self._there: torch.cuda.Event | None = None
-        # Copy on every device: the next step overwrites ids.
-        self._ids = torch.empty(ids.shape, dtype=ids.dtype, device="cpu", pin_memory=ids.is_cuda)
-        self._ids.copy_(ids, non_blocking=True)
+        self._ids = _to_host(ids)
+        self._logprobs = None if logprobs is None else _to_host(logprobs)
         if ids.is_cuda:
             self._there = torch.cuda.Event()
             self._there.record()
 
-    def wait(self) -> list[tuple[int, int]]:
-        """Return pairs of sequence and id; the id is -1 for invalid logits."""
+    def wait(self) -> list[tuple[int, int, float]]:
+        """Return sequences, ids and log probabilities; the id is -1 for invalid logits."""
         if self._there is not None:
             self._there.synchronize()
-        return list(zip(self._sequences, self._ids.tolist(), strict=False))
+        ids = self._ids.tolist()
+        logprobs = [0.0] * len(ids) if self._logprobs is None else self._logprobs.tolist()
+        return list(zip(self._sequences, ids, logprobs, strict=False))
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """Start a copy, on every device: the next step overwrites the values."""
+    pin = values.is_cuda
+    copy = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=pin)
+    return copy.copy_(values, non_blocking=True)
 
 
 class Decoder:
@@ -138,16 +147,22 @@ class Decoder:
         # -1, 0 and 0: it writes nothing and attends to nothing.
         self._state = torch.zeros(4, size.rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(size.rows, size.width, dtype=torch.int32, device=device)
+        self._logprobs = torch.zeros(size.rows, dtype=torch.float32, device=device)
+        self._seen: Tensor | None = None  # bool [rows, vocab]: the ids in a text, for the penalty
+        self._vocab = model.config.vocab_size
         self._graphs = Graphs(device)
 
     @torch.inference_mode()
-    def begin(self, lengths: Sequence[int], settings: Settings, u: Tensor | None) -> None:
+    def begin(self, lengths: Sequence[int], way: Way, u: Tensor | None) -> None:
         """Start a generation. lengths: the final length of each sequence. u [n, max_new_tokens]
         fp64 on the host: the numbers with which each sequence draws its tokens."""
         if self._free is not None:
             torch.cuda.current_stream().wait_event(self._free)
         self._graphs.limit()
-        self._settings = settings
+        self._way = way
+        if way.repetition_penalty != 1 and self._seen is None:
+            shape = self.size.rows, self._vocab
+            self._seen = torch.zeros(shape, dtype=torch.bool, device=self._tokens.device)
         self._u = None if u is None else upload(u.t().contiguous(), self._tokens.device)
         self.cache.clear()
         # All blocks at once, so that the table is fixed and a sequence's slots are consecutive.
@@ -156,17 +171,26 @@ class Decoder:
         self._sampled = 0  # tokens of each sequence
 
     @torch.inference_mode()
-    def prefill(self, model: Model, index: int, prompt: Sequence[int]) -> Read:
+    def prefill(
+        self,
+        model: Model,
+        index: int,
+        prompt: Sequence[int],
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Read:
         """Fill one sequence's part of the cache, and sample its first token."""
-        cache = self.cache.select([index])
+        cache, device = self.cache.select([index]), self._tokens.device
         for start in range(0, len(prompt), PREFILL_CHUNK):
             chunk = host([prompt[start : start + PREFILL_CHUNK]])
-            hidden = model.hidden(upload(chunk, self._tokens.device), cache=cache, last=True)
+            hidden = model.hidden(upload(chunk, device), cache=cache, last=True)
+            if on_prefill is not None:
+                on_prefill(index, start + chunk.shape[1])
         self._sampled = 1
         u = None if self._u is None else self._u[0, index : index + 1]
-        ids = sampling.sample_rows(model.logits(hidden[:, -1]), u, *self._settings)
-        self._tokens[index].copy_(ids.clamp(min=0))
-        return Read(ids, [index])
+        if self._way.repetition_penalty != 1 and self._seen is not None:
+            self._seen[index] = upload(sampling.seen(prompt, self._vocab), device)
+        ids = self._draw(model.logits(hidden[:, -1]), u, slice(index, index + 1))
+        return self._read(ids, slice(index, index + 1), [index])
 
     @torch.inference_mode()
     def arrange(self, sequences: Sequence[int]) -> None:
@@ -175,7 +199,10 @@ class Decoder:
         size = bucket(len(sequences))
         empty = size - len(sequences)
         rows = [self.rows.index(i) for i in sequences] + [0] * empty
-        self._tokens[:size] = self._tokens[upload(host(rows), device)]
+        order = upload(host(rows), device)
+        self._tokens[:size] = self._tokens[order]
+        if self._seen is not None:
+            self._seen[:size] = self._seen[order]
         cache = self.cache.select(sequences)
         positions = [length + self._sampled - 1 for length in cache.seqlens]
         table = torch.zeros(size, width, dtype=torch.int32, device="cpu")
@@ -197,25 +224,38 @@ class Decoder:
         if self._u is not None:
             torch.index_select(self._u[self._sampled], 0, self._order, out=self._draws[:size])
         logits = self._graphs.run(size, lambda: self._forward(model, size), graphs)
-        way = size, self._settings
-        ids = self._graphs.run(way, lambda: self._sample(logits), graphs)
+        rows, draws = slice(size), self._draws[:size]
+        what = size, self._way
+        ids = self._graphs.run(what, lambda: self._draw(logits, draws, rows), graphs)
         self._sampled += 1
-        return Read(ids, self.rows)
+        return self._read(ids, rows, self.rows)
+
+    def _read(self, ids: Tensor, rows: slice, sequences: Sequence[int]) -> Read:
+        return Read(ids, self._logprobs[rows] if self._way.logprobs else None, sequences)
 
     def _forward(self, model: Model, size: int) -> Tensor:
         """Return logits [size, vocab] after the last tokens, using only the fixed tensors."""
         positions, slots, seqlens, ahead = self._state[:, :size]
         append = Append(positions, slots, self._table[:size], seqlens)
-        x = F.embedding(self._tokens[:size], model.weights.embedding)
+        x = model.lookup(self._tokens[:size])
         logits = model.logits(model.forward(x, positions, self.cache, append)[:, 0])
         self._state[:3, :size] += ahead
         return logits
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        """Return the next tokens [size], which become the last ones; -1 for invalid logits."""
-        size = len(logits)
-        ids = sampling.sample_rows(logits, self._draws[:size], *self._settings)
-        self._tokens[:size, 0] = ids.clamp(min=0)
+    def _draw(self, logits: Tensor, u: Tensor | None, rows: slice) -> Tensor:
+        """Return the next tokens [size], which become the last ones of rows; -1 for invalid
+        logits. Note their log probabilities, if wanted."""
+        settings, penalty, wanted = self._way
+        scores, seen = logits, self._seen
+        if penalty != 1 and seen is not None:
+            scores = sampling.penalized(logits, seen[rows], penalty)
+        ids = sampling.sample_rows(scores, u, *settings)
+        tokens = ids.clamp(min=0)
+        self._tokens[rows, 0] = tokens
+        if penalty != 1 and seen is not None:
+            seen[rows].scatter_(1, tokens[:, None], True)
+        if wanted:
+            self._logprobs[rows] = sampling.logprobs(logits, tokens)
         return ids
 
     def end(self) -> None:
@@ -271,16 +311,18 @@ def run(
     model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    settings: Settings,
+    way: Way,
     u: Tensor | None,
-    emit: Callable[[int, int], bool],
+    emit: Callable[[int, int, float], bool],
     graphs: type[CudaGraph] | None = CudaGraph,
     kv_cache: str | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run generate.generate's loop on a GPU.
 
-    u: see Decoder.begin; None for temperature 0. emit(i, id) receives the tokens of prompt i, an id
-    of -1 for invalid logits, and returns whether the sequence continues. graphs: None launches the
+    u: see Decoder.begin; None for temperature 0. emit(i, id, log probability) receives
+    the tokens of prompt i, an id of -1 for invalid logits, and returns whether the sequence
+    continues. graphs: None launches the
     kernels of a step one by one.
     """
     going = set(range(len(prompts)))
@@ -289,15 +331,15 @@ def run(
     def read(behind: int) -> None:
         """Emit the tokens of all steps but the last `behind`."""
         while len(queue) > behind and going:
-            for i, token in queue.popleft().wait():
-                if i in going and not emit(i, token):
+            for i, token, logprob in queue.popleft().wait():
+                if i in going and not emit(i, token, logprob):
                     going.remove(i)
 
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     with _current(model.device), _lent(model, lengths, kv_cache) as decoder:
-        decoder.begin(lengths, settings, u)
+        decoder.begin(lengths, way, u)
         for i, prompt in enumerate(prompts):
-            queue.append(decoder.prefill(model, i, prompt))
+            queue.append(decoder.prefill(model, i, prompt, on_prefill))
             read(AHEAD)
         arranged = False
         for _ in range(max_new_tokens - 1):

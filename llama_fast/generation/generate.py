@@ -13,6 +13,7 @@ import torch
 from . import decode, sampling
 from . import graphs as cuda_graphs
 from . import speculate as speculation
+from .arguments import check_count, check_prompt, token_ids
 from .cache import KVCache
 from .protocol import Model
 
@@ -28,19 +29,32 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop_ids: Sequence[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], Any] | None = None,
     graphs: bool | None = None,
     speculate: str | Model | None = None,
     draft_tokens: int = speculation.DRAFT_TOKENS,
     on_pass: Callable[[int, int], None] | None = None,
     kv_cache: str | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    on_logprob: Callable[[int, float], None] | None = None,
+    on_prefill: Callable[[int, int], None] | None = None,
     cache: KVCache | None = None,
 ) -> list[list[int]]:
     """Return the new ids of each prompt, a list of token ids that includes BOS if wanted.
 
     A sequence ends after max_new_tokens, or with the first of stop_ids, which is kept as the last
     id, as in transformers. stop_ids None: those of the checkpoint; (): none. temperature, top_p,
-    top_k: see sampling.sample. on_token(index of the prompt, id) is called for each new token.
+    top_k, min_p: see sampling.sample. repetition_penalty: before that, the logits of all ids in the
+    prompt and the answer are divided by it if positive and multiplied if negative, as in
+    transformers.
+
+    on_token(index of the prompt, id) is called for each new token; the sequence ends with it if the
+    call returns True, as TextStreamer.put does after a stop text. on_logprob(index, natural
+    logarithm of the new token's probability, before temperature and penalty, as in logprobs) is
+    called before it. on_prefill(index, tokens of the prompt read so far) is called as prompts are
+    read, on a GPU as their kernels are launched.
+
     graphs: whether decoding replays CUDA graphs; None: on a GPU. The model then keeps the cache and
     the graphs for its next call, until model.decoders.clear().
 
@@ -68,58 +82,83 @@ def generate(
     speculate or cache, draft_tokens out of range, a draft model and a cache that do not fit;
     TypeError for another type of speculate.
     """
-    _check_count("max_new_tokens", max_new_tokens)
-    sampling.check(temperature, top_p, top_k)
-    if graphs is not None and not isinstance(graphs, bool):
-        raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
-    cannot = cuda_graphs.cannot_capture(model.device)
-    if graphs and cannot:
-        raise ValueError(f"graphs: got True, but {cannot}")
-    decode.check_kv_cache(kv_cache)
-    speculation.check(model, speculate, draft_tokens)
-    if graphs and (speculate is not None or cache is not None):
-        name = "cache" if speculate is None else "speculate"
-        raise ValueError(f"graphs: got True, but {name} launches each kernel on its own")
-    stops = frozenset(_ids("stop_ids", model.config.eos_token_id if stop_ids is None else stop_ids))
-    checked = [check_prompt(i, prompt, model, max_new_tokens) for i, prompt in enumerate(prompts)]
-    read = _check_cache(cache, checked, max_new_tokens, kv_cache)
+    with model.tp.together() as check:
+        max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        settings = sampling.Settings(temperature, top_p, top_k, min_p)
+        sampling.check(settings, repetition_penalty)
+        seed = None if seed is None else check_count("seed", seed)
+        if graphs is not None and not isinstance(graphs, bool):
+            raise TypeError(f"graphs: got {type(graphs).__name__}, want a bool or None")
+        cannot = cuda_graphs.cannot_capture(model.device) or model.tp.cannot_capture()
+        if graphs and cannot:
+            raise ValueError(f"graphs: got True, but {cannot}")
+        decode.check_kv_cache(kv_cache)
+        speculation.check(model, speculate, draft_tokens)
+        if graphs and (speculate is not None or cache is not None):
+            name = "cache" if speculate is None else "speculate"
+            raise ValueError(f"graphs: got True, but {name} launches each kernel on its own")
+        config = model.config
+        stops = frozenset(
+            token_ids("stop_ids", config.eos_token_id if stop_ids is None else stop_ids)
+        )
+        checked = [
+            check_prompt(i, prompt, config, max_new_tokens) for i, prompt in enumerate(prompts)
+        ]
+        read = _check_cache(cache, checked, max_new_tokens, kv_cache)
+        how = speculate if isinstance(speculate, str) else type(speculate).__name__
+        check(
+            prompts=checked,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stops,
+            sampling=(settings, repetition_penalty, seed),
+            graphs=graphs,
+            speculate=(how, draft_tokens),
+            cache=(kv_cache, read),
+        )
     new: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
         return new
+    if seed is None:  # drawn by torch's generator, so that torch.manual_seed applies
+        seed = model.tp.exchange(int(torch.randint(2**62, (), device="cpu")))[0]
     generators = _generators(checked, seed)
 
     def is_last(token: int, count: int) -> bool:
         return token in stops or count == max_new_tokens
 
-    def emit(i: int, token: int) -> bool:
+    def emit(i: int, token: int, logprob: float) -> bool:
         """Store a token of sequence i, and return whether the sequence continues."""
         if token < 0:
             raise _no_token(i, len(new[i]), "logits: none is a finite maximum")
         new[i].append(token)
-        if on_token is not None:
-            on_token(i, token)
+        if on_logprob is not None:
+            on_logprob(i, logprob)
+        if on_token is not None and on_token(i, token) is True:
+            return False
         return not is_last(token, len(new[i]))
 
     if speculate is None and cache is None and _runs_ahead(model.device):
-        settings = decode.Settings(temperature, top_p, top_k)
         u = None
         if temperature:
             kind: Any = {"dtype": torch.float64, "device": "cpu"}
             u = torch.stack([torch.rand(max_new_tokens, generator=g, **kind) for g in generators])
         capture = None if graphs is False or cannot else cuda_graphs.CudaGraph
-        decode.run(model, checked, max_new_tokens, settings, u, emit, capture, kv_cache)
+        way = decode.Way(settings, repetition_penalty, on_logprob is not None)
+        decode.run(model, checked, max_new_tokens, way, u, emit, capture, kv_cache, on_prefill)
         return new
 
     lengths = [len(prompt) + max_new_tokens for prompt in checked]
     keep = cache is not None
     cache = cache if cache is not None else decode.new_cache(model, lengths, kv_cache)
     texts = [list(prompt) for prompt in checked]  # with the sampled tokens
-    pending: list[deque[int | ValueError]] = [deque() for _ in checked]  # not yet emitted
+    samplers = [sampling.Sampler(settings, generator) for generator in generators]
+    if repetition_penalty != 1:
+        for sampler, prompt in zip(samplers, checked, strict=True):
+            seen = sampling.seen(prompt, config.vocab_size).to(model.device)
+            sampler.penalize(repetition_penalty, seen)
+    pending: list[deque[tuple[int, float] | ValueError]] = [deque() for _ in checked]
     going, unfinished = [True] * len(checked), list(range(len(checked)))
-    proposer = speculation.proposer(
-        speculate, texts, lengths, generators, (temperature, top_p, top_k)
-    )
-    pace = speculation.Pace(proposer, len(checked), draft_tokens)
+    proposer = speculation.proposer(speculate, texts, lengths, samplers)
+    pace = speculation.Pace(proposer, len(checked), draft_tokens, share=model.tp.exchange)
 
     def accept(i: int, logits: torch.Tensor, proposal: Sequence[int]) -> int:
         """Sample after the last token and after each proposal that equals the token sampled
@@ -127,13 +166,17 @@ def generate(
         accepted = 0
         for row, guess in zip(logits, [*proposal, -1], strict=True):
             try:
-                token = sampling.sample(row, temperature, top_p, top_k, generators[i])
+                token = samplers[i](row)
             except ValueError as error:
                 pending[i].append(_no_token(i, len(texts[i]) - len(checked[i]), str(error)))
                 going[i] = False
                 break
             texts[i].append(token)
-            pending[i].append(token)
+            logprob = 0.0
+            if on_logprob is not None:
+                ids = torch.tensor([token], device=row.device)
+                logprob = float(sampling.logprobs(row[None], ids))
+            pending[i].append((token, logprob))
             accepted += token == guess
             if is_last(token, len(texts[i]) - len(checked[i])):
                 going[i] = False
@@ -146,14 +189,20 @@ def generate(
         return accepted
 
     def send(i: int) -> None:
-        token = pending[i].popleft()
-        if isinstance(token, ValueError):
-            raise token
-        if not emit(i, token):
+        sampled = pending[i].popleft()
+        if isinstance(sampled, ValueError):
+            raise sampled
+        if not emit(i, *sampled):
             unfinished.remove(i)
+            if keep:
+                cache.select([i]).truncate([len(checked[i]) + len(new[i]) - 1])
+            elif going[i]:  # on_token ended it
+                cache.release(i)
+            going[i] = False
 
     for i, prompt in enumerate(checked):
-        accept(i, _prefill(model, prompt[read[i] :], cache.select([i]))[None], [])
+        hidden = _prefill(model, i, prompt, read[i], cache.select([i]), on_prefill)
+        accept(i, model.logits(hidden[:, -1]), [])
         send(i)
     while active := [i for i in unfinished if going[i]]:
         room = [lengths[i] - len(texts[i]) - 1 for i in active]
@@ -203,20 +252,27 @@ def _no_token(i: int, index: int, why: str) -> ValueError:
     return ValueError(f"prompt {i}, new token {index}: {why}")
 
 
-def _prefill(model: Model, prompt: list[int], cache: KVCache) -> torch.Tensor:
-    """Fill the cache of one sequence, and return logits [vocab] after its last token."""
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=model.device)
-        hidden = model.hidden(chunk, cache=cache, last=True)
-    return model.logits(hidden[:, -1])[0]
+def _prefill(
+    model: Model,
+    i: int,
+    prompt: list[int],
+    held: int,
+    cache: KVCache,
+    on_prefill: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    """Fill the cache of sequence i, which holds the prompt's first `held` tokens, and return the
+    last token's hidden state [1, 1, hidden]."""
+    for start in range(held, len(prompt), PREFILL_CHUNK):
+        chunk = prompt[start : start + PREFILL_CHUNK]
+        tokens = torch.tensor([chunk], device=model.device)
+        hidden = model.hidden(tokens, cache=cache, last=True)
+        if on_prefill is not None:
+            on_prefill(i, start + len(chunk))
+    return hidden
 
 
-def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Generator]:
-    """Return a host generator per prompt, so that a seed means the same on every device. Without a
-    seed, torch's generator draws one, so that torch.manual_seed applies."""
-    if seed is None:
-        seed = int(torch.randint(2**62, (), device="cpu"))
-    _check_count("seed", seed)
+def _generators(prompts: list[list[int]], seed: int) -> list[torch.Generator]:
+    """Return a host generator per prompt, so that a seed means the same on every device."""
     seen: Counter[tuple[int, ...]] = Counter()
     generators = []
     for prompt in map(tuple, prompts):
@@ -226,36 +282,3 @@ def _generators(prompts: list[list[int]], seed: int | None) -> list[torch.Genera
         generators.append(torch.Generator().manual_seed(stream))
         seen[prompt] += 1
     return generators
-
-
-def check_prompt(index: int, prompt: Any, model: Model, max_new_tokens: int = 0) -> list[int]:
-    """Return a prompt's ids. Raises TypeError or ValueError if they don't fit the model."""
-    ids, vocab = _ids(f"prompt {index}", prompt), model.config.vocab_size
-    if not ids:
-        raise ValueError(f"prompt {index}: is empty; want at least one token id, such as BOS")
-    for token in ids:
-        if not 0 <= token < vocab:
-            raise ValueError(f"prompt {index}: got id {token}, want 0 to {vocab - 1}")
-    limit = model.config.max_position_embeddings
-    if len(ids) + max_new_tokens > limit:
-        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens > 0 else ""
-        raise ValueError(
-            f"prompt {index}: {len(ids)} tokens{new} exceed the model's {limit} positions"
-        )
-    return ids
-
-
-def _ids(name: str, ids: Any) -> list[int]:
-    if isinstance(ids, torch.Tensor):
-        ids = ids.tolist()
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise TypeError(f"{name}: got {type(ids).__name__}, want a list of token ids")
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise TypeError(f"{name}: got {token!r}, want a list of token ids")
-    return list(ids)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least 0")

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from . import sampling
+from .arguments import check_prompt
 from .decode import check_kv_cache, new_cache
-from .generate import PREFILL_CHUNK, check_prompt
+from .generate import PREFILL_CHUNK
 from .protocol import Model
 
 HEAD_ROWS = 128  # tokens: their logits are 66 MB in fp32 with Llama 3.1's vocabulary
@@ -25,7 +26,7 @@ class Scored(NamedTuple):
 
     def logprobs(self) -> Tensor:
         """Return the targets' log probabilities, fp32 [rows]."""
-        return -F.cross_entropy(self.logits, self.targets, reduction="none")
+        return sampling.logprobs(self.logits, self.targets)
 
 
 def logprobs(model: Model, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -60,7 +61,7 @@ def score(
     """
     check_kv_cache(kv_cache)
     # -1: the last token is not read.
-    texts = [check_prompt(i, prompt, model, -1) for i, prompt in enumerate(prompts)]
+    texts = [check_prompt(i, prompt, model.config, -1) for i, prompt in enumerate(prompts)]
     starts = [1] * len(texts) if first is None else list(first)
     for batch in _batches([len(text) for text in texts]):
         longest = len(texts[batch[-1]]) - 1

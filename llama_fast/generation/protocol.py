@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checkpoint.weights import Weights
 from ..config import LlamaConfig
+from ..parallel import Group
 from .cache import Append, KVCache
 
 
@@ -19,6 +20,7 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     decoders: list[Any]  # decode.Decoder, idle, for the next call
+    tp: Group
 
     def __call__(
         self, tokens: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
@@ -32,6 +34,7 @@ class Model(Protocol):
         last: bool = False,
     ) -> Tensor: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
+    def lookup(self, tokens: Tensor) -> Tensor: ...
     def forward(
         self,
         x: Tensor,

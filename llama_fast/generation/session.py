@@ -7,7 +7,8 @@ from itertools import takewhile
 from typing import Any
 
 from . import decode
-from .generate import check_prompt, generate
+from .arguments import check_prompt
+from .generate import generate
 from .protocol import Model
 
 SHORTEST = 2048  # tokens of the first cache
@@ -37,13 +38,13 @@ class Session:
         self,
         prompt: Sequence[int],
         max_new_tokens: int = 256,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], Any] | None = None,
         **options: Any,
     ) -> list[int]:
         """Return the new ids after prompt, the whole conversation's ids, as generate.generate does
         for a list of one prompt; options are its arguments. After an exception, such as
         KeyboardInterrupt, the cache keeps what the model has read."""
-        ids, cache = check_prompt(0, prompt, self._model, max_new_tokens), self._cache
+        ids, cache = check_prompt(0, prompt, self._model.config, max_new_tokens), self._cache
         same = zip(self.ids, ids[:-1], strict=False)  # logits need the last token read again
         self.kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], same))
         need = len(ids) + max_new_tokens
@@ -54,10 +55,9 @@ class Session:
         cache.truncate([self.kept])
         new: list[int] = []
 
-        def emit(index: int, token: int) -> None:
+        def emit(index: int, token: int) -> Any:
             new.append(token)
-            if on_token is not None:
-                on_token(index, token)
+            return None if on_token is None else on_token(index, token)
 
         try:
             generate(self._model, [ids], max_new_tokens, on_token=emit, cache=cache, **options)

@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import sampling
+from ..config import LlamaConfig
 from .cache import KVCache, host, upload
 from .protocol import Model
+from .sampling import Sampler
 
 MOST_DRAFT_TOKENS = 16
 DRAFT_TOKENS = 15  # at most; Pace chooses the number
@@ -42,22 +43,39 @@ def check(model: Model, speculate: Any, draft_tokens: Any) -> None:
     """Raise ValueError or TypeError for arguments that generate cannot speculate with."""
     check_draft_tokens(draft_tokens)
     if isinstance(speculate, Model):
+        check_draft(speculate.config, model.config, 0)
         pairs: tuple[tuple[str, Any, Any], ...] = (
-            ("vocab_size", speculate.config.vocab_size, model.config.vocab_size),
             ("dtype", speculate.dtype, model.dtype),
             ("device", speculate.device, model.device),
         )
         for name, got, want in pairs:
-            if got != want:
-                raise ValueError(
-                    f"speculate: got a draft model of {name} {got}, want the model's, {want}"
-                )
+            _want_same(name, got, want)
+        if speculate.tp.size not in (1, model.tp.size):
+            raise ValueError(
+                f"speculate: got a draft model on {speculate.tp.size} ranks, want 1 or the "
+                f"model's, {model.tp.size}"
+            )
     elif isinstance(speculate, str):
         if speculate != "lookup":
             raise ValueError(f"speculate: got {speculate!r}, want 'lookup', a draft model or None")
     elif speculate is not None:
         got = type(speculate).__name__
         raise TypeError(f"speculate: got {got}, want 'lookup', a draft model (Llama) or None")
+
+
+def check_draft(draft: LlamaConfig, model: LlamaConfig, longest: int) -> None:
+    """Raise ValueError if a draft model does not fit the model, or texts of longest tokens."""
+    _want_same("vocab_size", draft.vocab_size, model.vocab_size)
+    if longest > draft.max_position_embeddings:
+        raise ValueError(
+            f"speculate: the draft model has {draft.max_position_embeddings} positions, "
+            f"want {longest}, the longest prompt with max_new_tokens"
+        )
+
+
+def _want_same(name: str, got: Any, want: Any) -> None:
+    if got != want:
+        raise ValueError(f"speculate: got a draft model of {name} {got}, want the model's, {want}")
 
 
 def check_draft_tokens(draft_tokens: Any) -> None:
@@ -98,16 +116,15 @@ def proposer(
     speculate: str | Model | None,
     texts: list[list[int]],
     lengths: Sequence[int],
-    generators: Sequence[torch.Generator],
-    settings: tuple[float, float, int],
+    samplers: Sequence[Sampler],
 ) -> Proposer | None:
     """Return the proposer. texts: each sequence's tokens, which generate extends. lengths: final
-    lengths of the texts. settings: see sampling.sample."""
+    lengths of the texts."""
     if speculate is None:
         return None
     if isinstance(speculate, str):
         return Lookup(texts)
-    return Draft(speculate, texts, lengths, generators, settings)
+    return Draft(speculate, texts, lengths, samplers)
 
 
 class Lookup:
@@ -145,30 +162,24 @@ class Draft:
         model: Model,
         texts: list[list[int]],
         lengths: Sequence[int],
-        generators: Sequence[torch.Generator],
-        settings: tuple[float, float, int],
+        samplers: Sequence[Sampler],
     ) -> None:
-        if max(lengths) > model.config.max_position_embeddings:
-            raise ValueError(
-                f"speculate: the draft model has {model.config.max_position_embeddings} positions, "
-                f"want {max(lengths)}, the longest prompt with max_new_tokens"
-            )
-        self._model, self._texts, self._generators = model, texts, generators
-        self._settings = settings
+        check_draft(model.config, model.config, max(lengths))
+        self._model, self._texts, self._samplers = model, texts, samplers
         self._cache = KVCache(model.config, lengths, dtype=model.dtype, device=model.device)
         self._last = [(0, list[int]())] * len(texts)  # the last proposals, after their start
 
     def __call__(self, wanted: dict[int, int]) -> dict[int, list[int]]:
         runs = {i: self._missing(i) for i in wanted}
         proposals: dict[int, list[int]] = {i: [] for i in wanted}
-        draws = {i: _copy(self._generators[i]) for i in wanted}
+        samplers = {i: self._samplers[i].copy() for i in wanted}
         while runs:
             logits = extend(self._model, self._cache.select(list(runs)), list(runs.values()))
             last = host([len(run) for run in runs.values()]).cumsum(0) - 1
             going = {}
             for i, row in zip(runs, logits[last.to(logits.device)], strict=True):
                 try:
-                    token = sampling.sample(row, *self._settings, draws[i])
+                    token = samplers[i](row)
                 except ValueError:  # the draft's logits are invalid: no proposal
                     continue
                 proposals[i].append(token)
@@ -192,10 +203,6 @@ class Draft:
             chunk = host([text[start : min(start + CHUNK, len(text) - 1)]])
             self._model.hidden(upload(chunk, self._model.device), cache=cache, last=True)
         return text[cache.seqlens[0] :]
-
-
-def _copy(generator: torch.Generator) -> torch.Generator:
-    return torch.Generator().set_state(generator.get_state())
 
 
 # ---- pace ----
@@ -242,8 +249,10 @@ class Pace:
         sequences: int,
         most: int,
         clock: Callable[[], float] = time.perf_counter,
+        share: Callable[[float], list[float]] = lambda seconds: [seconds],
     ) -> None:
-        self._proposer, self._clock = proposer, clock
+        """share: return every rank's seconds. All count rank 0's, so as to propose alike."""
+        self._proposer, self._clock, self._share = proposer, clock, share
         self._sequences = [_Sequence(most) for _ in range(sequences)]
         self._seconds: dict[int, deque[float]] = {}  # of the last passes, by rows
         self._since = 0  # passes since the last plain one
@@ -305,7 +314,9 @@ class Pace:
         self, active: Sequence[int], proposals: Sequence[Sequence[int]], accepted: Sequence[int]
     ) -> None:
         """Stop timing a pass, in which accepted[i] of proposals[i] were right."""
-        seconds = max(self._clock() - self._start, 1e-9)
+        if self._proposer is None:
+            return
+        seconds = self._share(max(self._clock() - self._start, 1e-9))[0]
         total = sum(map(len, proposals))
         rows = len(active) + total
         self._seconds.setdefault(rows, deque(maxlen=MEASURED)).append(seconds)

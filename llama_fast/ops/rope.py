@@ -90,6 +90,12 @@ def rope_table(
         freqs = inv_freq(theta, head_dim, scaling)
     else:
         raise TypeError(f"scaling: got {type(scaling).__name__}, want a RopeScaling")
+    ends = torch.stack((freqs.min(), freqs.max(), torch.tensor(factor, device="cpu")))
+    if not bool((ends.isfinite() & (ends >= torch.finfo(torch.float32).tiny)).all()):
+        raise ValueError(
+            f"scaling: got {scaling} for theta {theta}, whose frequencies or factor are zero or "
+            "not finite in fp32"
+        )
     angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * freqs
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
     return table.to(torch.get_default_device() if device is None else device)

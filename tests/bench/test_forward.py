@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import llama_fast as lf
+from llama_fast.bench import suite
 from llama_fast.bench.__main__ import main
-from llama_fast.bench.model import forward, jobs, models
+from llama_fast.bench.model import forward, jobs, models, whole
 from llama_fast.bench.model.forward import Asked
 from llama_fast.bench.model.jobs import Job
 from llama_fast.bench.peers.in_transformers import Transformers
@@ -214,3 +215,23 @@ def test_all_models_fit_into_memory_together(
     """On 22 GB, four layers with four peers once ran out of memory."""
     monkeypatch.setattr(forward, "free_memory", lambda device: 22.5e9)
     assert Asked("default", peers=[None] * peers).sizes().config.num_hidden_layers == layers
+
+
+def test_a_layer_of_a_larger_model(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    """Run --whole --model 70b with a narrow layer. The whole is the layers and the head."""
+    config = dataclasses.replace(narrow(), num_hidden_layers=80, vocab_size=4096)
+    monkeypatch.setitem(suite.PRESETS, "70b", lambda: config)
+    monkeypatch.setattr(whole, "SECONDS", 0.0)
+    status, found = bench("--whole", "--model", "70b")
+    assert status == 0
+    text = capsys.readouterr().out
+    assert "70b: one layer of 80" in text and text.count("extrapolated to 80 layers") == 2
+    for job, limit in (("tg1 @ d256", "read"), ("pp256", "fma")):
+        r = found["layer"][job]
+        assert r["extrapolated_s"] == pytest.approx(80 * r["layer_s"] + 16 * r["head_part_s"])
+        assert r["least_s"] > 0 and r["of_limit"] > 0 and r["limit"] in (limit, "matmul")

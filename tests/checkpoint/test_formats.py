@@ -21,7 +21,7 @@ from compressed_tensors.quantization import (
 from torch import Tensor
 
 from llama_fast import LlamaConfig, reference
-from llama_fast.checkpoint.formats import Format
+from llama_fast.checkpoint.formats import Format, parse
 from llama_fast.checkpoint.weights import Linear
 from llama_fast.generation.cache import KVCache
 
@@ -174,6 +174,12 @@ def test_reads_auto_fp8(folder: Path, scheme: str) -> None:
         write(folder, held | {name: torch.ones(1) for name in inputs})
     qkv = check_logits(folder, hf).weights.layers[0].qkv
     assert torch.equal(plain(qkv), fused(hf))
+
+
+@pytest.mark.parametrize("key", ["ignored_layers", "modules_to_not_convert"])
+def test_auto_fp8_may_exclude_modules_by_either_list(key: str) -> None:
+    form = parse({"quant_method": "fp8", key: ["lm_head"]})
+    assert form is not None and form.excludes("lm_head") and not form.excludes("mlp.up_proj")
 
 
 @pytest.mark.parametrize("where", ["hf_quant_config.json", "config.json"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,31 +181,75 @@ def test_loading_with_a_recipe_means_what_the_command_writes(
     assert relative_error(written(TOKENS), hf_logits(theirs, TOKENS)) < 2e-5
 
 
-@pytest.mark.parametrize("how", ["SIGINT", "an error"])
+ENDS = {
+    "SIGINT": (KeyboardInterrupt, ""),
+    "SIGTERM": (SystemExit, str(128 + signal.SIGTERM)),
+    "SIGHUP": (SystemExit, str(128 + signal.SIGHUP)),
+    "a full disk": (OSError, r"No space left on device: .*a/b/out"),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
 def test_interrupted_it_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    calls = 0
+    calls, target = 0, tmp_path / "a" / "b" / "out"
 
     def stop_midway(x: Tensor) -> Any:
         nonlocal calls
         calls += 1
         if calls == 9:
-            assert any(tmp_path.glob(".out.partial-*/*.safetensors")), "nothing written yet"
-            if how == "SIGINT":
-                # A shell's background job, in CI too, starts with SIGINT ignored.
-                before = signal.signal(signal.SIGINT, signal.default_int_handler)
-                try:
-                    signal.raise_signal(signal.SIGINT)
-                finally:
-                    signal.signal(signal.SIGINT, before)
-            raise OSError("No space left on device")
+            assert any(target.parent.glob(".out.partial-*/*.safetensors")), "nothing written yet"
+            if how == "a full disk":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            signal.raise_signal(getattr(signal, how))
         return quantize_fp8(x)
 
     monkeypatch.setattr(module, "quantize_fp8", stop_midway)
-    with pytest.raises(KeyboardInterrupt if how == "SIGINT" else OSError):
-        quantize_checkpoint(source, tmp_path / "out")
+    error, message = ENDS[how]
+    # A shell's background job, in CI too, starts with SIGINT ignored.
+    defaults = {signal.SIGINT: signal.default_int_handler}
+    defaults |= dict.fromkeys((signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    try:
+        with pytest.raises(error, match=message):
+            quantize_checkpoint(source, target)
+        assert {number: signal.getsignal(number) for number in defaults} == defaults
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_keeps_its_own_handler_of_sigterm(source: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        quantize_checkpoint(
+            source, tmp_path / "out", on_bytes=lambda *_: signal.raise_signal(signal.SIGTERM)
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen and (tmp_path / "out").exists()
+
+
+def test_space_is_checked_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Require the files' size, within a few kilobytes of headers, and both sizes in the message."""
+    quantize_checkpoint(source, tmp_path / "out")
+    size = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    for free, fits in ((size - 1, False), (size + 20_000, True)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path, usage=usage: usage)
+        target = tmp_path / str(fits) / "out"
+        if fits:
+            quantize_checkpoint(source, target)
+            continue
+        message = rf"No space left.*has [\d,]+ bytes, the disk {free:,} free: '{target}'"
+        with pytest.raises(OSError, match=message):
+            quantize_checkpoint(source, target)
+        assert not target.parent.exists()
 
 
 def test_an_empty_folder_may_be_there_already(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llama_fast as lf
 from llama_fast import Llama
 from llama_fast.generation import decode, graphs
-from llama_fast.generation.decode import Decoder, Settings, Size, bucket
+from llama_fast.generation.decode import Decoder, Size, Way, bucket
+from llama_fast.generation.sampling import Settings
 
 from ..support.generation import CONFIG, OPTIONS, plainly, prompts
 from ..support.recorded_graph import RecordedGraph
@@ -125,7 +126,7 @@ def test_a_step_launches_little_beside_its_graphs(
         model.decoders.clear()
         model.generate(prompts(5, 9), 6, **options)
         one = model.decoders[0]
-        one.begin([8, 8], one._settings, torch.rand(2, 8, dtype=torch.float64))
+        one.begin([8, 8], one._way, torch.rand(2, 8, dtype=torch.float64))
         one._sampled = 1
         one.arrange([0, 1])
         launched: list[str] = []
@@ -207,7 +208,7 @@ def test_sizes() -> None:
 
 def decoder(model: Llama, lengths: list[int]) -> Decoder:
     one = Decoder(model, Size.of([n + 20 for n in lengths]))
-    one.begin([n + 20 for n in lengths], Settings(0, 1, 0), None)
+    one.begin([n + 20 for n in lengths], Way(Settings(0, 1, 0)), None)
     for i, prompt in enumerate(prompts(*lengths)):
         one.prefill(model, i, prompt)
     one.arrange(range(len(lengths)))

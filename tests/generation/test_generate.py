@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -214,7 +215,7 @@ def test_draws_in_proportion() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[sample(p.log(), 1.0, 1.0, 0, generator)] += 1
+        counts[sample(p.log(), 1.0, 1.0, 0, generator=generator)] += 1
     chi2 = ((counts - 4000 * p) ** 2 / (4000 * p)).sum()
     assert chi2 < 16.3  # 0.1 % of correct samplers exceed it (3 degrees of freedom)
 
@@ -241,8 +242,34 @@ def test_samples_only_what_is_kept(
         if before <= top_p * total * (1 + 1e-12) and weights[i] > 0:
             allowed |= {j for j in range(len(row)) if weights[j] == weights[i]}  # ties
         before += weights[i]
-    got = sample(logits, temperature, top_p, top_k, torch.Generator().manual_seed(seed))
+    got = sample(logits, temperature, top_p, top_k, generator=torch.Generator().manual_seed(seed))
     assert got in allowed
+
+
+# ---- arguments ----
+
+
+def test_numpy_ids_are_ids() -> None:
+    model = Llama.from_config(CONFIG, dtype="float32")  # a name is a dtype
+    (prompt,) = prompts(6)
+    want = model.generate([prompt], 5, 0, stop_ids=[7], seed=3)
+    array = np.array(prompt)
+    for batch in ([array], array[None], [list(array)], [tuple(array.astype(np.int32))]):
+        got = model.generate(batch, np.int64(5), 0, stop_ids=np.array([7]), seed=np.int64(3))
+        assert got == want and type(got[0][0]) is int
+    assert torch.equal(model.logprobs([array])[0], model.logprobs([prompt])[0])
+    with pytest.raises(TypeError, match="prompt 0: got .*\\.0, want a list of token ids"):
+        model.generate([array.astype(float)], 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("min_p", 1.5), ("min_p", "x"), ("repetition_penalty", 0), ("repetition_penalty", math.inf)],
+)
+def test_settings_out_of_range(option: str, value: Any) -> None:
+    model = Llama.from_config(CONFIG)
+    with pytest.raises(ValueError, match=f"{option}: got "):
+        model.generate([[1]], 1, **{option: value})
 
 
 # ---- text ----

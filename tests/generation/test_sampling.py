@@ -7,13 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llama_fast.generation import sampling
-from llama_fast.generation.decode import Settings
+from llama_fast.generation.sampling import Settings
 
 from ..support.generation import OPTIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    return Settings(**{"top_p": 1.0} | {k: v for k, v in options.items() if k in Settings._fields})
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -22,7 +33,7 @@ def test_rows_are_sampled_as_one_by_one(vocab: int, options: dict[str, Any]) -> 
     logits = 4 * torch.randn(40, vocab)
     logits[::3] = logits[::3].round()  # ties
     logits[5, : vocab // 2] = -math.inf
-    settings = Settings(options["temperature"], options.get("top_p", 1.0), options.get("top_k", 0))
+    settings = settings_of(options)
     alone = [
         sampling.sample(row, *settings, generator=torch.Generator().manual_seed(i))
         for i, row in enumerate(logits)
@@ -42,9 +53,7 @@ def test_f44_invalid_rows_give_minus_one() -> None:
     logits[4] = math.nan
     u = torch.rand(6, dtype=torch.float64)
     for options in OPTIONS.values():
-        settings = Settings(
-            options["temperature"], options.get("top_p", 1.0), options.get("top_k", 0)
-        )
+        settings = settings_of(options)
         ids = sampling.sample_rows(logits, u, *settings)
         assert ids[1:5].tolist() == [-1] * 4
         assert 0 <= int(ids[0]) < 50 and 0 <= int(ids[5]) < 50
@@ -53,7 +62,7 @@ def test_f44_invalid_rows_give_minus_one() -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_rows_are_sampled_the_same_in_any_batch(options: dict[str, Any]) -> None:
     logits, u = 4 * torch.randn(150, 321), torch.rand(150, dtype=torch.float64)
-    settings = Settings(options["temperature"], options.get("top_p", 1.0), options.get("top_k", 0))
+    settings = settings_of(options)
     together = sampling.sample_rows(logits, u, *settings)
     for rows in (slice(0, 1), slice(63, 66), slice(140, 150)):
         assert torch.equal(sampling.sample_rows(logits[rows], u[rows], *settings), together[rows])
@@ -100,3 +109,49 @@ def test_one_number_at_a_time_or_all_at_once() -> None:
     one = torch.Generator().manual_seed(1)
     singly = [torch.rand(1, dtype=torch.float64, generator=one) for _ in range(100)]
     assert torch.equal(at_once, torch.cat(singly))
+
+
+# ---- transformers' definitions ----
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_kept_tokens_are_those_of_transformers(seed: int) -> None:
+    """Draw with a fine grid of numbers, which reaches every token that is kept."""
+    torch.manual_seed(seed)
+    logits, grid = 2 * torch.randn(1, 24), torch.linspace(0, 1, 20001, dtype=torch.float64)[:-1]
+    for temperature, top_p, top_k, min_p in (
+        (1.0, 1.0, 0, 0.05),
+        (0.7, 1.0, 0, 0.3),
+        (1.3, 0.9, 0, 0.02),
+        (1.0, 1.0, 7, 0.04),
+        (1.5, 0.95, 15, 0.06),
+        (1.0, 1.0, 0, 1.0),
+    ):
+        scores = TemperatureLogitsWarper(float(temperature))(None, logits)
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        scores = MinPLogitsWarper(min_p)(None, scores)
+        settings = Settings(temperature, top_p, top_k, min_p)
+        drawn = sampling.sample_rows(logits.expand(len(grid), -1), grid, *settings)
+        assert set(drawn.tolist()) == set(scores[0].isfinite().nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.7, 2.0])
+def test_the_penalty_is_that_of_transformers(penalty: float) -> None:
+    logits, texts = torch.randn(3, 50), torch.randint(0, 50, (3, 20))
+    logits[0, :9] = -0.0
+    want = RepetitionPenaltyLogitsProcessor(penalty)(texts, logits.clone())
+    seen = torch.stack([sampling.seen(text, 50) for text in texts.tolist()])
+    assert torch.equal(sampling.penalized(logits, seen, penalty), want)
+
+
+def test_a_penalty_counts_the_prompt_and_the_answer() -> None:
+    """Penalize so strongly that greedy decoding never repeats."""
+    logits = torch.arange(10.0) + 1
+    sampler = sampling.Sampler(Settings(0), torch.Generator())
+    sampler.penalize(100.0, sampling.seen([9, 7], 10))
+    ahead = sampler.copy()
+    assert [sampler(logits) for _ in range(4)] == [8, 6, 5, 4]
+    assert [ahead(logits) for _ in range(4)] == [8, 6, 5, 4]

@@ -301,8 +301,9 @@ def test_lookup() -> None:
 
 def test_a_draft_model_sees_the_whole_text(model: Llama) -> None:
     """Propose after refused proposals, and after a pause longer than a chunk."""
-    texts, generators = prompts(600, 4), [torch.Generator() for _ in range(2)]
-    draft = Draft(model, texts, [1300, 1300], generators, (0, 1.0, 0))
+    texts = prompts(600, 4)
+    samplers = [sampling.Sampler(sampling.Settings(0), torch.Generator()) for _ in texts]
+    draft = Draft(model, texts, [1300, 1300], samplers)
 
     def continued() -> dict[int, list[int]]:
         return {i: model.generate([t], 3, 0, stop_ids=())[0] for i, t in enumerate(texts)}

@@ -28,6 +28,7 @@ HF = {
     "eos_token_id": [128001, 128008, 128009],
     "rope_parameters": LLAMA3_ROPE,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0}
 
 
 def parameters(c: LlamaConfig) -> int:
@@ -107,6 +108,34 @@ def test_replace_validates_again() -> None:
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor: missing"),
         ({"rope_parameters": [1]}, "rope_parameters: got list"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: got 0.5"),
+        ({"hidden_size": 4096.0}, "hidden_size: got 4096.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: got True"),
+        ({"num_attention_heads": 2**63}, "num_attention_heads: got 9223372036854775808"),
+        ({"vocab_size": 10**4000}, "vocab_size: got 1000"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps: got 1000"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps: got 1e-300"),
+        ({"rms_norm_eps": True}, "rms_norm_eps: got True"),
+        ({"attention_bias": 0}, "attention_bias: got 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: got 'false'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings: got 1"),
+        ({"bos_token_id": 1.0}, "bos_token_id: got 1.0"),
+        ({"eos_token_id": [2, None]}, "eos_token_id: got None"),
+        ({"eos_token_id": 2**31}, "eos_token_id: got 2147483648"),
+        ({"eos_token_id": "</s>"}, "eos_token_id: got '</s>'"),
+        ({"rope_parameters": 0}, "rope_parameters: got int"),
+        ({"rope_parameters": {"rope_theta": 1}}, "rope_theta: got 1, want more than 1"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta: got 1000"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": 1e-308}}, "factor: got 1e-308"),
+        ({"rope_parameters": LLAMA3_ROPE | {"factor": 0.5}}, "factor: got 0.5, want at least 1"),
+        ({"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 10**400}}, "low_freq_factor"),
+        ({"rope_parameters": YARN | {"factor": 1e-308}}, "factor: got 1e-308"),
+        ({"rope_parameters": YARN | {"beta_fast": "x"}}, "beta_fast: got 'x'"),
+        ({"rope_parameters": YARN | {"attention_factor": -1}}, "attention_factor: got -1"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, "truncate: got 1"),
+        (
+            {"rope_parameters": YARN | {"original_max_position_embeddings": 0.5}},
+            "original_max_position_embeddings: got 0.5",
+        ),
         ({"rope_parameters": LLAMA3_ROPE | {"rope_theta": "x"}}, "rope_theta: got 'x'"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -132,3 +161,8 @@ def test_names_a_missing_or_broken_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="config.json"):
         LlamaConfig.from_pretrained(tmp_path)
+
+
+def test_an_object_that_is_no_config() -> None:
+    with pytest.raises(TypeError, match="config: got int"):
+        LlamaConfig.from_hf(5)

@@ -76,7 +76,7 @@ def test_backend_from_the_environment(run_python: Callable, value: str, op: str,
 
 @pytest.mark.parametrize("value", ["fast", "cudnn", "linear=triton", "softmax=cpu"])
 def test_bad_backend_in_the_environment(run_python: Callable, value: str) -> None:
-    result = run_python("import llama_fast", LLAMA_FAST_BACKEND=value, check=False)
+    result = run_python("import llama_fast; llama_fast.nn", LLAMA_FAST_BACKEND=value, check=False)
     assert result.returncode == 1 and "LLAMA_FAST_BACKEND" in result.stderr
 
 

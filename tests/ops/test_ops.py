@@ -87,7 +87,8 @@ def test_sampling_does_not_divide_by_a_number() -> None:
     logits, u = torch.randn(2, 50), torch.rand(2, dtype=torch.float64)
     with _DivisionsByNumbers() as divisions:
         for top_k in (0, 3):
-            sampling.sample_rows(logits, u, 0.7, 0.9, top_k)
+            sampling.sample_rows(logits, u, 0.7, 0.9, top_k, 0.1)
+        sampling.penalized(logits, logits > 0, 1.3)
     assert not divisions.found
     assert sampling.sample(torch.tensor([1.0, 2.0, 2.5]), temperature=1e-310) == 2
 

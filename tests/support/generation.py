@@ -19,6 +19,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "top-p": {"temperature": 0.8, "top_p": 0.7, "seed": 4},
     "top-k": {"temperature": 1.2, "top_p": 1.0, "top_k": 20, "seed": 5},
     "both": {"temperature": 1.2, "top_p": 0.8, "top_k": 20, "seed": 6},
+    "min-p": {"temperature": 1.0, "top_p": 1.0, "min_p": 0.1, "seed": 7},
+    "top-p and min-p": {"temperature": 1.1, "top_p": 0.9, "min_p": 0.05, "seed": 8},
+    "penalty": {"temperature": 0, "repetition_penalty": 1.3},
+    "all penalized": {"temperature": 1.0, "repetition_penalty": 1.3, "min_p": 0.05, "seed": 9},
 }
 
 

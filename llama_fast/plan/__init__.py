@@ -1,0 +1,1 @@
+"""Plan a Llama's memory and least time on GPUs, without any of them: capacity.plan()."""

@@ -1,0 +1,83 @@
+"""Serve one model with vLLM in a process of its own: python -m tests.vllm.engine < job.json.
+
+A process per model, since vLLM keeps state, and whether the plugin is on is decided once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "RESULT "
+
+
+class Served(NamedTuple):
+    tokens: list[list[int]]  # of each prompt, the new ones
+    logprobs: list[list[float]]  # of each prompt's tokens but the first
+    log: str
+
+
+def environment(plugin: bool, **variables: str) -> dict[str, str]:
+    """Return the environment of a vLLM that uses 2 threads, in one process, and no network."""
+    return {
+        **os.environ,
+        "LLAMA_FAST_VLLM": "1" if plugin else "0",
+        "OMP_NUM_THREADS": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }
+
+
+def serve(
+    model: Path, prompts: list[list[int]], *, plugin: bool = True, tokens: int = 16, **options: Any
+) -> Served:
+    """Return what vLLM's LLM class generates greedily. options: LLM's."""
+    job = {"model": str(model), "prompts": prompts, "tokens": tokens, "options": options}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.engine"],
+        input=json.dumps(job),
+        env=environment(plugin),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    log = done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        raise AssertionError(f"vLLM failed with code {done.returncode}:\n{log[-6000:]}")
+    return Served(**json.loads(lines[-1].removeprefix(MARK)), log=log)
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    job = json.load(sys.stdin)
+    defaults = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 8}
+    llm = LLM(job["model"], **{**defaults, **job["options"]})
+    params = SamplingParams(
+        temperature=0, max_tokens=job["tokens"], ignore_eos=True, prompt_logprobs=0
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    logprobs = [
+        [
+            at[token].logprob
+            for at, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)
+        ]
+        for o in outputs
+    ]
+    result = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "logprobs": logprobs}
+    print(MARK + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
