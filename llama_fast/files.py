@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 # Bytes of a file, by the end of its name. Llama 3's tokenizer.json has 9 MB, the index of the 405B
 # 0.1 MB.
-_MOST_BYTES = {".index.json": 64 << 20, "tokenizer.json": 128 << 20, "": 8 << 20}
+_MOST_BYTES = {".index.json": 64 << 20, "tokenizer.json": 128 << 20, "": 32 << 20}
 _MOST_LEVELS = 64  # of objects and lists in each other; Python's own limit depends on the caller
 
 
@@ -34,6 +36,17 @@ def open_regular(path: Path) -> BinaryIO:
     raise ValueError(f"{path}: got {info.st_size} bytes, want at most {most}")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError name the path: that of a read, a write or a mapping has no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def most_bytes(path: Path) -> int:
     return next(most for end, most in _MOST_BYTES.items() if path.name.endswith(end))
 
@@ -41,7 +54,7 @@ def most_bytes(path: Path) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises OSError or ValueError that names the file."""
     try:
-        with open_regular(path) as file:
+        with naming(path), open_regular(path) as file:
             text = file.read(most_bytes(path))  # one that grows meanwhile is no longer valid
         value = json.loads(text.decode("utf-8"))
     except RecursionError as error:

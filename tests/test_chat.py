@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_fast import LlamaConfig, chat
+from llama_fast.plain_tokenizer import load_plain
 
 from .support.checkpoints import hf_model
 from .support.llama3 import byte_tokenizer
@@ -151,9 +152,48 @@ def test_a_folders_tokenizer_is_the_one_that_transformers_loads(
     got = chat.load_tokenizer(tmp_path)
     assert type(got) is type(want) and got.special_tokens_map == want.special_tokens_map
     assert got.all_special_ids == want.all_special_ids and got.chat_template == want.chat_template
+    plain = chat.load_tokenizer(tmp_path, plain=True)
+    assert plain.eos_token_id == got.eos_token_id
+    assert {*plain.added_tokens_decoder} == {*got.added_tokens_decoder}
     for text in (*TEXTS, "Why 123?", "<|eot_id|>", "  a\n"):
+        ids, options = plain(text)["input_ids"], {"clean_up_tokenization_spaces": False}
+        assert ids == got(text).input_ids
+        for skip in (False, True):
+            options["skip_special_tokens"] = skip
+            assert plain.decode(ids, **options) == got.decode(ids, **options)
         assert got(text).input_ids == want(text).input_ids
         assert got.decode(got(text).input_ids) == want.decode(want(text).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", {"add_bos_token": True}),
+        ("tokenizer_config.json", {"split_special_tokens": True}),
+        ("tokenizer_config.json", {"eos_token": "<new>"}),
+        ("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": "<new>"}}}),
+        ("tokenizer.json", {"truncation": {"max_length": 3}}),
+        ("tokenizer.json", {"post_processor": None}),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}),
+        ("special_tokens_map.json", {"eos_token": "<new>"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_plain_tokenizer_only_where_it_is_the_same(
+    tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)
+    config = tmp_path / "tokenizer_config.json"
+    fields = json.loads(config.read_text())
+    for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        fields.pop(name, None)
+    config.write_text(json.dumps(fields))
+    assert load_plain(tmp_path) is not None
+    held = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_text(json.dumps(held | change))
+    assert load_plain(tmp_path) is None
 
 
 def test_an_empty_message() -> None:

@@ -143,8 +143,9 @@ def test_without_transformers(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert generate(checkpoint, "--prompt", "x") == 1
+    assert generate(checkpoint, "--prompt", "x", "--chat") == 1
     assert "pip install 'llama_fast[hf]'" in failure(capsys)
+    assert generate(checkpoint, "--prompt", "x") == 0  # a plain text needs it only for some
 
 
 @pytest.mark.parametrize("options", [[], ["--chat", "--system", "Be brief."]], ids=["base", "chat"])

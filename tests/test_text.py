@@ -15,6 +15,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from llama_fast import chat
 from llama_fast.cli import main
+from llama_fast.plain_tokenizer import PlainTokenizer
 
 from .support.llama3 import CONTROL, RANKS, llama3_tokenizer, save_reciter
 
@@ -81,6 +82,14 @@ def test_f50_agrees_with_tiktoken(tokenizer: Any, monkeypatch: pytest.MonkeyPatc
     for text in (MIXED, Path(__file__).read_text(encoding="utf-8")):
         assert chat.encode_prompt(tokenizer, text)[1:] == meta.encode(text, allowed_special="all")
     assert tokenizer.decode(chat.encode_prompt(tokenizer, MIXED)[1:]) == MIXED
+
+
+def test_plain_texts_need_no_transformers(checkpoint: Path, tokenizer: Any) -> None:
+    plain = chat.load_tokenizer(checkpoint, plain=True)
+    assert isinstance(plain, PlainTokenizer)
+    for text in (*PUBLISHED, MIXED, ANSWER, "a<|eot_id|>b"):
+        assert chat.encode_prompt(plain, text) == chat.encode_prompt(tokenizer, text)
+    assert plain.eos_token_id == tokenizer.eos_token_id
 
 
 def test_chat_is_the_template_for_harmless_text(tokenizer: Any) -> None:

@@ -67,6 +67,53 @@ py::object first_bad_block(const Tensor& block_table, const Tensor& cache_seqlen
   return py::none();
 }
 
+// A cache's dimensions of more than one element, the largest stride first.
+struct Layout {
+  struct {
+    int64_t stride, size;
+  } dims[4];
+  int n = 0;
+  int64_t reach = 0;    // from the first element to the last
+  bool shared = false;  // strides that could give two elements one address
+
+  explicit Layout(const Tensor& t) {
+    for (int i = 0; i < t.ndim() && i < 4; ++i) {
+      if (t.size(i) < 2) continue;
+      int at = n++;
+      for (; at > 0 && dims[at - 1].stride < t.stride(i); --at) dims[at] = dims[at - 1];
+      dims[at] = {t.stride(i), t.size(i)};
+    }
+    for (int i = n - 1; i >= 0; --i) {
+      shared |= dims[i].stride <= reach;
+      reach += dims[i].stride * (dims[i].size - 1);
+    }
+  }
+
+  // Whether two elements can be `distance` apart, by the dimensions from i on.
+  bool spans(int64_t distance, int i = 0) const {
+    if (i == n) return distance == 0;
+    const auto [stride, size] = dims[i];
+    const int64_t below = (distance < 0 ? distance - stride + 1 : distance) / stride;
+    for (int64_t steps = below; steps <= below + 1; ++steps)
+      if (-size < steps && steps < size && spans(distance - steps * stride, i + 1)) return true;
+    return false;
+  }
+};
+
+// The name of a cache whose elements share memory, "both" if the caches share it with each other,
+// or null. They have one shape and dtype. Interleaved caches must have the same strides.
+const char* shared_memory(const Tensor& k, const Tensor& v) {
+  if (k.numel() == 0) return nullptr;
+  const Layout of_k(k), of_v(v);
+  if (of_k.shared) return "k_cache";
+  if (of_v.shared) return "v_cache";
+  const int64_t size = k.itemsize(), apart = v.data<char>() - k.data<char>();
+  if (apart >= (of_k.reach + 1) * size || -apart >= (of_v.reach + 1) * size) return nullptr;
+  for (int i = 0; i < k.ndim(); ++i)
+    if (k.size(i) > 1 && k.stride(i) != v.stride(i)) return "both";
+  return apart % size || of_k.spans(apart / size) ? "both" : nullptr;
+}
+
 // Requests huge pages for the whole 2 MiB pages within t, before they are first written. This is a
 // hint, which affects speed alone.
 void advise_huge_pages(const Tensor& t) {
@@ -119,6 +166,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("set_isa", &set_isa, "Select one of isas(). Raises ValueError for other names.");
   m.def("first_outside", &first_outside_of,
         "Index of the first integer outside [low, high], or -1.");
+  m.def("shared_memory", &shared_memory,
+        "The cache whose elements share memory, 'both', or None.");
   m.def("first_bad_block", &first_bad_block,
         "(row, column, block id) of the first invalid block id.");
 

@@ -8,7 +8,6 @@ undoes that. Source: docs/gguf.md of ggml, and llama.cpp's convert_hf_to_gguf.py
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..ops.rope import inv_freq
+from ..rope_scaling import positive
+from .gguf_header import Header, TensorInfo
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -42,6 +43,7 @@ _FIELDS = {
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+_PLAIN = ("F32", "F16", "BF16")
 _STOPS = ("eos", "eot", "eom")
 _FREQS = "rope_freqs.weight"
 # The file stores the divisor of each frequency instead. All Llama 3 models share these values.
@@ -52,68 +54,60 @@ _LLAMA3 = {
 }
 
 
-def _reader(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise ImportError(
-            f"{path}: GGUF needs its package: pip install 'llama_fast[gguf]'"
-        ) from None
-    try:
-        return GGUFReader(path)
-    except Exception as error:  # of many types: the parser trusts the file
-        raise ValueError(f"{path}: not a valid GGUF file: {error}") from None
-
-
 class GGUF:
     def __init__(self, path: Path) -> None:
         """Read the header. Raises ImportError without gguf, ValueError for a broken file."""
-        reader = _reader(path)
-        self._tensors = {_hf_name(t.name): t for t in reader.tensors if t.name != _FREQS}
-        self.shapes = {name: _shape(t) for name, t in self._tensors.items()}
-        heads = _values(reader, ("llama.attention.head_count", "llama.attention.head_count_kv"))
+        header = Header(path)
+        held = {_hf_name(name): t for name, t in header.tensors.items() if name != _FREQS}
+        self._path, self._tensors = path, held
+        self.shapes = {name: t.shape for name, t in held.items()}
+        kinds = ((name, t.kind.name) for name, t in held.items())
+        self.dtypes = {name: kind if kind in _PLAIN else "BF16" for name, kind in kinds}
+        heads = header.values("llama.attention.head_count", "llama.attention.head_count_kv")
         self._heads = dict(zip(("q_proj", "k_proj"), heads, strict=True))
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in fp32, with rows in Hugging Face's order."""
-        out = _dequantized(self._tensors[name])
-        heads = self._heads.get(name.split(".")[-2])
+        out = _dequantized(self._path, name, self._tensors[name])
+        heads = self._heads.get(name.removesuffix(".weight").rpartition(".")[2])
         if heads is None:
             return out
         n, k = out.shape
+        if not isinstance(heads, int) or heads < 1 or n % (2 * heads):
+            raise ValueError(f"{self._path}: {name}: {n} rows for {heads!r} heads")
         return out.view(heads, n // heads // 2, 2, k).transpose(1, 2).reshape(n, k)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the metadata as the fields of Hugging Face's config."""
-    reader = _reader(path)
-    tensors = {t.name: t for t in reader.tensors}
-    (architecture,) = _values(reader, ("general.architecture",))
+    header = Header(path)
+    tensors, values = header.tensors, header.values
+    (architecture,) = values("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path}: general.architecture: got {architecture!r}, want 'llama'")
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: has no token_embd.weight")
-    held = _values(reader, (f"llama.{key}" for key in _FIELDS.values()))
+    held = values(*(f"llama.{key}" for key in _FIELDS.values()))
     hf = {name: value for name, value in zip(_FIELDS, held, strict=True) if value is not None}
-    hf["vocab_size"] = _shape(tensors["token_embd.weight"])[0]
+    hf["vocab_size"] = tensors["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in tensors
-    ids = _values(reader, (f"tokenizer.ggml.{x}_token_id" for x in ("bos", *_STOPS)))
-    stops = dict.fromkeys(i for i in ids[1:] if i is not None)
-    theta, kind, factor, original = _values(
-        reader,
-        ("llama.rope.freq_base",)
-        + tuple(f"llama.rope.scaling.{x}" for x in ("type", "factor", "original_context_length")),
+    ids = values(*(f"tokenizer.ggml.{x}_token_id" for x in ("bos", *_STOPS)))
+    stops = [i for i in ids[1:] if i is not None]
+    theta, kind, factor, original = values(
+        "llama.rope.freq_base",
+        *(f"llama.rope.scaling.{x}" for x in ("type", "factor", "original_context_length")),
     )
     theta = 10000.0 if theta is None else theta
     rope = {"rope_theta": theta, "rope_type": "default" if kind in (None, "none") else kind}
     rope |= {} if factor is None else {"factor": factor}
     rope |= {} if original is None else {"original_max_position_embeddings": original}
     if _FREQS in tensors:
-        rope = _llama3(path, theta, _dequantized(tensors[_FREQS]))
+        positive(f"{path}: llama.rope.freq_base", theta)
+        rope = _llama3(path, theta, _dequantized(path, _FREQS, tensors[_FREQS]))
     return {
         "model_type": "llama",
         "bos_token_id": ids[0],
-        "eos_token_id": list(stops),
+        "eos_token_id": [i for at, i in enumerate(stops) if i not in stops[:at]],
         "rope_parameters": rope,
         **hf,
     }
@@ -121,6 +115,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _llama3(path: Path, theta: float, divisors: Tensor) -> dict[str, Any]:
     """Return the rope_parameters that give these divisors of the frequencies [D / 2]."""
+    if divisors.dim() != 1 or not len(divisors):
+        raise ValueError(f"{path}: {_FREQS}: got shape {list(divisors.shape)}, want [D / 2]")
     fields = {"factor": float(divisors.max()), **_LLAMA3}
     plain, scaled = (
         inv_freq(theta, 2 * len(divisors), s) for s in (None, SimpleNamespace(**fields))
@@ -130,23 +126,18 @@ def _llama3(path: Path, theta: float, divisors: Tensor) -> dict[str, Any]:
     return {"rope_type": "llama3", "rope_theta": theta, **fields}
 
 
-def _values(reader: Any, keys: Iterable[str]) -> list[Any]:
-    """Return the fields' values, None for those that the file lacks."""
-    fields = (reader.get_field(key) for key in keys)
-    return [None if field is None else field.contents() for field in fields]
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(n) for n in reversed(tensor.shape))
-
-
-def _dequantized(tensor: Any) -> Tensor:
+def _dequantized(path: Path, name: str, tensor: TensorInfo) -> Tensor:
     import gguf
 
-    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    try:
+        values = gguf.dequantize(tensor.data, tensor.kind)
+    except NotImplementedError:
+        raise ValueError(
+            f"{path}: {name}: of type {tensor.kind.name}, which gguf only names"
+        ) from None
     if not values.flags.writeable:  # fp32: the file itself
         values = values.copy()
-    return torch.from_numpy(values).view(_shape(tensor))
+    return torch.from_numpy(values).view(tensor.shape)
 
 
 def _hf_name(name: str) -> str:

@@ -227,7 +227,8 @@ class _Inventory:
 
     def __init__(self, shards: Shards, form: Format | None, sizes: list[int]) -> None:
         """sizes: the numbers of ranks by which the model can be split."""
-        self._entries, self._format, self._sizes = shards.entries, form, sizes
+        self._path, self._entries, self._format = shards.path, shards.entries, form
+        self._sizes = sizes
         self._seen: set[str] = set()
         self._missing: list[str] = []
 
@@ -277,10 +278,11 @@ class _Inventory:
 
     def finish(self) -> None:
         if self._missing:
-            raise ValueError(_listed("the checkpoint lacks", self._missing))
+            raise ValueError(_listed(f"{self._path}: the checkpoint lacks", self._missing))
         extra = [n for n in self._entries if n not in self._seen and not IGNORED.fullmatch(n)]
         if extra:
-            raise ValueError(_listed("the checkpoint holds what the config does not want:", extra))
+            what = f"{self._path}: the checkpoint holds what the config does not want:"
+            raise ValueError(_listed(what, extra))
 
 
 def _listed(what: str, names: list[str]) -> str:

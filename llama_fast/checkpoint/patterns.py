@@ -20,6 +20,7 @@ except ImportError:  # Python 3.10
     import sre_constants as op
     import sre_parse as parser
 
+_MOST_PATTERNS = 1000
 _MOST_CHARACTERS = 1000  # of an expression
 _MOST_LEVELS = 50  # of groups in each other
 _MOST_STEPS = 4_000_000  # of all matches together: about 3 s; ".*mlp.*" takes 80 a name
@@ -51,6 +52,8 @@ class Patterns:
     def __init__(self, patterns: Mapping[str, str]) -> None:
         """patterns: by the names that errors give them. Raises ValueError for one that is invalid,
         too long, or beyond what match() knows."""
+        if len(patterns) > _MOST_PATTERNS:
+            raise ValueError(f"{len(patterns)} expressions and wildcards, want {_MOST_PATTERNS}")
         self._patterns = dict(patterns)
         self._parsed = {name: _parsed(name, pattern) for name, pattern in patterns.items()}
         self._steps = _MOST_STEPS

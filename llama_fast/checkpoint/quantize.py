@@ -7,36 +7,41 @@ one: memory use does not grow with the model.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import signal
-import sys
-import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import LlamaConfig
+from ..chat import load_tokenizer
+from ..config import LlamaConfig, is_gguf
 from ..files import read_json
 from ..hub import resolve
 from ..ops.quantize import quantize_fp8
 from .formats import describe
+from .gguf_file import read_config
 from .load import check
+from .output import appears_whole
 from .shards import Shards
 from .weights import RECIPES, is_quantized
 
 _PIECE_BYTES = 32 << 20  # of a weight, quantized at once
 _HEADER_BYTES = 300  # of a tensor, at most, in headers and index together
-_FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names
-_ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1}
+_DTYPES = {  # by safetensors' names
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_ITEMSIZE = {"F8_E4M3": 1} | {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
-_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_INDEX = f"{_SINGLE}.index.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -71,7 +76,7 @@ def quantize_checkpoint(
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Write source's checkpoint to the new folder target with weights in e4m3, a scale per row.
-    source: a folder, or the id of a model on the Hub (hub.resolve).
+    source: a folder, a GGUF file, or the id of a model on the Hub (hub.resolve).
 
     recipe: as quantize of Llama.from_pretrained (weights.is_quantized). With "fp8_all" and tied
     embeddings, the head is written beside the embedding, and config.json unties them. Readers of
@@ -85,7 +90,8 @@ def quantize_checkpoint(
     source, target = resolve(source, weights=True), Path(target).expanduser()
     if recipe not in RECIPES:
         raise ValueError(f"recipe: got {recipe!r}, want one of {', '.join(RECIPES)}")
-    config = read_json(source / "config.json")
+    gguf = is_gguf(source)
+    config = _config_of_gguf(source) if gguf else read_json(source / "config.json")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
     shards = Shards(source)
@@ -98,8 +104,9 @@ def quantize_checkpoint(
     total = sum(_nbytes(t.dtype, t.shape) for t in tensors)
     after = sum(_nbytes(*entry) for t in tensors for entry in t.stored().values())
 
+    tokenizer = _tokenizer_of_gguf(source) if gguf else None
     headers = _HEADER_BYTES * sum(len(t.stored()) for t in tensors)
-    with _appears_whole(source, target, after + headers + _bytes_beside(source)) as folder:
+    with appears_whole(source, target, after + headers + _bytes_beside(source)) as folder:
         done = 0
         for file, held in plan.items():
             for read in _write_shard(shards, folder / file, held):
@@ -120,21 +127,43 @@ def quantize_checkpoint(
         _write_json(folder / "config.json", config)
         for path in _companions(source):
             shutil.copyfile(path, folder / path.name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         shards.check_unchanged()
-    return Summary(sum(t.quantized for t in tensors), len(tensors), total, after)
+    before = source.stat().st_size if gguf else total
+    return Summary(sum(t.quantized for t in tensors), len(tensors), before, after)
+
+
+def _config_of_gguf(source: Path) -> dict[str, Any]:
+    """Return a config.json in the style that transformers 4 and 5 read."""
+    config = read_config(source)
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
+    return {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", **config}
+
+
+def _tokenizer_of_gguf(source: Path) -> Any:
+    try:
+        return load_tokenizer(source)
+    except (ImportError, ValueError) as error:
+        warnings.warn(f"the output has no tokenizer: {error}", stacklevel=3)
+        return None
 
 
 def _plan(source: Path, shards: Shards, recipe: str, layers: int) -> dict[str, list[_Tensor]]:
     """Return each file's tensors, and whether each is to be quantized."""
     plan: dict[str, list[_Tensor]] = {}
     for name, (file, dtype, shape, _) in sorted(shards.entries.items()):
-        if dtype not in _FLOATS:
-            raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_FLOATS)}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"{file}: {name} is {dtype}, want one of {', '.join(_DTYPES)}")
         module, _, parameter = name.rpartition(".")
         quantized = parameter == "weight" and is_quantized(module, recipe, layers)
         if quantized and len(shape) != 2:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, want a matrix")
-        plan.setdefault(file.name, []).append(_Tensor(name, dtype, shape, quantized))
+        output = file.name if file.suffix == ".safetensors" else _SINGLE
+        plan.setdefault(output, []).append(_Tensor(name, dtype, shape, quantized))
     if not any(t.quantized for tensors in plan.values() for t in tensors):
         raise ValueError(f"{source}: recipe {recipe} leaves all of its {layers} layers as they are")
     return plan
@@ -160,10 +189,11 @@ def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterat
         for t in tensors:
             values = shards.read(t.name)
             if t.quantized:
-                yield from _write_quantized(out, t.name, values, offset)
+                for rows in _write_quantized(out, t.name, values, offset):
+                    yield _nbytes(t.dtype, (rows, *t.shape[1:]))
             else:
-                _write_at(out, offset[t.name], values)
-                yield values.nbytes
+                _write_at(out, offset[t.name], values.to(_DTYPES[t.dtype]))
+                yield _nbytes(t.dtype, t.shape)
         out.flush()
         os.fsync(out.fileno())
 
@@ -171,6 +201,7 @@ def _write_shard(shards: Shards, target: Path, tensors: list[_Tensor]) -> Iterat
 def _write_quantized(
     out: BinaryIO, name: str, weight: Tensor, offset: dict[str, int]
 ) -> Iterator[int]:
+    """Write a weight and its scales, and yield the number of rows after each piece."""
     at, scale_at = offset[name], offset[f"{name}_scale"]
     rows = max(1, _PIECE_BYTES // max(1, weight.shape[1] * weight.itemsize))
     for piece in weight.split(rows):
@@ -178,7 +209,7 @@ def _write_quantized(
         if not (scale.isfinite() & (scale > 0)).all():
             raise ValueError(f"{name}: holds NaN or infinity; such a weight has no FP8 form")
         at, scale_at = _write_at(out, at, q), _write_at(out, scale_at, scale)
-        yield piece.nbytes
+        yield len(piece)
 
 
 def _write_at(out: BinaryIO, offset: int, tensor: Tensor) -> int:
@@ -192,65 +223,11 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return _ITEMSIZE[dtype] * torch.Size(shape).numel()
 
 
-@contextmanager
-def _appears_whole(source: Path, target: Path, size: int) -> Iterator[Path]:
-    """Yield a folder beside target. Rename it to target on success; remove it on an exception, or
-    on a signal that ends the process. Raises OSError if size bytes do not fit there."""
-    target = target.absolute()
-    if target.resolve() == source.resolve():
-        raise ValueError(f"{target}: is the input itself; name another folder for the output")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target}: exists already; name a new or an empty folder")
-    missing = [parent for parent in target.parents if not parent.exists()]
-    free = shutil.disk_usage((missing or [target])[-1].parent).free
-    if free < size:
-        raise OSError(
-            errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: the output has {size:,} bytes, the disk {free:,} free",
-            str(target),
-        )
-    folder = target.parent / f".{target.name}.partial-{os.getpid()}"
-    with _ends_by_exception():
-        try:
-            folder.mkdir(parents=True)
-            yield folder
-            if target.exists():
-                target.rmdir()
-            folder.rename(target)
-        except BaseException as error:
-            with _ends_by_exception(signal.SIG_IGN):
-                shutil.rmtree(folder, ignore_errors=True)
-                for parent in missing:
-                    with suppress(OSError):
-                        parent.rmdir()
-            if isinstance(error, OSError) and error.filename is None and error.errno:
-                raise OSError(error.errno, error.strerror, str(target)) from None
-            raise
-
-
-@contextmanager
-def _ends_by_exception(handler: Any = None) -> Iterator[None]:
-    """Let SIGTERM and SIGHUP, where they would end the process, raise SystemExit instead, or call
-    handler. Python sets handlers in its main thread only."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) in (signal.SIG_DFL, _exit):
-                before[number] = signal.signal(number, handler or _exit)
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-def _exit(number: int, frame: Any) -> None:
-    sys.exit(128 + number)  # the code that shells give a process which the signal ended
-
-
 def _companions(source: Path) -> list[Path]:
     """Return all files but weights: tokenizer, chat template, generation_config.json, license."""
     written = (_INDEX, "config.json")
+    if not source.is_dir():  # a GGUF file, beside which anything may lie
+        return []
     return [
         path
         for path in sorted(source.iterdir())

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import META, check_folder, is_gguf
-from ..files import read_json
+from ..files import naming, read_json
+from ..rope_scaling import shown
 from .gguf_file import GGUF
 
 _PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl")
@@ -38,7 +39,7 @@ _BARE = re.compile(r"^(?=(?:embed_tokens|layers|norm)\.)")
 
 class Entry(NamedTuple):
     file: Path
-    dtype: str  # as safetensors spells it: BF16, F8_E4M3, ...
+    dtype: str  # as safetensors spells it: BF16, F8_E4M3, ...; BF16 for GGUF's blocks
     shape: tuple[int, ...]
     stored: str  # its name in the file
 
@@ -59,8 +60,10 @@ class Shards:
         if is_gguf(folder):
             self._versions[folder] = _version(folder)
             self._gguf = GGUF(folder)
-            shapes = self._gguf.shapes.items()
-            self.entries = {name: Entry(folder, "F32", shape, name) for name, shape in shapes}
+            dtypes, shapes = self._gguf.dtypes, self._gguf.shapes.items()
+            self.entries = {
+                name: Entry(folder, dtypes[name], shape, name) for name, shape in shapes
+            }
             return
         if not folder.is_dir():
             if folder.suffix in _PICKLES and folder.exists():
@@ -119,10 +122,14 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a valid safetensors file: {error}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file") from None
+    except OSError as error:  # safetensors' own do not name the file
+        if str(file) in str(error):
+            raise
+        raise OSError(f"{file}: {error}") from None
 
 
 def _header(file: Path) -> dict[str, Entry]:
-    with open(file, "rb") as raw:
+    with naming(file), open(file, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
     if length > _MOST_HEADER:
         raise ValueError(
@@ -147,9 +154,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise ValueError(f"{index}: weight_map: missing, or not an object with an entry a tensor")
     for name, file in weight_map.items():
         named = isinstance(file, str) and file.endswith(".safetensors")
-        if not named or Path(file).name != file:
+        if not named or Path(file).name != file or not file.isprintable():
             raise ValueError(
-                f"{index}: {name}: got {file!r}, want the name of a file in the folder"
+                f"{index}: {name}: got {shown(file)}, want the name of a file in the folder"
             )
     if single.exists() and single.name not in weight_map.values():
         warnings.warn(

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
     use_machine(args)
     # Check the texts before loading the weights, which takes long.
-    tokenizer = chat.load_tokenizer(args.model)
+    tokenizer = chat.load_tokenizer(args.model, plain=not args.chat)
     if args.chat:
         talks = [[*messages, {"role": "user", "content": text}] for text in texts] or [messages]
         prompts = [chat.encode(tokenizer, talk, tools) for talk in talks]
@@ -145,7 +145,7 @@ def load_models(args: argparse.Namespace, config: Any, longest: int) -> tuple[An
 def stops(args: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[int]]:
     """Return the texts and the ids of --stop. A control token's text is not shown, so it cannot be
     found in what is: its id ends the text."""
-    control = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     ids = [control[text] for text in args.stop if text in control]
     return [text for text in args.stop if text not in control], ids
 

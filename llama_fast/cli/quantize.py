@@ -10,6 +10,7 @@ from .common import QUANTIZE_HELP, AddCommand, progress
 _EXAMPLES = f"""examples:
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast quantize Llama-3.1-405B Llama-3.1-405B-FP8 --recipe fp8_ffn
+  llama-fast quantize Llama-3.1-8B-Q8_0.gguf Llama-3.1-8B-FP8
 
 {QUANTIZE_HELP} The output is compressed-tensors' float-quantized format, which transformers,
 vLLM and llama-fast load. OUT appears only when it is complete."""
@@ -17,7 +18,7 @@ vLLM and llama-fast load. OUT appears only when it is complete."""
 
 def add(command: AddCommand) -> None:
     parser = command("quantize", run, "rewrite a checkpoint with FP8 weights", _EXAMPLES)
-    parser.add_argument("source", metavar="IN", help="a Hugging Face folder or a Hub id")
+    parser.add_argument("source", metavar="IN", help="a folder, a GGUF file or a Hub id")
     parser.add_argument("target", metavar="OUT", help="a new or empty folder")
     parser.add_argument("--recipe", choices=RECIPES, default="fp8")
 

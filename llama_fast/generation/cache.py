@@ -4,6 +4,7 @@ ragged sequences need neither padding nor copying as they grow."""
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import _cpu
 from ..config import LlamaConfig
+from ..ops import checks
 
 # A measured scale leaves this much room for larger tokens, at no cost in e4m3's precision.
 HEADROOM = 2.0
@@ -45,6 +47,33 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
 
+def _integer(name: str, value: Any, low: int = 0, high: int = checks.LARGEST_INT) -> int:
+    """Return an int from low to high, given as one or as NumPy's."""
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None:
+        raise TypeError(f"{name}: got {checks.shown(value)}, want an int")
+    checks.integer(name, whole, low, high)
+    return whole
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
+
+
+def _integers(name: str, values: Any, length: int | None, low: int = 0) -> list[int]:
+    """Return ints of at least low, one for each of `length` sequences, if that is given."""
+    try:
+        listed = list(values)
+    except TypeError:
+        raise TypeError(f"{name}: got {checks.shown(values)}, want ints") from None
+    if length not in (None, len(listed)):
+        raise ValueError(f"{name}: got {len(listed)} numbers, want {length}, one for each sequence")
+    return [_integer(f"{name}[{i}]", value, low) for i, value in enumerate(listed)]
+
+
 def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | None:
     """Return fp32 [layers, 1 or Hkv] for an e4m3 pool [layers, blocks, block_size, Hkv, D]."""
     layers, heads = pool.shape[0], pool.shape[3]
@@ -61,8 +90,7 @@ def _scales(name: str, scale: float | Tensor | None, pool: Tensor) -> Tensor | N
                 f"[{layers}, {heads}]"
             )
         return scale.to(pool.device)
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"{name}: got {scale}, want a finite number above 0")
+    checks.number(name, scale, 0.0, inclusive=False)
     return torch.full((layers, 1), scale, dtype=torch.float32, device=pool.device)
 
 
@@ -99,16 +127,23 @@ class KVCache:
         float8_e4m3fn holds k / k_scale and v / v_scale. The scales are numbers, or fp32 tensors
         [layers, 1] or [layers, Hkv]; None: measure() computes them for each head from the first
         tokens that a model appends."""
-        lengths = [max_tokens] * batch_size if isinstance(max_tokens, int) else list(max_tokens)
-        for name, value in (("batch_size", len(lengths)), ("block_size", block_size)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, want at least 1")
-        if min(lengths) < 1:
-            raise ValueError(f"max_tokens: got {min(lengths)}, want at least 1")
+        if not isinstance(config, LlamaConfig):
+            raise TypeError(f"config: got {type(config).__name__}, want a LlamaConfig")
+        dtypes = (*checks.ACTIVATIONS, *checks.FP8)
+        if not isinstance(dtype, torch.dtype) or dtype not in dtypes:
+            raise TypeError(
+                f"dtype: got {checks.shown(dtype)}, want torch.bfloat16, float16, float32 or "
+                f"float8_e4m3fn"
+            )
+        if _is_list(max_tokens):
+            lengths = _integers("max_tokens", max_tokens, None, 1)
+            _integer("batch_size", len(lengths), 1)
+        else:
+            batch_size = _integer("batch_size", batch_size, 1)
+            lengths = [_integer("max_tokens", max_tokens, 1)] * batch_size
+        block_size = _integer("block_size", block_size, 1)
         need = [-(-length // block_size) for length in lengths]
-        blocks = sum(need) if num_blocks is None else num_blocks
-        if blocks < 1:
-            raise ValueError(f"num_blocks: got {blocks}, want at least 1")
+        blocks = sum(need) if num_blocks is None else _integer("num_blocks", num_blocks, 1)
         heads, dim = config.num_key_value_heads, config.head_dim
         shape = (2, config.num_hidden_layers, blocks, block_size, heads, dim)
         self.k, self.v = _pool(shape, dtype, device)
@@ -166,12 +201,16 @@ class KVCache:
     def select(self, indices: Sequence[int]) -> KVCache:
         """Return a view of this cache with some of its sequences, in the given order."""
         view = copy.copy(self)
-        view._sequences = [self._sequences[i] for i in indices]
+        chosen = [
+            _integer(f"indices[{n}]", i, 0, len(self) - 1)
+            for n, i in enumerate(_integers("indices", indices, None))
+        ]
+        view._sequences = [self._sequences[i] for i in chosen]
         return view
 
     def release(self, index: int) -> None:
         """Empty a sequence and return its blocks to the pool."""
-        sequence = self._sequences[index]
+        sequence = self._sequences[_integer("index", index, 0, len(self) - 1)]
         self._free += self._table[sequence.row, : sequence.blocks].tolist()[::-1]
         sequence.length = sequence.blocks = 0
 
@@ -187,8 +226,9 @@ class KVCache:
         """Cut each sequence to its given number of tokens; it keeps its blocks. Raises ValueError,
         and changes nothing, if a sequence has fewer tokens.
         """
+        tokens = _integers("tokens", tokens, len(self))
         for i, (count, sequence) in enumerate(zip(tokens, self._sequences, strict=True)):
-            if not 0 <= count <= sequence.length:
+            if count > sequence.length:
                 raise ValueError(
                     f"tokens[{i}]: got {count}, want 0 to the sequence's {sequence.length}"
                 )
@@ -201,6 +241,7 @@ class KVCache:
 
         Raises ValueError, and changes nothing, if the pool or a sequence's table is full.
         """
+        tokens = _integers("tokens", tokens, len(self))
         needed = [-(-count // self.block_size) for count in tokens]
         if max(needed, default=0) > self._table.shape[1]:
             room = self._table.shape[1] * self.block_size
@@ -241,7 +282,8 @@ class KVCache:
 
         Raises ValueError, and changes nothing, if the pool or a sequence's table is full.
         """
-        counts = [count] * len(self) if isinstance(count, int) else list(count)
+        uniform = not _is_list(count)
+        counts = self._counts(count)
         totals = [s.length + n for s, n in zip(self._sequences, counts, strict=True)]
         self.reserve(totals)
         table = self.block_table[:, : -(-max(totals, default=0) // self.block_size)]
@@ -250,7 +292,6 @@ class KVCache:
         positions = torch.cat(pieces) if pieces else rows
         block = table[rows, positions // self.block_size].long()
         slots = block * self.block_size + positions % self.block_size
-        uniform = isinstance(count, int)
         return Append(
             upload(positions, self.k.device),
             upload(slots, self.k.device),
@@ -271,6 +312,18 @@ class KVCache:
 
     def advance(self, count: int | Sequence[int]) -> None:
         """Count the tokens of append() as written in every layer."""
-        counts = [count] * len(self) if isinstance(count, int) else count
+        counts = self._counts(count)
+        for i, (sequence, n) in enumerate(zip(self._sequences, counts, strict=True)):
+            room = sequence.blocks * self.block_size - sequence.length
+            if n > room:
+                raise ValueError(
+                    f"count: got {n} for sequence {i}, want at most the {room} reserved"
+                )
         for sequence, n in zip(self._sequences, counts, strict=True):
             sequence.length += n
+
+    def _counts(self, count: int | Sequence[int]) -> list[int]:
+        """Return the number of tokens of each sequence."""
+        if _is_list(count):
+            return _integers("count", count, len(self))
+        return [_integer("count", count)] * len(self)

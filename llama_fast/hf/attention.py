@@ -86,7 +86,8 @@ def _why_not(
             return name
     if q.dtype not in ACTIVATIONS or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"tensors of {q.dtype}, {k.dtype} and {v.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > 256 or v.shape != k.shape or q.shape[1] % k.shape[1]:
+    d, step = q.shape[-1], 4 if q.is_cpu else 8  # of the kernels
+    if d % step or not 8 <= d <= 256 or v.shape != k.shape or q.shape[1] % k.shape[1]:
         return f"shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
     if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
         return "head dimensions that are not contiguous"

@@ -15,6 +15,7 @@ from . import checks
 from .common import as_rows, new_scale, register, with_huge_pages
 
 
+@checks.public
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up, the middle of SwiGLU. gate_up [..., 2 * I], gate first -> [..., I].
 
@@ -25,6 +26,7 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return _silu_and_mul_op(gate_up)
 
 
+@checks.public
 def silu_and_mul_fp8(gate_up: Tensor, *, scale_ub: float | None = None) -> tuple[Tensor, Tensor]:
     """Return silu_and_mul quantized by row: [..., 2 * I] -> e4m3 [..., I], scale fp32 [rows, 1]."""
     _check(gate_up)

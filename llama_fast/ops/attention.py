@@ -14,6 +14,7 @@ from . import checks
 from .common import new, register, with_huge_pages
 
 
+@checks.public
 def attention(
     q: Tensor,
     k: Tensor,
@@ -28,7 +29,7 @@ def attention(
 
     q [B, Sq, H, D], k and v [B, Sk, Hkv, D] -> [B, Sq, H, D]; or packed: q [total_q, H, D],
     k and v [total_k, Hkv, D] with cu_seqlens_q and cu_seqlens_k [B + 1] int32. H is a multiple of
-    Hkv, D a multiple of 8 up to 256. causal is bottom-right aligned: query i sees the keys
+    Hkv, D a multiple of 4 from 8 to 256. causal is bottom-right aligned: query i sees the keys
     j <= i + Sk - Sq; a query that sees none gives zeros. softmax_scale: None means 1 / sqrt(D).
     The softmax is computed in fp32. Source: Dao, FlashAttention-2, arXiv:2307.08691.
     """

@@ -4,9 +4,11 @@ traces through them, so none reads a tensor's data."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,46 @@ INDICES = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
 FP32 = (torch.float32,)
 FP8 = (torch.float8_e4m3fn,)
-_LARGEST = sys.float_info.max
+_LARGEST = torch.finfo(torch.float32).max  # kernels compute with fp32 numbers
+LARGEST_INT = 2**31 - 1
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def public(function: Function) -> Function:
+    """Decorate a public op: if its checks or PyTorch refuse a call with a sparse, nested or mkldnn
+    tensor, say so, since PyTorch's own words for these name no argument. Only calls that fail look
+    at layouts: in each call that would take 0.05 us a tensor."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+                if isinstance(value, Tensor) and (got := _layout(value)):
+                    raise TypeError(f"{name}: got a {got} tensor, want a strided one") from None
+            raise
+
+    return op  # type: ignore[return-value]
+
+
+def _layout(t: Tensor) -> str | None:
+    """Return what t is instead of an ordinary tensor with strides, or None."""
+    if t.is_nested:
+        return "nested"
+    strided = t.layout is torch.strided
+    return None if strided else str(t.layout).removeprefix("torch.").removeprefix("_")
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, cut to a line. Python refuses to print very large integers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        text = f"<{type(value).__name__}{bits}>"
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def is_tensor(name: str, value: Any) -> None:
@@ -25,8 +66,8 @@ def is_tensor(name: str, value: Any) -> None:
 
 
 def has_dtype(name: str, t: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    is_tensor(name, t)
-    if t.dtype not in allowed:
+    if not isinstance(t, Tensor) or t.dtype not in allowed:
+        is_tensor(name, t)
         want = " or ".join(str(d).removeprefix("torch.") for d in allowed)
         raise TypeError(f"{name}: got dtype {str(t.dtype).removeprefix('torch.')}, want {want}")
 
@@ -48,11 +89,13 @@ def has_shape(name: str, t: Tensor, shape: tuple[int | None, ...], spelled: str)
 def like(name: str, t: Tensor, other: str, o: Tensor, *, dtype: bool = True) -> None:
     """Check that t is on o's device and, unless dtype is False, has o's dtype. Under autocast any
     activation's dtype will do: the op casts."""
-    is_tensor(name, t)
-    if t.device != o.device:
+    if not isinstance(t, Tensor) or t.device != o.device:
+        is_tensor(name, t)
         raise ValueError(f"{name}: got device {t.device}, want {other}'s, {o.device}")
     if dtype and t.dtype != o.dtype:
-        if t.dtype in ACTIVATIONS and torch.is_autocast_enabled(t.device.type):
+        device = t.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if casts and t.dtype in ACTIVATIONS and o.dtype in ACTIVATIONS:
             return
         got, want = (str(d).removeprefix("torch.") for d in (t.dtype, o.dtype))
         raise TypeError(f"{name}: got dtype {got}, want {other}'s, {want}")
@@ -83,7 +126,7 @@ def vector(name: str, t: Tensor, n: int, other: str, o: Tensor) -> None:
 
 
 def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None:
-    """Check for a finite real number >= low (> low when not inclusive)."""
+    """Check for a real number >= low (> low when not inclusive) that fp32 can hold."""
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))
     ):
@@ -92,20 +135,22 @@ def number(name: str, value: Any, low: float, *, inclusive: bool = True) -> None
     bad = not low <= value <= _LARGEST or (value == low and not inclusive)
     if bad:
         raise ValueError(
-            f"{name}: got {value}, want a finite number {'>=' if inclusive else '>'} {low}"
+            f"{name}: got {shown(value)}, want a number {'>=' if inclusive else '>'} {low} and at "
+            f"most float32's largest, {_LARGEST:.3g}"
         )
 
 
-def index(name: str, value: Any, n: int) -> None:
-    """Check for an int from 0 to n - 1."""
+def integer(name: str, value: Any, low: int, high: int = LARGEST_INT) -> None:
+    """Check for an int from low to high."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, want an int")
-    if not 0 <= value < n:
-        raise ValueError(f"{name}: got {value}, want 0 to {n - 1}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {shown(value)}, want {low} to {high}")
 
 
 def bound(name: str, value: Any) -> None:
-    """Check for None or a positive bound."""
+    """Check for None or a bound on amax, a number above 0 in fp32's range. A bound below fp32's
+    smallest normal number times 448, which is the least amax, acts as that."""
     if value is not None:
         number(name, value, 0.0, inclusive=False)
 
@@ -134,9 +179,10 @@ def cache_scales(
     fp8 = isinstance(k_cache, Tensor) and k_cache.dtype in FP8
     caches = (("k_cache", k_cache), ("v_cache", v_cache))
     for (name, cache), scale in zip(caches, (k_scale, v_scale), strict=True):
-        if fp8 and name == "v_cache":
-            like(name, cache, "k_cache", k_cache)
         like(name, cache, "q", q, dtype=not fp8)
+        if cache.dtype != k_cache.dtype:  # under autocast too, which casts no cache
+            got, want = (str(c.dtype).removeprefix("torch.") for c in (cache, k_cache))
+            raise TypeError(f"{name}: got dtype {got}, want k_cache's, {want}")
         if not fp8 and scale is None:
             continue
         scale_name = f"{name[0]}_scale"

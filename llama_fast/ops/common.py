@@ -46,6 +46,7 @@ def register(
     packet = getattr(torch.ops.llama_fast, name)
     default, no_grad = packet.default, packet.no_grad
     for overload, call in zip(names, (default, no_grad), strict=True):
+        _lib.impl(overload, _with_memory(call), "ZeroTensor")
         for device, keys in _AUTOCAST.items():
             _lib.impl(overload, impl, device)
             _lib.impl(overload, _casting(call, autocast, device, keys), f"Autocast{device}")
@@ -88,6 +89,23 @@ def _casting(
     return kernel
 
 
+def _with_memory(op: Any) -> Callable[..., Any]:
+    """Return the kernel for the tensors without memory that autograd uses as zeros. PyTorch's own
+    fallback expands a scalar to their shape, past whose end kernels would read."""
+
+    def kernel(*args: Any) -> Any:
+        given = []
+        for value, argument in zip(args, op._schema.arguments, strict=True):
+            if isinstance(value, Tensor) and value._is_zerotensor():
+                if argument.alias_info is not None:
+                    raise TypeError(f"{argument.name}: got a zero tensor, want one to write into")
+                value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+            given.append(value)
+        return op(*given)
+
+    return kernel
+
+
 def _without_backward(name: str, no_grad: Any) -> Callable[..., Any]:
     """Return the autograd kernel of an op whose gradient is not defined: it computes, and backward
     raises. Without it, PyTorch would only warn and leave gradients out."""
@@ -116,7 +134,7 @@ def _without_backward(name: str, no_grad: Any) -> Callable[..., Any]:
 
 def as_rows(t: Tensor) -> Tensor:
     """Return t [..., n] as [rows, n]: a view where strides allow, else a copy."""
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else torch.atleast_2d(t).flatten(0, -2)  # -1 fails for n = 0
 
 
 def new(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from . import checks
 from .common import check_range, new, register, with_huge_pages
 
 
+@checks.public
 def attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -56,10 +57,7 @@ def attention_with_kvcache(
         checks.like("block_table", block_table, "q", q, dtype=False)
         checks.has_shape("block_table", block_table, (batch, None), "[B, n]")
     checks.flag("causal", causal)
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int):
-        raise TypeError(f"num_splits: got {type(num_splits).__name__}, want an int")
-    if num_splits < 0:
-        raise ValueError(f"num_splits: got {num_splits}, want 0 (automatic) or more")
+    checks.integer("num_splits", num_splits, 0)
     scale = checks.softmax_scale(softmax_scale, d)
     return _attention_with_kvcache_op(
         q, k_cache, v_cache, cache_seqlens, block_table, causal, scale, num_splits, k_scale, v_scale

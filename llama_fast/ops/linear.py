@@ -15,6 +15,7 @@ from .common import as_rows, register, wide, with_huge_pages
 from .quantize import quantize
 
 
+@checks.public
 def fp8_gemm(
     a: Tensor,
     b: Tensor,
@@ -44,8 +45,9 @@ def fp8_gemm(
     if scale_a.dim() == 2 and scale_a.shape[0] != m and scale_a.numel() != 1:
         raise ValueError(f"scale_a: got shape {list(scale_a.shape)}, want a row for each of {m}")
     _check_scale("scale_b", scale_b, b.shape[0], k, "a", a)
-    if out_dtype not in checks.ACTIVATIONS:
-        raise TypeError(f"out_dtype: got {out_dtype}, want bfloat16, float16 or float32")
+    if not isinstance(out_dtype, torch.dtype) or out_dtype not in checks.ACTIVATIONS:
+        got = checks.shown(out_dtype)
+        raise TypeError(f"out_dtype: got {got}, want bfloat16, float16 or float32")
     if bias is not None:
         checks.has_dtype("bias", bias, (out_dtype,))
         checks.like("bias", bias, "a", a, dtype=False)
@@ -54,6 +56,7 @@ def fp8_gemm(
     return _fp8_gemm_op(a, b, scale_a, scale_b, bias, out_dtype)
 
 
+@checks.public
 def fp8_linear(
     x: Tensor,
     weight: Tensor,
@@ -91,6 +94,7 @@ def fp8_linear(
     return _fp8_linear_op(x, weight, weight_scale, bias, quantize_activation, scale_ub)
 
 
+@checks.public
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight^T + bias, summed in fp32 in an order that does not depend on the batch.
 
@@ -107,6 +111,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _linear_op(x, weight, bias)
 
 
+@checks.public
 def pack_weight(weight: Tensor) -> Tensor:
     """Reorder [N, K] -> [N / 64, K / 2, 64, 2], which linear and fp8_linear read fastest on a CPU.
 

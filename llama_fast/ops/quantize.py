@@ -14,6 +14,7 @@ from .common import as_rows, new, register
 _GRANULARITIES = ("tensor", "row", "block", "block_2d")
 
 
+@checks.public
 def quantize_fp8(
     x: Tensor, granularity: str = "row", *, scale_ub: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -26,8 +27,9 @@ def quantize_fp8(
     NaN makes its whole group NaN. Source: Micikevicius et al., FP8 Formats, arXiv:2209.05433.
     """
     checks.activation("x", x)
-    if granularity not in _GRANULARITIES:
-        raise ValueError(f"granularity: got {granularity!r}, want one of {_GRANULARITIES}")
+    if not isinstance(granularity, str) or granularity not in _GRANULARITIES:
+        got = checks.shown(granularity)
+        raise ValueError(f"granularity: got {got}, want one of {_GRANULARITIES}")
     checks.bound("scale_ub", scale_ub)
     return _quantize_fp8_op(x, granularity, scale_ub)
 

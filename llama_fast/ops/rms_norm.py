@@ -14,6 +14,7 @@ from . import checks
 from .common import as_rows, new, new_scale, register, wide, with_huge_pages
 
 
+@checks.public
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight.
 
@@ -25,6 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     return _rms_norm_op(x, weight, eps)
 
 
+@checks.public
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -37,6 +39,7 @@ def add_rms_norm(
     return _add_rms_norm_op(x, residual, weight, eps)
 
 
+@checks.public
 def rms_norm_fp8(
     x: Tensor,
     weight: Tensor,

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .. import reference
+from .. import _cpu, reference
 from ..dispatch import kernels
 from . import checks
 from .common import check_range, new, register, with_huge_pages
+
+_EXACT = 2**24  # positions below it are exact in fp32
+_WIDEST = 2**16  # of head_dim
 
 
 class Scaling(Protocol):
@@ -64,25 +67,22 @@ def rope_table(
     in fp32, as in Meta's code and transformers: the model was trained with them. Keep the table in
     fp32 for every model dtype: in bf16, positions past 256 would collapse.
     """
+    theta = config_or_theta
     if hasattr(config_or_theta, "rope_theta"):
-        theta = float(config_or_theta.rope_theta)
+        theta = config_or_theta.rope_theta
         head_dim = config_or_theta.head_dim if head_dim is None else head_dim
         scaling = config_or_theta.rope_scaling if scaling is None else scaling
-    elif isinstance(config_or_theta, (int, float)) and not isinstance(config_or_theta, bool):
-        theta = float(config_or_theta)
-    else:
+    elif isinstance(theta, bool) or not isinstance(theta, (int, float)):
         got = type(config_or_theta).__name__
         raise TypeError(f"config_or_theta: got {got}, want a LlamaConfig or a number")
-    if not math.isfinite(theta) or theta <= 1.0:
-        raise ValueError(f"config_or_theta: got theta {theta}, want a finite number > 1")
-    if isinstance(max_positions, bool) or not isinstance(max_positions, int):
-        raise TypeError(f"max_positions: got {type(max_positions).__name__}, want an int")
-    if max_positions < 1:
-        raise ValueError(f"max_positions: got {max_positions}, want at least 1")
+    checks.number("config_or_theta", theta, 1.0, inclusive=False)
+    theta = float(theta)
+    checks.integer("max_positions", max_positions, 1, _EXACT)
     if head_dim is None:
         raise ValueError("head_dim: got None, want it when theta is given as a number")
-    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim: got {head_dim!r}, want an even number")
+    checks.integer("head_dim", head_dim, 2, _WIDEST)
+    if head_dim % 2:
+        raise ValueError(f"head_dim: got {head_dim}, want an even number")
     factor = 1.0
     if hasattr(scaling, "frequencies"):
         freqs, factor = scaling.frequencies(theta, head_dim, max_positions)
@@ -98,9 +98,13 @@ def rope_table(
         )
     angles = torch.arange(max_positions, dtype=torch.float32, device="cpu")[:, None] * freqs
     table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
-    return table.to(torch.get_default_device() if device is None else device)
+    try:
+        return table.to(torch.get_default_device() if device is None else torch.device(device))
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {checks.shown(device)}, want a device: {error}") from error
 
 
+@checks.public
 def apply_rope(
     q: Tensor, k: Tensor, positions: Tensor, table: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -115,6 +119,7 @@ def apply_rope(
     return _apply_rope_op(q, k, positions, table, interleaved)
 
 
+@checks.public
 def apply_rope_and_append(
     q: Tensor,
     k: Tensor,
@@ -133,10 +138,11 @@ def apply_rope_and_append(
     """Rotate q and k as apply_rope does and write k and v into a KV cache. Returns the rotated q.
 
     v [T, Hkv, D]; k_cache, v_cache [blocks, block_size, Hkv, D] of any strides (if contiguous:
-    blocks = B, block_size = S). slots [T] (int32 or int64): block * block_size + offset for each
-    token; -1 skips it. Slots must differ from each other. An FP8 cache (e4m3) needs k_scale and
-    v_scale, fp32 [1] or [Hkv], and receives e4m3(clamp(k / k_scale, -448, 448)), where k is rotated
-    and rounded to its dtype first; caches of q's dtype take no scales.
+    blocks = B, block_size = S), with memory of its own for each element. slots [T] (int32 or
+    int64): block * block_size + offset for each token; -1 skips it. Slots must differ from each
+    other. An FP8 cache (e4m3) needs k_scale and v_scale, fp32 [1] or [Hkv], and receives
+    e4m3(clamp(k / k_scale, -448, 448)), where k is rotated and rounded to its dtype first; caches
+    of q's dtype take no scales.
 
     layer: the caches are pools [layers, blocks, block_size, Hkv, D], and this layer is written.
     Under torch.compile with dynamic shapes, pass pools and layer: pool[layer] raises
@@ -155,7 +161,7 @@ def apply_rope_and_append(
         checks.has_shape(name, cache, shape, spelled)
         checks.rows_contiguous(name, cache)
     if layer is not None:
-        checks.index("layer", layer, k_cache.shape[0])
+        checks.integer("layer", layer, 0, k_cache.shape[0] - 1)
     checks.has_shape("v_cache", v_cache, tuple(k_cache.shape), "k_cache's shape")
     checks.has_dtype("slots", slots, checks.INDICES)
     checks.like("slots", slots, "q", q, dtype=False)
@@ -219,6 +225,8 @@ def _apply_rope_and_append(
     positions, slots = positions.contiguous(), slots.contiguous()
     check_range("positions", positions, 0, table.shape[0] - 1)
     check_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
+    if shared := _cpu.shared_memory(k_cache, v_cache):
+        _refuse_shared(shared, k_cache, v_cache)
     on = kernels("apply_rope_and_append", q)
     if on is None:
         return reference.apply_rope_and_append(
@@ -240,6 +248,13 @@ def _apply_rope_and_append(
         on.rope(q_out, None, q, k, positions, table, interleaved, *caches)
         increment_version((k_cache, v_cache))
     return q_out
+
+
+def _refuse_shared(shared: str, k_cache: Tensor, v_cache: Tensor) -> None:
+    if shared == "both":
+        raise ValueError("v_cache: got memory that is k_cache's too, want caches of their own")
+    strides = list((k_cache if shared == "k_cache" else v_cache).stride())
+    raise ValueError(f"{shared}: got strides {strides}, want memory for each of its elements")
 
 
 def _fake_append(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:

@@ -6,6 +6,7 @@ vLLM calls register() in each of its processes. docs/vllm.md lists what is serve
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 try:
     import vllm
@@ -20,13 +21,14 @@ from .. import _cpu
 
 SWITCH = "LLAMA_FAST_VLLM"
 logger = init_logger("vllm.llama_fast")
+_registered: set[str] = set()
 
 
 def register() -> None:
     """Register the kernels with vLLM, unless LLAMA_FAST_VLLM=0 or vLLM serves another device.
 
-    Raises ValueError for another value of LLAMA_FAST_VLLM than 0 and 1. A vLLM without the hooks of
-    the tested version runs unchanged, with a warning.
+    Raises ValueError for another value of LLAMA_FAST_VLLM than 0 and 1. Where this vLLM lacks a
+    hook of the tested version, it warns, and vLLM's own layers stay.
     """
     switch = os.environ.get(SWITCH, "1")
     if switch not in ("0", "1"):
@@ -39,11 +41,14 @@ def register() -> None:
         name = current_platform.device_name
         logger.warning("llama_fast: its kernels for vLLM are for CPUs; %s is left to vLLM", name)
         return
-    try:
-        from . import attention, layers, linear
-    except (ImportError, AttributeError) as error:
-        logger.warning("llama_fast: vLLM %s is left unchanged: %s", vllm.__version__, error)
-        return
-    for part in (layers, linear, attention):
-        part.register()
-    logger.info("llama_fast: serves vLLM's CPU layers (%s); %s=0 prevents it", _cpu.isa(), SWITCH)
+    for part in ("layers", "linear", "attention"):
+        if part in _registered:  # vLLM may load plugins more than once
+            continue
+        try:
+            import_module(f"{__name__}.{part}").register()
+            _registered.add(part)
+        except (ImportError, AttributeError, KeyError) as error:
+            message = "llama_fast: vLLM %s keeps its own %s: %r"
+            logger.warning(message, vllm.__version__, part, error)
+    served = ", ".join(sorted(_registered))
+    logger.info("llama_fast: serves vLLM's %s (%s); %s=0 prevents it", served, _cpu.isa(), SWITCH)

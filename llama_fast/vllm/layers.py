@@ -122,8 +122,6 @@ class FastLlama3RotaryEmbedding(_FastRotary, Llama3RotaryEmbedding):
 
 def register() -> None:
     """Register the ops, and put them first in the priority list of vLLM's CPU platform."""
-    if PROVIDER in ir.ops.rms_norm.impls:
-        return
     ir.ops.rms_norm.register_impl(PROVIDER, supports_args=_serves_norm)(_norm)
     ir.ops.fused_add_rms_norm.register_impl(PROVIDER, supports_args=_serves_add_norm)(_add_norm)
     platform = type(current_platform)

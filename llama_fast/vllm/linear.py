@@ -60,7 +60,9 @@ class FastFP8LinearKernel(FP8ScaledMMLinearKernel):
         scale = getattr(layer, name).data.float().contiguous()
         if not blocks:
             scale = scale.reshape(1) if scale.numel() == 1 else scale.reshape(-1, 1)
-        replace_parameter(layer, "weight", _packed(weight))
+        # Multi-head latent attention reads the weight of a layer that it marks so.
+        marked = getattr(layer, "_cpu_skip_gemm_dispatch", False)
+        replace_parameter(layer, "weight", weight.contiguous() if marked else _packed(weight))
         replace_parameter(layer, name, scale)
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,10 +81,7 @@ def _in_blocks(c: FP8ScaledMMLinearLayerConfig) -> bool:
 def register() -> None:
     """Put the FP8 kernel first in vLLM's lists for CPUs, and pack other weights once loaded."""
     for name in _LISTS:
-        kernels = getattr(vllm_kernels, name)[PlatformEnum.CPU]
-        if FastFP8LinearKernel in kernels:
-            return
-        kernels.insert(0, FastFP8LinearKernel)
+        getattr(vllm_kernels, name)[PlatformEnum.CPU].insert(0, FastFP8LinearKernel)
     dispatch = utils.dispatch_cpu_unquantized_gemm
 
     def pack(layer: Any, remove_weight: bool) -> None:

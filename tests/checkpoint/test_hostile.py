@@ -205,6 +205,9 @@ def test_a_long_list_is_no_long_wait() -> None:
     names = [f"model.layers.{i}.self_attn.{name}" for i in range(126) for name in LINEARS[:7]]
     assert not any(map(form.excludes, names))
     assert copy.deepcopy(form).excludes("model.layers.7.q") and form.excludes("layers.1.x")
+    many = {"quant_method": "fp8", "ignored_layers": [f"re:{i}.*x" for i in range(100_000)]}
+    with pytest.raises(ValueError, match="ignored_layers: 100000 expressions"):
+        parse(many)
 
 
 # ---- numbers ----

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of all modules together")
     parser.add_argument("--seed", type=int, default=None, help="default: a random one")
     parser.add_argument("--count", type=int, default=None, help="of cases of each module")
-    parser.add_argument("--only", choices=MODULES, action="append", help="may be repeated")
+    parser.add_argument("--only", metavar="MODULE", action="append", help=", ".join(MODULES))
     parser.add_argument("--here", action="store_true", help="in this process, for a debugger")
     arguments = parser.parse_args()
     seed = int.from_bytes(os.urandom(3), "big") if arguments.seed is None else arguments.seed
@@ -27,9 +27,9 @@ def main() -> int:
     seconds = arguments.seconds / len(names)
     if arguments.here:
         for name in names:
-            run = importlib.import_module(f".{name}", __package__).run
+            module = importlib.import_module(name if "." in name else f"{__package__}.{name}")
             start = time.monotonic()
-            calls = run(seconds, seed, arguments.count)
+            calls = module.run(seconds, seed, arguments.count)
             print(f"{name}: {calls} calls in {time.monotonic() - start:.0f} s, clean", flush=True)
         return 0
     status = 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from llama_fast import KVCache, Llama
+from llama_fast.ops.checks import shown
 
 from ..support.generation import CONFIG
 
@@ -61,3 +64,59 @@ def test_blocks_that_are_not_consecutive_are_no_run() -> None:
     assert cache.select([0]).append(16).run is None
     assert cache.select([1]).append(10).run == slice(16, 26)
     assert cache.append(1).run is None
+
+
+HUGE = 2**63
+ARGUMENTS: list[tuple[str, dict[str, Any]]] = [
+    *(("max_tokens", {"max_tokens": v}) for v in (1.5, True, None, 0, -1, HUGE, {3}, 1j)),
+    *(("max_tokens[0]", {"max_tokens": v}) for v in ("12", [0], [HUGE], [1.0], ["1"], [[1]])),
+    *(("batch_size", {"batch_size": v}) for v in (1.5, True, None, 0, -1, "1", HUGE)),
+    ("batch_size", {"max_tokens": []}),
+    *(("block_size", {"block_size": v}) for v in (1.5, True, None, 0, -1, "1", HUGE)),
+    *(("num_blocks", {"num_blocks": v}) for v in (1.5, True, 0, -1, "1", HUGE, 10**5000)),
+    *(("dtype", {"dtype": v}) for v in (torch.int8, torch.float64, torch.float8_e5m2, "fp8", None)),
+    ("config", {"config": "llama"}),
+    ("k_scale", {"dtype": torch.float8_e4m3fn, "k_scale": "1"}),
+    ("v_scale", {"dtype": torch.float8_e4m3fn, "v_scale": 1e39}),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), ARGUMENTS, ids=shown)
+def test_wrong_arguments(name: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        KVCache(**{"config": CONFIG, "max_tokens": 4, **wrong})
+    assert str(caught.value).startswith(f"{name}: got ") and "want" in str(caught.value)
+
+
+CALLS: list[tuple[str, str, Any]] = [
+    *(("append", "count", v) for v in (-1, 1.5, "1", True, None, HUGE, [1], [1, 1, 1], {1: 2})),
+    *(("append", "count[1]", [1, v]) for v in (-1, 1.5, "1", True, None, HUGE)),
+    *(("advance", "count", v) for v in (-1, 1.5, None, 17, [1], [1, 17])),
+    *(("reserve", "tokens", v) for v in (3, None, [1])),
+    *(("reserve", "tokens[0]", [v, 1]) for v in (-1, 1.5, HUGE)),
+    *(("truncate", "tokens", v) for v in (3, None, [1])),
+    *(("truncate", "tokens[1]", [0, v]) for v in (-1, 1.5, 9, HUGE)),
+    *(("release", "index", v) for v in (-1, 2, 1.5, "0", None)),
+    *(("select", "indices[0]", [v]) for v in (-1, 2, 1.5, "0", None)),
+    ("select", "indices", 0),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "value"), CALLS, ids=shown)
+def test_wrong_calls_change_nothing(method: str, name: str, value: Any) -> None:
+    cache = KVCache(CONFIG, 64, 2, block_size=16)
+    cache.append(3)
+    cache.advance(3)
+    before = cache.seqlens, cache.free_blocks, cache.block_table.tolist()
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(cache, method)(value)
+    assert str(caught.value).startswith(f"{name}: got ") and "want" in str(caught.value)
+    assert before == (cache.seqlens, cache.free_blocks, cache.block_table.tolist())
+
+
+def test_integers_of_numpy() -> None:
+    cache = KVCache(CONFIG, np.array([20, 30]), block_size=np.int64(16), num_blocks=np.int32(5))
+    cache.append(np.array([1, 2]))
+    cache.advance(np.array([1, 2]))
+    assert cache.seqlens == [1, 2] and cache.free_blocks == 3
+    assert len(KVCache(CONFIG, np.int64(20), np.int64(3))) == 3

@@ -1,4 +1,4 @@
-"""Inputs, launches and the check of attention, for its tests."""
+"""Inputs and launches of attention on a GPU."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import llama_fast as lf
-from llama_fast import reference
-
-from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
+from ..support import attention
+from ..support.attention import DTYPES, NAN
+from ..support.attention import check as check
+from ..support.attention import dtypes as dtypes
 from .conftest import BACKEND, launcher
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 # fp16 takes the code paths of bf16. Where the values do not matter, two dtypes are enough.
 two_dtypes = pytest.mark.parametrize("dtype", DTYPES[::2], ids=["bfloat16", "float32"])
 paths = pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
-NAN, INF = float("nan"), float("inf")
+INF = float("inf")
 
 
 def qkv(
@@ -30,21 +28,8 @@ def qkv(
     dtype: torch.dtype,
     batch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. v has a mean, as activations do."""
-    (sq, sk), (h, hkv) = lengths, heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
-    v = torch.randn(batch, sk, hkv, d) + 0.25
-    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    actual = lf.attention(q, k, v, **options)
-    exact = reference.attention(q.double(), k.double(), v.double(), **options)
-    allowed = 0.0
-    if q.dtype == torch.float32 and v.numel():
-        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
-    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
-    return actual
+    q, k, v = attention.qkv(lengths, heads, d, dtype, batch)
+    return q.to(device), k.to(device), v.to(device)
 
 
 def launch(
@@ -71,7 +56,7 @@ def launch(
 
 
 def cu_seqlens(device: torch.device, lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return attention.cu_seqlens(lengths).to(device)
 
 
 def framed(t: Tensor) -> Tensor:

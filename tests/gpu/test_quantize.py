@@ -68,6 +68,14 @@ def amaxes(dtype: torch.dtype, count: int) -> Tensor:
     return torch.where(values.isfinite() & (values > 0), values, info.max).to(dtype)
 
 
+@pytest.mark.parametrize("scale_ub", [5e-324, 1e-40, 1e-36, 2, 3.4e38], ids=str)
+def test_bounds_at_the_ends_of_the_range(scale_ub: float, device: torch.device) -> None:
+    x = torch.randn(4, 200)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    for granularity in GRANULARITIES:
+        assert_same(x.to(device), granularity, scale_ub)
+
+
 @pytest.mark.parametrize("bounded", [False, True], ids=["", "bounded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_by_every_magnitude_of_scale(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -13,37 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast import _cpu, cpu, reference
+from llama_fast import _cpu, cpu
 
-from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-NAN = float("nan")
-
-
-def qkv(
-    lengths: tuple[int, int], heads: tuple[int, int], d: int, dtype: torch.dtype, batch: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q [B, Sq, H, D], k and v [B, Sk, Hkv, D]. v has a mean, as activations do."""
-    (sq, sk), (h, hkv) = lengths, heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
-    return q.to(dtype), k.to(dtype), (torch.randn(batch, sk, hkv, d) + 0.25).to(dtype)
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    actual = lf.attention(q, k, v, **options)
-    exact = reference.attention(q.double(), k.double(), v.double(), **options)
-    allowed = 0.0
-    if q.dtype == torch.float32 and v.numel():
-        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
-    assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
-    return actual
-
-
-def cu_seqlens(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
+from ..support.attention import DTYPES, NAN, check, cu_seqlens, dtypes, qkv
 
 # ---- against fp64 ----
 

@@ -134,3 +134,16 @@ def test_without_autocast_for_the_device_mixed_dtypes_are_refused(enabled: bool)
                 call("rms_norm", weight=x(64, dtype=BF16))
         with pytest.raises(TypeError, match="weight: got dtype float64"):
             call("rms_norm", weight=x(64).double())
+
+
+@pytest.mark.parametrize("low", [BF16, FP16], ids=str)
+def test_what_is_not_cast_is_not_mixed(low: torch.dtype) -> None:
+    """Refuse a 16-bit operand for an FP8 one, and caches of two dtypes: kernels read both alike."""
+    wrong = [("fp8_gemm", "b", {}), ("fp8_gemm", "a", {})]
+    wrong += [(op, "v_cache", {}) for op in ("attention_with_kvcache", "apply_rope_and_append")]
+    fp8 = {"k_cache": x(2, 8, 2, 16).to(FP8), "k_scale": torch.ones(1), "v_scale": torch.ones(1)}
+    wrong += [(op, "v_cache", fp8) for op, _, _ in wrong[2:]]
+    for op, name, others in wrong:
+        given = example(op) | others
+        with torch.autocast("cpu", dtype=low), pytest.raises(TypeError, match=f"^{name}: got"):
+            getattr(lf, op)(**{**given, name: given[name].to(low)})

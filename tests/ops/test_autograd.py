@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[[Any], Call], list[tuple[int, ...]]]] = {
         [(5, 4, 8), (5, 2, 8)],
     ),
     "linear": (lambda m: m.linear, [(2, 3, 6), (5, 6), (5,)]),
+    "linear-no outputs": (lambda m: m.linear, [(2, 3, 6), (0, 6), (0,)]),
     "linear-no bias": (lambda m: m.linear, [(6,), (5, 6)]),
     "linear-packed": (lambda m: m.linear, [(3, 4), (1, 2, 64, 2), (64,)]),
     "pack_weight": (lambda m: lambda x, w: m.linear(x, m.pack_weight(w)), [(3, 4), (64, 4)]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
+from llama_fast import _cpu
+from llama_fast.ops.checks import shown
 
 from ..support.op_examples import (
     BF16,
     FP8,
     HIDDEN,
     HKV,
+    OPS,
     D,
     H,
     K,
@@ -47,6 +51,9 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("eps", True, TypeError),
         ("eps", -1.0, ValueError),
         ("eps", float("nan"), ValueError),
+        ("eps", 1e39, ValueError),
+        ("eps", 10**400, ValueError),
+        ("eps", 10**5000, ValueError),  # Python does not print it
     ],
     "add_rms_norm": [
         ("residual", x(T + 1, HIDDEN), ValueError),
@@ -57,6 +64,9 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("scale_ub", 0.0, ValueError),
         ("scale_ub", float("inf"), ValueError),
         ("scale_ub", "big", TypeError),
+        ("scale_ub", 1e300, ValueError),
+        ("scale_ub", 10**400, ValueError),
+        ("scale_ub", True, TypeError),
         ("residual", x(HIDDEN), ValueError),
     ],
     "silu_and_mul": [
@@ -88,6 +98,7 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("slots", torch.full((T,), -2), ValueError),
         ("slots", torch.arange(T - 1), ValueError),
         ("slots", torch.arange(T).short(), TypeError),
+        ("layer", 2**63, ValueError),
         ("k_scale", torch.ones(1), ValueError),
         ("v_scale", torch.ones(HKV), ValueError),
         ("k_cache", fp8(2, 8, HKV, D), ValueError),
@@ -121,6 +132,8 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
         ("block_table", None, ValueError),
         ("num_splits", -1, ValueError),
         ("num_splits", 1.0, TypeError),
+        ("num_splits", True, TypeError),
+        ("num_splits", 2**63, ValueError),
         ("k_scale", torch.ones(1), ValueError),
         ("v_scale", torch.ones(HKV), ValueError),
         ("k_cache", fp8(2, 8, HKV, D), ValueError),
@@ -129,6 +142,8 @@ WRONG: dict[str, list[tuple[str, Any, type[Exception]]]] = {
     "quantize_fp8": [
         ("granularity", "column", ValueError),
         ("granularity", None, ValueError),
+        ("granularity", ["row"], ValueError),
+        ("granularity", 10**5000, ValueError),
         ("scale_ub", 0, ValueError),
         ("x", fp8(T, HIDDEN), TypeError),
     ],
@@ -218,11 +233,20 @@ def test_bad_cu_seqlens(q: Tensor | None, k: Tensor) -> None:
         ({"config_or_theta": 1e4, "max_positions": 4.0, "head_dim": 8}, TypeError),
         ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": 7}, ValueError),
         ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": 8, "scaling": 8.0}, TypeError),
+        ({"config_or_theta": 10**400, "max_positions": 4, "head_dim": 8}, ValueError),
+        ({"config_or_theta": 1e4, "max_positions": 2**63, "head_dim": 8}, ValueError),
+        ({"config_or_theta": 1e4, "max_positions": 2**24 + 1, "head_dim": 8}, ValueError),
+        ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": 2**63}, ValueError),
+        ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": True}, TypeError),
+        ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": 8, "device": "disk"}, ValueError),
+        ({"config_or_theta": 1e4, "max_positions": 4, "head_dim": 8, "device": 1.5}, ValueError),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_bad_rope_table(arguments: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error, match="got"):
+    with pytest.raises(
+        error, match=r"^(config_or_theta|max_positions|head_dim|scaling|device): got"
+    ):
         lf.rope_table(**arguments)
 
 
@@ -240,7 +264,98 @@ def test_f23_position_outside_the_table(op: str, bad: int) -> None:
         call(op, positions=torch.tensor([0, 1, bad, 3, 4, 5]))
 
 
-# ---- layouts: integer arguments, tables and scales may have any stride ----
+# ---- layouts ----
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse_coo": Tensor.to_sparse,
+    "sparse_csr": Tensor.to_sparse_csr,
+    "sparse_csc": Tensor.to_sparse_csc,
+    "sparse_bsr": lambda t: t.to_sparse_bsr((1, 1)),
+    "sparse_bsc": lambda t: t.to_sparse_bsc((1, 1)),
+    "mkldnn": Tensor.to_mkldnn,
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+    "nested jagged": lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.filterwarnings("ignore:.*(beta state|prototype stage)")
+def test_only_strided_tensors(op: str, layout: str) -> None:
+    """Give each tensor of each op such a layout, as far as it can have it: PyTorch's own answers
+    are internal errors, or a wrong stride."""
+    tried = 0
+    for name, value in (given := example(op) | (PACKED if op == "attention" else {})).items():
+        if not isinstance(value, Tensor):
+            continue
+        try:
+            other = LAYOUTS[layout](value)
+        except (RuntimeError, TypeError, IndexError):  # of 1 dimension, not fp32, ...
+            continue
+        tried += 1
+        with pytest.raises(TypeError) as caught:
+            getattr(lf, op)(**{**given, name: other})
+        kind = layout.split()[0]
+        assert str(caught.value) == f"{name}: got a {kind} tensor, want a strided one"
+    assert tried or layout in ("sparse_bsr", "sparse_bsc", "mkldnn")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_zeros_without_memory(op: str) -> None:
+    """PyTorch gives autograd such tensors, and kernels one element expanded to their shape."""
+    for name, value in (given := example(op)).items():
+        if not isinstance(value, Tensor) or name in ("slots", "weight_scale", "scale_a", "scale_b"):
+            continue
+        zero = torch._efficientzerotensor(value.shape, dtype=value.dtype)
+        if name in ("k_cache", "v_cache") and op == "apply_rope_and_append":
+            with pytest.raises(TypeError, match=f"^{name}: got a zero tensor"):
+                getattr(lf, op)(**{**given, name: zero})
+            continue
+        results = [getattr(lf, op)(**{**given, name: z}) for z in (zero, torch.zeros_like(value))]
+        for a, b in zip(*map(tensors, results), strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_the_kernels_refuse_rows_with_gaps() -> None:
+    gaps = x(2, 2 * HIDDEN)[:, ::2]
+    with pytest.raises(ValueError, match="last dimension has gaps"):
+        _cpu.rms_norm(x(2, HIDDEN), gaps, x(HIDDEN), 1e-5, None, None, None, None)
+
+
+KV, PAIRS = torch.zeros(2, 8, HKV, 2, D), torch.zeros(2, 2, 8, HKV, D)
+ROW, SQUARE = torch.zeros(4, 8, HKV, D), torch.zeros(8, 8, HKV, D)
+OVERLAPPING = {
+    "k of stride 0": ("k_cache", ROW[:1].expand(2, -1, -1, -1), PAIRS[0]),
+    "v of stride 0": ("v_cache", PAIRS[0], ROW[:2, :1].expand(-1, 8, -1, -1)),
+    "windows": ("k_cache", ROW.as_strided((2, 8, HKV, D), (64, 32, 8, 1)), PAIRS[0]),
+    "one cache": ("v_cache", ROW, ROW),
+    "shifted": ("v_cache", ROW[:2], ROW[1:3]),
+    "shifted by a head": ("v_cache", KV[..., 0, :], KV.view(2, 8, -1, D)[..., 1:3, :]),
+    "other strides": ("v_cache", SQUARE, SQUARE.transpose(0, 1)),
+}
+APART = {
+    "by head": (KV[..., 0, :], KV[..., 1, :]),
+    "by block": (PAIRS[:, 1], PAIRS[:, 0]),
+    "halves": (ROW[2:], ROW[:2]),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", OVERLAPPING)
+def test_caches_that_share_memory(kind: str, backend: str) -> None:
+    name, k_cache, v_cache = OVERLAPPING[kind]
+    with lf.use_backend(backend), pytest.raises(ValueError, match=f"^{name}: got"):
+        call("apply_rope_and_append", k_cache=k_cache, v_cache=v_cache)
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_caches_within_one_buffer(kind: str) -> None:
+    k_cache, v_cache = (cache.zero_() for cache in APART[kind])
+    call("apply_rope_and_append", k_cache=k_cache, v_cache=v_cache)
+    assert all(cache.count_nonzero() == T * HKV * D for cache in (k_cache, v_cache))
+
+
+# Integer arguments, tables and scales may have any stride.
 
 
 def _spaced(t: Tensor, fill: float) -> Tensor:

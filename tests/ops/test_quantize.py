@@ -137,6 +137,15 @@ def test_f27_fused_zeros_under_flush_to_zero(fused: str, flush_to_zero: None, is
     assert (out[1] >= torch.finfo(torch.float32).tiny).all() and not out[0].float().any()
 
 
+@pytest.mark.parametrize("scale_ub", [5e-324, 1e-40, 1e-36, 2, 3.4e38], ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_bounds_at_the_ends_of_the_range(granularity: str, scale_ub: float, isa: str) -> None:
+    """Below the smallest amax they act as that; above every amax they change only infinite ones."""
+    x = torch.randn(4, 300)
+    x[1, 5], x[2, 7] = float("nan"), float("inf")
+    assert_same(x, granularity, scale_ub)
+
+
 @pytest.mark.parametrize("value", [448, 449, 464, 465, 480, 1200, 1201, float("inf")])
 @pytest.mark.parametrize("scale_ub", [None, 448.0, 1200.0])
 def test_f28_the_cast_is_clamped(value: float, scale_ub: float | None, isa: str) -> None:

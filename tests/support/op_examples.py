@@ -13,6 +13,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from llama_fast import dispatch, ops, tune
+from llama_fast.ops.checks import shown
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 T, H, HKV, D, HIDDEN, K, N = 6, 4, 2, 16, 64, 128, 64
@@ -141,7 +142,7 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 
 def described(value: Any) -> str:
     """Return an argument's name in a test's id, the same in every process."""
-    return f"{list(value.shape)}-{value.dtype}" if isinstance(value, Tensor) else str(value)
+    return f"{list(value.shape)}-{value.dtype}" if isinstance(value, Tensor) else shown(value)
 
 
 def registered_arguments(op: str) -> tuple[Any, tuple[Any, ...]]:

@@ -19,7 +19,7 @@ MARK = "RESULT "
 class Served(NamedTuple):
     tokens: list[list[int]]  # of each prompt, the new ones
     logprobs: list[list[float]]  # of each prompt's tokens but the first
-    log: str
+    norms: list[str]  # what vLLM calls for rms_norm, in order
 
 
 def environment(plugin: bool, **variables: str) -> dict[str, str]:
@@ -50,15 +50,15 @@ def serve(
         text=True,
         timeout=500,
     )
-    log = done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
-        raise AssertionError(f"vLLM failed with code {done.returncode}:\n{log[-6000:]}")
-    return Served(**json.loads(lines[-1].removeprefix(MARK)), log=log)
+        log = f"{done.stdout}{done.stderr}"[-6000:]
+        raise AssertionError(f"vLLM ended with code {done.returncode}:\n{log}")
+    return Served(**json.loads(lines[-1].removeprefix(MARK)))
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams, ir
 
     job = json.load(sys.stdin)
     defaults = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 8}
@@ -75,7 +75,11 @@ def main() -> None:
         ]
         for o in outputs
     ]
-    result = {"tokens": [list(o.outputs[0].token_ids) for o in outputs], "logprobs": logprobs}
+    result = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "logprobs": logprobs,
+        "norms": ir.ops.rms_norm.get_priority(),
+    }
     print(MARK + json.dumps(result), flush=True)
 
 

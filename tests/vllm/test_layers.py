@@ -28,6 +28,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+import llama_fast.vllm as plugin
 from llama_fast import reference
 from llama_fast.vllm import attention, layers, linear
 
@@ -48,6 +49,23 @@ def close(actual: Tensor, expected: Tensor, ulps: float) -> None:
     """Compare in ulps of actual's dtype at the largest expected value."""
     ulp = torch.finfo(actual.dtype).eps * expected.abs().max().item()
     assert (actual.double() - expected.double()).abs().max().item() <= ulps * ulp
+
+
+def test_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_FAST_VLLM", "off")
+    with pytest.raises(ValueError, match="LLAMA_FAST_VLLM: got 'off', want 0 or 1"):
+        plugin.register()
+
+
+def test_without_a_hook_vllm_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(linear.vllm_kernels, "_POSSIBLE_FP8_KERNELS")
+    monkeypatch.setattr(plugin, "_registered", {"layers", "attention"})
+    monkeypatch.setattr(plugin.logger, "propagate", True)
+    plugin.register()
+    assert "keeps its own linear: AttributeError" in caplog.text
+    assert plugin._registered == {"layers", "attention"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
