@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")  # ipython: Llama 3.1's name for tool
-_TAG = "<|python_tag|>"
-_END = re.compile(r"(?:\s|<\|(?:eom_id|eot_id|end_of_text)\|>)+$")
+TAG = "<|python_tag|>"
+_ENDS = ("<|eom_id|>", "<|eot_id|>", "<|end_of_text|>")
 _BUILT_IN = re.compile(r"(\w+)\.call\((\w+)=(\"(?:[^\"\\]|\\.)*\")\)", re.DOTALL)
 _BETWEEN = {*" \t\r\n;,"}
 
@@ -94,8 +94,10 @@ def parse_tool_calls(answer: str) -> list[dict[str, Any]]:
     with or without <|python_tag|> before it; after that tag also brave_search.call(query="...") and
     the like, or code, which becomes a call of code_interpreter with "code".
     """
-    before, tag, tagged = _END.sub("", answer).partition(_TAG)
+    before, tag, tagged = answer.partition(TAG)
     text = (tagged if tag else before).strip()
+    while text.endswith(_ENDS):
+        text = text[: text.rindex("<|")].rstrip()
     try:
         calls = [_parsed(value) for value in _values(text)]
     except (ValueError, RecursionError):

@@ -67,7 +67,7 @@ def generate(checkpoint: Path, *options: str) -> int:
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["generate"], ["perplexity"], ["quantize"], ["plan"], ["tune"], ["env"]],
+    [[], ["generate"], ["chat"], ["perplexity"], ["quantize"], ["plan"], ["tune"], ["env"]],
     ids=str,
 )
 def test_help_has_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

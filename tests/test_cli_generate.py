@@ -74,7 +74,7 @@ def test_several_prompts_in_one_load(
 
 def test_a_prompt_is_needed_and_stdin_is_read_once(capsys: pytest.CaptureFixture[str]) -> None:
     for given, message in (
-        ([], "--prompt or --prompt-file"),
+        ([], "--prompt, --prompt-file or --messages"),
         (["--prompt", "-", "--prompt", "-"], "can be given once"),
         (["--prompt", "x", "--stop", ""], "argument --stop: got '', want a text"),
     ):

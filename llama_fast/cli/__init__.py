@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from . import generate, perplexity, plan, quantize
-from .common import Parser, one_line
+from . import chat, generate, perplexity, plan, quantize
+from .common import Parser, explained
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
+  llama-fast chat --model Llama-3.1-8B-Instruct
   llama-fast quantize Llama-3.1-8B-Instruct Llama-3.1-8B-Instruct-FP8
   llama-fast perplexity --model Llama-3.1-8B --text book.txt --quantize fp8 --against bfloat16
   llama-fast plan --model 405b --gpu h200 --gpus 8 --quantize fp8
@@ -58,12 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        message = str(error)
-        if isinstance(error, OSError) and error.strerror:  # without "[Errno 20]"
-            where = "" if error.filename is None else f"{error.filename}: "
-            message = where + error.strerror
-        message = one_line(message) or type(error).__name__
-        print(f"llama-fast: error: {message}", file=sys.stderr)
+        print(f"llama-fast: error: {explained(error)}", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -119,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     generate.add(command)
+    chat.add(command)
     perplexity.add(command)
     quantize.add(command)
     plan.add(command)

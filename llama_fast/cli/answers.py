@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..messages import TAG, parse_tool_calls
 from ..text import TextStreamer
 from .common import progress
 
@@ -20,26 +21,65 @@ _SHORT = 128  # tokens: read too soon for a progress bar
 
 
 class Answer:
-    """One prompt's answer: its text, tokens and times."""
+    """One prompt's answer: its text, tokens and times. With tools, what may be a call of one is not
+    text before it is whole and turns out to be none."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str], tools: bool = False
+    ) -> None:
         self.prompt = len(prompt)
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.times: list[float] = []
         self.finish: str | None = None  # "stop", "length", or "interrupted"
-        self.pieces: list[str] = []
-        self.streamer = TextStreamer(
+        self.text = ""
+        self.calls: list[dict[str, Any]] = []  # in the form of a message's tool_calls
+        self._tokenizer, self._tools = tokenizer, tools
+        self._tag = tokenizer.convert_tokens_to_ids(TAG) if tools else None
+        self._held = ""
+        self._holds: bool | None = None if tools else False  # None: no character but spaces yet
+        self._shown = 0
+        self._streamer = TextStreamer(
             tokenizer,
-            self.pieces.append,
+            self._add,
             stop=stop,
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
 
-    @property
-    def text(self) -> str:
-        return "".join(self.pieces)
+    def put(self, token: int) -> bool:
+        """Take a token, and return whether a stop text ends the answer."""
+        self.times.append(time.perf_counter())
+        self.ids.append(token)
+        if token == self._tag:
+            self._holds = True
+        return self._streamer.put(token)
+
+    def end(self) -> None:
+        self._streamer.end()
+        if self._tools:
+            self.calls = parse_tool_calls(self._tokenizer.decode(self.ids))
+        if self._held and not self.calls:
+            self._holds = False
+            self._add("")
+
+    def fresh(self) -> str:
+        """Return the text since the last call."""
+        text, self._shown = self.text[self._shown :], len(self.text)
+        return text
+
+    def called(self) -> str:
+        """Return the calls as JSON, to print after the text."""
+        calls = json.dumps(self.calls, ensure_ascii=False)
+        return "\n" * bool(self.text) + calls if self.calls else ""
+
+    def _add(self, text: str) -> None:
+        self._held += text
+        if self._holds is None and self._held.strip():
+            self._holds = self._held.lstrip()[0] in "{["
+        if self._holds is False:
+            self.text += self._held
+            self._held = ""
 
 
 class Answers:
@@ -55,10 +95,11 @@ class Answers:
         max_new_tokens: int,
         as_json: bool = False,
         logprobs: bool = False,
+        tools: bool = False,
     ) -> None:
         self._tokenizer, self._stop_ids, self._most = tokenizer, stop_ids, max_new_tokens
-        self._json, self._logprobs = as_json, logprobs
-        self.all = [Answer(tokenizer, prompt, stop) for prompt in prompts]
+        self._json, self._logprobs, self._tools = as_json, logprobs, tools
+        self.all = [Answer(tokenizer, prompt, stop, tools) for prompt in prompts]
         self._printed = 0  # answers printed, the first ones
         self._start = time.perf_counter()
         self._read = [0] * len(prompts)
@@ -85,15 +126,13 @@ class Answers:
 
     def on_token(self, i: int, token: int) -> bool:
         answer = self.all[i]
-        answer.times.append(time.perf_counter())
-        answer.ids.append(token)
-        stopped = answer.streamer.put(token)
+        stopped = answer.put(token)
         if stopped or token in self._stop_ids:
             answer.finish = "stop"
         elif len(answer.ids) == self._most:
             answer.finish = "length"
         if answer.finish:
-            answer.streamer.end()
+            answer.end()
         self._print()
         return stopped
 
@@ -101,24 +140,24 @@ class Answers:
         """Print what is left, after an interrupt too."""
         for answer in self.all:
             if answer.finish is None:
-                answer.streamer.end()
+                answer.end()
                 answer.finish = "interrupted" if interrupted else "stop"
         self._print()
 
     def _print(self) -> None:
         if len(self.all) == 1 and not self._json:
             (answer,) = self.all
-            _show(answer.text)
-            answer.pieces.clear()
+            _show(answer.fresh())
         while self._printed < len(self.all) and (answer := self.all[self._printed]).finish:
             self._printed += 1
             if self._json:
                 _show(json.dumps(self._object(answer), ensure_ascii=False) + "\n")
             elif len(self.all) == 1:
-                _show("\n")
+                _show(f"{answer.called()}\n")
             else:
                 between = "\n" if self._printed > 1 else ""
-                _show(f"{between}--- {self._printed} of {len(self.all)} ---\n{answer.text}\n")
+                text = answer.text + answer.called()
+                _show(f"{between}--- {self._printed} of {len(self.all)} ---\n{text}\n")
             if self._logprobs and not self._json:
                 for token, logprob in zip(answer.ids, answer.logprobs, strict=True):
                     print(f"{logprob:10.4f} {self._tokenizer.decode([token])!r}", file=sys.stderr)
@@ -133,7 +172,9 @@ class Answers:
             "new_tokens": len(answer.ids),
             "seconds": round(((answer.times or [time.perf_counter()])[-1]) - self._start, 6),
         }
-        return found | ({"logprobs": answer.logprobs} if self._logprobs else {})
+        if self._logprobs:
+            found["logprobs"] = answer.logprobs
+        return found | ({"tool_calls": answer.calls} if self._tools else {})
 
     def footer(self) -> str:
         """Return the line of figures. The prompts' time ends with the last one's first token."""

@@ -27,7 +27,6 @@ without the first and the last."""
 _LONGEST = 600  # characters of an error
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # torch crashes if it cannot start all of them
 
-
 MODEL_HELP = "a Hugging Face folder, a GGUF file, or a model of the Hub: owner/name[@revision]"
 
 
@@ -41,6 +40,15 @@ def one_line(message: str) -> str:
     """Return a message on one line, without the middle of what it quotes if that is long."""
     line = " ".join(message.encode(errors="backslashreplace").decode().split())
     return line if len(line) <= _LONGEST else f"{line[:300]} ... {line[-300:]}"
+
+
+def explained(error: Exception) -> str:
+    """Return an error's message on one line."""
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without "[Errno 20]"
+        where = "" if error.filename is None else f"{error.filename}: "
+        message = where + error.strerror
+    return one_line(message) or type(error).__name__
 
 
 class AddCommand(Protocol):

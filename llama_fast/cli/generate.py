@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import conversation
 from .common import (
     AddCommand,
     add_model_options,
@@ -27,12 +28,13 @@ _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --speculate lookup --prompt - < edit.txt
   llama-fast generate --model Llama-3.1-8B --stop $'\\n' --prompt "1 + 1 =" --prompt "2 + 2 ="
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --json --prompt-file question.txt
+  llama-fast generate --model Llama-3.1-8B-Instruct --messages talk.json --tools functions.json
 
 Text goes to stdout, and figures to stderr. One prompt's text appears as it is made; several prompts
 are computed together, and each text appears once it and those before it are complete. --json prints
 a line for each: index, text, ids, finish_reason (stop, length, interrupted), prompt_tokens,
-new_tokens, seconds from the start to its last token and, with --logprobs, logprobs. Ctrl-C ends the
-text; the figures still follow."""
+new_tokens, seconds from the start to its last token and, with --logprobs, logprobs, with --tools,
+tool_calls. Ctrl-C ends the text; the figures still follow."""
 
 
 def add(command: AddCommand) -> None:
@@ -48,9 +50,19 @@ def add(command: AddCommand) -> None:
     )
     add("--prompt-file", type=Path, metavar="FILE", help="a text in a file, in UTF-8", **repeated)
     add("--chat", action="store_true", help="use the model's chat template, for a user's message")
-    add("--system", metavar="TEXT", help="a system message before it (with --chat)")
+    conversation.add_options(parser)
+    add("--ignore-eos", action="store_true", help="do not end where the model would")
+    add("--json", action="store_true", help="print a JSON object a prompt")
+    add("--logprobs", action="store_true", help="print the new tokens' log probabilities")
+    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel separately")
+    add_generation_options(parser, 256)
+
+
+def add_generation_options(parser: argparse.ArgumentParser, most: int) -> None:
+    """Add what generate and chat share. most: --max-new-tokens' default."""
+    add = parser.add_argument
     add("--kv-cache", choices=("fp8",), help="keys and values in e4m3: half a 16-bit cache's bytes")
-    add("--max-new-tokens", type=positive, default=256, metavar="N", help="default 256")
+    add("--max-new-tokens", type=positive, default=most, metavar="N", help=f"default {most}")
     add(
         "--stop",
         action="append",
@@ -58,7 +70,6 @@ def add(command: AddCommand) -> None:
         metavar="TEXT",
         help="end before this text; may repeat",
     )
-    add("--ignore-eos", action="store_true", help="do not end where the model would")
     warm = number("0 or a positive number", lambda value: value >= 0)
     add("--temperature", type=warm, default=0.6, metavar="T", help="default 0.6; 0 is greedy")
     add("--top-p", type=share, default=0.9, metavar="P", help="default 0.9")
@@ -72,9 +83,6 @@ def add(command: AddCommand) -> None:
         help="over 1: make tokens that the text has less likely; default 1",
     )
     add("--seed", type=whole(0), metavar="N", help="default: a new one each time")
-    add("--json", action="store_true", help="print a JSON object a prompt")
-    add("--logprobs", action="store_true", help="print the new tokens' log probabilities")
-    add("--no-graphs", action="store_true", help="on a GPU: launch each kernel separately")
     add(
         "--speculate",
         metavar="lookup|DIR",
@@ -92,37 +100,71 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_usage(args)
     texts = _texts(args.prompts)
+    messages, tools = conversation.read(args)
+    if not texts and messages[-1]["role"] == "assistant":
+        raise ValueError(f"{args.messages}: ends with an answer; give a question with --prompt")
 
     from .. import chat
     from ..config import LlamaConfig
-    from ..generation import speculate
     from ..generation.arguments import check_prompt
 
-    if args.draft_tokens is None:
-        args.draft_tokens = speculate.DRAFT_TOKENS
     use_machine(args)
     # Check the texts before loading the weights, which takes long.
     tokenizer = chat.load_tokenizer(args.model, plain=not args.chat)
-    prompts = [_encode(tokenizer, text, args) for text in texts]
+    if args.chat:
+        talks = [[*messages, {"role": "user", "content": text}] for text in texts] or [messages]
+        prompts = [chat.encode(tokenizer, talk, tools) for talk in talks]
+    else:
+        prompts = [chat.encode_prompt(tokenizer, text) for text in texts]
     config = LlamaConfig.from_pretrained(args.model)
     for i, prompt in enumerate(prompts):
         check_prompt(i, prompt, config, args.max_new_tokens)
-    if args.speculate not in (None, "lookup"):
-        longest = max(map(len, prompts)) + args.max_new_tokens
+    model, options = load_models(args, config, max(map(len, prompts)) + args.max_new_tokens)
+    return _generate(model, tokenizer, prompts, args, options)
+
+
+def load_models(args: argparse.Namespace, config: Any, longest: int) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and what add_generation_options says of how to generate. longest: tokens of
+    a text, for which a draft model needs positions."""
+    from ..config import LlamaConfig
+    from ..generation import speculate
+
+    if args.draft_tokens is None:
+        args.draft_tokens = speculate.DRAFT_TOKENS
+    drafts = args.speculate not in (None, "lookup")
+    if drafts:
         speculate.check_draft(LlamaConfig.from_pretrained(args.speculate), config, longest)
     model = load_model(args, args.model)
-    if args.speculate not in (None, "lookup"):
-        args.speculate = load_model(args, args.speculate)
-    return _generate(model, tokenizer, prompts, args)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "speculate")
+    options = {name: getattr(args, name) for name in (*names, "draft_tokens")}
+    if drafts:
+        options["speculate"] = load_model(args, args.speculate)
+    return model, options
+
+
+def stops(args: argparse.Namespace, tokenizer: Any) -> tuple[list[str], list[int]]:
+    """Return the texts and the ids of --stop. A control token's text is not shown, so it cannot be
+    found in what is: its id ends the text."""
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    ids = [control[text] for text in args.stop if text in control]
+    return [text for text in args.stop if text not in control], ids
 
 
 def _check_usage(args: argparse.Namespace) -> None:
-    if not args.prompts:
-        args.parser.error("the following arguments are required: --prompt or --prompt-file")
+    args.chat = args.chat or args.messages is not None
+    if not args.prompts and args.messages is None:
+        args.parser.error(
+            "the following arguments are required: --prompt, --prompt-file or --messages"
+        )
     if args.prompts.count("-") > 1:
         args.parser.error("--prompt - reads all of stdin, so it can be given once")
-    if args.system is not None and not args.chat:
-        args.parser.error("--system goes with --chat")
+    for name in ("system", "tools"):
+        if getattr(args, name) is not None and not args.chat:
+            args.parser.error(f"--{name} goes with --chat")
+    check_usage(args)
+
+
+def check_usage(args: argparse.Namespace) -> None:
     if args.draft_tokens is not None and args.speculate is None:
         args.parser.error("--draft-tokens goes with --speculate")
     if "" in args.stop:
@@ -149,37 +191,29 @@ def _stdin() -> str:
         raise ValueError(f"stdin: not valid UTF-8 at byte {error.start}") from None
 
 
-def _encode(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
-    from .. import chat
-
-    if not args.chat:
-        return chat.encode_prompt(tokenizer, text)
-    messages = [{"role": "user", "content": text}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
-    return chat.encode(tokenizer, messages)
-
-
 def _generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], args: argparse.Namespace
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+    options: dict[str, Any],
 ) -> int:
     """Print the texts to stdout, then a line of figures to stderr."""
     from ..chat import stop_ids
     from .answers import Answers, utf8_stdout
 
     utf8_stdout()
-    # A control token's text is not shown, so it cannot be found in what is: its id ends the text.
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    stops = [] if args.ignore_eos else stop_ids(model.config, tokenizer)
-    stops += [control[text] for text in args.stop if text in control]
+    stop, ends = stops(args, tokenizer)
+    ends += [] if args.ignore_eos else stop_ids(model.config, tokenizer)
     answers = Answers(
         tokenizer,
         prompts,
-        stop=[text for text in args.stop if text not in control],
-        stop_ids=stops,
+        stop=stop,
+        stop_ids=ends,
         max_new_tokens=args.max_new_tokens,
         as_json=args.json,
         logprobs=args.logprobs,
+        tools=args.tools is not None,
     )
     passes: list[tuple[int, int]] = []
     code = 0
@@ -187,21 +221,14 @@ def _generate(
         model.generate(
             prompts,
             max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            min_p=args.min_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-            stop_ids=stops,
+            stop_ids=ends,
             on_token=answers.on_token,
             on_logprob=answers.on_logprob if args.logprobs else None,
             on_prefill=answers.on_prefill,
             graphs=False if args.no_graphs else None,
-            speculate=args.speculate,
-            draft_tokens=args.draft_tokens,
             on_pass=lambda *counts: passes.append(counts),
             kv_cache=args.kv_cache,
+            **options,
         )
     except KeyboardInterrupt:
         code = 130
