@@ -11,7 +11,7 @@ _root = _Path(__file__).resolve().parent.parent
 if (_root / "setup.py").exists():
     __path__.append(str(_root))
 
-from . import nn  # noqa: E402
+from . import nn, parallel  # noqa: E402
 from .config import LlamaConfig  # noqa: E402
 from .dispatch import backends, use_backend  # noqa: E402
 from .generation.cache import KVCache  # noqa: E402
@@ -51,6 +51,7 @@ __all__ = [
     "linear",
     "nn",
     "pack_weight",
+    "parallel",
     "quantize_fp8",
     "report",
     "restore",

@@ -167,7 +167,9 @@ class Group:
         """Return all ranks' x [..., sizes[rank]], joined along the last dimension."""
         if self.size == 1:
             return x
-        parts = self._gathered(F.pad(x, (0, max(sizes) - x.shape[-1])).contiguous())
+        if short := max(sizes) - x.shape[-1]:
+            x = F.pad(x, (0, short))
+        parts = self._gathered(x.contiguous())
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], -1)
 
     def exchange(self, value: T) -> list[T]:
@@ -223,7 +225,9 @@ class Group:
         """Return [size, *x.shape]."""
         out = x.new_empty(self.size, *x.shape)
         if x.numel():
-            self._call(_all_gather_single, out.view(-1), x.view(-1))
+            # torch 2.13 renames it, and deprecates the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            self._call(gather, out.view(-1), x.view(-1))
         return out
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
@@ -231,10 +235,6 @@ class Group:
             collective(*args, group=self.process_group)
         except RuntimeError as error:
             raise PeerError(f"another rank has ended or does not answer: {error}") from error
-
-
-# The name since torch 2.13, which deprecates the other one.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def launched() -> int | None:
@@ -257,14 +257,19 @@ def join(
     """Join the other processes that torchrun started, and return the group of all of them: with
     NCCL and the GPU of number LOCAL_RANK if torch sees GPUs, else with gloo on the CPU.
 
-    process_group: one of torch.distributed's, to be used instead. device: this rank's; "cpu" uses
-    gloo on a machine with GPUs. timeout: seconds after which a rank that waits for the others
-    raises. Without torchrun and without a process group, the group is this process alone.
+    process_group: one of torch.distributed's, to be used instead, as its default one is if there is
+    one. device: this rank's; "cpu" uses gloo on a machine with GPUs. timeout: seconds after which a
+    rank that waits for the others raises. Without torchrun and without a process group, the group
+    is this process alone.
     """
     if not dist.is_available():
         raise NotImplementedError("tp: this build of torch has no torch.distributed")
-    on = _device(device)
-    if process_group is None and not dist.is_initialized():
+    if process_group is not None or dist.is_initialized():
+        if device is None and "nccl" not in dist.get_backend_config(process_group):
+            device = "cpu"
+        on = _device(device)
+    else:
+        on = _device(device)
         if launched() is None:
             return Group(device=on)
         on_gpu = on.type == "cuda"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama_fast import Llama, LlamaConfig
+from llama_fast import Llama, LlamaConfig, cpu
 from llama_fast.cli import main
 from llama_fast.parallel import Share, Span, fitting, vocab_sizes
 
@@ -147,6 +147,30 @@ def test_ranks_compute_what_one_process_does(
             assert found["block"].startswith(kind), (rank, found["block"])
             assert "8 ranks would split blocks of 128 columns" in found["block"]
             assert found["block"].endswith("tp: want 1 or 2 or 4")
+
+
+def test_activations_have_a_scale_for_each_shard(
+    checkpoints: dict[str, tuple[str, str | None]],
+    expected: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quantize activations too, as GPUs do. A row's scale is that of the rank's part of it where
+    the input is split, never larger than the whole row's, so the error does not grow."""
+
+    def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+        return float((logits - exact).pow(2).mean().sqrt())
+
+    names = ("fp8", "fbgemm_fp8", "block")
+    chosen = {name: checkpoints[name] for name in names}
+    exact = {name: expected(name)[0] for name in names}
+    monkeypatch.setattr(cpu, "prefers_fp8_activations", lambda x: True)
+    every = ranks.run(4, ranks.results, chosen, TOKENS.tolist(), 0, True)
+    for name, (folder, quantize) in chosen.items():
+        whole = error(Llama.from_pretrained(folder, torch.float32, quantize)(TOKENS), exact[name])
+        for found in every:
+            assert isinstance(found, dict), found
+            split = error(torch.from_numpy(found[name][0]), exact[name])
+            assert 0 < split < 1.2 * whole, (name, split / whole)
 
 
 @pytest.mark.parametrize(

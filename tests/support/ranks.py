@@ -81,14 +81,19 @@ def _rank(
 
 
 def results(
-    checkpoints: dict[str, tuple[str, str | None]], tokens: list[list[int]], new: int
+    checkpoints: dict[str, tuple[str, str | None]],
+    tokens: list[list[int]],
+    new: int,
+    quantize_activations: bool = False,
 ) -> dict[str, Any]:
     """Load each checkpoint, (folder, recipe), in fp32. Return its logits, the bytes of its weights
     and `new` greedy tokens after each row of tokens; or the error that loading raised."""
     import torch
 
     import llama_fast as lf
+    from llama_fast import cpu
 
+    cpu.prefers_fp8_activations = lambda x: quantize_activations
     tp, found = lf.parallel.join(), {}
     for name, (folder, quantize) in checkpoints.items():
         try:
