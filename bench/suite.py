@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import llama_fast as lf
-from llama_fast.parallel import launched
+from llama_fast.parallel import launched, let_first_report
 
 from . import arguments, cases, peers
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
@@ -51,6 +51,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         except ValueError as error:
             if args.debug:
                 raise
+            let_first_report()
             print(f"bench: {error}", file=sys.stderr)
             return USAGE
         if args.list:

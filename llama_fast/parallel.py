@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from .config import LlamaConfig
 T = TypeVar("T")
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others
+FIRST = 5.0  # seconds in which another process may report a failure
 VOCAB_ROWS = 64  # the kernels for CPUs read weights in panels of so many rows
 # Up to so many rows a CPU adds the ranks' parts in the ranks' order, so that a row's bits do not
 # depend on the other rows. gloo's all-reduce, whose order depends on the place of an element in the
@@ -243,9 +245,11 @@ def launched() -> int | None:
     return int(size) if size and "RANK" in os.environ else None
 
 
-def first_rank() -> bool:
-    """Return whether this is the first of torchrun's processes, or the only one."""
-    return launched() is None or os.environ["RANK"] == "0"
+def let_first_report() -> None:
+    """Let the first of torchrun's processes report an error that all of them have: wait in the
+    others. torchrun ends these when the first has ended."""
+    if launched() is not None and os.environ["RANK"] != "0":
+        time.sleep(FIRST)
 
 
 def join(

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from ..parallel import Group, PeerError, first_rank, join, launched
+from .. import parallel
+from ..parallel import Group, PeerError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..model import Llama
-
-FIRST = 5.0  # seconds in which another process may report a failure; torchrun then ends this one
 
 QUANTIZE_HELP = """\
 fp8 quantizes every linear layer but lm_head. fp8_all quantizes lm_head as well, which costs more:
@@ -26,8 +25,7 @@ without the first and the last."""
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if not first_rank():  # all got the same command line
-            time.sleep(FIRST)
+        parallel.let_first_report()
         print(f"llama-fast: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -35,9 +33,9 @@ class Parser(argparse.ArgumentParser):
 def report(error: Exception) -> None:
     """Print an error in one line. Under torchrun the rank that failed does so first."""
     if isinstance(error, PeerError):
-        time.sleep(FIRST)
+        time.sleep(parallel.FIRST)
     message = " ".join(str(error).split()) or type(error).__name__
-    if launched() is not None and not isinstance(error, PeerError):
+    if parallel.launched() is not None and not isinstance(error, PeerError):
         message = f"rank {os.environ['RANK']}: {message}"
     print(f"llama-fast: error: {message}", file=sys.stderr, flush=True)
 
@@ -76,12 +74,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def ranks(args: argparse.Namespace) -> Group:
     """Return the group of --tp processes, which torchrun must have started."""
-    started = launched()
+    started = parallel.launched()
     if args.tp != (started or 1):
         got = "was not started by torchrun" if started is None else f"is one of {started} processes"
         want = f"torchrun --nproc-per-node {args.tp} -m {args.parser.prog.replace('-', '_')}"
         args.parser.error(f"--tp: got {args.tp}, but this {got}; want {want} --tp {args.tp}")
-    return Group() if args.tp == 1 else join(device=args.device)
+    return Group() if args.tp == 1 else parallel.join(device=args.device)
 
 
 def load_model(args: argparse.Namespace, path: str, tp: Group, **options: Any) -> Llama:

@@ -55,6 +55,9 @@ def generate(
     the first prompt's first chunk, so the other prompts' results depend on that prompt. A draft
     model's cache has the model's dtype.
 
+    With tensor parallelism every rank calls this with the same arguments, and gets the same tokens;
+    on_token and on_pass are called on each rank. Without a seed rank 0's is used.
+
     A prompt's result does not depend on the others: it has its own random stream, derived from the
     seed, its tokens and, for repeated prompts, the number of the repetition.
 

@@ -212,10 +212,11 @@ def commands(lines: list[list[str]]) -> list[tuple[int, str, str]]:
 
     import torch.distributed as dist
 
-    from llama_fast.cli import common, main
+    from llama_fast import parallel
+    from llama_fast.cli import main
 
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
-    common.FIRST = 0.1
+    parallel.FIRST = 0.1
     found = []
     for line in lines:
         out, err, code = io.StringIO(), io.StringIO(), 0
