@@ -15,6 +15,7 @@ import torch
 
 import llama_fast as lf
 from llama_fast.cli.common import one_line
+from llama_fast.torchrun import launched, let_first_report
 
 from . import arguments, cases, peers
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
@@ -22,7 +23,7 @@ from .cases.case import Plan
 from .cases.linear import kept
 from .cases.measured import Measured, Measurer, first_line
 from .cases.shapes import PRESETS
-from .model import forward, scaling, whole
+from .model import forward, ranks, scaling, whole
 from .results import compare, files, plot, publish, report
 from .timing import UNBOUND, clock, machine
 from .timing.memory import keep_freed
@@ -46,10 +47,13 @@ def main(argv: Sequence[str], prog: str) -> int:
             if args.scaling or args.whole or not (args.allocator == "keep" and keep_freed()):
                 args.allocator = "system"
             torch.set_num_threads(args.threads or before)
+            if launched():
+                return ranks.main(args, DTYPES[args.dtype])
             session = Session(args)
         except ValueError as error:
             if args.debug:
                 raise
+            let_first_report()
             print(f"bench: {one_line(str(error))}", file=sys.stderr)
             return USAGE
         if args.list:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import chat as chat
     from . import hf as hf
     from . import nn as nn
+    from . import parallel as parallel
     from .config import LlamaConfig as LlamaConfig
     from .dispatch import backends as backends
     from .dispatch import use_backend as use_backend
@@ -70,7 +71,7 @@ _MODULES = {
     "silu_and_mul_fp8": "ops.activation",
     "use_backend": "dispatch",
 }
-__all__ = [*_MODULES, "chat", "hf", "nn"]
+__all__ = [*_MODULES, "chat", "hf", "nn", "parallel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LlamaConfig
+from .torchrun import PeerError as PeerError
+from .torchrun import launched
 
 T = TypeVar("T")
 
@@ -130,10 +133,6 @@ def _vocab(n: int, rank: int, size: int) -> Span:
 # ---- the ranks ----
 
 
-class PeerError(RuntimeError):
-    """Another rank failed, or does not answer."""
-
-
 @dataclass(frozen=True)
 class Group:
     """The ranks that hold a model. By default this process alone: its methods then do nothing.
@@ -144,7 +143,7 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None  # of this rank's part of the model
-    process_group: Any = None  # of torch.distributed
+    process_group: Any = None  # of torch.distributed; None: its default one
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' x [..., n], the same bits on every rank. May overwrite x.
@@ -167,7 +166,9 @@ class Group:
         """Return all ranks' x [..., sizes[rank]], joined along the last dimension."""
         if self.size == 1:
             return x
-        parts = self._gathered(F.pad(x, (0, max(sizes) - x.shape[-1])).contiguous())
+        if short := max(sizes) - x.shape[-1]:
+            x = F.pad(x, (0, short))
+        parts = self._gathered(x.contiguous())
         return torch.cat([part[..., :n] for part, n in zip(parts, sizes, strict=True)], -1)
 
     def exchange(self, value: T) -> list[T]:
@@ -223,7 +224,9 @@ class Group:
         """Return [size, *x.shape]."""
         out = x.new_empty(self.size, *x.shape)
         if x.numel():
-            self._call(_all_gather_single, out.view(-1), x.view(-1))
+            # torch 2.13 renames it, and deprecates the old name.
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            self._call(gather, out.view(-1), x.view(-1))
         return out
 
     def _call(self, collective: Callable[..., Any], *args: Any) -> None:
@@ -231,16 +234,6 @@ class Group:
             collective(*args, group=self.process_group)
         except RuntimeError as error:
             raise PeerError(f"another rank has ended or does not answer: {error}") from error
-
-
-# The name since torch 2.13, which deprecates the other one.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def launched() -> int | None:
-    """Return how many processes torchrun started, or None if it did not start this one."""
-    size = os.environ.get("WORLD_SIZE")
-    return int(size) if size and "RANK" in os.environ else None
 
 
 def join(
@@ -252,14 +245,19 @@ def join(
     """Join the other processes that torchrun started, and return the group of all of them: with
     NCCL and the GPU of number LOCAL_RANK if torch sees GPUs, else with gloo on the CPU.
 
-    process_group: one of torch.distributed's, to be used instead. device: this rank's; "cpu" uses
-    gloo on a machine with GPUs. timeout: seconds after which a rank that waits for the others
-    raises. Without torchrun and without a process group, the group is this process alone.
+    process_group: one of torch.distributed's, to be used instead, as its default one is if there is
+    one. device: this rank's; "cpu" uses gloo on a machine with GPUs. timeout: seconds after which a
+    rank that waits for the others raises. Without torchrun and without a process group, the group
+    is this process alone.
     """
     if not dist.is_available():
         raise NotImplementedError("tp: this build of torch has no torch.distributed")
-    on = _device(device)
-    if process_group is None and not dist.is_initialized():
+    if process_group is not None or dist.is_initialized():
+        if device is None and "nccl" not in dist.get_backend_config(process_group):
+            device = "cpu"
+        on = _device(device)
+    else:
+        on = _device(device)
         if launched() is None:
             return Group(device=on)
         on_gpu = on.type == "cuda"
@@ -268,15 +266,15 @@ def join(
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
         )
-    process_group = process_group or dist.group.WORLD
+        atexit.register(_leave)
     return Group(
         dist.get_rank(process_group), dist.get_world_size(process_group), on, process_group
     )
 
 
-def leave(group: Group) -> None:
-    """End torch.distributed for this process, if the group uses it."""
-    if group.process_group is not None:
+def _leave() -> None:
+    """End torch.distributed before the interpreter's end, at which gloo's threads would abort."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

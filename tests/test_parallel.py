@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llama_fast import Llama, LlamaConfig
+from llama_fast import Llama, LlamaConfig, cpu
+from llama_fast.cli import main
 from llama_fast.parallel import Share, Span, fitting, vocab_sizes
 
 from .support import ranks
 from .support.checkpoints import LOGITS, edit_json, hf_model, relative_error, save, write_fp8
+from .support.llama3 import byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # 64 heads on 8, as in the 70B. The vocabulary is divisible by no number of ranks.
 SHAPE = {
@@ -141,6 +149,30 @@ def test_ranks_compute_what_one_process_does(
             assert found["block"].endswith("tp: want 1 or 2 or 4")
 
 
+def test_activations_have_a_scale_for_each_shard(
+    checkpoints: dict[str, tuple[str, str | None]],
+    expected: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Quantize activations too, as GPUs do. A row's scale is that of the rank's part of it where
+    the input is split, never larger than the whole row's, so the error does not grow."""
+
+    def error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+        return float((logits - exact).pow(2).mean().sqrt())
+
+    names = ("fp8", "fbgemm_fp8", "block")
+    chosen = {name: checkpoints[name] for name in names}
+    exact = {name: expected(name)[0] for name in names}
+    monkeypatch.setattr(cpu, "prefers_fp8_activations", lambda x: True)
+    every = ranks.run(4, ranks.results, chosen, TOKENS.tolist(), 0, True)
+    for name, (folder, quantize) in chosen.items():
+        whole = error(Llama.from_pretrained(folder, torch.float32, quantize)(TOKENS), exact[name])
+        for found in every:
+            assert isinstance(found, dict), found
+            split = error(torch.from_numpy(found[name][0]), exact[name])
+            assert 0 < split < 1.2 * whole, (name, split / whole)
+
+
 @pytest.mark.parametrize(
     ("layers", "heads", "size"), [(80, 64, 4), (126, 128, 2), (8, 128, 16)], ids=str
 )
@@ -188,6 +220,124 @@ def test_generation(size: int, checkpoints: dict[str, tuple[str, str | None]]) -
         for ours, theirs in zip(found["logprobs"], model.logprobs(prompts), strict=True):
             # Of the largest logit, about 10.
             assert (torch.from_numpy(ours) - theirs).abs().max() <= 20 * LOGITS
+
+
+# ---- the commands ----
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 alone prints: what one process prints, or the error of the rank that failed."""
+    tokenizer = byte_tokenizer()
+    folder = str(save(hf_model(eos_token_id=tokenizer.eos_token_id), tmp_path / "model"))
+    tokenizer.save_pretrained(folder)
+    text, json_file = tmp_path / "text", tmp_path / "bench.json"
+    text.write_text("The quick brown fox. " * 3)
+    options = ["--model", folder, "--dtype", "float32", "--threads", "1"]
+    generate = ["generate", *options, "--prompt", "Hi", "--temperature", "0"]
+    generate += ["--max-new-tokens", "6"]
+    perplexity = ["perplexity", *options, "--text", str(text)]
+    bench = ["bench", "--device", "cpu", "--threads", "1", "--json", str(json_file)]
+    bench += ["--model", "tiny"]
+    expected = []
+    for line in (generate, perplexity):
+        assert main(line) == 0
+        expected.append(capsys.readouterr().out)
+    none = str(tmp_path / "none")
+    lines = [
+        *([*line, "--tp", "2"] for line in (generate, perplexity, bench)),
+        [*generate, "--tp", "2", "--model", none],
+        [*generate, "--tp", "4"],
+        generate,
+        [*bench, "--tp", "4"],
+    ]
+    first, last = ranks.run(2, ranks.commands, lines)
+    assert isinstance(first, list) and isinstance(last, list), (first, last)
+    codes = [code for code, *_ in first]
+    assert codes == [code for code, *_ in last] == [0, 0, 0, 1, 2, 2, 2], first
+    assert [out for _, out, _ in first[:2]] == expected
+    assert [(out, err) for _, out, err in last[:3]] == [("", "")] * 3
+    assert "tiny shapes, 2 of 2 layers, 2 ranks on cpu\n" in first[2][1]
+    assert [row["weights"] for row in json.loads(json_file.read_text())["ranks"]] == ["bf16", "FP8"]
+    assert first[3][2] == f"llama-fast: error: rank 0: {none}: not a folder; want a checkpoint's\n"
+    assert "--tp: got 4, but this is one of 2 processes; want torchrun" in first[4][2]
+    assert "--tp: got 1, but this is one of 2 processes" in first[5][2]
+    assert "--tp: got 4, but torchrun started 2 processes" in first[6][2]
+    with pytest.raises(SystemExit):
+        main([*generate, "--tp", "2"])
+    assert "this was not started by torchrun; want torchrun --nproc" in capsys.readouterr().err
+
+
+def test_torchrun(checkpoints: dict[str, tuple[str, str | None]], tmp_path: Path) -> None:
+    """A script under torchrun: both ranks generate the same, and end without a trace."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, llama_fast as lf\n"
+        "tp = lf.parallel.join(device='cpu')\n"
+        "model = lf.Llama.from_pretrained(sys.argv[1], tp=tp)\n"
+        "print(model.generate([[1, 2]], 3, temperature=0), flush=True)\n"
+        "if len(sys.argv) > 2 and tp.rank == 1: raise SystemExit('rank 1 ends')\n"
+        "model.generate([[1, 2]], 3)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += [str(script), checkpoints["plain"][0]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for more, code in (([], 0), (["fail"], 1)):
+        ended = subprocess.run(
+            [*torchrun, *more], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert ended.returncode == code, ended.stderr
+        lines = ended.stdout.splitlines()
+        assert len(lines) == 2 and lines[0] == lines[1], ended.stdout
+        assert ("rank 1 ends" in ended.stderr) == bool(more)
+        assert "terminate called" not in ended.stderr and "destroy" not in ended.stderr
+
+
+# ---- memory ----
+
+
+def random_fp8(folder: Path, config: LlamaConfig) -> Path:
+    """Write a checkpoint with random FP8 weights, as fbgemm_fp8 has them."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    held = {
+        "model.embed_tokens.weight": torch.ones(config.vocab_size, hidden, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "lm_head.weight": torch.ones(config.vocab_size, hidden, dtype=torch.bfloat16),
+    }
+    shapes = {"self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden)}
+    shapes |= {"self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, q)}
+    shapes |= {f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")}
+    shapes |= {"mlp.down_proj": (hidden, inner)}
+    for name in (f"model.layers.{i}.{n}" for i in range(config.num_hidden_layers) for n in shapes):
+        shape = shapes[".".join(name.split(".")[-2:])]
+        codes = torch.randint(0, 127, shape, dtype=torch.uint8)
+        held[f"{name}.weight"] = codes.view(torch.float8_e4m3fn)
+        held[f"{name}.weight_scale"] = torch.rand(shape[0], 1)
+    for i in range(config.num_hidden_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weight = torch.ones(hidden, dtype=torch.bfloat16)
+            held[f"model.layers.{i}.{norm}.weight"] = weight
+    folder.mkdir()
+    save_file(held, folder / "model.safetensors")
+    fields = {k: v for k, v in asdict(config).items() if k not in ("rope_scaling", "eos_token_id")}
+    fields |= {"model_type": "llama", "quantization_config": {"quant_method": "fbgemm_fp8"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.big
+def test_a_rank_holds_its_share_of_the_weights(tmp_path: Path) -> None:
+    """Loading takes little more private memory than the rank's weights: one more weight for a
+    moment."""
+    config = LlamaConfig(4096, 4096, 14336, 4, 32, 8, 128, max_position_embeddings=4096)
+    folder = random_fp8(tmp_path / "model", config)
+    whole = sum(path.stat().st_size for path in folder.iterdir())
+    for found in ranks.run(2, ranks.peak_memory, str(folder)):
+        assert isinstance(found, tuple), found
+        nbytes, peak = found
+        assert nbytes < 0.51 * whole
+        gate_up = config.intermediate_size * config.hidden_size  # of this rank, in FP8
+        assert peak < 1.05 * nbytes + gate_up, (peak / nbytes, peak - nbytes)
 
 
 # ---- failures ----

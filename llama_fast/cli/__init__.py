@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from . import chat, generate, perplexity, plan, quantize
-from .common import Parser, explained
+from .common import Parser, report
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"llama-fast: error: {explained(error)}", file=sys.stderr)
+        report(error)
         try:
             sys.stdout.flush()
         except OSError:

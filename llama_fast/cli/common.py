@@ -8,16 +8,19 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
+from .. import torchrun
 from ..config import RECIPES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from ..model import Llama
+    from ..parallel import Group
 
 QUANTIZE_HELP = """\
 fp8 quantizes every linear layer but lm_head. fp8_all quantizes lm_head as well, which costs more:
@@ -32,6 +35,7 @@ MODEL_HELP = "a Hugging Face folder, a GGUF file, or a model of the Hub: owner/n
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        torchrun.let_first_report()
         print(f"llama-fast: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -49,6 +53,16 @@ def explained(error: Exception) -> str:
         where = "" if error.filename is None else f"{error.filename}: "
         message = where + error.strerror
     return one_line(message) or type(error).__name__
+
+
+def report(error: Exception) -> None:
+    """Print an error in one line. Under torchrun the rank that failed does so first."""
+    message = explained(error)
+    if isinstance(error, torchrun.PeerError):
+        time.sleep(torchrun.FIRST)
+    elif torchrun.launched() is not None:
+        message = f"rank {os.environ['RANK']}: {message}"
+    print(f"llama-fast: error: {message}", file=sys.stderr, flush=True)
 
 
 class AddCommand(Protocol):
@@ -105,6 +119,42 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=whole(1, MOST_THREADS), metavar="N", help="default: torch's choice")
 
 
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tp",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="split the model among N processes: torchrun --nproc-per-node N -m llama_fast ...; "
+        "on GPUs, unless --device cpu",
+    )
+
+
+def ranks(args: argparse.Namespace) -> Group:
+    """Return the group of --tp processes, which torchrun must have started."""
+    started = torchrun.launched()
+    if args.tp != (started or 1):
+        got = "was not started by torchrun" if started is None else f"is one of {started} processes"
+        want = f"torchrun --nproc-per-node {args.tp} -m {args.parser.prog.replace('-', '_')}"
+        args.parser.error(f"--tp: got {args.tp}, but this {got}; want {want} --tp {args.tp}")
+    from .. import parallel
+
+    return parallel.Group() if args.tp == 1 else parallel.join(device=args.device)
+
+
+@contextlib.contextmanager
+def only_first_prints(tp: Group) -> Iterator[None]:
+    if tp.rank == 0:
+        yield
+        return
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        yield
+
+
 def use_machine(args: argparse.Namespace) -> None:
     """Set the threads that add_model_options' arguments ask for, and check the device. Raises
     ValueError for a device that this machine lacks."""
@@ -118,12 +168,14 @@ def use_machine(args: argparse.Namespace) -> None:
         raise ValueError(f"--device: got {args.device}, which this machine lacks: {why}")
 
 
-def load_model(args: argparse.Namespace, path: str, **options: Any) -> Llama:
+def load_model(
+    args: argparse.Namespace, path: str, tp: Group | None = None, **options: Any
+) -> Llama:
     """Load a checkpoint as add_model_options' arguments say, but for the options given here."""
     from ..model import Llama
 
     options = {"dtype": args.dtype, "quantize": args.quantize, "device": args.device} | options
-    return Llama.from_pretrained(path, **options)
+    return Llama.from_pretrained(path, **options, tp=tp)
 
 
 def read_text(path: Path) -> str:

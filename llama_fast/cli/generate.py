@@ -12,9 +12,12 @@ from . import conversation
 from .common import (
     AddCommand,
     add_model_options,
+    add_ranks,
     load_model,
     number,
+    only_first_prints,
     positive,
+    ranks,
     read_text,
     share,
     use_machine,
@@ -29,6 +32,7 @@ _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B --stop $'\\n' --prompt "1 + 1 =" --prompt "2 + 2 ="
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --json --prompt-file question.txt
   llama-fast generate --model Llama-3.1-8B-Instruct --messages talk.json --tools functions.json
+  torchrun --nproc-per-node 8 -m llama_fast generate --tp 8 --model Llama-3.1-70B --prompt "Once"
 
 Text goes to stdout, and figures to stderr. One prompt's text appears as it is made; several prompts
 are computed together, and each text appears once it and those before it are complete. --json prints
@@ -40,6 +44,7 @@ tool_calls. Ctrl-C ends the text; the figures still follow."""
 def add(command: AddCommand) -> None:
     parser = command("generate", run, "continue texts, or answer them", _EXAMPLES)
     add_model_options(parser)
+    add_ranks(parser)
     add = parser.add_argument
     repeated: Any = {"dest": "prompts", "action": "append", "default": []}
     add(
@@ -99,11 +104,33 @@ def add_generation_options(parser: argparse.ArgumentParser, most: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_usage(args)
+    inputs: Any = _read(args) if args.tp == 1 else None  # before torch is imported
+    tp = ranks(args)
+    with tp.together():
+        if inputs is None and tp.rank == 0:  # stdin is the first process's
+            inputs = _read(args)
+    inputs = tp.exchange(inputs)[0]
+    with tp.together():
+        tokenizer, prompts, config = _encoded(args, *inputs)
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    model, options = load_models(args, config, longest, tp)
+    with only_first_prints(tp):
+        return _generate(model, tokenizer, prompts, args, options)
+
+
+def _read(args: argparse.Namespace) -> Any:
+    """Return the texts, and the conversation's messages and tools."""
     texts = _texts(args.prompts)
     messages, tools = conversation.read(args)
     if not texts and messages[-1]["role"] == "assistant":
         raise ValueError(f"{args.messages}: ends with an answer; give a question with --prompt")
+    return texts, messages, tools
 
+
+def _encoded(
+    args: argparse.Namespace, texts: list[str], messages: conversation.Messages, tools: Any
+) -> tuple[Any, list[list[int]], Any]:
+    """Return the tokenizer, the prompts' ids and the model's config."""
     from .. import chat
     from ..config import LlamaConfig
     from ..generation.arguments import check_prompt
@@ -119,11 +146,12 @@ def run(args: argparse.Namespace) -> int:
     config = LlamaConfig.from_pretrained(args.model)
     for i, prompt in enumerate(prompts):
         check_prompt(i, prompt, config, args.max_new_tokens)
-    model, options = load_models(args, config, max(map(len, prompts)) + args.max_new_tokens)
-    return _generate(model, tokenizer, prompts, args, options)
+    return tokenizer, prompts, config
 
 
-def load_models(args: argparse.Namespace, config: Any, longest: int) -> tuple[Any, dict[str, Any]]:
+def load_models(
+    args: argparse.Namespace, config: Any, longest: int, tp: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """Return the model, and what add_generation_options says of how to generate. longest: tokens of
     a text, for which a draft model needs positions."""
     from ..config import LlamaConfig
@@ -134,11 +162,11 @@ def load_models(args: argparse.Namespace, config: Any, longest: int) -> tuple[An
     drafts = args.speculate not in (None, "lookup")
     if drafts:
         speculate.check_draft(LlamaConfig.from_pretrained(args.speculate), config, longest)
-    model = load_model(args, args.model)
+    model = load_model(args, args.model, tp)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "speculate")
     options = {name: getattr(args, name) for name in (*names, "draft_tokens")}
     if drafts:
-        options["speculate"] = load_model(args, args.speculate)
+        options["speculate"] = load_model(args, args.speculate, tp)
     return model, options
 
 

@@ -10,9 +10,12 @@ from .common import (
     QUANTIZE_HELP,
     AddCommand,
     add_model_options,
+    add_ranks,
     load_model,
+    only_first_prints,
     positive,
     progress,
+    ranks,
     read_text,
     use_machine,
 )
@@ -36,6 +39,7 @@ def add(command: AddCommand) -> None:
     summary = "measure how well a model predicts a text"
     parser = command("perplexity", run, summary, _EXAMPLES)
     add_model_options(parser)
+    add_ranks(parser)
     add = parser.add_argument
     add("--text", required=True, metavar="FILE", help="a UTF-8 file; white space counts")
     add("--against", metavar="DTYPE|DIR", help="bfloat16, float16, float32, or a checkpoint")
@@ -51,20 +55,22 @@ def run(args: argparse.Namespace) -> int:
     from .. import chat
     from ..perplexity import CONTEXT, perplexity
 
-    text = read_text(Path(args.text))
-    use_machine(args)
-    ids = chat.encode_prompt(chat.load_tokenizer(args.model), text)
-    other = None
-    if args.against is not None:
-        path = args.model if args.against in _DTYPES else args.against
+    tp = ranks(args)
+    path = args.model if args.against in (None, *_DTYPES) else args.against
+    with tp.together():
+        text = read_text(Path(args.text))
+        use_machine(args)
+        ids = chat.encode_prompt(chat.load_tokenizer(args.model), text)
         if path != args.model and chat.encode_prompt(chat.load_tokenizer(path), text) != ids:
             raise ValueError(f"--against: {path} has another tokenizer than {args.model}")
+    other = None
+    if args.against is not None:
         dtype = args.against if args.against in _DTYPES else args.dtype
-        other = load_model(args, path, dtype=dtype, quantize=None)
-    model = load_model(args, args.model)
+        other = load_model(args, path, tp, dtype=dtype, quantize=None)
+    model = load_model(args, args.model, tp)
     ids = ids[: args.tokens]
     context = args.context or min(CONTEXT, model.config.max_position_embeddings)
-    with progress("", MofNCompleteColumn()) as bar:
+    with only_first_prints(tp), progress("", MofNCompleteColumn()) as bar:
         task = bar.add_task("", total=len(ids) - -(-len(ids) // context))
         result = perplexity(
             model,
@@ -74,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
             kv_cache=args.kv_cache,
             on_tokens=lambda done: bar.update(task, completed=done),
         )
+    if tp.rank:
+        return 0
     distance = result.against
     if args.json:
         names = ("model", "dtype", "quantize", "kv_cache", "text", "against")

@@ -74,6 +74,10 @@ def generate(
     are read. Afterwards it holds each prompt and its new ids but the last. After an exception,
     truncate it to the tokens that on_token has received. On a GPU this runs the plain loop.
 
+    With tensor parallelism every rank calls this with the same arguments, and gets the same tokens;
+    the functions are called on each rank, and on_token must return the same on all. Without a seed
+    rank 0's is used.
+
     A prompt's result does not depend on the others: it has its own random stream, derived from the
     seed, its tokens and, for repeated prompts, the number of the repetition.
 

@@ -23,8 +23,10 @@ from llama_fast.bench.peers import gguf_file
 from llama_fast.chat import encode_chat, load_tokenizer
 from llama_fast.checkpoint import gguf_tokenizer
 from llama_fast.checkpoint.gguf_header import Header
+from llama_fast.checkpoint.load import load
 from llama_fast.checkpoint.quantize import quantize_checkpoint
 from llama_fast.cli import main
+from llama_fast.parallel import Share
 
 from ..support.checkpoints import LOGITS, hf_logits, hf_model, relative_error
 from ..support.llama3 import byte_tokenizer
@@ -120,6 +122,18 @@ def test_reads_gguf(tmp_path: Path, kind: str, tied: bool) -> None:
         assert error < within[kind]
     in_fp8 = Llama.from_pretrained(path, quantize="fp8")
     assert in_fp8.weights.layers[0].qkv.scale is not None
+
+
+def test_ranks_read_their_parts(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", hf_model(**SIZES, rope_parameters=PLAIN), "Q8_0")
+    config = LlamaConfig.from_pretrained(path)
+    options: Any = {"dtype": torch.float32, "quantize": None, "device": torch.device("cpu")}
+    whole = load(path, config, **options)
+    parts = [load(path, config, **options, share=Share.of(config, rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat([part.embedding for part in parts]), whole.embedding)
+    for name in ("output", "down"):  # packed [N / 64, K / 2, 64, 2]
+        columns = [getattr(part.layers[1], name).weight for part in parts]
+        assert torch.equal(torch.cat(columns, 1), getattr(whole.layers[1], name).weight)
 
 
 def test_llama_3s_frequencies_come_from_their_divisors(tmp_path: Path) -> None:

@@ -81,14 +81,19 @@ def _rank(
 
 
 def results(
-    checkpoints: dict[str, tuple[str, str | None]], tokens: list[list[int]], new: int
+    checkpoints: dict[str, tuple[str, str | None]],
+    tokens: list[list[int]],
+    new: int,
+    quantize_activations: bool = False,
 ) -> dict[str, Any]:
     """Load each checkpoint, (folder, recipe), in fp32. Return its logits, the bytes of its weights
     and `new` greedy tokens after each row of tokens; or the error that loading raised."""
     import torch
 
     import llama_fast as lf
+    from llama_fast import cpu
 
+    cpu.prefers_fp8_activations = lambda x: quantize_activations
     tp, found = lf.parallel.join(), {}
     for name, (folder, quantize) in checkpoints.items():
         try:
@@ -198,3 +203,55 @@ def one_dies(folder: str, how: str) -> tuple[str, float]:
     except lf.parallel.PeerError as error:
         return str(error), time.perf_counter() - start
     return "no error", 0.0
+
+
+def commands(lines: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Run command lines of llama-fast as torchrun would start them. Return the exit code and what
+    was printed, of each."""
+    import io
+
+    import torch.distributed as dist
+
+    from llama_fast import torchrun
+    from llama_fast.cli import main
+
+    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    torchrun.FIRST = 0.1
+    found = []
+    for line in lines:
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(line)
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+        found.append((code, out.getvalue(), err.getvalue()))
+    return found
+
+
+def peak_memory(folder: str) -> tuple[int, int]:
+    """Load a checkpoint in bf16. Return the bytes of this rank's weights, and the most private
+    memory that loading took, which excludes the pages of the mapped files."""
+    import threading
+
+    import llama_fast as lf
+
+    def private() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    tp, peak, done = lf.parallel.join(), 0, threading.Event()
+    lf.rms_norm(*2 * [lf.rope_table(1e4, 1, head_dim=8)[0]])  # what a first call allocates
+    before = private()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, private())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = lf.Llama.from_pretrained(folder, tp=tp)
+    done.set()
+    thread.join()
+    return model.weights.nbytes, max(peak, private()) - before
