@@ -20,10 +20,10 @@ except ImportError:  # Python 3.10
     import sre_constants as op
     import sre_parse as parser
 
-_MOST_PATTERNS = 1000
-_MOST_CHARACTERS = 1000  # of an expression
+_MOST_PATTERNS = 200
+_MOST_CHARACTERS = 500  # of an expression
 _MOST_LEVELS = 50  # of groups in each other
-_MOST_STEPS = 4_000_000  # of all matches together: about 3 s; ".*mlp.*" takes 80 a name
+_MOST_STEPS = 2_000_000  # of all matches together: about 1 s; ".*mlp.*" takes 80 a name
 _TOO_DEEP = "too many groups in each other"
 _CLASSES = {
     op.CATEGORY_DIGIT: str.isdecimal,
