@@ -202,9 +202,7 @@ FAILED = (
 
 def run(seconds: float, seed: int, count: int | None = None) -> int:
     """Check calls for that many seconds, or `count` of them; return their number."""
-    importlib.import_module(
-        "torch._dynamo"
-    )  # some calls need it; it takes seconds on a busy machine
+    importlib.import_module("torch._dynamo")  # some calls do, for seconds
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*(beta|prototype|deprecated)")
     guard_outputs()
