@@ -40,11 +40,14 @@ def twin_arguments(case: Case, named: dict[str, Any]) -> dict[str, Any]:
     fp8_cache = isinstance(cache, Tensor) and cache.dtype == FP8
     casts = (always + with_fp8 * fp8_cache).split() if "autocast" in case.mode else []
     wide = "attention" in case.op or case.op in PRODUCTS
+    to = BF16
+    if case.op == "apply_rope_and_append" and "autocast" in case.mode and not fp8_cache:
+        casts, to = ["q", "k", "v"], cache.dtype if isinstance(cache, Tensor) else BF16
     for name, value in named.items():
         if isinstance(value, Tensor) and value._is_zerotensor():  # x / it is +inf in PyTorch
             value = out[name] = torch.zeros(value.shape, dtype=value.dtype)
         if isinstance(value, Tensor) and value.dtype in (BF16, F16, F32):
-            value = value.to(BF16) if name in casts else value
+            value = value.to(to) if name in casts else value
             out[name] = value.float() if wide else value
     if case.op == "fp8_gemm":
         out["out_dtype"] = F32
@@ -104,6 +107,11 @@ def compare(case: Case, ours: Any, named: dict[str, Any]) -> None:
                   if isinstance(t, Tensor) and t.dtype in (BF16, F16, F32)), F32)  # fmt: skip
     if "fp8" in case.op and case.op not in PRODUCTS:
         dtype = given["gate_up" if "gate_up" in given else "x"].dtype
+    if "autocast" in case.mode:  # of mixed dtypes the coarsest
+        floats = [
+            t.dtype for t in named.values() if isinstance(t, Tensor) and t.dtype in (BF16, F16)
+        ]
+        dtype = max([dtype, *floats], key=lambda d: torch.finfo(d).eps)
     rtol, atol = tolerance(case.op, dtype, given)
     bound: Any = 0.0
     if case.op in PRODUCTS:  # of the sum of magnitudes

@@ -7,8 +7,10 @@ place may have changed."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +202,8 @@ FAILED = (
 
 def run(seconds: float, seed: int, count: int | None = None) -> int:
     """Check calls for that many seconds, or `count` of them; return their number."""
+    importlib.import_module("torch._dynamo")  # some calls do, for seconds
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*(beta|prototype|deprecated)")
     guard_outputs()
     return drive(check, CASES, FAILED, seconds, seed, count)
