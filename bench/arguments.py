@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import llama_fast as lf
+from llama_fast.parallel import launched
 
 from . import cases, peers
 from .cases.shapes import MODELS
@@ -25,7 +26,9 @@ EPILOG = """examples:
   {prog} --op forward             prefill and decode only
   {prog} --quick                  fewer rounds, no torch.compile, no forward pass
   {prog} --full                   every op and size: M to 16384, contexts to 128k (35 minutes)
-  {prog} --model 405b --tp 8      the shapes of one rank of eight
+  {prog} --model 405b --tp 8      each op at the shapes of one rank of eight
+  torchrun --nproc-per-node 8 -m llama_fast bench --model 405b --tp 8
+                                  the forward pass of eight ranks together
   {prog} --backend triton,cuda    ours on the first, the others as columns
   {prog} --compare OLD.json       fails if something has become slower since
   {prog} --kernel rms_norm=my_package.norms:fast_norm
@@ -57,7 +60,13 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in the name")
     what.add_argument("--model", choices=MODELS, default="8b", help="the shapes to run")
-    what.add_argument("--tp", type=int, default=1, metavar="N", help="one rank's part of N")
+    what.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the ops at the shapes of one rank of N; under torchrun the forward pass of N ranks",
+    )
     what.add_argument("--dtype", choices=DTYPES, default="bf16")
     what.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU")
     what.add_argument("--threads", type=int, metavar="N", help="default: torch's choice")
@@ -148,10 +157,15 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError that names an invalid argument."""
     _known("--op", args.op, (*cases.OPS, FORWARD))
     _known("--baseline", args.baseline, (*cases.BASELINES, "none"))
-    shapes = (args.model, args.tp, args.dtype)
-    if FORWARD in (args.op or ()) and shapes != FORWARD_SHAPES:
+    shapes, processes = (args.model, args.tp, args.dtype), launched()
+    if processes is not None:
+        if args.tp != processes:
+            raise ValueError(f"--tp: got {args.tp}, but torchrun started {processes} processes")
+        if {*(args.op or ())} - {FORWARD} or args.scaling or args.whole or args.compare:
+            raise ValueError(f"--tp: under torchrun only the {FORWARD} pass is measured")
+    elif FORWARD in (args.op or ()) and shapes != FORWARD_SHAPES:
         got, want = (f"--model {m} --tp {n} --dtype {d}" for m, n, d in (shapes, FORWARD_SHAPES))
-        raise ValueError(f"--op {FORWARD}: got {got}, want {want}")
+        raise ValueError(f"--op {FORWARD}: got {got}, want {want}, or N processes of torchrun")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and path.is_dir():

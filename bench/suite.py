@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import llama_fast as lf
+from llama_fast.parallel import launched
 
 from . import arguments, cases, peers
 from .arguments import DTYPES, FORWARD, FORWARD_SHAPES
@@ -21,7 +22,7 @@ from .cases.case import Plan
 from .cases.linear import kept
 from .cases.measured import Measured, Measurer, first_line
 from .cases.shapes import PRESETS
-from .model import forward, scaling, whole
+from .model import forward, ranks, scaling, whole
 from .results import compare, files, plot, publish, report
 from .timing import UNBOUND, clock, machine
 from .timing.memory import keep_freed
@@ -45,6 +46,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             if args.scaling or args.whole or not (args.allocator == "keep" and keep_freed()):
                 args.allocator = "system"
             torch.set_num_threads(args.threads or before)
+            if launched():
+                return ranks.main(args, DTYPES[args.dtype])
             session = Session(args)
         except ValueError as error:
             if args.debug:

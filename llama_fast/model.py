@@ -73,7 +73,7 @@ class Llama:
                 device=device,
                 progress=progress if tp.rank == 0 else False,
                 share=Share.of(config, tp.rank, tp.size),
-                on_layer=check,
+                check_in=check,
             )
         return cls(config, weights, tp)
 

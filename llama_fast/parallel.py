@@ -10,6 +10,7 @@ Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ class Group:
     rank: int = 0
     size: int = 1
     device: torch.device | None = None  # of this rank's part of the model
-    process_group: Any = None  # of torch.distributed
+    process_group: Any = None  # of torch.distributed; None: its default one
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Return the sum of all ranks' x [..., n], the same bits on every rank. May overwrite x.
@@ -242,6 +243,11 @@ def launched() -> int | None:
     return int(size) if size and "RANK" in os.environ else None
 
 
+def first_rank() -> bool:
+    """Return whether this is the first of torchrun's processes, or the only one."""
+    return launched() is None or os.environ["RANK"] == "0"
+
+
 def join(
     process_group: Any = None,
     *,
@@ -267,15 +273,15 @@ def join(
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
         )
-    process_group = process_group or dist.group.WORLD
+        atexit.register(_leave)
     return Group(
         dist.get_rank(process_group), dist.get_world_size(process_group), on, process_group
     )
 
 
-def leave(group: Group) -> None:
-    """End torch.distributed for this process, if the group uses it."""
-    if group.process_group is not None:
+def _leave() -> None:
+    """End torch.distributed before the interpreter's end, at which gloo's threads would abort."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

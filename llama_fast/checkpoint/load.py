@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .shards import Entry, Shards
 from .weights import Linear, Weights, assemble, packed
 
 _FP8 = "F8_E4M3"
+CHECKED = 8  # layers that a rank reads before it asks whether the others still do
 _FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -40,25 +42,28 @@ def load(
     device: torch.device,
     progress: bool | None = None,
     share: Share | None = None,
-    on_layer: Callable[[], None] = lambda: None,
+    check_in: Callable[[], None] = lambda: None,
 ) -> Weights:
     """Load the weights. Linears stored in FP8 keep it; quantize applies to the others.
 
     progress: whether to show a bar on stderr; None: if stderr is a terminal. share: of one rank;
-    None: all. on_layer is called after the checks, and after each layer. Raises OSError for a
-    missing file and ValueError for one that does not match the config, naming the tensor.
+    None: all. check_in is called before the first tensor is read, and again after every CHECKED
+    layers. Raises OSError for a missing file and ValueError for one that does not match the config,
+    naming the tensor.
     """
     share = share or Share.of(config)
     shards, form = Shards(path), None if is_gguf(path) else read_format(Path(path))
     config = check(config, shards, form, share)
-    on_layer()
     checkpoint = _Checkpoint(shards, form, dtype, device)
+    steps = count()
     with _bar(config.num_hidden_layers + 2, progress) as advance:
 
         def done() -> None:
             advance()
-            on_layer()
+            if next(steps) % CHECKED == 0:
+                check_in()
 
+        check_in()
         weights = assemble(config, checkpoint, quantize, done, share)
     layers = range(config.num_hidden_layers)
     k_scale, v_scale = (checkpoint.kv_scale(which, layers, share.kv_heads) for which in "kv")

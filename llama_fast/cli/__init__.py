@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from . import generate, perplexity, plan, quantize
-from .common import Parser
+from .common import Parser, report
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt "Why is the sky blue?"
@@ -56,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"llama-fast: error: {message}", file=sys.stderr)
+        report(error)
         return 1
 
 

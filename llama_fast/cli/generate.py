@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from .common import AddCommand, add_model_options, load_model, positive
+from .common import AddCommand, add_model_options, load_model, positive, ranks
 
 _EXAMPLES = """examples:
   llama-fast generate --model Llama-3.1-8B --prompt "The capital of France is" --temperature 0
@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
       --system "Answer in one sentence." --prompt "Why is the sky blue?"
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --speculate lookup --prompt - < edit.txt
   llama-fast generate --model Llama-3.1-8B-Instruct --chat --prompt - < question.txt
+  torchrun --nproc-per-node 8 -m llama_fast generate --tp 8 --model Llama-3.1-70B --prompt "Once"
 
 Text goes to stdout, and figures to stderr. Ctrl-C ends the text; the figures still follow."""
 
@@ -47,7 +48,6 @@ def add(command: AddCommand) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from .. import chat
     from ..generation import sampling, speculate
 
     if args.system is not None and not args.chat:
@@ -61,9 +61,26 @@ def run(args: argparse.Namespace) -> int:
         speculate.check_draft_tokens(args.draft_tokens)
     except (TypeError, ValueError) as error:
         args.parser.error(str(error))
+    tp = ranks(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    # Check the text before loading the weights, which takes long.
+    # Check the text before loading the weights, which takes long. Only rank 0 reads stdin.
+    tokenizer, text = None, (list[int](), list[int]())
+    with tp.together():
+        if tp.rank == 0:
+            tokenizer, text = _encoded(args)
+    ids, stops = tp.exchange(text)[0]
+    model = load_model(args, args.model, tp)
+    if args.speculate not in (None, "lookup"):
+        args.speculate = load_model(args, args.speculate, tp)
+    return _stream(model, tokenizer, ids, stops, args)
+
+
+def _encoded(args: argparse.Namespace) -> tuple[Any, tuple[list[int], list[int]]]:
+    """Return the tokenizer, and the ids of the prompt and of the tokens that end an answer."""
+    from .. import chat
+    from ..config import LlamaConfig
+
     prompt = _stdin() if args.prompt == "-" else args.prompt
     tokenizer = chat.load_tokenizer(args.model)
     if args.chat:
@@ -73,10 +90,8 @@ def run(args: argparse.Namespace) -> int:
         ids = chat.encode_chat(tokenizer, messages)
     else:
         ids = chat.encode_prompt(tokenizer, prompt)
-    model = load_model(args, args.model)
-    if args.speculate not in (None, "lookup"):
-        args.speculate = load_model(args, args.speculate)
-    return _stream(model, tokenizer, ids, args)
+    config = LlamaConfig.from_pretrained(args.model)
+    return tokenizer, (ids, chat.stop_ids(config, tokenizer))
 
 
 def _stdin() -> str:
@@ -86,9 +101,10 @@ def _stdin() -> str:
         raise ValueError(f"stdin: not valid UTF-8 at byte {error.start}") from None
 
 
-def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace) -> int:
-    """Print text to stdout as it comes, then a line of figures to stderr."""
-    from ..chat import stop_ids
+def _stream(
+    model: Any, tokenizer: Any, ids: list[int], stops: list[int], args: argparse.Namespace
+) -> int:
+    """Print text to stdout as it comes, then a line of figures to stderr; on rank 0 only."""
     from ..text import TextStreamer
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # for every locale
@@ -98,6 +114,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    first = model.tp.rank == 0
     streamer = TextStreamer(
         tokenizer, show, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -105,7 +122,8 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
 
     def on_token(_: int, token: int) -> None:
         times.append(time.perf_counter())
-        streamer.put(token)
+        if first:
+            streamer.put(token)
 
     passes: list[tuple[int, int]] = []
     code = 0
@@ -118,7 +136,7 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
             top_p=args.top_p,
             top_k=args.top_k,
             seed=args.seed,
-            stop_ids=stop_ids(model.config, tokenizer),
+            stop_ids=stops,
             on_token=on_token,
             graphs=False if args.no_graphs else None,
             speculate=args.speculate,
@@ -128,6 +146,8 @@ def _stream(model: Any, tokenizer: Any, ids: list[int], args: argparse.Namespace
         )
     except KeyboardInterrupt:
         code = 130
+    if not first:
+        return code
     streamer.end()
     show("\n")
     footer = _footer(len(ids), start, times)

@@ -6,7 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-from .common import QUANTIZE_HELP, AddCommand, add_model_options, load_model, positive, progress
+from .common import (
+    QUANTIZE_HELP,
+    AddCommand,
+    add_model_options,
+    load_model,
+    positive,
+    progress,
+    ranks,
+)
 
 _EXAMPLES = f"""examples:
   llama-fast perplexity --model Llama-3.1-8B --text book.txt
@@ -40,25 +48,23 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from rich.progress import MofNCompleteColumn
 
-    from .. import chat
     from ..perplexity import CONTEXT, perplexity
 
+    tp = ranks(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    try:
-        text = Path(args.text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.text}: not valid UTF-8 at byte {error.start}") from None
-    ids = chat.encode_prompt(chat.load_tokenizer(args.model), text)
+    ids = list[int]()
+    with tp.together():
+        if tp.rank == 0:
+            ids = _encoded(args)
+    ids = tp.exchange(ids)[0]
     other = None
     if args.against is not None:
-        path = args.model if args.against in _DTYPES else args.against
-        if path != args.model and chat.encode_prompt(chat.load_tokenizer(path), text) != ids:
-            raise ValueError(f"--against: {path} has another tokenizer than {args.model}")
-        dtype = args.against if args.against in _DTYPES else args.dtype
-        other = load_model(args, path, dtype=dtype, quantize=None)
-    model = load_model(args, args.model)
-    ids = ids[: args.tokens]
+        path, dtype = args.against, args.dtype
+        if args.against in _DTYPES:
+            path, dtype = args.model, args.against
+        other = load_model(args, path, tp, dtype=dtype, quantize=None)
+    model = load_model(args, args.model, tp)
     context = args.context or min(CONTEXT, model.config.max_position_embeddings)
     with progress(MofNCompleteColumn()) as bar:
         task = bar.add_task("", total=len(ids) - -(-len(ids) // context))
@@ -70,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             kv_cache=args.kv_cache,
             on_tokens=lambda done: bar.update(task, completed=done),
         )
+    if tp.rank:
+        return 0
     distance = result.against
     if args.json:
         names = ("model", "dtype", "quantize", "kv_cache", "text", "against")
@@ -88,3 +96,19 @@ def run(args: argparse.Namespace) -> int:
             f"nats a token, same top token {distance.same_top:.1%}"
         )
     return 0
+
+
+def _encoded(args: argparse.Namespace) -> list[int]:
+    """Return the text's ids. Raises ValueError if --against has another tokenizer."""
+    from .. import chat
+
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.text}: not valid UTF-8 at byte {error.start}") from None
+    ids = chat.encode_prompt(chat.load_tokenizer(args.model), text)
+    if args.against not in (None, args.model, *_DTYPES):
+        other = chat.load_tokenizer(args.against)
+        if chat.encode_prompt(other, text) != ids:
+            raise ValueError(f"--against: {args.against} has another tokenizer than {args.model}")
+    return ids[: args.tokens]
