@@ -80,7 +80,7 @@ def layer(
     part = replace(config, num_hidden_layers=1, vocab_size=config.vocab_size // HEAD)
     model = lf.Llama.from_config(part, quantize="fp8_all", device=device)
     cache = lf.KVCache(part, TOKENS + 1, device=device)
-    *linears, head = models.linears(model)
+    linears = models.linears(model)[:-1]  # without the head
     size = sum(w.nbytes for w in linears)
     say(f"{name}: one layer of {config.num_hidden_layers}, {size / 1e9:.2f} GB of random FP8")
     compute = limits.compute(torch.bfloat16, device, speed)
