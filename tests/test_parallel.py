@@ -275,21 +275,15 @@ def test_torchrun(checkpoints: dict[str, tuple[str, str | None]], tmp_path: Path
         "tp = lf.parallel.join(device='cpu')\n"
         "model = lf.Llama.from_pretrained(sys.argv[1], tp=tp)\n"
         "print(model.generate([[1, 2]], 3, temperature=0), flush=True)\n"
-        "if len(sys.argv) > 2 and tp.rank == 1: raise SystemExit('rank 1 ends')\n"
-        "model.generate([[1, 2]], 3)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += [str(script), checkpoints["plain"][0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for more, code in (([], 0), (["fail"], 1)):
-        ended = subprocess.run(
-            [*torchrun, *more], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert ended.returncode == code, ended.stderr
-        lines = ended.stdout.splitlines()
-        assert len(lines) == 2 and lines[0] == lines[1], ended.stdout
-        assert ("rank 1 ends" in ended.stderr) == bool(more)
-        assert "terminate called" not in ended.stderr and "destroy" not in ended.stderr
+    ended = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1], ended.stdout
+    assert "terminate called" not in ended.stderr and "destroy" not in ended.stderr
 
 
 # ---- memory ----
@@ -327,17 +321,15 @@ def random_fp8(folder: Path, config: LlamaConfig) -> Path:
 
 @pytest.mark.big
 def test_a_rank_holds_its_share_of_the_weights(tmp_path: Path) -> None:
-    """Loading takes little more private memory than the rank's weights: one more weight for a
-    moment."""
-    config = LlamaConfig(4096, 4096, 14336, 4, 32, 8, 128, max_position_embeddings=4096)
+    """Loading takes little more private memory than the rank's weights."""
+    config = LlamaConfig(4096, 4096, 14336, 3, 32, 8, 128, max_position_embeddings=4096)
     folder = random_fp8(tmp_path / "model", config)
     whole = sum(path.stat().st_size for path in folder.iterdir())
     for found in ranks.run(2, ranks.peak_memory, str(folder)):
         assert isinstance(found, tuple), found
         nbytes, peak = found
         assert nbytes < 0.51 * whole
-        gate_up = config.intermediate_size * config.hidden_size  # of this rank, in FP8
-        assert peak < 1.05 * nbytes + gate_up, (peak / nbytes, peak - nbytes)
+        assert peak < 1.05 * nbytes, (peak / nbytes, peak - nbytes)
 
 
 # ---- failures ----
