@@ -27,14 +27,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# 64 heads on 8, as in the 70B. The vocabulary is divisible by no number of ranks.
+# 64 heads on 8, as in the 70B. The vocabulary is divisible by no number of ranks. Of four ranks each
+# begins within a block of 128 rows of k and v.
 SHAPE = {
     "vocab_size": 333,
-    "hidden_size": 64,
-    "intermediate_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
-    "head_dim": 8,
+    "head_dim": 32,
 }
 TOKENS = torch.randint(333, (2, 9), generator=torch.Generator().manual_seed(1))
 NEW = 4  # tokens
@@ -94,7 +95,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str
     method = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     by_tensor = fp8(at / "tensor", "tensor", "weight_scale", **method)
     block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    by_block = fp8(at / "block", "block", "weight_scale_inv", **block)
+    by_block = fp8(at / "block", "block_2d", "weight_scale_inv", **block)
     return {
         "plain": (str(plain), None),
         "tied": (str(tied), None),
