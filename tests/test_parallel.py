@@ -27,14 +27,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# 64 heads on 8, as in the 70B. The vocabulary is divisible by no number of ranks.
+# 64 heads on 8, as in the 70B. The vocabulary is divisible by no number of ranks. Of four ranks two
+# begin within a block of 128 rows of k and v.
 SHAPE = {
     "vocab_size": 333,
-    "hidden_size": 64,
-    "intermediate_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 512,
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
-    "head_dim": 8,
+    "head_dim": 32,
 }
 TOKENS = torch.randint(333, (2, 9), generator=torch.Generator().manual_seed(1))
 NEW = 4  # tokens
@@ -94,7 +95,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str
     method = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     by_tensor = fp8(at / "tensor", "tensor", "weight_scale", **method)
     block = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    by_block = fp8(at / "block", "block", "weight_scale_inv", **block)
+    by_block = fp8(at / "block", "block_2d", "weight_scale_inv", **block)
     return {
         "plain": (str(plain), None),
         "tied": (str(tied), None),
@@ -275,21 +276,15 @@ def test_torchrun(checkpoints: dict[str, tuple[str, str | None]], tmp_path: Path
         "tp = lf.parallel.join(device='cpu')\n"
         "model = lf.Llama.from_pretrained(sys.argv[1], tp=tp)\n"
         "print(model.generate([[1, 2]], 3, temperature=0), flush=True)\n"
-        "if len(sys.argv) > 2 and tp.rank == 1: raise SystemExit('rank 1 ends')\n"
-        "model.generate([[1, 2]], 3)\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += [str(script), checkpoints["plain"][0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for more, code in (([], 0), (["fail"], 1)):
-        ended = subprocess.run(
-            [*torchrun, *more], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert ended.returncode == code, ended.stderr
-        lines = ended.stdout.splitlines()
-        assert len(lines) == 2 and lines[0] == lines[1], ended.stdout
-        assert ("rank 1 ends" in ended.stderr) == bool(more)
-        assert "terminate called" not in ended.stderr and "destroy" not in ended.stderr
+    ended = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1], ended.stdout
+    assert "terminate called" not in ended.stderr and "destroy" not in ended.stderr
 
 
 # ---- memory ----
@@ -327,17 +322,16 @@ def random_fp8(folder: Path, config: LlamaConfig) -> Path:
 
 @pytest.mark.big
 def test_a_rank_holds_its_share_of_the_weights(tmp_path: Path) -> None:
-    """Loading takes little more private memory than the rank's weights: one more weight for a
-    moment."""
-    config = LlamaConfig(4096, 4096, 14336, 4, 32, 8, 128, max_position_embeddings=4096)
+    """Loading takes little more private memory than the rank's weights."""
+    config = LlamaConfig(4096, 4096, 14336, 3, 32, 8, 128, max_position_embeddings=4096)
     folder = random_fp8(tmp_path / "model", config)
     whole = sum(path.stat().st_size for path in folder.iterdir())
     for found in ranks.run(2, ranks.peak_memory, str(folder)):
         assert isinstance(found, tuple), found
         nbytes, peak = found
         assert nbytes < 0.51 * whole
-        gate_up = config.intermediate_size * config.hidden_size  # of this rank, in FP8
-        assert peak < 1.05 * nbytes + gate_up, (peak / nbytes, peak - nbytes)
+        # 43 MB beside the weights, whatever their size: threads' stacks, the piece being packed.
+        assert peak < 1.05 * nbytes + (48 << 20), (peak / nbytes, peak - nbytes)
 
 
 # ---- failures ----

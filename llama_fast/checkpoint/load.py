@@ -1,7 +1,7 @@
 """Load the model's weights from a checkpoint in Hugging Face's format.
 
 Tensors are memory-mapped and read one at a time, fused (q, k, v; gate, up), quantized on request
-and packed for the kernels. Besides the result, at most one fused weight is in memory. All names,
+and packed for the kernels. Besides the result, at most one weight is in memory. All names,
 shapes and dtypes are checked against the config before the first tensor is read. A tensor-parallel
 rank reads only its rows and columns.
 """
@@ -28,7 +28,7 @@ from ..parallel import Share, Span, fitting
 from ..reference import FP8_BLOCK, FP8_DTYPE, dequantize_fp8
 from .formats import IGNORED, KV_SCALES, Format, read_format, scale_shapes
 from .shards import Entry, Shards
-from .weights import Linear, Weights, assemble, packed
+from .weights import Linear, Weights, assemble, stacked
 
 _FP8 = "F8_E4M3"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -131,31 +131,31 @@ class _Checkpoint:
             return self._stored_fp8(parts, k)
         rows = [len(span) for span in parts.values()]
         if not fp8:
-            weight = torch.empty(sum(rows), len(k), dtype=self._dtype, device=self._device)
-            for part, (name, span) in zip(weight.split(rows), parts.items(), strict=True):
-                part.copy_(self._plain(name, span, k))
-            return Linear(packed(weight))
-        q = torch.empty(sum(rows), len(k), dtype=FP8_DTYPE, device=self._device)
-        scale = torch.empty(sum(rows), 1, dtype=torch.float32, device=self._device)
-        pieces = zip(q.split(rows), scale.split(rows), parts.items(), strict=True)
-        for q_part, scale_part, (name, span) in pieces:
-            # From the file's dtype: rounding to the model's dtype first would round twice. From
-            # whole rows: their scale does not depend on the number of ranks.
-            values, scales = quantize_fp8(self._plain(name, span, Span.whole(k.of)), "row")
-            q_part.copy_(values[:, k.index]), scale_part.copy_(scales)
-        return Linear(packed(q), scale, scale_ub=bound)
+            plain = (self._plain(name, span, k) for name, span in parts.items())
+            return Linear(stacked(plain, rows, len(k), self._dtype, self._device))
+        scales = []
+
+        def quantized() -> Iterator[Tensor]:
+            for name, span in parts.items():
+                # From the file's dtype: rounding to the model's dtype first would round twice. From
+                # whole rows: their scale does not depend on the number of ranks.
+                q, scale = quantize_fp8(self._plain(name, span, Span.whole(k.of)), "row")
+                scales.append(scale)
+                yield q[:, k.index]
+
+        weight = stacked(quantized(), rows, len(k), FP8_DTYPE, self._device)
+        return Linear(weight, torch.cat(scales), scale_ub=bound)
 
     def _stored_fp8(self, parts: dict[str, Span], k: Span) -> Linear:
         """Return weights as stored, without loss, with their scales in a shape that fits all."""
         assert self._format is not None  # the inventory rejects FP8 without a format
         rows = [len(span) for span in parts.values()]
-        q = torch.empty(sum(rows), len(k), dtype=FP8_DTYPE, device=self._device)
-        for part, (name, span) in zip(q.split(rows), parts.items(), strict=True):
-            part.copy_(self._shards.read(f"{name}.weight", span.index, k.index))
-        scale = joined_scales(
-            [self._scale(name, span, k) for name, span in parts.items()], rows, len(k)
+        stored = (self._shards.read(f"{n}.weight", s.index, k.index) for n, s in parts.items())
+        weight = stacked(stored, rows, len(k), FP8_DTYPE, self._device)
+        scales = [self._scale(name, span, k) for name, span in parts.items()]
+        return Linear(
+            weight, joined_scales(scales, rows, len(k)), scale_ub=self._format.activation_bound
         )
-        return Linear(packed(q), scale, scale_ub=self._format.activation_bound)
 
     def kv_scale(self, which: str, layers: range, heads: Span) -> Tensor | None:
         """Return K's ("k") or V's ("v") scales for an FP8 KV cache, fp32 [layers, 1 or Hkv]; None

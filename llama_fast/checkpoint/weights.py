@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from ..parallel import Share, Span
 from ..reference import FP8_DTYPE, PACK_ROWS, unpack_weight
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FEW_PANELS = 16  # packed at a time: 1024 rows, 16 MiB of 8192 columns in 16 bits
 ACTIVATION_BOUND = 1200.0  # on a row's amax in quantized activations: Meta's 405B recipe
 _LINEAR = re.compile(r"(?:model\.)?layers\.(\d+)\.(self_attn|mlp)\.[a-z]+_proj")
 
@@ -220,6 +221,25 @@ def packable(n: int, k: int, device: torch.device) -> bool:
 def packed(weight: Tensor) -> Tensor:
     n, k = weight.shape
     return linear.pack_weight(weight) if packable(n, k, weight.device) else weight
+
+
+def stacked(
+    parts: Iterable[Tensor], rows: list[int], k: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Stack weights [rows[i], k] in dtype, packed if possible. Packing few rows at a time saves a
+    second copy of the whole."""
+    if not packable(sum(rows), k, device) or any(n % PACK_ROWS for n in rows):
+        out = torch.empty(sum(rows), k, dtype=dtype, device=device)
+        for place, part in zip(out.split(rows), parts, strict=True):
+            place.copy_(part)
+        return packed(out)
+    panels = [n // PACK_ROWS for n in rows]
+    out = torch.empty(sum(panels), k // 2, PACK_ROWS, 2, dtype=dtype, device=device)
+    for place, part in zip(out.split(panels), parts, strict=True):
+        pieces = zip(place.split(FEW_PANELS), part.split(FEW_PANELS * PACK_ROWS), strict=True)
+        for few, piece in pieces:
+            few.copy_(linear.pack_weight(piece.to(dtype)))
+    return out
 
 
 def quantized(weight: Tensor, bound: float | None = None) -> Linear:
