@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,14 @@ def is_int(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value for an error message, shortened: a config may hold megabytes."""
-    return reprlib.repr(value)
+    """Return a value for a message, cut to a line: a config may hold megabytes. Python refuses to
+    print very large integers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
+        text = f"<{type(value).__name__}{bits}>"
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def count(name: str, value: Any) -> None:

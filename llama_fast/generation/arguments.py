@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..config import LlamaConfig
+from ..rope_scaling import shown
 
 
 def check_prompt(
@@ -21,10 +22,10 @@ def check_prompt(
         raise ValueError(f"prompt {index}: is empty; want at least one token id, such as BOS")
     for token in ids:
         if not 0 <= token < vocab:
-            raise ValueError(f"prompt {index}: got id {token}, want 0 to {vocab - 1}")
+            raise ValueError(f"prompt {index}: got id {shown(token)}, want 0 to {vocab - 1}")
     limit = config.max_position_embeddings
     if len(ids) + max_new_tokens > limit:
-        new = f" and max_new_tokens={max_new_tokens}" if max_new_tokens > 0 else ""
+        new = f" and max_new_tokens={shown(max_new_tokens)}" if max_new_tokens > 0 else ""
         raise ValueError(
             f"prompt {index}: {len(ids)} tokens{new} exceed the model's {limit} positions"
         )
@@ -39,11 +40,11 @@ def token_ids(name: str, ids: Any) -> list[int]:
         raise TypeError(f"{name}: got {type(ids).__name__}, want a list of token ids")
     for token in ids:
         if not isinstance(token, Integral) or isinstance(token, bool):
-            raise TypeError(f"{name}: got {token!r}, want a list of token ids")
+            raise TypeError(f"{name}: got {shown(token)}, want a list of token ids")
     return [int(token) for token in ids]
 
 
 def check_count(name: str, value: Any) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}: got {value!r}, want an integer of at least 0")
+        raise ValueError(f"{name}: got {shown(value)}, want an integer of at least 0")
     return int(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,9 @@ def generate(
         stops = frozenset(
             token_ids("stop_ids", config.eos_token_id if stop_ids is None else stop_ids)
         )
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            got = type(prompts).__name__
+            raise TypeError(f"prompts: got {got}, want a list of lists of token ids")
         checked = [
             check_prompt(i, prompt, config, max_new_tokens) for i, prompt in enumerate(prompts)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..rope_scaling import shown
 
 ROWS = 64  # sampled at a time: their weights take 66 MB with 128,256 tokens
 _LARGEST = 2.0**44  # the weight of the most likely token
@@ -27,16 +30,20 @@ class Settings(NamedTuple):
 def check(settings: Settings, repetition_penalty: Any = 1.0) -> None:
     """Raise ValueError for invalid settings."""
     temperature, top_p, top_k, min_p = settings
-    if not _is_number(temperature) or not math.isfinite(temperature) or temperature < 0:
-        raise ValueError(f"temperature: got {temperature!r}, want 0 (argmax) or a positive number")
+    if not _is_number(temperature) or not 0 <= temperature <= sys.float_info.max:
+        raise ValueError(
+            f"temperature: got {shown(temperature)}, want 0 (argmax) or a positive number"
+        )
     for name, share in (("top_p", top_p), ("min_p", min_p)):
         if not _is_number(share) or not 0 <= share <= 1:
-            raise ValueError(f"{name}: got {share!r}, want 0 to 1")
+            raise ValueError(f"{name}: got {shown(share)}, want 0 to 1")
     if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 0:
-        raise ValueError(f"top_k: got {top_k!r}, want 0 (all) or a positive integer")
+        raise ValueError(f"top_k: got {shown(top_k)}, want 0 (all) or a positive integer")
     penalty = repetition_penalty
-    if not _is_number(penalty) or not math.isfinite(penalty) or penalty <= 0:
-        raise ValueError(f"repetition_penalty: got {penalty!r}, want a positive number; 1 is none")
+    if not _is_number(penalty) or not 0 < penalty <= torch.finfo(torch.float32).max:
+        raise ValueError(
+            f"repetition_penalty: got {shown(penalty)}, want a positive number; 1 is none"
+        )
 
 
 class Sampler:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..rope_scaling import shown as shown
+
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
 INT32 = (torch.int32,)
@@ -48,16 +50,6 @@ def _layout(t: Tensor) -> str | None:
         return "nested"
     strided = t.layout is torch.strided
     return None if strided else str(t.layout).removeprefix("torch.").removeprefix("_")
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, cut to a line. Python refuses to print very large integers."""
-    try:
-        text = repr(value)
-    except ValueError:
-        bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
-        text = f"<{type(value).__name__}{bits}>"
-    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def is_tensor(name: str, value: Any) -> None:

@@ -130,9 +130,11 @@ GENERATES = st.builds(
         {},
         optional={
             "max_new_tokens": st.one_of(st.integers(0, 4), STRANGE),
-            "temperature": st.one_of(st.floats(), STRANGE.filter(lambda v: v is not HUGE)),
+            "temperature": st.one_of(st.floats(), STRANGE),
             "top_p": st.one_of(st.floats(0, 1), STRANGE),
             "top_k": st.one_of(st.integers(0, 400), STRANGE),
+            "min_p": st.one_of(st.floats(0, 1), STRANGE),
+            "repetition_penalty": st.one_of(st.floats(0.5, 2), STRANGE),
             "seed": st.one_of(st.integers(-(2**65), 2**65), STRANGE),
             "stop_ids": st.one_of(st.lists(ids), STRANGE),
             "graphs": st.sampled_from((False, None, True, 1)),
@@ -142,7 +144,13 @@ GENERATES = st.builds(
         },
     ),
 )
-FAILED: tuple[Cache | Generate, ...] = ()
+FAILED: tuple[Cache | Generate, ...] = (
+    Generate(None, {}),
+    Generate([[1]], {"temperature": HUGE}),
+    Generate([[1]], {"repetition_penalty": HUGE}),
+    Generate([[1]], {"max_new_tokens": 10**4000}),
+    Generate([[10**4000]], {}),
+)
 
 
 def run(seconds: float, seed: int, count: int | None = None) -> int:

@@ -295,8 +295,7 @@ VALUES = st.one_of(
     st.floats(),
     st.text(max_size=8),
 )
-# The table of rotations is as long as max_position_embeddings.
-FIELDS = [(name,) for name in CONFIG if name != "max_position_embeddings"]
+FIELDS = [(name,) for name in CONFIG]
 FIELDS += [("rope_scaling", name) for name in CONFIG["rope_scaling"]]
 FIELDS += [("rope_scaling", n) for n in ("rope_theta", "attention_factor", "beta_fast", "mscale")]
 FIELDS += [("rope_parameters",), ("quantization_config",), ("new", "field")]
