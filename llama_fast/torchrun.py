@@ -27,3 +27,13 @@ def let_first_report() -> None:
     others. torchrun ends these when the first has ended."""
     if not is_first():
         time.sleep(FIRST)
+
+
+def label(error: Exception) -> str:
+    """Return what comes before an error's message, once the rank that failed has reported it."""
+    if launched() is None:
+        return ""
+    if isinstance(error, PeerError):
+        time.sleep(FIRST)
+        return ""
+    return f"rank {os.environ['RANK']}: "

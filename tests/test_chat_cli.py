@@ -370,7 +370,9 @@ class Terminal:
 
     # A session's leader owns the first terminal that it opens: Ctrl-C then reaches it.
     SCRIPT = (
-        "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job may ignore it
+        "os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
         "from llama_fast.cli import main; sys.exit(main())"
     )
 

@@ -140,7 +140,7 @@ def test_refused_before_weights_are_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("llama_fast.model.load", None)
+    monkeypatch.setattr("llama_fast.pretrained.load", None)
     config = json.loads((checkpoint / "config.json").read_text())
     for name, change in (
         ("OTHER", {"vocab_size": 300}),
@@ -156,7 +156,7 @@ def test_refused_before_weights_are_loaded(
 def test_an_empty_prompt_is_refused_before_weights_are_loaded(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("llama_fast.model.load", None)
+    monkeypatch.setattr("llama_fast.pretrained.load", None)
     monkeypatch.setattr("llama_fast.chat.encode_prompt", lambda *_: [])
     assert generate(checkpoint, "--prompt", "") == 1
     assert "prompt 0: is empty" in failure(capsys)

@@ -8,13 +8,12 @@ import math
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from .. import torchrun
 from ..config import RECIPES
+from ..torchrun import label, launched, let_first_report
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,7 +34,7 @@ MODEL_HELP = "a Hugging Face folder, a GGUF file, or a model of the Hub: owner/n
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        torchrun.let_first_report()
+        let_first_report()
         print(f"llama-fast: error: {one_line(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -57,12 +56,7 @@ def explained(error: Exception) -> str:
 
 def report(error: Exception) -> None:
     """Print an error in one line. Under torchrun the rank that failed does so first."""
-    message = explained(error)
-    if isinstance(error, torchrun.PeerError):
-        time.sleep(torchrun.FIRST)
-    elif torchrun.launched() is not None:
-        message = f"rank {os.environ['RANK']}: {message}"
-    print(f"llama-fast: error: {message}", file=sys.stderr, flush=True)
+    print(f"llama-fast: error: {label(error)}{explained(error)}", file=sys.stderr, flush=True)
 
 
 class AddCommand(Protocol):
@@ -132,7 +126,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def ranks(args: argparse.Namespace) -> Group:
     """Return the group of --tp processes, which torchrun must have started."""
-    started = torchrun.launched()
+    started = launched()
     if args.tp != (started or 1):
         got = "was not started by torchrun" if started is None else f"is one of {started} processes"
         want = f"torchrun --nproc-per-node {args.tp} -m {args.parser.prog.replace('-', '_')}"

@@ -225,7 +225,7 @@ def _apply_rope_and_append(
     positions, slots = positions.contiguous(), slots.contiguous()
     check_range("positions", positions, 0, table.shape[0] - 1)
     check_range("slots", slots, -1, k_cache.shape[0] * k_cache.shape[1] - 1)
-    if shared := _cpu.shared_memory(k_cache, v_cache):
+    if not k_cache.is_meta and (shared := _cpu.shared_memory(k_cache, v_cache)):
         _refuse_shared(shared, k_cache, v_cache)
     on = kernels("apply_rope_and_append", q)
     if on is None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llama_fast import Llama, LlamaConfig, RopeScaling
 from llama_fast.bench.peers import gguf_file
-from llama_fast.chat import encode_chat, load_tokenizer
+from llama_fast.chat import encode, load_tokenizer
 from llama_fast.checkpoint import gguf_tokenizer
 from llama_fast.checkpoint.gguf_header import Header
 from llama_fast.checkpoint.load import load
@@ -236,7 +236,7 @@ def test_its_own_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert ours.decode(ours(text).input_ids) == wanted.decode(wanted(text).input_ids)
     assert wanted.convert_tokens_to_ids("them") in ours("them").input_ids
     messages = [{"role": "user", "content": "say <|eot_id|> 123"}]
-    assert encode_chat(ours, messages) == encode_chat(wanted, messages)
+    assert encode(ours, messages) == encode(wanted, messages)
     assert (ours.bos_token, ours.eos_token) == (wanted.bos_token, wanted.eos_token)
     argv = ["--prompt", "x", "--chat", "--temperature", "0", "--max-new-tokens", "2"]
     assert main(["generate", "--model", str(path), *argv]) == 0

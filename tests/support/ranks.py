@@ -26,7 +26,7 @@ def run(size: int, job: Callable[..., Any], *args: Any, seconds: float = 120.0) 
     """Return what job(*args) returns on each rank, or the text of the exception that it raised;
     None for a rank that ended without either."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llama_fast", __name__])
+    context.set_forkserver_preload(["llama_fast.model", __name__])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
