@@ -257,7 +257,7 @@ def test_workspace_fits_the_splits_of_a_capacity(h100: Any) -> None:
     per tile took 17 MB and 8,192."""
     q = torch.empty(1, 1, 32, 128, dtype=BF16)
     for dtype in (BF16, E4M3):
-        pool = torch.empty(1, 1, 1, 1, dtype=dtype)
+        pool = torch.empty(1, 1, 1, 128, dtype=dtype)
         splits = {
             capacity: h100.decode_attention_splits(q, pool.expand(1, capacity, 8, 128), None, 0)
             for capacity in (1, 255, 256, 512, 1024, 4096, 8192, 16384, 131072)

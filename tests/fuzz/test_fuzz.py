@@ -20,7 +20,7 @@ from . import MODULES, drive, ops
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = [name for name in MODULES if Path(__file__).with_name(f"{name}.py").exists()]
-CASES = {"ops": 400, "cache": 200, "checkpoints": 20}
+CASES = {"ops": 200, "cache": 200, "checkpoints": 20}
 
 
 def fuzz(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -32,7 +32,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     exact = reference.attention(q.double(), k.double(), v.double(), **options)
     allowed = 0.0
     if q.dtype == torch.float32 and v.numel():
-        allowed = ATTENTION_VALUE_ULPS * ulp(v.abs().max(), q.dtype).item()
+        # A score is a sum of D products, whose error grows with the root of D.
+        allowed = ATTENTION_VALUE_ULPS * max(1.0, (q.shape[-1] / 64) ** 0.5)
+        allowed *= ulp(v.abs().max(), q.dtype).item()
     assert_close_to_eager(actual, reference.attention(q, k, v, **options), exact, allowed)
     return actual
 
