@@ -423,7 +423,9 @@ def test_in_a_terminal(tmp_path: Path, tokenizer: Any) -> None:
         terminal.send("\x03")
         terminal.until("[stopped]")
         terminal.until("> ")
-        terminal.send("dropped\x03")
+        terminal.send("dropped")
+        terminal.until("dropped")  # a Ctrl-C before readline waits would be seen at the next key
+        terminal.send("\x03")
         terminal.until("> ")
         file = tmp_path / "talk"
         terminal.send(f"/save {file}\r")

@@ -281,7 +281,12 @@ def test_torchrun(checkpoints: dict[str, tuple[str, str | None]], tmp_path: Path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     torchrun += [str(script), checkpoints["plain"][0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(torchrun, env=environment, capture_output=True, text=True, timeout=120)
+    for _ in range(2):  # gloo aborted one of some thirty such processes at its end
+        ended = subprocess.run(
+            torchrun, env=environment, capture_output=True, text=True, timeout=120
+        )
+        if "terminate called" not in ended.stderr:
+            break
     assert ended.returncode == 0, ended.stderr
     found = re.findall(r"\[\[.*?\]\]", ended.stdout)  # the ranks' lines may run into each other
     assert len(found) == 2 and found[0] == found[1], ended.stdout
