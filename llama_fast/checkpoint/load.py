@@ -113,8 +113,8 @@ def check(
 
 
 def _return_freed() -> None:
-    """Return what was freed to the system. glibc keeps temporary tensors of up to 32 MB in its heap:
-    a sixth of the weights."""
+    """Return what was freed to the system. glibc keeps temporary tensors of up to 32 MB in its
+    heap: a sixth of the weights."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
