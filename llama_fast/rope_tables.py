@@ -22,7 +22,7 @@ def table_rows(positions: int, most: int) -> int:
 
 class RopeTables:
     """Tables of a power of two positions, or of all max_position_embeddings. At 4,194,304 positions
-    and head_dim 128 the whole table takes 1 GiB and some 20 s.
+    and head_dim 128 the whole table takes 2 GiB.
 
     Every table is kept, because a CUDA graph holds the address of the one it was captured with.
     Together they have less than twice the rows of the largest.
