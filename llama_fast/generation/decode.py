@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..reference import FP8_DTYPE
+from ..rope_scaling import shown
 from . import sampling
 from .cache import BLOCK_SIZE, Append, KVCache, host, upload
 from .graphs import CudaGraph, Graphs
@@ -50,8 +51,8 @@ def bucket(rows: int) -> int:
 
 
 def check_kv_cache(kv_cache: Any) -> None:
-    if kv_cache not in (None, "fp8"):
-        raise ValueError(f"kv_cache: got {kv_cache!r}, want None or 'fp8'")
+    if kv_cache is not None and not (isinstance(kv_cache, str) and kv_cache == "fp8"):
+        raise ValueError(f"kv_cache: got {shown(kv_cache)}, want None or 'fp8'")
 
 
 def new_cache(

@@ -146,6 +146,7 @@ GENERATES = st.builds(
 )
 FAILED: tuple[Cache | Generate, ...] = (
     Generate(None, {}),
+    Generate([], {"kv_cache": np.array([1, 2])}),
     Generate([[1]], {"temperature": HUGE}),
     Generate([[1]], {"repetition_penalty": HUGE}),
     Generate([[1]], {"max_new_tokens": 10**4000}),
