@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ import torch
 
 from llama_fast import Llama, chat
 from llama_fast.cli import main
-from llama_fast.generation import sampling
 from llama_fast.generation.session import Session
 
 from .support.checkpoints import edit_json, hf_model, save
+from .support.generation import draw_these
 from .support.llama3 import TOOL_TEMPLATE, byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -56,15 +56,7 @@ def says(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> Callable[..., None]
 
     def install(*answers: str) -> None:
         ids = [i for text in answers for i in tokenizer.encode(text, add_special_tokens=False)]
-        tokens: Iterator[int] = iter(ids)
-
-        def draw(*_: Any) -> int:
-            try:
-                return next(tokens)
-            except StopIteration:
-                raise KeyboardInterrupt from None
-
-        monkeypatch.setattr(sampling, "sample", draw)
+        draw_these(monkeypatch, ids)
 
     return install
 

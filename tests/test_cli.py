@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 
 from llama_fast import __version__
 from llama_fast.cli import main
-from llama_fast.generation import sampling
 
 from .support.checkpoints import hf_model, save
+from .support.generation import draw_these
 from .support.llama3 import byte_tokenizer
 
 
@@ -35,18 +34,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def says(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return says(ids): the model computes as usual, and then these tokens are drawn."""
 
-    def install(ids: list[int]) -> None:
-        tokens: Iterator[int] = iter(ids)
-
-        def draw(*_: Any) -> int:
-            try:
-                return next(tokens)
-            except StopIteration:
-                raise KeyboardInterrupt from None
-
-        monkeypatch.setattr(sampling, "sample", draw)
-
-    return install
+    return lambda ids: draw_these(monkeypatch, ids)
 
 
 def failure(capsys: pytest.CaptureFixture[str]) -> str:

@@ -74,7 +74,7 @@ def _drop_output() -> None:
 
 def _open_streams() -> None:
     """Replace closed standard streams. A file opened by the command would get their descriptors,
-    and what a library prints. Text that nobody can read is no reason to go on."""
+    and what a library prints. Without stdout the command ends: nobody could read its text."""
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for fd in range(3):
         try:

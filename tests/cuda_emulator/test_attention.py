@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_fast import reference
 
+from ..support.attention import qkv
 from ..support.tolerances import ATTENTION_VALUE_ULPS, assert_close_to_eager, ulp
 from .native import SEEDS, emulated
 
@@ -24,14 +25,6 @@ NAN = float("nan")
 @pytest.fixture
 def cuda() -> Any:
     return emulated()
-
-
-def qkv(
-    lengths: tuple[int, int], heads: tuple[int, int], d: int, dtype: torch.dtype, batch: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
-    (sq, sk), (h, hkv) = lengths, heads
-    q, k = torch.randn(batch, sq, h, d), torch.randn(batch, sk, hkv, d)
-    return q.to(dtype), k.to(dtype), (torch.randn(batch, sk, hkv, d) + 0.25).to(dtype)
 
 
 def run(cuda: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, **options: Any) -> Tensor:

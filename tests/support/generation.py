@@ -3,13 +3,14 @@ sends CPU tensors along the path of a GPU; plainly() is the loop to compare with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from llama_fast import Llama, LlamaConfig
-from llama_fast.generation import generate
+from llama_fast.generation import generate, sampling
 
 CONFIG = LlamaConfig(320, 128, 192, 2, 8, 2, 16, max_position_embeddings=4096, eos_token_id=(2,))
 
@@ -35,3 +36,16 @@ def plainly(model: Llama, *args: Any, **options: Any) -> list[list[int]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_runs_ahead", lambda device: False)
         return model.generate(*args, **options)
+
+
+def draw_these(monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> None:
+    """Make sampling draw these tokens, after the model has computed as usual; then Ctrl-C."""
+    tokens = iter(ids)
+
+    def draw(*_: Any) -> int:
+        try:
+            return next(tokens)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(sampling, "sample", draw)
