@@ -2,7 +2,8 @@
 
 Python's re tries one way after the other, which may take exponential time. Here Python parses the
 expression, and each of its parts maps the set of positions before it to the set after it. A set of
-positions is an int: bit i stands for position i.
+positions is an int: bit i stands for position i. The package regex, which can stop after a time, is
+no help: compiling a{1000000000} takes all memory.
 """
 
 from __future__ import annotations
