@@ -1,8 +1,8 @@
 """Measure vLLM on this CPU with and without the plugin: python -m bench.vllm_plugin.
 
 Two layers of 8B's shapes, vocabulary 32,000, random weights, in bf16 and in FP8 (compressed-tensors
-with a scale per row). Each of the four engines runs in a process of its own. Prefix caching is off,
-since the prompts repeat.
+with a scale per row). Each of the four engines has a process of its own; they measure by turns.
+Prefix caching is off, since the prompts repeat.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-SEQUENCES, PROMPTS, ROUNDS = (1, 4, 16), (512, 2048), 5
-SECONDS, PATIENCE = 0.5, 3.0  # of decoding in a round, 1 to 32 steps; of a job's rounds
+SEQUENCES, PROMPTS, ROUNDS = (1, 4, 16), (512, 2048), 7
+SECONDS, PATIENCE = 0.5, 5.0  # of decoding in a round, 1 to 32 steps; of a job's rounds
+MARK = "SECONDS"  # starts an engine's answer, among what vLLM prints
 JOBS = (*(f"tg @ {n}" for n in SEQUENCES), *(f"pp{n}" for n in PROMPTS))
 AS_AVX2 = {
     "LLAMA_FAST_CPU_ISA": "avx2",
@@ -52,9 +54,8 @@ def write_models(folder: Path) -> None:
     quantize_checkpoint(folder / "bf16", folder / "FP8")
 
 
-def measure(model: str, eager: bool) -> dict[str, float]:
-    """Return tokens a second of each job, of its fastest round: while another process uses a core,
-    each product waits for a quantum of the scheduler."""
+def serve(model: str, eager: bool) -> None:
+    """Answer each line [sequences, prompt, tokens] of stdin with the seconds of that batch."""
     if os.environ.get("LLAMA_FAST_CPU_ISA") == "avx2":
         import torch
 
@@ -73,49 +74,74 @@ def measure(model: str, eager: bool) -> dict[str, float]:
         max_num_seqs=max(SEQUENCES),
         kv_cache_memory_bytes=256 << 20,
     )
-
-    def seconds(sequences: int, prompt: int, tokens: int) -> float:
+    print(MARK, flush=True)
+    for line in sys.stdin:
+        sequences, prompt, tokens = json.loads(line)
         prompts = [{"prompt_token_ids": [3 + i] * prompt} for i in range(sequences)]
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    def best(sequences: int, prompt: int, tokens: int) -> float:
-        values: list[float] = []
-        while not values or (len(values) < ROUNDS and sum(values) < PATIENCE):
-            values.append(seconds(sequences, prompt, tokens))
-        return min(values)
-
-    result = {}
-    for n in SEQUENCES:  # a prompt of one token is a step like the others
-        seconds(n, 1, 1)
-        steps = max(1, min(32, int(SECONDS / seconds(n, 1, 1))))
-        result[f"tg @ {n}"] = n * steps / best(n, 1, steps)
-    for n in PROMPTS:
-        result[f"pp{n}"] = n / best(1, n, 1)
-        print(result, file=sys.stderr)
-    return result
+        print(MARK, time.perf_counter() - start, flush=True)
 
 
-def run(model: Path, plugin: bool, args: argparse.Namespace) -> dict[str, float]:
-    threads = {} if args.threads is None else {"OMP_NUM_THREADS": str(args.threads)}
-    environment = {
-        **os.environ,
-        **threads,
-        **(AS_AVX2 if args.avx2 else {}),
-        "LLAMA_FAST_VLLM": str(int(plugin)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-m", "bench.vllm_plugin", "--measure", str(model)]
-    command += ["--eager"] if args.eager else []
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: the engine ended with code {done.returncode}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+class Engine:
+    """vLLM in a process of its own, which sleeps while another one measures."""
+
+    def __init__(self, model: Path, plugin: bool, args: argparse.Namespace) -> None:
+        threads = {} if args.threads is None else {"OMP_NUM_THREADS": str(args.threads)}
+        environment = {
+            **os.environ,
+            **threads,
+            **(AS_AVX2 if args.avx2 else {}),
+            "LLAMA_FAST_VLLM": str(int(plugin)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [sys.executable, "-m", "bench.vllm_plugin", "--serve", str(model)]
+        command += ["--eager"] if args.eager else []
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return line.removeprefix(MARK)
+        raise SystemExit(f"error: the engine ended with code {self.process.wait()}")
+
+    def seconds(self, sequences: int, prompt: int, tokens: int) -> float:
+        print(json.dumps([sequences, prompt, tokens]), file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+
+def measure(engines: list[Engine]) -> list[dict[str, float]]:
+    """Return tokens a second of each job, medians of rounds that the engines take by turns."""
+    jobs = [(n, 1, None) for n in SEQUENCES] + [(1, n, 1) for n in PROMPTS]
+    result: list[dict[str, float]] = [{} for _ in engines]
+    for name, (sequences, prompt, tokens) in zip(JOBS, jobs, strict=True):
+        steps, rounds = [], []
+        for engine in engines:
+            once = engine.seconds(sequences, prompt, 1)
+            steps.append(1)
+            rounds.append([once])
+            if once < PATIENCE:  # once more, warm
+                once = engine.seconds(sequences, prompt, 1)
+                steps[-1] = tokens or max(1, min(32, int(SECONDS / once)))
+                rounds[-1] = []
+        for _ in range(ROUNDS):
+            for engine, n, spent in zip(engines, steps, rounds, strict=True):
+                if sum(spent) < PATIENCE:
+                    spent.append(engine.seconds(sequences, prompt, n))
+        for figures, n, spent in zip(result, steps, rounds, strict=True):
+            # A prompt of one token is a step like the others.
+            done = sequences * n if tokens is None else prompt
+            figures[name] = done / statistics.median(spent)
+        print(name, [figures[name] for figures in result], file=sys.stderr)
     return result
 
 
@@ -134,19 +160,19 @@ def main() -> None:
     p.add_argument("--avx2", action="store_true", help="both as on a CPU without AVX-512")
     p.add_argument("--only", action="append", choices=COLUMNS, help="only this column (repeatable)")
     p.add_argument("--models", type=Path, metavar="DIR", help="keep the two models there")
-    p.add_argument("--measure", metavar="MODEL", help=argparse.SUPPRESS)
+    p.add_argument("--serve", metavar="MODEL", help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.eager)))
+    if args.serve:
+        serve(args.serve, args.eager)
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.models or Path(scratch)
         write_models(folder)
-        columns: dict[str, dict[str, float]] = {}
-        for name in args.only or COLUMNS:
-            side, weights = name.split()
-            columns[name] = run(folder / weights, side == "plugin", args)
-        print(table(columns))
+        names = [name for name in COLUMNS if name in (args.only or COLUMNS)]
+        engines = []
+        for side, weights in map(str.split, names):
+            engines.append(Engine(folder / weights, side == "plugin", args))
+        print(table(dict(zip(names, measure(engines), strict=True))))
 
 
 if __name__ == "__main__":

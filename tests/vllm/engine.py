@@ -20,6 +20,8 @@ class Served(NamedTuple):
     tokens: list[list[int]]  # of each prompt, the new ones
     logprobs: list[list[float]]  # of each prompt's tokens but the first
     norms: list[str]  # what vLLM calls for rms_norm, in order
+    again: list[list[int]]  # tokens, once more: full blocks of the prompts are in the prefix cache
+    cached: list[int]  # of each prompt's tokens, how many were
 
 
 def environment(plugin: bool, **variables: str) -> dict[str, str]:
@@ -63,11 +65,9 @@ def main() -> None:
     job = json.load(sys.stdin)
     defaults = {"max_model_len": 512, "kv_cache_memory_bytes": 128 << 20, "max_num_seqs": 8}
     llm = LLM(job["model"], **{**defaults, **job["options"]})
-    params = SamplingParams(
-        temperature=0, max_tokens=job["tokens"], ignore_eos=True, prompt_logprobs=0
-    )
+    greedy = {"temperature": 0, "max_tokens": job["tokens"], "ignore_eos": True}
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(**greedy, prompt_logprobs=0), use_tqdm=False)
     logprobs = [
         [
             at[token].logprob
@@ -75,10 +75,13 @@ def main() -> None:
         ]
         for o in outputs
     ]
+    again = llm.generate(prompts, SamplingParams(**greedy), use_tqdm=False)
     result = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": logprobs,
         "norms": ir.ops.rms_norm.get_priority(),
+        "again": [list(o.outputs[0].token_ids) for o in again],
+        "cached": [o.num_cached_tokens for o in again],
     }
     print(MARK + json.dumps(result), flush=True)
 

@@ -34,7 +34,7 @@ PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
     "Once upon a time, in a village by the sea, there lived",
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "Water boils at 100 degrees Celsius. " * 12,
+    "Water boils at 100 degrees Celsius. " * 20,  # more than a block of the cache
 )
 
 
@@ -64,7 +64,8 @@ def test_fp32_tokens_are_those_of_vllm_alone(smollm2: Path, prompts: list[list[i
     assert without.norms == ["native"]
     eager = serve(smollm2, prompts, dtype="float32", enforce_eager=True)
     assert eager.norms == ["llama_fast", "native"]
-    assert eager.tokens == without.tokens
+    assert eager.tokens == eager.again == without.tokens
+    assert max(eager.cached) >= 128
     assert max(differences(eager.logprobs, smollm2, prompts)) < 1e-4  # of log probabilities to -20
     compiled = serve(smollm2, prompts, dtype="float32")
     assert compiled.tokens == without.tokens
@@ -112,10 +113,20 @@ def fbgemm_fp8(folder: Path) -> None:
     )
 
 
+def modelopt(folder: Path) -> None:
+    tensor_fp8(folder)
+    held = checkpoints.tensors(folder)
+    scales = [name for name in held if name.endswith("weight_scale")]
+    held |= {name.replace("weight_scale", "input_scale"): torch.tensor(0.1) for name in scales}
+    checkpoints.write(folder, held)
+    quantization = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+    checkpoints.edit_json(folder / "config.json", quantization_config=quantization)
+
+
 @pytest.mark.parametrize(
     "form",
-    (None, fbgemm_fp8, block_fp8, tensor_fp8),
-    ids=("bf16", "fbgemm_fp8", "block", "tensor"),
+    (None, fbgemm_fp8, block_fp8, tensor_fp8, modelopt),
+    ids=("bf16", "fbgemm_fp8", "block", "tensor", "modelopt"),
 )
 def test_checkpoint(
     form: Callable[[Path], None] | None,
