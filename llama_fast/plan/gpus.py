@@ -61,7 +61,7 @@ GPUS = {
         _nvlink("H100", 79.11, 3.35, 989, 1979, 450),
         # NVIDIA H200 data sheet: SXM, 141 GB, which nvidia-smi shows as 143,771 MiB.
         _nvlink("H200", 139.72, 4.8, 989, 1979, 450),
-        # NVIDIA DGX B200 data sheet, divided by 8: 180 GB, NVLink 1,800 GB/s. Its memory's clock and
+        # NVIDIA DGX B200 data sheet, divided by 8: 180 GB, NVLink 1,800 GB/s. Its memory clock and
         # width, as the driver gives them, make 7.67 TB/s (github.com/pytorch/ao/pull/4002).
         _nvlink("B200", 178.35, 8.0, 2250, 4500, 900),
         # NVIDIA L40S data sheet: 48 GB GDDR6 with ECC, PCIe 4.0.

@@ -300,6 +300,18 @@ def test_only_strided_tensors(op: str, layout: str) -> None:
     assert tried or layout in ("sparse_bsr", "sparse_bsc", "mkldnn")
 
 
+@pytest.mark.parametrize("name", ("k_cache", "v_cache"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float8_e4m3fn))
+def test_a_negated_cache_cannot_be_written(name: str, dtype: torch.dtype) -> None:
+    given = example("apply_rope_and_append")
+    given |= {cache: given[cache].to(dtype) for cache in ("k_cache", "v_cache")}
+    if dtype == torch.float8_e4m3fn:
+        given |= {scale: torch.ones(1) for scale in ("k_scale", "v_scale")}
+    with pytest.raises(TypeError, match=f"{name}: got a lazily negated tensor, want its values"):
+        lf.apply_rope_and_append(**{**given, name: torch._neg_view(given[name])})
+    lf.apply_rope_and_append(**{**given, "q": torch._neg_view(given["q"])})  # may be read
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_zeros_without_memory(op: str) -> None:
     """PyTorch gives autograd such tensors, and kernels one element expanded to their shape."""
