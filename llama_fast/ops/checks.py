@@ -27,24 +27,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def public(function: Function) -> Function:
     """Decorate a public op: if its checks or PyTorch refuse a call with a sparse, nested or mkldnn
-    tensor, or with one that is negated when read, which nothing can write in place, say so, since
-    PyTorch's own words for these name no argument. Only calls that fail look at layouts: in each
-    call that would take 0.05 us a tensor."""
+    tensor, say so, since PyTorch's own words for these name no argument. Only calls that fail look
+    at layouts: in each call that would take 0.05 us a tensor."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def op(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except Exception:
             for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
                 if isinstance(value, Tensor) and (got := _layout(value)):
                     raise TypeError(f"{name}: got a {got} tensor, want a strided one") from None
-                if isinstance(value, Tensor) and isinstance(error, RuntimeError) and value.is_neg():
-                    raise TypeError(
-                        f"{name}: got a lazily negated tensor, want its values "
-                        "(call .resolve_neg() first)"
-                    ) from error
             raise
 
     return op  # type: ignore[return-value]

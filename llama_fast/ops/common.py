@@ -46,7 +46,8 @@ def register(
     packet = getattr(torch.ops.llama_fast, name)
     default, no_grad = packet.default, packet.no_grad
     for overload, call in zip(names, (default, no_grad), strict=True):
-        _lib.impl(overload, _with_memory(call), "ZeroTensor")
+        for lazy in ("ZeroTensor", "Negative"):
+            _lib.impl(overload, _with_memory(call), lazy)
         for device, keys in _AUTOCAST.items():
             _lib.impl(overload, impl, device)
             _lib.impl(overload, _casting(call, autocast, device, keys), f"Autocast{device}")
@@ -90,20 +91,30 @@ def _casting(
 
 
 def _with_memory(op: Any) -> Callable[..., Any]:
-    """Return the kernel for the tensors without memory that autograd uses as zeros. PyTorch's own
-    fallback expands a scalar to their shape, past whose end kernels would read."""
+    """Return the kernel for tensors whose memory does not hold their values: autograd's zeros, and
+    views that are negated when read. PyTorch's own fallbacks expand a scalar to the zeros' shape,
+    past whose end kernels would read, and fail after an op has written its other arguments."""
 
     def kernel(*args: Any) -> Any:
         given = []
         for value, argument in zip(args, op._schema.arguments, strict=True):
-            if isinstance(value, Tensor) and value._is_zerotensor():
+            if isinstance(value, Tensor) and (value._is_zerotensor() or value.is_neg()):
                 if argument.alias_info is not None:
-                    raise TypeError(f"{argument.name}: got a zero tensor, want one to write into")
-                value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+                    kind = "zero" if value._is_zerotensor() else "lazily negated"
+                    raise TypeError(f"{argument.name}: got a {kind} tensor, want one to write into")
+                value = _values(value)
             given.append(value)
         return op(*given)
 
     return kernel
+
+
+def _values(t: Tensor) -> Tensor:
+    if t._is_zerotensor():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    if t.dtype == torch.float8_e4m3fn:  # for which PyTorch has no negation
+        return torch._neg_view(t).view(torch.uint8).bitwise_xor(0x80).view(t.dtype)
+    return t.resolve_neg()
 
 
 def _without_backward(name: str, no_grad: Any) -> Callable[..., Any]:

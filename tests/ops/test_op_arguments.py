@@ -300,30 +300,30 @@ def test_only_strided_tensors(op: str, layout: str) -> None:
     assert tried or layout in ("sparse_bsr", "sparse_bsc", "mkldnn")
 
 
-@pytest.mark.parametrize("name", ("k_cache", "v_cache"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float8_e4m3fn))
-def test_a_negated_cache_cannot_be_written(name: str, dtype: torch.dtype) -> None:
-    given = example("apply_rope_and_append")
-    given |= {cache: given[cache].to(dtype) for cache in ("k_cache", "v_cache")}
-    if dtype == torch.float8_e4m3fn:
-        given |= {scale: torch.ones(1) for scale in ("k_scale", "v_scale")}
-    with pytest.raises(TypeError, match=f"{name}: got a lazily negated tensor, want its values"):
-        lf.apply_rope_and_append(**{**given, name: torch._neg_view(given[name])})
-    lf.apply_rope_and_append(**{**given, "q": torch._neg_view(given["q"])})  # may be read
-
-
 @pytest.mark.parametrize("op", OPS)
-def test_zeros_without_memory(op: str) -> None:
-    """PyTorch gives autograd such tensors, and kernels one element expanded to their shape."""
+@pytest.mark.parametrize("kind", ("zero", "lazily negated"))
+def test_tensors_whose_memory_lacks_their_values(kind: str, op: str) -> None:
+    """PyTorch gives autograd zeros that have no memory, and kernels one element expanded to their
+    shape. Other tensors it negates when they are read, and cannot write."""
     for name, value in (given := example(op)).items():
         if not isinstance(value, Tensor) or name in ("slots", "weight_scale", "scale_a", "scale_b"):
             continue
-        zero = torch._efficientzerotensor(value.shape, dtype=value.dtype)
-        if name in ("k_cache", "v_cache") and op == "apply_rope_and_append":
-            with pytest.raises(TypeError, match=f"^{name}: got a zero tensor"):
-                getattr(lf, op)(**{**given, name: zero})
+        if kind == "zero":
+            lazy, plain = (
+                torch._efficientzerotensor(value.shape, dtype=value.dtype),
+                torch.zeros_like(value),
+            )
+        elif value.dtype.is_floating_point:
+            lazy, plain = torch._neg_view(value), value.float().neg().to(value.dtype)
+        else:
             continue
-        results = [getattr(lf, op)(**{**given, name: z}) for z in (zero, torch.zeros_like(value))]
+        if name in ("k_cache", "v_cache") and op == "apply_rope_and_append":
+            before = [given[cache].clone() for cache in ("k_cache", "v_cache")]
+            with pytest.raises(TypeError, match=f"^{name}: got a {kind} tensor"):
+                getattr(lf, op)(**{**given, name: lazy})
+            assert all(map(torch.equal, before, (given["k_cache"], given["v_cache"])))
+            continue
+        results = [getattr(lf, op)(**{**given, name: t}) for t in (lazy, plain)]
         for a, b in zip(*map(tensors, results), strict=True):
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
