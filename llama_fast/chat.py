@@ -17,7 +17,7 @@ from .checkpoint.gguf_tokenizer import load_gguf_tokenizer
 from .config import LlamaConfig, check_folder, is_gguf
 from .files import open_regular, read_json
 from .hub import resolve
-from .messages import check_messages, check_tools
+from .messages import check_messages, check_tools, one_call_each
 from .messages import parse_tool_calls as parse_tool_calls
 from .plain_tokenizer import GENERAL, load_plain
 
@@ -101,12 +101,20 @@ def encode(
     messages: see check_messages. tools: see check_tools. Returns the tokens of the rendered text,
     as transformers does, unless a message, a call's arguments, its result or a tool would add
     control tokens to the template's own. Then the text between those is encoded with
-    split_special_tokens, as plain characters. Raises TypeError or ValueError for messages and tools
-    that are not as they should be, and ValueError for a template that fails, tries to reach Python
-    or leaves the tools out, and for control tokens that it or the tokenizer cannot keep inert.
+    split_special_tokens, as plain characters. A template that refuses several calls in a message,
+    as Llama 3.1's does, gets each call with its result instead. Raises TypeError or ValueError for
+    messages and tools that are not as they should be, and ValueError for a template that fails,
+    tries to reach Python or leaves the tools out, and for control tokens that it or the tokenizer
+    cannot keep inert.
     """
     messages, tools = check_messages(messages), check_tools(tools)
-    text = _render(tokenizer, messages, tools)
+    try:
+        text = _render(tokenizer, messages, tools)
+    except ValueError:
+        single = one_call_each(messages)
+        if single == messages:
+            raise
+        messages, text = single, _render(tokenizer, single, tools)
     if tools and text == _render(tokenizer, messages, None):
         raise ValueError("tools: the model's chat template does not show them to the model")
     mark, number = secrets.token_hex(16), count()

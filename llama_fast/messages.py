@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile, zip_longest
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")  # ipython: Llama 3.1's name for tool
@@ -91,8 +92,9 @@ def parse_tool_calls(answer: str) -> list[dict[str, Any]]:
     an ordinary answer.
 
     answer: decoded with its control tokens. Llama 3.1 writes {"name": ..., "parameters": {...}},
-    with or without <|python_tag|> before it; after that tag also brave_search.call(query="...") and
-    the like, or code, which becomes a call of code_interpreter with "code".
+    with or without <|python_tag|> before it, and several as a list or with semicolons or newlines
+    between; after that tag also brave_search.call(query="...") and the like, or code, which becomes
+    a call of code_interpreter with "code".
     """
     before, tag, tagged = answer.partition(TAG)
     text = (tagged if tag else before).strip()
@@ -108,6 +110,38 @@ def parse_tool_calls(answer: str) -> list[dict[str, Any]]:
     if not calls and tag and text:
         calls = [{"name": "code_interpreter", "arguments": {"code": text}}]
     return [{"type": "function", "function": call} for call in calls]
+
+
+def waiting(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the calls at a conversation's end that have no result yet."""
+    given = sum(1 for _ in takewhile(_is_result, reversed(messages)))
+    calls = messages[-1 - given].get("tool_calls", ()) if given < len(messages) else ()
+    return [call["function"]["name"] for call in calls[given:]]
+
+
+def one_call_each(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation in which a message has one call, followed by its result: Llama 3.1's
+    template refuses several."""
+    out: list[dict[str, Any]] = []
+    at = 0
+    while at < len(messages):
+        message = dict(messages[at])
+        at += 1
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        results = list(takewhile(_is_result, messages[at : at + len(calls)]))
+        for call, result in zip_longest(calls, results):
+            out.append({**message, "tool_calls": [call]})
+            out += [] if result is None else [dict(result)]
+            message["content"] = ""
+        at += len(results)
+    return out
+
+
+def _is_result(message: Mapping[str, Any]) -> bool:
+    return message["role"] in ROLES[3:]
 
 
 def _values(text: str) -> Iterator[Any]:

@@ -134,8 +134,9 @@ class Pretrained:
 
     def to_transformers(self) -> Any:
         """Return a LlamaForCausalLM with copies of the weights, bit for bit, whose FP8 layers are
-        lf.nn.FP8Linear; save_pretrained writes one without those. Raises NotImplementedError for a
-        rank's part of a model."""
+        lf.nn.FP8Linear. Its save_pretrained writes a checkpoint that from_pretrained reads, here
+        and (after `import llama_fast.hf`) in transformers. Raises NotImplementedError for a rank's
+        part of a model."""
         if self.tp.size > 1:
             raise NotImplementedError(f"tp: got a part of {self.tp.size}, want the whole model")
         return modules.to_transformers(self.config, self.weights)

@@ -43,7 +43,9 @@ class RopeTables:
         rope type "dynamic", row i is for the last token of a text of i + 1 tokens."""
         positions = min(positions, self._config.max_position_embeddings)
         if not self._tables or len(self._tables[-1]) < positions:
-            self._grow(positions)
+            # The decorator would import torch's compiler, which takes as long as torch itself.
+            compiling = torch.compiler.is_compiling()
+            (torch.compiler.disable(self._grow) if compiling else self._grow)(positions)
         return self._tables[-1]
 
     def text(self, length: int) -> Tensor:
@@ -58,7 +60,6 @@ class RopeTables:
                 self._text = table = rope_table(self._config, length, device=self._device)
         return table
 
-    @torch.compiler.disable
     def _grow(self, positions: int) -> None:
         most = self._config.max_position_embeddings
         with _growth, torch.inference_mode(False):

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,35 @@ def test_tool_calls(
         message("user", "In braces!"),
     ]
     assert asked == [chat.encode(tokenizer, messages[:at], [TOOL]) for at in (1, 3, 5)]
+
+
+def test_several_tool_calls(
+    talk: Any, says: Any, asked: list[list[int]], tokenizer: Any, tmp_path: Path
+) -> None:
+    """All calls are kept, and the model goes on once each has its result. The template takes one
+    call a message."""
+    says(f"[{SAID}, {SAID}];\n{SAID}<|eom_id|>", "Done.<|eot_id|>", "Again.<|eot_id|>")
+    tools, file = written(tmp_path / "tools.json", [TOOL]), tmp_path / "talk"
+    stdin = f'Weather?\n/tool 21\n/tool {{"degrees": 22}}\n/save {file}\n/tool 23\n'
+    code, out, err = talk(stdin, "--tools", tools)
+    assert code == 0 and json.loads(out[0]) == [CALL] * 3 and out[1:] == ["Done."]
+    assert err[0] == "[3 tool calls: /tool RESULT gives the result of each in turn]"
+    assert err[1:3] == ["[weather is next]"] * 2
+
+    def turn(content: Any) -> list[dict[str, Any]]:
+        return [
+            {**message("assistant", ""), "tool_calls": [CALL]},
+            {**message("tool", content), "name": "weather"},
+        ]
+
+    turns = [*turn("21"), *turn({"degrees": 22}), *turn("23")]
+    wanted = chat.encode(tokenizer, [message("user", "Weather?"), *turns], [TOOL])
+    assert len(asked) == 2 and asked[1] == wanted
+    saved = json.loads(file.read_text())
+    assert [m["role"] for m in saved] == ["user", "assistant", "tool", "tool"]
+    # Read again, it waits for the last result.
+    code, out, _ = talk("/tool 23\n", "--tools", tools, "--messages", str(file))
+    assert (code, out) == (0, ["Again."]) and asked[2:] == [wanted]
 
 
 def test_ctrl_c_at_a_pipe_ends_the_chat(talk: Any, says: Any) -> None:
@@ -365,14 +395,15 @@ class Terminal:
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job may ignore it
         "os.close(os.open(os.ttyname(0), os.O_RDWR))\n"
-        "from llama_fast.cli import main; sys.exit(main())"
     )
+    MAIN = "from llama_fast.cli import main; sys.exit(main())"
+    TORCHRUN = "from torch.distributed.run import main; sys.exit(main())"
 
-    def __init__(self, argv: list[str], **environment: str) -> None:
+    def __init__(self, argv: list[str], main: str = MAIN, **environment: str) -> None:
         self.master, slave = pty.openpty()
         self.text = ""
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.SCRIPT, *argv],
+            [sys.executable, "-c", self.SCRIPT + main, *argv],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -396,16 +427,23 @@ class Terminal:
         os.write(self.master, text.encode())
 
 
-def test_in_a_terminal(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_in_a_terminal(processes: int, tmp_path: Path, tokenizer: Any) -> None:
     """Ctrl-C stops an answer and keeps the chat, a paste is one message, Ctrl-D ends the chat, and
-    the history outlives it."""
+    the history outlives it: so in one process, and in two that torchrun starts."""
     model = hf_model(max_position_embeddings=65536)
     with torch.no_grad():
         model.lm_head.weight[256:] = 0  # control tokens: the answer has no end
     tokenizer.save_pretrained(save(model, tmp_path / "model"))
     argv = ["chat", "--model", str(tmp_path / "model"), "--threads", "1", "--temperature", "0"]
     argv += ["--max-new-tokens", "60000"]
-    terminal = Terminal(argv, XDG_STATE_HOME=str(tmp_path), OMP_NUM_THREADS="1")
+    main = Terminal.MAIN
+    if processes > 1:
+        count, main = str(processes), Terminal.TORCHRUN
+        argv = ["--nproc-per-node", count, "-m", "llama_fast", *argv, "--tp", count]
+    environment = {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    terminal = Terminal(argv, main, OMP_NUM_THREADS="1", **environment)
+    modes = termios.tcgetattr(terminal.master)
     try:
         terminal.until("Ctrl-D ends the chat.")
         terminal.until("> ")
@@ -418,13 +456,15 @@ def test_in_a_terminal(tmp_path: Path, tokenizer: Any) -> None:
         terminal.send("dropped")
         terminal.until("dropped")  # a Ctrl-C before readline waits would be seen at the next key
         terminal.send("\x03")
-        terminal.until("> ")
+        if processes == 1:  # else readline clears the line
+            terminal.until("> ")
         file = tmp_path / "talk"
         terminal.send(f"/save {file}\r")
         assert "dropped" not in terminal.until(" messages")
         terminal.until("> ")
         terminal.send("\x04")
         assert terminal.process.wait(60) == 0
+        assert termios.tcgetattr(terminal.master) == modes
         messages = json.loads(file.read_text())
         assert [m["role"] for m in messages] == ["user", "assistant"]
         assert messages[0]["content"] == "first line\nsecond line" and messages[1]["content"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,15 @@ def test_several_prompts_in_one_load(
     assert out == "\n".join(want)
     tokens = 3 + sum(len(p.encode()) for p in ("First", "Second: é\n", "third"))
     assert err.startswith(f"prompt {tokens} tokens, ") and "| generated " in err
+
+
+def test_the_first_token_needs_no_compiler(
+    checkpoint: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """torch's takes as long to import as torch itself."""
+    argv = ["generate", "--model", str(checkpoint), "--prompt", "Hi", "--chat", *GREEDY]
+    code = f"import sys\nfrom llama_fast.cli import main\nassert main({argv}) == 0\n"
+    run_python(f"{code}assert 'torch._dynamo' not in sys.modules")
 
 
 def test_a_prompt_is_needed_and_stdin_is_read_once(capsys: pytest.CaptureFixture[str]) -> None:

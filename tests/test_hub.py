@@ -88,6 +88,17 @@ def test_a_cached_model_loads_everywhere(
         assert main(argv) == 0, capsys.readouterr().err
 
 
+def test_a_plan_needs_the_config_only(
+    checkpoint: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache(home, checkpoint, "*[!g].*")
+    found = []
+    for name in (ID, str(checkpoint)):
+        assert main(["plan", "--model", name, "--context", "64", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0] | {"model": ""})
+    assert found[0] == found[1]
+
+
 def test_a_revision(checkpoint: Path, home: Path) -> None:
     snapshot = cache(home, checkpoint, revision="v1.0")
     for revision in ("v1.0", COMMIT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -267,6 +268,32 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*generate, "--tp", "2"])
     assert "this was not started by torchrun; want torchrun --nproc" in capsys.readouterr().err
+
+
+def test_chat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first rank reads the lines, and all have one conversation: one process's answers, errors
+    and figures. Only the first one saves it."""
+    tokenizer = byte_tokenizer()
+    model = hf_model(eos_token_id=tokenizer.eos_token_id, max_position_embeddings=4096)
+    folder = save(model, tmp_path / "model")
+    tokenizer.save_pretrained(folder)
+    capsys.readouterr()  # transformers' bar
+    stdin = f"Hi\n/fly\n/system Be brief.\n{'x' * 4096}\nAnd\\\nyou?\n/save {tmp_path / 'talk'}\n"
+    stdin += "/save /no/way\n/exit\nnever\n"
+    line = ["chat", "--model", str(folder), "--dtype", "float32", "--threads", "1"]
+    line += ["--temperature", "0", "--max-new-tokens", "6", "--stop", "~"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    assert main(line) == 1
+    expected, saved = capsys.readouterr(), (tmp_path / "talk").read_text()
+    (tmp_path / "talk").unlink()
+    (first,), (last,) = ranks.run(2, ranks.commands, [[*line, "--tp", "2"]], stdin)
+    assert first == (1, expected.out, expected.err) and last == (1, "", "")
+    assert expected.err.count("error: ") == 3 and (tmp_path / "talk").read_text() == saved
+    # An error in reading is one on all.
+    (first,), (last,) = ranks.run(2, ranks.commands, [[*line, "--tp", "2"]], "Hi\n\udcff\n")
+    assert first[0] == last[0] == 1 and "not valid UTF-8" in first[2], (first, last)
 
 
 def test_torchrun(checkpoints: dict[str, tuple[str, str | None]], tmp_path: Path) -> None:

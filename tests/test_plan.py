@@ -524,7 +524,7 @@ def test_a_folder_in_fp8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--model", "9b"), "--model: got '9b', want 8b, 70b, 405b or a folder"),
+        (("--model", "9b"), "--model: got '9b', want 8b, 70b, 405b, a Hugging Face folder"),
         (("--model", "8b", "--plot", "x.pdf"), "--plot: got x.pdf, want a name that ends in"),
         (("--gpus", "5"), "gpus: got 5, want one that divides the model: 1, 2, 4"),
     ],

@@ -201,6 +201,7 @@ F = call("f", {"a": "é"})
         ('{"type": "function", "name": "f", "parameters": {"a": "é"}}', [F]),
         ('{"name": "f", "arguments": {"a": "é"}}', [F]),
         (f"{JSON_CALL}; {JSON_CALL}", [F, F]),
+        (f"<|python_tag|>{JSON_CALL}\n{JSON_CALL};\n{JSON_CALL}<|eom_id|>", [F, F, F]),
         (f"[{JSON_CALL}, {JSON_CALL}]<|eom_id|>", [F, F]),
         ('{"name": "f", "parameters": {"a": "two\nlines"}}', [call("f", {"a": "two\nlines"})]),
         (
@@ -232,6 +233,31 @@ def test_calls_in_an_answer(answer: str, calls: list[Any]) -> None:
     if found:  # they fit a message
         (message,) = check_messages([{"role": "assistant", "tool_calls": found}])
         assert message["tool_calls"] == found
+
+
+EVERY_CALL = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_several_calls_in_a_message(bytes_: Any, given: int) -> None:
+    """A template that takes one call a message gets each with its result; another, all at once."""
+    question = {"role": "user", "content": "Hi"}
+    calls = [call(name, {"a": f"<|eot_id|> {name}"}) for name in "fg"]
+    results = [{"role": "tool", "content": content} for content in ("1", "2")][:given]
+    after = [question] if given == 2 else []
+    talk = [question, {"role": "assistant", "tool_calls": calls}, *results, *after]
+    pairs = [{"role": "assistant", "tool_calls": [c]} for c in calls]
+    for i, result in enumerate(results):
+        pairs.insert(2 * i + 1, result)
+    wanted = lf.chat.encode(bytes_, [question, *pairs, *after], [WEATHER])
+    assert lf.chat.encode(bytes_, talk, [WEATHER]) == wanted
+    got = lf.chat.encode(byte_tokenizer(EVERY_CALL), talk)
+    assert "assistant:fg;" in bytes_.decode(got)
+    assert lf.messages.waiting(talk) == ["f", "g"][given:]
+    assert lf.messages.waiting([]) == lf.messages.waiting(results) == []
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,14 @@ def to_transformers(config: LlamaConfig, weights: Weights) -> Any:
     else:
         model.config.tie_word_embeddings = False  # fp8_all quantizes a tied head apart
         split(weights.head, "lm_head")
+    first = next((m for m in model.modules() if isinstance(m, FP8Linear)), None)
+    if first is not None:
+        from ..hf.fp8 import declare
+        from ..hf.fp8_config import LlamaFastFP8Config
+
+        made = LlamaFastFP8Config(granularity=first.granularity)
+        made.format = replace(made.format, activation_bound=first.scale_ub)
+        declare(model, made)
     return model
 
 

@@ -34,7 +34,7 @@ def appears_whole(source: Path, target: Path, size: int) -> Iterator[Path]:
             str(target),
         )
     folder = target.parent / f".{target.name}.partial-{os.getpid()}"
-    with _ends_by_exception():
+    with ends_by_exception():
         try:
             with naming(target):
                 folder.mkdir(parents=True)
@@ -43,7 +43,7 @@ def appears_whole(source: Path, target: Path, size: int) -> Iterator[Path]:
                     target.rmdir()
                 folder.rename(target)
         except BaseException:
-            with _ends_by_exception(signal.SIG_IGN):
+            with ends_by_exception(signal.SIG_IGN):
                 shutil.rmtree(folder, ignore_errors=True)
                 for parent in missing:
                     with suppress(OSError):
@@ -52,7 +52,7 @@ def appears_whole(source: Path, target: Path, size: int) -> Iterator[Path]:
 
 
 @contextmanager
-def _ends_by_exception(handler: Any = None) -> Iterator[None]:
+def ends_by_exception(handler: Any = None) -> Iterator[None]:
     """Let SIGTERM and SIGHUP, where they would end the process, raise SystemExit instead, or call
     handler. Python sets handlers in its main thread only."""
     before = {}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
+from ..torchrun import is_first
 from . import chat, generate, perplexity, plan, quantize
 from .common import Parser, report
 
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here a full disk is an error; at exit it would be a traceback
         return code
     except KeyboardInterrupt:
-        print("llama-fast: interrupted", file=sys.stderr)
+        if is_first():
+            print("llama-fast: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader closed the pipe (`| head`)
         _drop_output()

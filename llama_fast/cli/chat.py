@@ -8,20 +8,33 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.output import ends_by_exception
+from ..messages import waiting
+from ..torchrun import PeerError, launched
 from . import conversation
 from .answers import Answer, utf8_stdout
-from .common import AddCommand, add_model_options, explained, use_machine
+from .common import (
+    AddCommand,
+    add_model_options,
+    add_ranks,
+    explained,
+    only_first_prints,
+    read_and_join,
+    use_machine,
+)
 from .generate import add_generation_options, check_usage, load_models, stops
-from .lines import lines
+from .lines import ctrl_c_is_a_character, lines, typed_ctrl_c
 
 _EXAMPLES = """examples:
   llama-fast chat --model Llama-3.1-8B-Instruct --quantize fp8
   llama-fast chat --model Llama-3.1-8B-Instruct --system "Answer in one sentence." --stats
   llama-fast chat --model Llama-3.1-8B-Instruct --messages talk.json --tools functions.json
   llama-fast chat --model Llama-3.1-8B-Instruct < questions.txt
+  torchrun --nproc-per-node 8 -m llama_fast chat --tp 8 --model Llama-3.1-70B-Instruct
 
 A message is a line. A \\ at its end continues it on the next line, and a pasted text may have
 several lines. Answers go to stdout, all else to stderr. Ctrl-C ends an answer, Ctrl-D the chat."""
@@ -29,18 +42,20 @@ several lines. Answers go to stdout, all else to stderr. Ctrl-C ends an answer, 
 _HELP = """\
 /reset         forget the conversation, but not the system message
 /system TEXT   set the system message; without TEXT: show it
-/tool RESULT   give the result of the tool call, as text or JSON
+/tool RESULT   give the result of the next tool call, as text or JSON
 /save FILE     write the conversation as JSON, for --messages
 /stats         show figures after each answer, or stop showing them
 /help          show this
 /exit          end the chat, as Ctrl-D does"""
 
+_PATIENCE = 7 * 86400.0  # seconds that the other processes wait for a line
 _COMMAND = re.compile(r"/([a-z]+)(?:\s+(.*))?", re.DOTALL)
 
 
 def add(command: AddCommand) -> None:
     parser = command("chat", run, "talk with a model", _EXAMPLES)
     add_model_options(parser)
+    add_ranks(parser)
     conversation.add_options(parser)
     parser.add_argument("--stats", action="store_true", help="show figures after each answer")
     add_generation_options(parser, 2048)
@@ -51,46 +66,72 @@ def run(args: argparse.Namespace) -> int:
     from ..config import LlamaConfig
 
     check_usage(args)
-    if sys.stdin is None:
-        raise ValueError("stdin: is closed")
-    # Check the conversation before loading the weights, which takes long.
-    messages, tools = conversation.read(args)
-    use_machine(args)
-    config = LlamaConfig.from_pretrained(args.model)
-    tokenizer = chat.load_tokenizer(args.model)
-    asked = bool(messages) and messages[-1]["role"] not in ("system", "assistant")
-    probe = messages if asked else [*messages, {"role": "user", "content": "Hi"}]
-    ids = chat.encode(tokenizer, probe, tools)
-    _room(ids, config.max_position_embeddings)
+    (messages, tools, terminal), tp = read_and_join(args, _read, timeout=_PATIENCE)
+    with tp.together():
+        use_machine(args)
+        # Check the conversation before loading the weights, which takes long.
+        config = LlamaConfig.from_pretrained(args.model)
+        tokenizer = chat.load_tokenizer(args.model)
+        asked = bool(messages) and messages[-1]["role"] not in ("system", "assistant")
+        asked = asked and not waiting(messages)
+        probe = messages if asked else [*messages, {"role": "user", "content": "Hi"}]
+        ids = chat.encode(tokenizer, probe, tools)
+        _room(ids, config.max_position_embeddings)
     utf8_stdout()
-    models = load_models(args, config, len(ids))
-    talk, code = _Chat(args, *models, tokenizer, messages, tools), 0
-    terminal = sys.stdin.isatty()
-    if terminal:
-        _say("/help lists the commands, Ctrl-D ends the chat.")
+    models = load_models(args, config, len(ids), tp)
+    talk, code = _Chat(args, *models, tokenizer, messages, tools, terminal), 0
+    # Of several processes, one alone may fail in another way, while the others wait for it.
+    caught: tuple[type[Exception], ...] = (TypeError, ValueError)
+    caught += (OSError, RuntimeError) if tp.size == 1 else (PeerError,) * (tp.rank > 0)
 
     def safely(step: Any, *rest: Any) -> bool:
         """Return whether the chat continues. In a terminal an error is not the end."""
         nonlocal code
         try:
             return step(*rest)
-        except (OSError, RuntimeError, TypeError, ValueError) as error:
+        except caught as error:
             if args.debug or isinstance(error, BrokenPipeError):
                 raise
             _say(f"error: {explained(error)}")
             code = 0 if terminal else 1
         except KeyboardInterrupt:
-            if not terminal:
+            if not talk.survives_signals:
                 raise
             _say("[stopped]")
         return True
 
-    if asked:
-        safely(talk.answer)
-    for line in lines("> "):
-        if not safely(talk.take, line):
-            break
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_first_prints(tp))
+        if talk.takes_keys:
+            stack.enter_context(ends_by_exception())  # the terminal needs its modes back
+            stack.enter_context(ctrl_c_is_a_character())
+        if terminal:
+            _say("/help lists the commands, Ctrl-D ends the chat.")
+        if asked:
+            safely(talk.answer)
+        for line in _lines(tp):
+            if not safely(talk.take, line):
+                break
     return code
+
+
+def _read(args: argparse.Namespace) -> Any:
+    """Return the conversation's messages and tools, and whether stdin is a terminal."""
+    if sys.stdin is None:
+        raise ValueError("stdin: is closed")
+    return *conversation.read(args), sys.stdin.isatty()
+
+
+def _lines(tp: Any) -> Iterator[str]:
+    """Yield the first process's lines in all of them."""
+    own = lines("> ") if tp.rank == 0 else iter(())
+    while True:
+        with tp.together():
+            line = next(own, None)
+        line = tp.exchange(line)[0]
+        if line is None:
+            return
+        yield line
 
 
 class _Chat:
@@ -102,6 +143,7 @@ class _Chat:
         tokenizer: Any,
         messages: conversation.Messages,
         tools: conversation.Messages | None,
+        terminal: bool,
     ) -> None:
         from ..chat import stop_ids
         from ..generation.session import Session
@@ -113,6 +155,10 @@ class _Chat:
         self._max_new_tokens, self._shows_figures = args.max_new_tokens, args.stats
         self._tokenizer, self._messages, self._tools = tokenizer, messages, tools
         self._figures = ""
+        # torchrun's processes are not in the terminal's foreground, so that Ctrl-C's signal would
+        # reach torchrun alone, which would end them.
+        self.takes_keys = terminal and launched() is not None and model.tp.rank == 0
+        self.survives_signals = terminal and launched() is None
 
     def take(self, line: str) -> bool:
         """Run a command, or answer a message. Return whether the chat continues."""
@@ -154,15 +200,19 @@ class _Chat:
             _say(own[0]["content"] if own else "no system message")
 
     def _tool(self, text: str) -> bool:
-        calls = self._messages[-1].get("tool_calls") if self._messages else None
+        calls = waiting(self._messages)
         if not calls:
             raise ValueError("/tool: no call waits for a result")
         result: Any = text
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(text)
             result = value if isinstance(value, (dict, list)) else text
-        name = calls[0]["function"]["name"]
-        return self._ask({"role": "tool", "name": name, "content": result})
+        message = {"role": "tool", "name": calls[0], "content": result}
+        if len(calls) == 1:
+            return self._ask(message)
+        self._messages.append(message)
+        _say(f"[{calls[1]} is next]")
+        return True
 
     def _save(self, file: str) -> None:
         if not file:
@@ -170,7 +220,11 @@ class _Chat:
         if not self._messages:
             raise ValueError("/save: the conversation is empty")
         text = json.dumps(self._messages, ensure_ascii=False, indent=1)
-        Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
+        if self._model.tp.rank == 0:
+            try:
+                Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(explained(error)) from None
         _say(f"{file}: {len(self._messages)} messages")
 
     def _ask(self, message: dict[str, Any]) -> bool:
@@ -195,34 +249,35 @@ class _Chat:
         positions = self._model.config.max_position_embeddings
         most = min(self._max_new_tokens, _room(ids, positions))
         answer = Answer(self._tokenizer, ids, self._stop, self._tools is not None)
-        start, stopped, interrupted = time.perf_counter(), False, False
+        start, stopped, interrupted, signaled = time.perf_counter(), False, False, False
 
         def on_token(_: int, token: int) -> bool:
-            nonlocal stopped
+            nonlocal stopped, interrupted
             stopped = answer.put(token) or token in self._ends
             _show(answer.fresh())
-            return stopped
+            interrupted = self._model.tp.exchange(typed())[0]
+            return stopped or interrupted
 
         try:
-            self._session.generate(ids, most, on_token, stop_ids=self._ends, **self._options)
+            with typed_ctrl_c() if self.takes_keys else _no_keys() as typed:
+                self._session.generate(ids, most, on_token, stop_ids=self._ends, **self._options)
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted = signaled = True
         answer.end()
-        calls = len(answer.calls)
-        del answer.calls[1:]  # Llama 3.1 makes one call a turn, and its template refuses more
         _show(f"{answer.fresh()}{answer.called()}\n")
         new = len(ids) - self._session.kept
         self._figures = _line(len(ids), new, positions, start, answer.times)
-        if interrupted and not sys.stdin.isatty():
+        if signaled and not self.survives_signals:
             raise KeyboardInterrupt
         if not answer.ids:
             _say("[stopped before the answer: the message is dropped]")
             return False
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
-        if calls:
+        if answer.calls:
             message["tool_calls"] = answer.calls
-            more = f" the first of {calls};" if calls > 1 else ""
-            _say(f"[a tool call:{more} /tool RESULT gives its result]")
+            calls, each = len(answer.calls), "the result of each in turn"
+            one = "[a tool call: /tool RESULT gives its result]"
+            _say(one if calls == 1 else f"[{calls} tool calls: /tool RESULT gives {each}]")
         self._messages.append(message)
         if interrupted:
             _say("[stopped]")
@@ -233,6 +288,10 @@ class _Chat:
         if self._shows_figures:
             _say(self._figures)
         return True
+
+
+def _no_keys() -> Any:
+    return contextlib.nullcontext(lambda: False)
 
 
 def _room(ids: list[int], positions: int) -> int:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from ..config import RECIPES
 from ..torchrun import label, launched, let_first_report
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from ..model import Llama
     from ..parallel import Group
+
+T = TypeVar("T")
 
 QUANTIZE_HELP = """\
 fp8 quantizes every linear layer but lm_head. fp8_all quantizes lm_head as well, which costs more:
@@ -124,8 +126,8 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def ranks(args: argparse.Namespace) -> Group:
-    """Return the group of --tp processes, which torchrun must have started."""
+def ranks(args: argparse.Namespace, **options: Any) -> Group:
+    """Return the group of --tp processes, which torchrun must have started. options: of join."""
     started = launched()
     if args.tp != (started or 1):
         got = "was not started by torchrun" if started is None else f"is one of {started} processes"
@@ -133,7 +135,19 @@ def ranks(args: argparse.Namespace) -> Group:
         args.parser.error(f"--tp: got {args.tp}, but this {got}; want {want} --tp {args.tp}")
     from .. import parallel
 
-    return parallel.Group() if args.tp == 1 else parallel.join(device=args.device)
+    return parallel.Group() if args.tp == 1 else parallel.join(device=args.device, **options)
+
+
+def read_and_join(
+    args: argparse.Namespace, read: Callable[[argparse.Namespace], T], **options: Any
+) -> tuple[T, Group]:
+    """Return what read(args) gives in the first process, whose stdin it is, and ranks(args)."""
+    held: Any = read(args) if args.tp == 1 else None  # before torch is imported
+    tp = ranks(args, **options)
+    with tp.together():
+        if tp.size > 1 and tp.rank == 0:
+            held = read(args)
+    return tp.exchange(held)[0], tp
 
 
 @contextlib.contextmanager

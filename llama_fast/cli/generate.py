@@ -17,7 +17,7 @@ from .common import (
     number,
     only_first_prints,
     positive,
-    ranks,
+    read_and_join,
     read_text,
     share,
     use_machine,
@@ -104,12 +104,7 @@ def add_generation_options(parser: argparse.ArgumentParser, most: int) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_usage(args)
-    inputs: Any = _read(args) if args.tp == 1 else None  # before torch is imported
-    tp = ranks(args)
-    with tp.together():
-        if inputs is None and tp.rank == 0:  # stdin is the first process's
-            inputs = _read(args)
-    inputs = tp.exchange(inputs)[0]
+    inputs, tp = read_and_join(args, _read)
     with tp.together():
         tokenizer, prompts, config = _encoded(args, *inputs)
     longest = max(map(len, prompts)) + args.max_new_tokens

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import AddCommand, positive
+from .common import MODEL_HELP, AddCommand, positive
 
 if TYPE_CHECKING:
     from ..checkpoint.formats import Format
@@ -47,7 +47,8 @@ def add(command: AddCommand) -> None:
     option(
         "--model",
         metavar="NAME",
-        help=f"{', '.join(MODELS)}, or a folder with config.json; default: a table of these",
+        help=f"{', '.join((*MODELS, MODEL_HELP))}, of which only the config is read; default: a "
+        f"table of {', '.join(MODELS)}",
     )
     option("--gpu", default="h200", help=f"{', '.join(GPUS)}, or numbers; default %(default)s")
     option("--gpus", type=positive, metavar="N", help="default: the fewest that hold it")
@@ -74,8 +75,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--plot: got {args.plot}, want a name that ends in .svg or .png")
     plans, gpu = {}, named(args.gpu)
     for name in [args.model] if args.model else MODELS:
+        config, stored = _model(name)
         plans[name] = plan(
-            _config(name),
+            config,
             gpu,
             args.gpus,
             context=args.context,
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             quantize=args.quantize,
             kv_cache=args.kv_cache,
             stages=args.pp,
-            stored=_stored(name),
+            stored=stored,
         )
     if args.json:
         print(json.dumps([{"model": name, **_record(p)} for name, p in plans.items()], indent=2))
@@ -99,21 +101,18 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(p.fits for p in plans.values()) else 1
 
 
-def _config(name: str) -> LlamaConfig:
+def _model(name: str) -> tuple[LlamaConfig, Format | None]:
+    """Return a model's config, and its weights' format if they are in FP8 already."""
+    from ..checkpoint.formats import read_format
     from ..config import LlamaConfig
+    from ..hub import resolve
 
     if name in MODELS:
-        return getattr(LlamaConfig, f"llama_3_1_{name}")()
-    if not Path(name).exists():
-        raise ValueError(f"--model: got {name!r}, want {', '.join(MODELS)} or a folder")
-    return LlamaConfig.from_pretrained(name)
-
-
-def _stored(name: str) -> Format | None:
-    """Return the format of a folder whose weights are in FP8 already."""
-    from ..checkpoint.formats import read_format
-
-    return read_format(Path(name)) if Path(name).is_dir() and name not in MODELS else None
+        return getattr(LlamaConfig, f"llama_3_1_{name}")(), None
+    path = resolve(name)
+    if not path.exists():
+        raise ValueError(f"--model: got {name!r}, want {', '.join((*MODELS, MODEL_HELP))}")
+    return LlamaConfig.from_pretrained(path), read_format(path) if path.is_dir() else None
 
 
 def _record(p: Plan) -> dict[str, Any]:

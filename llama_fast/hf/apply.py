@@ -18,7 +18,7 @@ from ..ops.checks import ACTIVATIONS
 from ..reference import unpack_weight
 from . import linears, modules
 from .attention import NAME
-from .fp8 import LlamaFastFP8Quantizer
+from .fp8 import declare
 from .fp8_config import LlamaFastFP8Config
 from .linears import PackedLinear
 
@@ -34,7 +34,6 @@ _FORMS: dict[str, Any] = {
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _FFN = ("gate_proj", "up_proj", "down_proj")
-DECLARED = ("hf_quantizer", "is_quantized", "quantization_method")  # attributes of a model
 STATE = "_llama_fast"  # an attribute of an accelerated model
 
 
@@ -106,7 +105,9 @@ def accelerate(model: PreTrainedModel, quantize: str | None = None) -> PreTraine
     if "lm_head" in model._modules:
         taker.take(model, "lm_head", fp8=quantize == "fp8_all")
     if state.quantized:
-        _declare_fp8(model, state)
+        declare(model, LlamaFastFP8Config("fp8_ffn" if state.quantize == "fp8_ffn" else "fp8"))
+        if "lm_head" in state.quantized:  # no longer the embedding's weight
+            model.config.tie_word_embeddings = False
     if not formed:
         state.left[""] = f"{type(model).__name__} is none of {', '.join(FAMILIES.values())}"
         warnings.warn(f"llama_fast: nothing to accelerate: {state.left['']}", stacklevel=2)
@@ -208,15 +209,3 @@ class _Taker:
         if not fp8 and self.owners[id(weight)] > 1:
             return "another module has the same weight"
         return None
-
-
-def _declare_fp8(model: PreTrainedModel, state: State) -> None:
-    """Declare the FP8 weights to transformers: save_pretrained then writes what from_pretrained
-    reads, and the Trainer requires adapters."""
-    config = LlamaFastFP8Config("fp8_ffn" if state.quantize == "fp8_ffn" else "fp8")
-    config.left = [n for n, m in model.named_modules() if type(m) in (nn.Linear, PackedLinear)]
-    declared = (LlamaFastFP8Quantizer(config), True, config.quant_method)
-    model.__dict__.update(zip(DECLARED, declared, strict=True))
-    model.config.quantization_config = config
-    if "lm_head" in state.quantized:  # no longer the embedding's weight
-        model.config.tie_word_embeddings = False

@@ -24,6 +24,8 @@ from ..nn import FP8Linear
 from ..reference import FP8_DTYPE
 from .fp8_config import METHOD, LlamaFastFP8Config, scale_names
 
+DECLARED = ("hf_quantizer", "is_quantized", "quantization_method")  # attributes of a model
+
 
 @register_quantizer(METHOD)
 class LlamaFastFP8Quantizer(HfQuantizer):
@@ -184,14 +186,22 @@ class LlamaFastFP8Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """Return what save_pretrained writes, and note which layers are not in FP8."""
+        """Return what save_pretrained writes, and note which layers are not in FP8. Raises
+        NotImplementedError for what the format cannot say of a layer."""
         config, modules = self.quantization_config, dict(model.named_modules())
-        config.left = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear) and not isinstance(module, FP8Linear)
-        ]
-        (scale_name,) = scale_names("block" if config.format.block else "row")
+        config.left = _left(model)
+        granularity = "block" if config.format.block else "row"
+        for name, module in modules.items():
+            if not isinstance(module, FP8Linear):
+                continue
+            got = (module.granularity, module.scale_ub)
+            if got != (want := (granularity, config.format.activation_bound)):
+                raise NotImplementedError(
+                    f"{name}: has scales by {got[0]} and scale_ub {got[1]}, but one format holds "
+                    f"all layers, here by {want[0]} and scale_ub {want[1]}; `llama-fast quantize` "
+                    "writes FP8 checkpoints"
+                )
+        (scale_name,) = scale_names(granularity)
         renamed = {
             f"{name}.weight_scale": f"{name}.{scale_name}"
             for name, module in modules.items()
@@ -204,6 +214,21 @@ class LlamaFastFP8Quantizer(HfQuantizer):
             if isinstance(module, FP8Linear):
                 model.set_submodule(name, module.to_linear(dtype or model.dtype))
         return model
+
+
+def declare(model: Any, config: LlamaFastFP8Config) -> None:
+    """Declare FP8 weights to transformers: save_pretrained then writes what from_pretrained reads,
+    and the Trainer requires adapters."""
+    config.left = _left(model)
+    declared = (LlamaFastFP8Quantizer(config), True, config.quant_method)
+    model.__dict__.update(zip(DECLARED, declared, strict=True))
+    model.config.quantization_config = config
+
+
+def _left(model: Any) -> list[str]:
+    """Return the linear layers that are not in FP8."""
+    held = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    return [name for name, module in held if not isinstance(module, FP8Linear)]
 
 
 @functools.cache

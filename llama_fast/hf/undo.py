@@ -16,7 +16,8 @@ from ..ops.checks import ACTIVATIONS
 from ..ops.quantize import quantize_fp8
 from ..reference import unpack_weight
 from . import linears, modules
-from .apply import DECLARED, STATE, use_config
+from .apply import STATE, use_config
+from .fp8 import DECLARED
 
 
 def restore(model: PreTrainedModel, path: str | Path | None = None) -> PreTrainedModel:

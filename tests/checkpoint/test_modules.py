@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import llama_fast as lf
 from llama_fast import Llama, LlamaConfig
@@ -104,11 +105,40 @@ def test_back_to_transformers_is_the_model_that_was() -> None:
         torch.testing.assert_close(back(TOKENS).logits, hf(TOKENS).logits, rtol=0, atol=1e-5)
 
 
-def test_weights_with_block_scales_go_back() -> None:
+def with_blocks() -> Llama:
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 16}
-    hf = converted_fp8("block", num_key_value_heads=8, **sizes)
-    model = Llama.from_transformers(hf)
+    return Llama.from_transformers(converted_fp8("block", num_key_value_heads=8, **sizes))
+
+
+def test_weights_with_block_scales_go_back() -> None:
+    model = with_blocks()
     assert same(Llama.from_transformers(model.to_transformers()), model)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("quantize", ["fp8", "fp8_all", "fp8_ffn", "block"])
+def test_what_goes_back_can_be_saved(quantize: str, tied: bool, tmp_path: Path) -> None:
+    if quantize == "block":
+        model = with_blocks()
+    else:
+        deep = hf_model(tie_word_embeddings=tied, num_hidden_layers=4)
+        model = Llama.from_transformers(deep, "bfloat16", quantize)
+    hf = model.to_transformers()
+    hf.save_pretrained(tmp_path)
+    loaded = Llama.from_pretrained(tmp_path, model.dtype)
+    assert equal(bits(loaded), bits(model))
+    bounds = [linear.scale_ub for linear in loaded.weights.linears]
+    assert bounds == [linear.scale_ub for linear in model.weights.linears]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, hf(TOKENS).logits)
+
+
+def test_formats_that_no_checkpoint_has_are_not_saved(tmp_path: Path) -> None:
+    hf = Llama.from_transformers(hf_model(), quantize="fp8").to_transformers()
+    hf.model.layers[1].mlp.down_proj.scale_ub = 1200.0
+    with pytest.raises(NotImplementedError, match=r"down_proj: has .*1200.0, .*quantize`"):
+        hf.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

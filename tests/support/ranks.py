@@ -205,21 +205,23 @@ def one_dies(folder: str, how: str) -> tuple[str, float]:
     return "no error", 0.0
 
 
-def commands(lines: list[list[str]]) -> list[tuple[int, str, str]]:
+def commands(lines: list[list[str]], stdin: str = "") -> list[tuple[int, str, str]]:
     """Run command lines of llama-fast as torchrun would start them. Return the exit code and what
-    was printed, of each."""
+    was printed, of each. stdin: of each, in the first rank."""
     import io
+    import sys
 
-    import torch.distributed as dist
-
-    from llama_fast import torchrun
+    from llama_fast import parallel, torchrun
     from llama_fast.cli import main
 
-    os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    tp = parallel.join()
+    os.environ |= {"RANK": str(tp.rank), "WORLD_SIZE": str(tp.size)}
     torchrun.FIRST = 0.1
     found = []
     for line in lines:
         out, err, code = io.StringIO(), io.StringIO(), 0
+        held = stdin.encode(errors="surrogateescape") if tp.rank == 0 else b""
+        sys.stdin = io.TextIOWrapper(io.BytesIO(held))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = main(line)
