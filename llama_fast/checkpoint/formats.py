@@ -48,6 +48,7 @@ _EXCLUDED = {
     "compressed-tensors": ("ignore",),
     "modelopt": ("ignore", "exclude_modules"),
 }
+MODELOPT = "hf_quant_config.json"  # where ModelOpt describes a quantization
 _BLOCK = [FP8_BLOCK, FP8_BLOCK]
 # What a method's settings may be; the first is the default.
 _SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -108,11 +109,16 @@ def scale_shapes(n: int, k: int) -> dict[tuple[int, ...], tuple[int, int]]:
 
 def read_format(folder: Path) -> Format | None:
     """Return the format of a checkpoint's weights, or None if its configs name no quantization."""
+    return parse(quantization_of(folder))
+
+
+def quantization_of(folder: Path) -> Any:
+    """Return what the configs say of the weights' quantization, as parse takes it."""
     held = read_json(folder / "config.json").get("quantization_config")
-    if held is None and (folder / "hf_quant_config.json").exists():
-        held = read_json(folder / "hf_quant_config.json").get("quantization")
+    if held is None and (folder / MODELOPT).exists():
+        held = read_json(folder / MODELOPT).get("quantization")
         held = {**held, "quant_method": "modelopt"} if isinstance(held, Mapping) else held
-    return parse(held)
+    return held
 
 
 def parse(quantization: Any) -> Format | None:

@@ -23,7 +23,7 @@ from ..config import LlamaConfig, is_gguf
 from ..files import read_json
 from ..hub import resolve
 from ..ops.quantize import quantize_fp8
-from .formats import describe
+from .formats import MODELOPT, describe, quantization_of
 from .gguf_file import read_config
 from .load import check
 from .output import appears_whole
@@ -92,7 +92,7 @@ def quantize_checkpoint(
         raise ValueError(f"recipe: got {recipe!r}, want one of {', '.join(RECIPES)}")
     gguf = is_gguf(source)
     config = _config_of_gguf(source) if gguf else read_json(source / "config.json")
-    if config.get("quantization_config") is not None:
+    if not gguf and quantization_of(source) is not None:
         raise ValueError(f"{source}: already quantized; start from the 16-bit weights")
     shards = Shards(source)
     meant = check(LlamaConfig.from_pretrained(source), shards, None)
@@ -224,8 +224,8 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _companions(source: Path) -> list[Path]:
-    """Return all files but weights: tokenizer, chat template, generation_config.json, license."""
-    written = (_INDEX, "config.json")
+    """Return the files that are copied: tokenizer, chat template, generation_config.json, license."""
+    written = (_INDEX, "config.json", MODELOPT)
     if not source.is_dir():  # a GGUF file, beside which anything may lie
         return []
     return [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,6 +279,13 @@ def test_refuses_what_is_quantized_already(source: Path, tmp_path: Path) -> None
     quantize_checkpoint(source, tmp_path / "once")
     with pytest.raises(ValueError, match="already quantized"):
         quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
+    modelopt = Path(shutil.copytree(source, tmp_path / "modelopt")) / "hf_quant_config.json"
+    modelopt.write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ValueError, match="already quantized"):
+        quantize_checkpoint(modelopt.parent, tmp_path / "twice")
+    modelopt.write_text('{"quantization": null}')  # says nothing, also not of the output
+    quantize_checkpoint(modelopt.parent, tmp_path / "twice")
+    assert not (tmp_path / "twice" / modelopt.name).exists()
 
 
 def test_refuses_weights_that_have_no_fp8_form(tmp_path: Path) -> None:
