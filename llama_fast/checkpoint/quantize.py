@@ -224,7 +224,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _companions(source: Path) -> list[Path]:
-    """Return the files that are copied: tokenizer, chat template, generation_config.json, license."""
+    """Return the files to copy: tokenizer, chat template, generation_config.json, license."""
     written = (_INDEX, "config.json", MODELOPT)
     if not source.is_dir():  # a GGUF file, beside which anything may lie
         return []
