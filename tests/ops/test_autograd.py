@@ -124,7 +124,8 @@ def test_second_derivatives_are_right_or_refused(name: str) -> None:
 def test_gradients_match_eager(name: str, backend: str, dtype: torch.dtype) -> None:
     """Bound the error by twice eager's in the same dtype: a formula computes in fp32 and rounds
     once, where eager rounds after each step. Attention's is PyTorch's own fused kernel, whose sums
-    and exponentials differ from eager's like those of ours in the forward pass."""
+    and exponentials differ from eager's like those of ours in the forward pass, for the two
+    factors of each addend: the probability, and its gradient."""
     make, shapes = CASES[name]
     inputs = leaves(shapes, dtype)
     exact = tuple(t.detach().double().requires_grad_() for t in inputs)
@@ -137,7 +138,7 @@ def test_gradients_match_eager(name: str, backend: str, dtype: torch.dtype) -> N
     for a, b, c in zip(ours, eager, gradients(make(reference)(*exact), exact), strict=True):
         fused = dtype == torch.float32 and op == "attention"
         largest = ulp(c.abs().max(), dtype).item() if fused else 0.0
-        assert_close_to_eager(a, b, c, allowed=ATTENTION_VALUE_ULPS * largest)
+        assert_close_to_eager(a, b, c, allowed=2 * ATTENTION_VALUE_ULPS * largest)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "linear", "attention"])
