@@ -178,11 +178,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, softmax_scale: float 
     if causal:
         mask = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device)
         scores = scores.masked_fill(~mask.tril(seqlen_k - seqlen_q), float("-inf"))
-    p = torch.softmax(scores, dim=-1)
-    if causal and seqlen_q > seqlen_k:
-        blind = seqlen_q - seqlen_k
-        p = F.pad(p[:, :, blind:], (0, 0, blind, 0))
-    return (p.to(q.dtype) @ v).transpose(1, 2).contiguous()
+    blind = max(seqlen_q - seqlen_k, 0) if causal else 0
+    p = torch.softmax(scores[:, :, blind:], dim=-1).to(q.dtype)
+    return F.pad(p @ v, (0, 0, blind, 0)).transpose(1, 2).contiguous()
 
 
 def quantize_fp8(

@@ -198,6 +198,11 @@ def test_f10_zero_lengths(isa: str, dtype: torch.dtype, cache: torch.dtype, sq: 
 def test_f07_queries_that_see_no_key_give_zeros(isa: str, sq: int) -> None:
     out = check(*make(2, sq, 9, (4, 2), 16, torch.float32), lengths(3, 1))
     assert not out[0, : sq - 3].any() and not out[1, : sq - 1].any()
+    q, k, v = make(1, sq, 3, (4, 2), 16, torch.float32)
+    v.fill_(float("nan"))  # reaches those alone that see a key
+    for attention in (lf.attention_with_kvcache, reference.attention_with_kvcache):
+        out = attention(q, k, v, lengths(3))
+        assert not out[0, : sq - 3].any() and out[0, sq - 3 :].isnan().all()
 
 
 def test_f11_nothing_to_do(isa: str) -> None:
