@@ -177,7 +177,8 @@ def test_a_slow_baseline_is_measured_smaller_and_labeled(
     assert status == 0
     for r in document["ops"]:
         assert {"eager, 1/8 of it", "bf16 F.linear, 1/8 of it"} <= set(r["times"])
-        assert "eager" not in r["times"] and set(r["errors"]) == {"ours"}
+        assert "eager" not in r["times"]
+        assert {"ours"} <= set(r["errors"]) <= {"ours", "ours int16"}  # of 32 rows, on AVX2
         assert "bf16 F.linear" not in r["targets"]
         line = report.line(r, targets=True)
         assert "eager, 1/8 of it" in line and "1/n of it" in report.LEGEND
