@@ -74,8 +74,12 @@ def tolerance(op: str, dtype: torch.dtype, named: dict[str, Any]) -> tuple[float
     sums and cancellations in fp32, or probabilities in the dtype, in atol."""
     eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
     tiny = 2 * least * eps
-    if "attention" in op:
-        return 4 * eps, tiny + largest(named, "v", "v_cache") * max(4 * eps, 3e-5)
+    if "attention" in op:  # a score's error is its probability's, relatively
+        q = named["q"]
+        width = max(q.shape[-1], 1) ** 0.5 if isinstance(q, Tensor) and q.dim() else 1.0
+        score = largest(named, "q") * largest(named, "k", "k_cache") * width
+        part = max(4 * eps, 3e-5, min(2**-22 * score, 1.0))
+        return 4 * eps, tiny + largest(named, "v", "v_cache") * part
     if op in PRODUCTS:
         return 2 * eps, tiny
     if "rope" in op:
