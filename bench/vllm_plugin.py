@@ -124,15 +124,14 @@ def measure(engines: list[Engine]) -> list[dict[str, float]]:
     jobs = [(n, 1, None) for n in SEQUENCES] + [(1, n, 1) for n in PROMPTS]
     result: list[dict[str, float]] = [{} for _ in engines]
     for name, (sequences, prompt, tokens) in zip(JOBS, jobs, strict=True):
-        steps, rounds = [], []
+        steps: list[int] = []
+        rounds: list[list[float]] = []
         for engine in engines:
-            once = engine.seconds(sequences, prompt, 1)
-            steps.append(1)
-            rounds.append([once])
-            if once < PATIENCE:  # once more, warm
-                once = engine.seconds(sequences, prompt, 1)
-                steps[-1] = tokens or max(1, min(32, int(SECONDS / once)))
-                rounds[-1] = []
+            cold = engine.seconds(sequences, prompt, 1)
+            slow = cold >= PATIENCE  # the first call counts
+            once = cold if slow else engine.seconds(sequences, prompt, 1)
+            steps.append(tokens or max(1, min(32, int(SECONDS / once))))
+            rounds.append([cold] if slow else [])
         for _ in range(ROUNDS):
             for engine, n, spent in zip(engines, steps, rounds, strict=True):
                 if sum(spent) < PATIENCE:

@@ -75,8 +75,8 @@ def _drop_output() -> None:
 
 
 def _open_streams() -> None:
-    """Replace closed standard streams. A file opened by the command would get their descriptors,
-    and what a library prints. Without stdout the command ends: nobody could read its text."""
+    """Replace closed standard streams, or a file that the command opens would get their descriptors
+    and receive what a library prints. Without stdout, end the command: it could show nothing."""
     closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
     for fd in range(3):
         try:

@@ -39,7 +39,9 @@ def twin_arguments(case: Case, named: dict[str, Any]) -> dict[str, Any]:
     cache = named.get("k_cache")
     fp8_cache = isinstance(cache, Tensor) and cache.dtype == FP8
     casts = (always + with_fp8 * fp8_cache).split() if "autocast" in case.mode else []
-    wide = "attention" in case.op or case.op in PRODUCTS
+    # The reference itself rounds scores to the dtype, in which fp16's overflow: no twin in fp32.
+    attention = "attention" in case.op and case.backend != "reference"
+    wide = attention or case.op in PRODUCTS
     to = BF16
     if case.op == "apply_rope_and_append" and "autocast" in case.mode and not fp8_cache:
         casts, to = ["q", "k", "v"], cache.dtype if isinstance(cache, Tensor) else BF16
@@ -102,6 +104,13 @@ def agree(actual: Tensor, expected: Tensor, rtol: float, atol: Any, what: str) -
         raise AssertionError(f"{what}: {a[at]} at {list(at)}, want {b[at]} ({int(bad.sum())} bad)")
 
 
+def reach(op: str, named: dict[str, Any]) -> Tensor:
+    """Return what attention makes of values that are 1 where they are not finite, and else 0."""
+    v = named[name := "v" if "v" in named else "v_cache"]
+    wrong = (~v.float().isfinite()).to(v.dtype)
+    return tensors(getattr(reference, op)(**{**named, name: wrong}))[0]
+
+
 def compare(case: Case, ours: Any, named: dict[str, Any]) -> None:
     """Compare results with the reference's."""
     given = twin_arguments(case, named)
@@ -136,6 +145,9 @@ def compare(case: Case, ours: Any, named: dict[str, Any]) -> None:
         if a.dtype == FP8:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
         else:
+            if "attention" in case.op and case.values in ("nan", "inf"):
+                # The twin gives NaN also for values of keys that a query does not see: 0 * NaN.
+                b = torch.where((reach(case.op, given) == 0) & ~b.isfinite(), a.to(b.dtype), b)
             agree(a, b.to(a.dtype), rtol, atol + bound, f"result {i}")
 
 

@@ -88,9 +88,6 @@ def check(case: Case) -> int:
             assert same, f"{name} was written"
     if refusal is not None or "huge" in dict(case.wrong).values():  # the twin would copy it
         return 1
-    narrow = case.backend == "reference" and case.dtype != "float32" and "attention" in case.op
-    if narrow and case.values == "large":
-        return 1  # eager PyTorch rounds scores to the dtype, in which fp16's overflow
     if any(t.is_meta for t in tensors(result)):
         if not case.wrong:
             real = op(**Arguments(case).named)
