@@ -199,6 +199,7 @@ def cache_scales(
             raise ValueError(
                 f"{scale_name}: got shape {list(scale.shape)}, want [1] or [Hkv] = [{kv_heads}]"
             )
+        rows_contiguous(scale_name, scale)
 
 
 def softmax_scale(value: float | None, d: int) -> float:

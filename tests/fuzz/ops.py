@@ -187,6 +187,8 @@ FAILED = (
     Case("quantize_fp8", wrong=(("x", "jagged"),)),
     Case("fp8_gemm", wrong=(("scale_b", "mkldnn"),)),
     Case("linear", wrong=(("weight", "bsr"),)),
+    Case("apply_rope_and_append", flags=24, wrong=(("k_scale", "columns apart"),)),
+    Case("apply_rope_and_append", wrong=(("k_cache", "neg"),)),
     Case("linear", sizes=(1, 0, 0, 0), wrong=(("x", "huge"),)),
     Case("add_rms_norm", wrong=(("eps", "10**5000"),)),
     Case("rms_norm_fp8", backend="reference", wrong=(("scale_ub", "1e+300"),)),

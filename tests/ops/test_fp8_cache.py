@@ -42,6 +42,7 @@ def fp8_example(op: str, **replaced: Any) -> dict[str, Any]:
         ("v_scale", torch.ones(HKV + 1), ValueError),
         ("v_scale", torch.tensor(1.0), ValueError),
         ("k_scale", torch.ones(1, device="meta"), ValueError),
+        ("v_scale", torch.ones(2 * HKV)[::2], ValueError),
         ("v_cache", x(2, 8, HKV, 16), TypeError),
         ("v_cache", fp8(2, 9, HKV, 16), ValueError),
         ("k_cache", fp8(2, 8, 16), ValueError),
