@@ -102,14 +102,15 @@ def _with_memory(op: Any) -> Callable[..., Any]:
                 if argument.alias_info is not None:
                     kind = "zero" if value._is_zerotensor() else "lazily negated"
                     raise TypeError(f"{argument.name}: got a {kind} tensor, want one to write into")
-                value = _values(value)
+                value = with_values(value)
             given.append(value)
         return op(*given)
 
     return kernel
 
 
-def _values(t: Tensor) -> Tensor:
+def with_values(t: Tensor) -> Tensor:
+    """Return a tensor whose memory holds the values of such a tensor."""
     if t._is_zerotensor():
         return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
     if t.dtype == torch.float8_e4m3fn:  # for which PyTorch has no negation

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_fast import reference
+from llama_fast.ops.common import with_values
 
 from .arguments import Case
 from .broken import BF16, F16, F32, FP8
@@ -46,8 +47,8 @@ def twin_arguments(case: Case, named: dict[str, Any]) -> dict[str, Any]:
     if case.op == "apply_rope_and_append" and "autocast" in case.mode and not fp8_cache:
         casts, to = ["q", "k", "v"], cache.dtype if isinstance(cache, Tensor) else BF16
     for name, value in named.items():
-        if isinstance(value, Tensor) and value._is_zerotensor():  # x / it is +inf in PyTorch
-            value = out[name] = torch.zeros(value.shape, dtype=value.dtype)
+        if isinstance(value, Tensor) and (value._is_zerotensor() or value.is_neg()):
+            value = out[name] = with_values(value)  # x / 0 without memory is +inf in PyTorch
         if isinstance(value, Tensor) and value.dtype in (BF16, F16, F32):
             value = value.to(to) if name in casts else value
             out[name] = value.float() if wide else value
