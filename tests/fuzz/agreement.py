@@ -40,9 +40,8 @@ def twin_arguments(case: Case, named: dict[str, Any]) -> dict[str, Any]:
     cache = named.get("k_cache")
     fp8_cache = isinstance(cache, Tensor) and cache.dtype == FP8
     casts = (always + with_fp8 * fp8_cache).split() if "autocast" in case.mode else []
-    # The reference itself rounds scores to the dtype, in which fp16's overflow: no twin in fp32.
-    attention = "attention" in case.op and case.backend != "reference"
-    wide = attention or case.op in PRODUCTS
+    # The reference itself rounds scores and products to the dtype, in which fp16's may overflow.
+    wide = case.backend != "reference" and ("attention" in case.op or case.op in PRODUCTS)
     to = BF16
     if case.op == "apply_rope_and_append" and "autocast" in case.mode and not fp8_cache:
         casts, to = ["q", "k", "v"], cache.dtype if isinstance(cache, Tensor) else BF16
