@@ -412,14 +412,17 @@ class Terminal:
         )
         os.close(slave)
 
-    def until(self, wanted: str, after: int = 0, timeout: float = 90) -> str:
+    def until(self, wanted: str, after: int = 0, timeout: float = 90, again: str = "") -> str:
         """Return the text before `wanted`, which stays out of the next call's, once `after` more
-        characters have come."""
+        characters have come. Whenever nothing came for five seconds, send `again`: Python sees a
+        Ctrl-C that comes just before readline waits only at the next key."""
         end = time.monotonic() + timeout
         while wanted not in self.text or len(self.text.partition(wanted)[2]) < after:
             assert time.monotonic() < end, f"no {wanted!r} in {self.text!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
+            if select.select([self.master], [], [], 5)[0]:
                 self.text += os.read(self.master, 65536).decode(errors="replace")
+            elif again:
+                self.send(again)
         before, _, self.text = self.text.partition(wanted)
         return before
 
@@ -454,10 +457,10 @@ def test_in_a_terminal(processes: int, tmp_path: Path, tokenizer: Any) -> None:
         terminal.until("[stopped]")
         terminal.until("> ")
         terminal.send("dropped")
-        terminal.until("dropped")  # a Ctrl-C before readline waits would be seen at the next key
+        terminal.until("dropped")
         terminal.send("\x03")
         if processes == 1:  # else readline clears the line
-            terminal.until("> ")
+            terminal.until("> ", again="\x03")
         file = tmp_path / "talk"
         terminal.send(f"/save {file}\r")
         assert "dropped" not in terminal.until(" messages")
