@@ -434,7 +434,7 @@ class Terminal:
 def test_in_a_terminal(processes: int, tmp_path: Path, tokenizer: Any) -> None:
     """Ctrl-C stops an answer and keeps the chat, a paste is one message, Ctrl-D ends the chat, and
     the history outlives it: so in one process, and in two that torchrun starts."""
-    model = hf_model(max_position_embeddings=65536)
+    model = hf_model(eos_token_id=tokenizer.eos_token_id, max_position_embeddings=65536)
     with torch.no_grad():
         model.lm_head.weight[256:] = 0  # control tokens: the answer has no end
     tokenizer.save_pretrained(save(model, tmp_path / "model"))
