@@ -195,7 +195,8 @@ class Decode {
     const int64_t d = p_.head_dim;
     if constexpr (std::is_same_v<C, e4m3> && std::is_same_v<Q, bf16>) {
       for (int64_t i = 0; i < d; i += 8)  // within 64: 8 of a, 8 of b, 8 of a ...
-        std::memcpy(to + i / 64 * 64 + i % 16 / 8 * 32 + i % 64 / 16 * 8, from + i, 16);
+        std::memcpy(to + i / 64 * 64 + i % 16 / 8 * 32 + i % 64 / 16 * 8, from + i,
+                    static_cast<size_t>(clamp(d - i, 0, 8)) * sizeof(T));
     } else if constexpr (std::is_same_v<C, e4m3>) {
       constexpr int kSize = Chunk<C, false>::kSize;
       float row[256 + kStep] = {};

@@ -62,7 +62,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, list[Tensor], dict[str, Any
         yield "apply_rope_and_append", arguments, {"interleaved": interleaved}
         arguments[5:7] = [cache.to(FP8), cache.to(FP8)]
         yield "apply_rope_and_append", arguments, {"interleaved": interleaved, **scales}
-    for sq, d in itertools.product((1, 2, 50), (8, 24, 72)):
+    for sq, d in itertools.product((1, 2, 50), (12, 24, 76)):
         yield "attention", [x(1, sq, 3, d), x(1, 77, 1, d), x(1, 77, 1, d)], {}
         lengths = torch.tensor([77], dtype=torch.int32)
         for to, given in ((dtype, {}), (FP8, scales)):
