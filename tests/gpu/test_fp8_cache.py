@@ -29,6 +29,15 @@ def test_fp8_cache(make: Any, lengths: Any, dtype: torch.dtype, sq: int) -> None
     check(q, *table[:2], seqlens, num_splits=3 if sq < 20 else 1, **options)
 
 
+# CUDA wants a multiple of 8.
+@pytest.mark.parametrize("d", [pytest.param(12, marks=pytest.mark.triton), 24, 72, 256])
+def test_head_dims(make: Any, lengths: Any, d: int) -> None:
+    for sq in (1, 20):
+        q, k, v = make(1, sq, 70, (4, 2), d, BF16)
+        one = torch.ones(1, device=q.device)
+        check(q, k.to(FP8), v.to(FP8), lengths(67), k_scale=one, v_scale=one)
+
+
 @queries(1, 20)
 def test_k_scale_below_and_at_zero(make: Any, lengths: Any, sq: int) -> None:
     """Use negative, zero and tiny scales. The kernel finds the largest score before it scales."""
