@@ -103,14 +103,19 @@ inline Vec transpose_sum(const Vec (&a)[kLanes]) {
 
 template <int kDistance>
 inline Vec swap_lanes(Vec a) {
-  Vec r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = a.v[i ^ kDistance];
-  return r;
+  if constexpr (kDistance == 1) return swap_pairs(a);
+  if constexpr (kDistance == 2) return {pick<2, 3, 0, 1>(a.lo, a.lo), pick<2, 3, 0, 1>(a.hi, a.hi)};
+  if constexpr (kDistance == 4) return {a.hi, a.lo};
 }
 inline Vec transpose_sum(const Vec (&a)[kLanes]) {
-  Vec r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = reduce_add(a[i]);
-  return r;
+  const auto pairs = [](Vec x, Vec y) {
+    const Floats p = x.lo + x.hi, q = y.lo + y.hi;
+    return pick<0, 4, 1, 5>(p, q) + pick<2, 6, 3, 7>(p, q);
+  };
+  const auto quads = [](Floats p, Floats q) {
+    return pick<0, 1, 4, 5>(p, q) + pick<2, 3, 6, 7>(p, q);
+  };
+  return {quads(pairs(a[0], a[1]), pairs(a[2], a[3])), quads(pairs(a[4], a[5]), pairs(a[6], a[7]))};
 }
 
 #endif

@@ -59,10 +59,8 @@ struct Weights {
 #elif defined(LF_AVX2)
     return {odd ? _mm256_shuffle_ps(a.v, b.v, 0xdd) : _mm256_shuffle_ps(a.v, b.v, 0x88)};
 #else
-    Vec r;
-    for (int i = 0; i < kLanes; ++i)
-      r.v[i] = i < kLanes / 2 ? a.v[2 * i + odd] : b.v[2 * i + odd - kLanes];
-    return r;
+    if (odd) return {pick<1, 3, 5, 7>(a.lo, a.hi), pick<1, 3, 5, 7>(b.lo, b.hi)};
+    return {pick<0, 2, 4, 6>(a.lo, a.hi), pick<0, 2, 4, 6>(b.lo, b.hi)};
 #endif
   }
 };
