@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
-import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import llama_fast as lf
 from llama_fast import reference
@@ -421,25 +421,22 @@ def test_a_wrong_baseline_is_not_compared_with(
     assert "wrong" in why
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="PyTorch does not use AVX-512 here"
-)
-def test_compiled_graphs_are_kept_apart_by_instruction_set(tmp_path: Path) -> None:
-    """Compile for the whole processor, then for fewer instructions. PyTorch's own cache would
-    return the first graph for the second."""
-    code = (
-        "import torch\n"
-        "from llama_fast import reference\n"
-        "from llama_fast.bench.cases.case import compiled\n"
-        "x = torch.randn(4, 256).bfloat16()\n"
-        "got = compiled('silu_and_mul', lambda i: (x,))(0)\n"
-        "torch.testing.assert_close(got, reference.silu_and_mul(x), atol=0.05, rtol=0.05)"
-    )
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    for held in ({}, {"ATEN_CPU_CAPABILITY": "avx2"}):
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **cache, **held}, check=True
+def test_compiled_graphs_are_kept_apart_by_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile for one instruction set, for another and for the first again. PyTorch's own cache
+    would return the first graph for the second, which would skip elements."""
+    x = torch.randn(4, 256).bfloat16()
+    one, other = uuid.uuid4().hex, uuid.uuid4().hex
+    hits = []
+    for isa in (one, other, one):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda isa=isa: isa)
+        counters.clear()
+        got = case.compiled("silu_and_mul", lambda i: (x,))(0)
+        torch.testing.assert_close(got, reference.silu_and_mul(x), atol=0.05, rtol=0.05)
+        hits.append(
+            counters["aot_autograd"]["autograd_cache_hit"]
+            + counters["inductor"]["fxgraph_cache_hit"]
         )
+    assert hits[:2] == [0, 0] and hits[2] > 0
 
 
 @pytest.mark.parametrize("op", cases.OPS)

@@ -304,7 +304,7 @@ def test_checkpointing_changes_no_bit(reentrant: bool) -> None:
 def tiny(m: Any, seed: int = 0) -> tuple[Call, list[Tensor]]:
     """Return a Llama layer [B, S, 32] -> the same, made of m's ops, and its weights."""
     g = torch.Generator().manual_seed(seed)
-    table = lf.rope_table(1e4, 64, head_dim=8)
+    table, positions = lf.rope_table(1e4, 64, head_dim=8), torch.arange(64)
     shapes = [(32,), (64, 32), (32, 32), (32,), (128, 32), (32, 64)]
     weights = [torch.randn(s, generator=g) / (s[-1] ** 0.5 if len(s) > 1 else 8) for s in shapes]
     weights = [(w + (w.dim() == 1)).requires_grad_() for w in weights]
@@ -314,7 +314,7 @@ def tiny(m: Any, seed: int = 0) -> tuple[Call, list[Tensor]]:
         batch, length, _ = x.shape
         heads = m.linear(m.rms_norm(x, norm, 1e-5), qkv).view(batch * length, 8, 8)
         q, k, v = heads.split((4, 2, 2), dim=1)
-        q, k = m.apply_rope(q, k, torch.arange(length).repeat(batch), table)
+        q, k = m.apply_rope(q, k, positions[: batch * length], table)
         q, k, v = (t.reshape(batch, length, -1, 8) for t in (q, k, v))
         h = m.linear(m.attention(q, k, v).flatten(2), out)
         h, x = m.add_rms_norm(h, x, ffn_norm, 1e-5)

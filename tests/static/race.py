@@ -1,8 +1,8 @@
-"""Run eight processes at once in one folder: python -m tests.static.race compile|save FOLDER.
+"""Run four processes at once in one folder: python -m tests.static.race compile|save FOLDER.
 
 compile: each compiles one kernel for sm_90 with FOLDER as Triton's cache, and prints the hash of
-its cubin. save: each adds a choice of its own to one GPU's file. They are forked, so that they
-start together.
+its cubin; then four more do, from that cache. save: each adds a choice of its own to one GPU's
+file. They are forked, so that they start together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llama_fast.kernels import common, tuning
 
 from .demo_cases import launch_copy
 
-PROCESSES = 8
+PROCESSES = 4
 _fork = multiprocessing.get_context("fork")
 _start = _fork.Barrier(PROCESSES)
 
@@ -45,8 +45,9 @@ def save_one(index: int) -> str:
 def main() -> None:
     task = {"compile": compile_one, "save": save_one}[sys.argv[1]]
     os.environ["TRITON_CACHE_DIR"] = sys.argv[2]
-    with _fork.Pool(PROCESSES) as pool:
-        print("\n".join(pool.map(task, range(PROCESSES), chunksize=1)))
+    for _ in range(2 if task is compile_one else 1):
+        with _fork.Pool(PROCESSES) as pool:
+            print("\n".join(pool.map(task, range(PROCESSES), chunksize=1)))
 
 
 if __name__ == "__main__":

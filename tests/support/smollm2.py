@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -37,11 +40,22 @@ def converted(cache: pytest.Cache) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    """Read the file once for transformers, which asks three times, and without np.memmap, which is
+    slow for a million small slices. Keep the map of names too: each module asks for it."""
+    import gguf as package
+
+    @cache
+    def reader(path: str) -> package.GGUFReader:
+        with mock.patch("numpy.memmap", lambda path, mode: np.fromfile(path, np.uint8)):
+            return make(path)
+
+    make, names = package.GGUFReader, cache(package.get_tensor_name_map)
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with mock.patch.multiple(package, GGUFReader=reader, get_tensor_name_map=names):
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     # transformers 5 refuses to save a model that it read from GGUF.
     vars(read.config).pop("quantization_config", None)
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
