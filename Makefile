@@ -86,7 +86,7 @@ test-transformers: $(READY)
 	done; exit $$status
 
 test-static: $(READY)
-	$(call build,every-chip) --target _cuda
+	$(call build,every-chip) _cuda
 	"$(BIN)/python" -m llama_fast.bench.static cuda --binary build/every-chip/_cuda*.so
 	LLAMA_FAST_TEST_EVERY_CHIP=1 "$(BIN)/python" -m pytest -q tests/static $(PYTEST)
 
