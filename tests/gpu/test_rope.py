@@ -119,7 +119,8 @@ def test_every_16_bit_value_to_an_fp8_cache(dtype: torch.dtype, device: torch.de
     caches = torch.empty(2, 8, 1, 64, 128, dtype=torch.uint8, device=device)
     q_out, v_scale = torch.empty_like(v), torch.empty(1, device=device)
     far = [2.0**-149, 3e38, float("inf"), float("nan")]
-    for scale in (*far, *(1.2345 * 2.0**e for e in range(-140, 120, 20))):
+    step = 60 if common.INTERPRETED else 20
+    for scale in (*far, *(1.2345 * 2.0**e for e in range(-140, 120, step))):
         v_scale.fill_(scale)
         arguments = (positions, table.to(device), False, v, *caches, positions, v_scale, v_scale)
         launcher("apply_rope").rope(q_out, None, v, v, *arguments)
