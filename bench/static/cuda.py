@@ -94,9 +94,9 @@ def problems(plan: Plan, kernel: Kernel) -> list[str]:
 
 def unexpected(kernels: Iterable[Kernel], plans: Iterable[Plan]) -> list[str]:
     """List instances that are planned and missing, or there and not planned. A build may omit
-    sm_89, as the Makefile's does on a machine without a GPU."""
+    sm_80 and sm_89, as the Makefile's does on a machine without a GPU."""
     there = {(k.file, k.name, k.arguments, k.arch) for k in kernels}
-    spared = {"sm_89"} if there and not any(k[3] == "sm_89" for k in there) else set()
+    spared = {"sm_80", "sm_89"} - {k[3] for k in there} if there else set()
     planned = {
         (p.file, p.kernel, arguments, arch)
         for p in plans

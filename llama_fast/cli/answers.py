@@ -147,17 +147,17 @@ class Answers:
     def _print(self) -> None:
         if len(self.all) == 1 and not self._json:
             (answer,) = self.all
-            _show(answer.fresh())
+            show(answer.fresh())
         while self._printed < len(self.all) and (answer := self.all[self._printed]).finish:
             self._printed += 1
             if self._json:
-                _show(json.dumps(self._object(answer), ensure_ascii=False) + "\n")
+                show(json.dumps(self._object(answer), ensure_ascii=False) + "\n")
             elif len(self.all) == 1:
-                _show(f"{answer.called()}\n")
+                show(f"{answer.called()}\n")
             else:
                 between = "\n" if self._printed > 1 else ""
                 text = answer.text + answer.called()
-                _show(f"{between}--- {self._printed} of {len(self.all)} ---\n{text}\n")
+                show(f"{between}--- {self._printed} of {len(self.all)} ---\n{text}\n")
             if self._logprobs and not self._json:
                 for token, logprob in zip(answer.ids, answer.logprobs, strict=True):
                     print(f"{logprob:10.4f} {self._tokenizer.decode([token])!r}", file=sys.stderr)
@@ -177,20 +177,26 @@ class Answers:
         return found | ({"tool_calls": answer.calls} if self._tools else {})
 
     def footer(self) -> str:
-        """Return the line of figures. The prompts' time ends with the last one's first token."""
-        times = [answer.times for answer in self.all if answer.times]
-        new = sum(map(len, times))
-        parts = [f"prompt {self._total} tokens", f"generated {new} tokens"]
-        if times:
-            first, last = max(t[0] for t in times), max(t[-1] for t in times)
-            parts[0] += f", {self._total / (first - self._start):.1f} tokens/s"
-            if new > len(times):
-                parts[1] += f", {(new - len(times)) / (last - first):.1f} tokens/s"
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if sys.platform != "darwin":  # macOS counts bytes, Linux KiB
             peak *= 1024
-        parts.append(f"peak memory {peak / 2**30:.2f} GiB")
-        return " | ".join(parts)
+        prompt, times = f"prompt {self._total} tokens", [answer.times for answer in self.all]
+        memory = f"peak memory {peak / 2**30:.2f} GiB"
+        return figures(prompt, self._total, self._start, times, memory)
+
+
+def figures(prompt: str, read: int, start: float, times: list[list[float]], rest: str) -> str:
+    """Return a line of speeds: of reading that many tokens, which ends with the last answer's first
+    token, and of generating the others. `times` has those of each answer's tokens."""
+    times = [of_one for of_one in times if of_one]
+    new = sum(map(len, times))
+    parts = [prompt, f"generated {new} tokens", rest]
+    if times:
+        first, last = max(t[0] for t in times), max(t[-1] for t in times)
+        parts[0] += f", {read / (first - start):.1f} tokens/s"
+        if new > len(times):
+            parts[1] += f", {(new - len(times)) / (last - first):.1f} tokens/s"
+    return " | ".join(parts)
 
 
 def utf8_stdout() -> None:
@@ -198,7 +204,7 @@ def utf8_stdout() -> None:
         sys.stdout.reconfigure(encoding="utf-8")
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

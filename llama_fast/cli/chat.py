@@ -16,7 +16,7 @@ from ..checkpoint.output import ends_by_exception
 from ..messages import waiting
 from ..torchrun import PeerError, launched
 from . import conversation
-from .answers import Answer, utf8_stdout
+from .answers import Answer, figures, show, utf8_stdout
 from .common import (
     AddCommand,
     add_model_options,
@@ -254,7 +254,7 @@ class _Chat:
         def on_token(_: int, token: int) -> bool:
             nonlocal stopped, interrupted
             stopped = answer.put(token) or token in self._ends
-            _show(answer.fresh())
+            show(answer.fresh())
             interrupted = self._model.tp.exchange(typed())[0]
             return stopped or interrupted
 
@@ -264,9 +264,11 @@ class _Chat:
         except KeyboardInterrupt:
             interrupted = signaled = True
         answer.end()
-        _show(f"{answer.fresh()}{answer.called()}\n")
+        show(f"{answer.fresh()}{answer.called()}\n")
         new = len(ids) - self._session.kept
-        self._figures = _line(len(ids), new, positions, start, answer.times)
+        prompt, used = f"prompt {len(ids)} tokens, {new} new", len(ids) + len(answer.times)
+        rest = f"{used} of {positions} positions"
+        self._figures = figures(prompt, new, start, [answer.times], rest)
         if signaled and not self.survives_signals:
             raise KeyboardInterrupt
         if not answer.ids:
@@ -302,23 +304,6 @@ def _room(ids: list[int], positions: int) -> int:
             "/save FILE keeps it, and /reset starts a new one"
         )
     return positions - len(ids)
-
-
-def _line(prompt: int, new: int, positions: int, start: float, times: list[float]) -> str:
-    """Return the figures of an answer. The prompt's time ends with the first token."""
-    parts = [f"prompt {prompt} tokens, {new} new"]
-    if times:
-        parts[0] += f", {new / (times[0] - start):.1f} tokens/s"
-    parts.append(f"generated {len(times)} tokens")
-    if len(times) > 1:
-        parts[1] += f", {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s"
-    parts.append(f"{prompt + len(times)} of {positions} positions")
-    return " | ".join(parts)
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _say(text: str) -> None:
