@@ -15,6 +15,8 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from .checkpoints import edit_json
+
 _TOPICS = ("objects", "dynamic-features", "naming", "execmodel", "truth", "types")
 
 
@@ -59,3 +61,5 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = LlamaForCausalLM(read.config)
     model.load_state_dict(read.state_dict())
     model.to(torch.bfloat16).save_pretrained(folder)
+    # The name that transformers 4 knows too; version 5 writes another.
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
