@@ -21,8 +21,8 @@ from .runs import TINY
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
-    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case, one call of
-    each of the rates of the machine."""
+    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case, and
+    one call for each of the machine's rates."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
     monkeypatch.setattr(machine, "SECONDS", 0.0)
     monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it outlasts the test
