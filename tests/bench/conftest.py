@@ -14,15 +14,17 @@ import torch
 from llama_fast.bench import cases, suite
 from llama_fast.bench.__main__ import main
 from llama_fast.bench.cases import Spec, shapes
-from llama_fast.bench.timing import clock
+from llama_fast.bench.timing import clock, machine
 
 from .runs import TINY
 
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Any]]:
-    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case."""
+    """Return bench(*options) -> (exit status, JSON document): a few rounds of each case, and
+    one call for each of the machine's rates."""
     monkeypatch.setattr(clock, "MAX_ROUNDS", clock.MIN_ROUNDS)
+    monkeypatch.setattr(machine, "SECONDS", 0.0)
     monkeypatch.setattr(suite, "keep_freed", lambda: True)  # it outlasts the test
 
     def run(*options: str) -> tuple[int, Any]:

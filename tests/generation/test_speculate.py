@@ -96,15 +96,15 @@ def test_tokens_of_plain_decoding(
     sampling. A model that drafts for itself is always right: it samples with the same numbers."""
     batch = [*repetitive(40, 126), *prompts(1, 17)]
     by = {"lookup": "lookup", "draft": draft, "itself": model}[kind]
-    expected = model.generate(batch, 40, stop_ids=(), **options)
-    for count in (1, 5, 16):
+    expected = model.generate(batch, 24, stop_ids=(), **options)
+    for count in (1, 16):
         ids, passes, proposed, accepted = counted(
-            model, batch, 40, stop_ids=(), speculate=by, draft_tokens=count, **options
+            model, batch, 24, stop_ids=(), speculate=by, draft_tokens=count, **options
         )
         assert ids == expected
         assert proposed > 0 or kind == "lookup"
         if kind == "itself":
-            assert accepted == proposed and passes == math.ceil(39 / (1 + count))
+            assert accepted == proposed and passes == math.ceil(23 / (1 + count))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

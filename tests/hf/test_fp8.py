@@ -334,7 +334,7 @@ def test_wrong_settings_are_named() -> None:
 # ---- memory ----
 
 PEAK = """
-import sys, threading, time, torch, transformers
+import gc, sys, threading, time, torch, transformers
 from llama_fast.hf import LlamaFastFP8Config
 def anonymous():
     with open("/proc/self/status") as f:
@@ -342,22 +342,25 @@ def anonymous():
 torch.set_num_threads(1)
 config = LlamaFastFP8Config()
 transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM._model_mapping
-peak, before, done = 0, anonymous(), False
 def watch():
     global peak
     while not done:
         peak = max(peak, anonymous())
         time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-model = transformers.AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], quantization_config=config, dtype=torch.bfloat16
-)
-done = True
-thread.join()
-fp8 = sum(t.nbytes for t in model.state_dict().values() if t.element_size() == 1)
-rest = sum(t.nbytes for t in model.state_dict().values() if t.element_size() != 1)
-print(peak - before, fp8, rest)
+for source in sys.argv[1:]:
+    model = None
+    gc.collect()
+    peak, before, done = 0, anonymous(), False
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=config, dtype=torch.bfloat16
+    )
+    done = True
+    thread.join()
+    fp8 = sum(t.nbytes for t in model.state_dict().values() if t.element_size() == 1)
+    rest = sum(t.nbytes for t in model.state_dict().values() if t.element_size() != 1)
+    print(peak - before, fp8, rest)
 """
 
 
@@ -371,9 +374,9 @@ def test_loading_holds_the_quantized_model_and_a_layer(tmp_path: Path) -> None:
     write(tmp_path / "bf16", held)
     layer = sum(t.nbytes for name, t in held.items() if ".layers.0." in name)
     quantize_checkpoint(tmp_path / "bf16", tmp_path / "fp8")
-    for source in ("bf16", "fp8"):
-        command = [sys.executable, "-c", PEAK, str(tmp_path / source)]
-        environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
-        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        grown, fp8, rest = map(int, run.stdout.split()[-3:])
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "bf16"), str(tmp_path / "fp8")]
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    for source, line in zip(("bf16", "fp8"), run.stdout.splitlines()[-2:], strict=True):
+        grown, fp8, rest = map(int, line.split())
         assert fp8 > 110e6 and grown < fp8 + rest + layer, (source, grown, fp8, rest, layer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -202,9 +202,17 @@ def test_when(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not rounds()
 
 
-def test_the_switch(run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    code = "from llama_fast import cpu; print(cpu.int16)"
-    assert run_python(code, LLAMA_FAST_CPU_INT16="on").stdout.strip() == "True"
-    assert run_python(code).stdout.strip() == "False"
-    bad = run_python(code, LLAMA_FAST_CPU_INT16="yes", check=False)
-    assert "LLAMA_FAST_CPU_INT16: got 'yes', want on or off" in bad.stderr
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the module anew, as a new process imports it."""
+    spec = importlib.util.spec_from_file_location("llama_fast.anew", cpu.__file__)
+    assert spec and spec.loader
+    anew = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("LLAMA_FAST_CPU_INT16", "on")
+    spec.loader.exec_module(anew)
+    assert anew.int16 is True
+    monkeypatch.delenv("LLAMA_FAST_CPU_INT16")
+    spec.loader.exec_module(anew)
+    assert anew.int16 is False
+    monkeypatch.setenv("LLAMA_FAST_CPU_INT16", "yes")
+    with pytest.raises(ValueError, match="LLAMA_FAST_CPU_INT16: got 'yes', want on or off"):
+        spec.loader.exec_module(anew)
