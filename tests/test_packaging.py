@@ -245,6 +245,7 @@ def test_install_fails_clearly(checkout: Path, tmp_path: Path) -> None:
     ids=["CUDA demanded", "CUDA misspelt", "fast math"],
 )
 def test_build_fails_clearly(checkout: Path, env: dict[str, str], message: str) -> None:
+    env = {"PATH": TOOLS_PATH} | env
     result = run(sys.executable, "setup.py", "build_ext", cwd=checkout, **env)
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
