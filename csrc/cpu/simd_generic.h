@@ -1,4 +1,4 @@
-// simd.h for any CPU: pairs of 4 lanes, which GCC and Clang keep in registers, and scalar stores.
+// simd.h for any little-endian CPU: pairs of 4 lanes, which GCC and Clang keep in registers.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace lf::LF_ISA {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the kernels need a little-endian CPU");
 inline constexpr int kLanes = 8;
 using Floats = float __attribute__((vector_size(16)));
 using Words = uint32_t __attribute__((vector_size(16)));

@@ -39,13 +39,6 @@ inline float to_float(f16 x) {
   const float tiny = static_cast<float>(magnitude) * 0x1p-24f;
   return sign ? -tiny : tiny;
 }
-inline float to_float(e4m3 x) {
-  const uint32_t sign = (x.bits & 0x80u) << 24, magnitude = x.bits & 0x7fu;
-  if (magnitude == 0x7fu) return bits_float(sign | 0x7fc00000u);
-  if (magnitude >= 0x08u) return bits_float(sign | ((magnitude << 20) + (120u << 23)));
-  const float tiny = static_cast<float>(magnitude) * 0x1p-9f;
-  return sign ? -tiny : tiny;
-}
 
 template <class T>
 T from_float(float x);

@@ -97,7 +97,7 @@ def test_tokens_of_plain_decoding(
     batch = [*repetitive(40, 126), *prompts(1, 17)]
     by = {"lookup": "lookup", "draft": draft, "itself": model}[kind]
     expected = model.generate(batch, 24, stop_ids=(), **options)
-    for count in (1, 16):
+    for count in (1, 5, 16):
         ids, passes, proposed, accepted = counted(
             model, batch, 24, stop_ids=(), speculate=by, draft_tokens=count, **options
         )

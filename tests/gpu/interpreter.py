@@ -11,8 +11,8 @@ The rest changes no result. Tiles are small in tests, and the time goes to the P
   each call of a helper inside a kernel, although everything is in place.
 - It computes each sum, difference, and product of integers again in int64, to find an overflow for
   an assertion that it then leaves out.
-- It makes each value's type anew, and from the type its shape in three forms. Two operands of one
-  shape it compares size by size.
+- It creates a new type for each value and computes the value's shape from it three times. It
+  compares two operands of the same shape size by size.
 """
 
 from __future__ import annotations

@@ -203,16 +203,16 @@ def test_when(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the module anew, as a new process imports it."""
-    spec = importlib.util.spec_from_file_location("llama_fast.anew", cpu.__file__)
+    """Run the module again, as a new process would."""
+    spec = importlib.util.spec_from_file_location("llama_fast.second_cpu", cpu.__file__)
     assert spec and spec.loader
-    anew = importlib.util.module_from_spec(spec)
+    second = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("LLAMA_FAST_CPU_INT16", "on")
-    spec.loader.exec_module(anew)
-    assert anew.int16 is True
+    spec.loader.exec_module(second)
+    assert second.int16 is True
     monkeypatch.delenv("LLAMA_FAST_CPU_INT16")
-    spec.loader.exec_module(anew)
-    assert anew.int16 is False
+    spec.loader.exec_module(second)
+    assert second.int16 is False
     monkeypatch.setenv("LLAMA_FAST_CPU_INT16", "yes")
     with pytest.raises(ValueError, match="LLAMA_FAST_CPU_INT16: got 'yes', want on or off"):
-        spec.loader.exec_module(anew)
+        spec.loader.exec_module(second)
